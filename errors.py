@@ -1,0 +1,93 @@
+"""The errors that a user can fix.
+
+Each class is one situation. A message says what happened, with the numbers, and what to do about it; the command line prints
+it without a traceback and exits with `exit_code` (2: the request was wrong, 1: the run failed). Anything else that escapes is
+a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LrcError(Exception):
+    """A situation that the user can fix.
+
+    Args:
+        what: what happened, with names and numbers.
+        remedy: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.remedy}" if self.remedy else self.what
+
+
+class RequestError(LrcError):
+    """The request cannot be carried out as it was written (a flag, a value, a combination)."""
+
+    exit_code = 2
+
+
+class RecipeError(RequestError):
+    """One or several things wrong in a recipe; all of them are listed."""
+
+    def __init__(self, where: str, problems: Iterable[str], remedy: str = "") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{where}: {count} problem{'s' if count != 1 else ''}\n{listed}", remedy)
+
+
+class ModelError(RequestError):
+    """The model cannot be found, read or understood."""
+
+
+class CalibrationError(RequestError):
+    """The calibration or evaluation text cannot be had, or is not enough."""
+
+
+class BudgetError(RequestError):
+    """The budget cannot be met."""
+
+
+class ResumeError(RequestError):
+    """The output folder holds a run of something else."""
+
+    def __init__(self, where: str, differences: Iterable[str]) -> None:
+        self.differences = list(differences)
+        listed = "\n".join(f"  - {difference}" for difference in self.differences)
+        super().__init__(
+            f"{where} holds an unfinished or finished run of something else:\n{listed}",
+            "Give another --out, put the request back as it was, or start over with --restart (it deletes that run).",
+        )
+
+
+class CheckpointError(LrcError):
+    """A checkpoint's file is missing, truncated, corrupt or inconsistent."""
+
+
+class NonFiniteError(LrcError):
+    """A NaN or an infinity in weights, activations, statistics or logits."""
+
+
+class OutputError(LrcError):
+    """The result cannot be written: no space, no permission, not a folder."""
+
+
+class EvaluationError(LrcError):
+    """An evaluation did not give a number that can be trusted."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: ` Did you mean 'x'?`, or the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names)}."
