@@ -1,0 +1,227 @@
+"""Statistics of activations: what the targets of a layer read, and what they put out.
+
+Everything is a running mean over tokens in float32 (TF32 off): sums overflow and lose digits, means do not, and the means of two
+workers merge by their token counts. Targets of one group read the same tensor, so it is looked at once. Where a method needs
+only the second moment of the outputs, `W C Wᵀ`, it is taken from the side that costs less: the group's (in, in) gram, or each
+target's own (out, out) one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..compress import experts
+from ..compress.base import GroupStats, TargetStats
+from ..errors import NonFiniteError
+
+_BLOCKS = 4  # a gram is symmetric: in 4 x 4 blocks only 10 of 16 are computed
+_WORTH = 256  # below this width one multiplication is faster than ten
+
+
+class TargetLike(Protocol):
+    """What a collector needs to know of a target (model.Target is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def expert(self) -> int | None: ...
+
+
+class MeanOuter:
+    """Running mean over tokens of x xᵀ, (n, n) float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.value = torch.zeros(width, width, device=device)
+        step = width if width < _WORTH else -(-width // (_BLOCKS * 16)) * 16
+        self._edges = list(range(0, width, step))
+
+    def add(self, x: Tensor) -> None:
+        """Take in (tokens, n) activations."""
+        total = self.tokens + len(x)
+        for start, end in zip(self._edges, [*self._edges[1:], len(self.value)], strict=True):
+            self.value[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], beta=self.tokens / total, alpha=1 / total)
+        self.tokens = total
+
+    def result(self) -> Tensor:
+        """The symmetric mean (the lower triangle is mirrored from the upper one)."""
+        return self.value.triu() + self.value.triu(1).T
+
+
+class MeanVector:
+    """Running mean over tokens of f(x), (n,) float32."""
+
+    def __init__(self, width: int, device: torch.device, function: Callable[[Tensor], Tensor]) -> None:
+        self.tokens, self.value, self._function = 0, torch.zeros(width, device=device), function
+
+    def add(self, x: Tensor) -> None:
+        total = self.tokens + len(x)
+        self.value.mul_(self.tokens / total).add_(self._function(x).sum(0), alpha=1 / total)
+        self.tokens = total
+
+    def result(self) -> Tensor:
+        return self.value
+
+
+_VECTORS: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: x, "abs_mean": torch.abs, "mean_square": torch.square}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to collect in one layer.
+
+    Args:
+        inputs: group -> names of the statistics of its input ('gram', 'mean', ...).
+        outputs: the targets whose own output gram is collected.
+    """
+
+    inputs: Mapping[str, frozenset[str]]
+    outputs: frozenset[str]
+
+    def nbytes(self, targets: Iterable[TargetLike]) -> int:
+        """Bytes that the statistics of these targets take while they are collected."""
+        total, seen = 0, set[str]()
+        for target in targets:
+            if target.name in self.outputs:
+                total += 4 * target.out_features**2
+            if target.group not in seen:
+                seen.add(target.group)
+                wanted = self.inputs.get(target.group, frozenset())
+                total += 4 * sum(target.in_features ** (2 if name == "gram" else 1) for name in wanted)
+        return total
+
+
+def wanted(targets: Sequence[TargetLike], needs: frozenset[str]) -> Wanted:
+    """Decide what to collect for targets of one layer so that `needs` is met at the least cost."""
+    groups: dict[str, list[TargetLike]] = defaultdict(list)
+    for target in targets:
+        groups[target.group].append(target)
+    inputs: dict[str, frozenset[str]] = {}
+    outputs: set[str] = set()
+    for group, members in groups.items():
+        names = needs - {"output_gram"}
+        if "output_gram" in needs and "gram" not in names:
+            # an expert's outputs are not seen, only its inputs
+            if members[0].expert is None and sum(t.out_features**2 for t in members) < members[0].in_features ** 2:
+                outputs.update(t.name for t in members)
+            else:
+                names = names | {"gram"}
+        inputs[group] = names
+    return Wanted(inputs, frozenset(outputs))
+
+
+class LayerCollector:
+    """Watches one layer's targets while the context is open.
+
+    Args:
+        layer: the layer on its device; hooks are set on its modules and removed at the end.
+        prefix: the layer's path in the model, by which targets are named.
+        targets: the layer's targets.
+        what: from `wanted`.
+    """
+
+    def __init__(self, layer: nn.Module, prefix: str, targets: Sequence[TargetLike], what: Wanted, device: torch.device) -> None:
+        self._layer, self._prefix, self._targets, self._what = layer, prefix, list(targets), what
+        self._means: dict[tuple[str, str], MeanOuter | MeanVector] = {}
+        for target in self._targets:
+            if target.name in what.outputs:
+                self._means[target.name, "output_gram"] = MeanOuter(target.out_features, device)
+            for name in what.inputs[target.group]:
+                if (target.group, name) not in self._means:
+                    width = target.in_features
+                    self._means[target.group, name] = (
+                        MeanOuter(width, device) if name == "gram" else MeanVector(width, device, _VECTORS[name])
+                    )
+        self._experts = {(target.module, target.role.rpartition(".")[2], target.expert): target for target in self._targets}
+
+    def __enter__(self) -> LayerCollector:
+        self._stack = ExitStack()
+        for target in self._targets:
+            if target.expert is not None:
+                continue
+            module = self._layer.get_submodule(target.module.removeprefix(self._prefix + "."))
+            if target.name == target.group and self._what.inputs[target.group]:
+                hook = module.register_forward_pre_hook(self._input_hook(target.group))
+                self._stack.callback(hook.remove)
+            if target.name in self._what.outputs:
+                handle = module.register_forward_hook(self._output_hook(target.name))
+                self._stack.callback(handle.remove)
+        if any(target.expert is not None for target in self._targets):
+            paths = {id(module): f"{self._prefix}.{path}" for path, module in self._layer.named_modules()}
+            self._stack.enter_context(experts.observe(lambda m, p, e, x: self._see_expert(paths.get(id(m)), p, e, x)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _input_hook(self, group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: self._add(group, args[0])
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            y = output if bias is None else output - bias
+            self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]).float())
+
+        return hook
+
+    def _see_expert(self, module: str | None, parameter: str, expert: int, x: Tensor) -> None:
+        target = self._experts.get((module or "", parameter, expert))
+        if target is not None:
+            self._add(target.name, x)
+
+    def _add(self, group: str, x: Tensor) -> None:
+        flat = x.reshape(-1, x.shape[-1]).float()
+        for name in self._what.inputs[group]:
+            self._means[group, name].add(flat)
+
+    def result(self, others: Sequence[LayerCollector] = ()) -> dict[str, TargetStats]:
+        """Target name -> its statistics, merged with those of `others` (other devices' shares of the same batches).
+
+        Raises:
+            NonFiniteError: a statistic is NaN or infinite; names the target.
+        """
+        merged = {key: _merge([self._means[key], *(other._means[key] for other in others)]) for key in self._means}
+        for (name, statistic), (tokens, value) in merged.items():
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"{name}: its {statistic} over {tokens} tokens is not finite.",
+                    "Activations overflow: try --dtype bfloat16 or --dtype float32.",
+                )
+        groups: dict[str, GroupStats] = {}
+        for target in self._targets:
+            if target.group not in groups:
+                have = {name: merged[target.group, name] for name in self._what.inputs[target.group]}
+                outputs = merged.get((target.name, "output_gram"))
+                tokens = next((count for count, _ in have.values()), outputs[0] if outputs else 0)
+                groups[target.group] = GroupStats(tokens, **{name: value for name, (_, value) in have.items()})
+        return {
+            target.name: TargetStats(groups[target.group], merged.get((target.name, "output_gram"), (0, None))[1])
+            for target in self._targets
+        }
+
+
+def _merge(means: Sequence[MeanOuter | MeanVector]) -> tuple[int, Tensor]:
+    """Token-weighted mean of several workers' means, on the first one's device."""
+    tokens = sum(mean.tokens for mean in means)
+    first = means[0].result()
+    if len(means) == 1 or tokens == 0:
+        return tokens, first
+    return tokens, sum((mean.result().to(first.device) * (mean.tokens / tokens) for mean in means), torch.zeros_like(first))

@@ -1,0 +1,129 @@
+"""Running a model layer by layer, for all calibration batches at once, without knowing its architecture.
+
+A decoder's own forward prepares what its layers need (masks, rotary tables, per-layer kinds of attention) and hands the
+hidden state from one layer to the next. lrc runs that very forward, once per batch, each in a greenlet that stops at every
+layer. When all batches stand before layer i, that layer's weights are brought in, every batch's call is answered, and all
+forwards go on to layer i + 1. No architecture's loop is rewritten here, so none can be rewritten wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one batch passes to a layer."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state, (batch, length, hidden): the first floating-point tensor of the call."""
+        return next(t for t in tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, Tensor) and t.is_floating_point())
+
+    def to(self, device: torch.device) -> Call:
+        """The same call with every tensor on `device`."""
+        args, kwargs = tree_map(
+            lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, (self.args, dict(self.kwargs))
+        )
+        return Call(args, kwargs)
+
+
+class Lockstep:
+    """Many forwards of one model that advance together from layer to layer.
+
+    Args:
+        model: the whole model; what lies outside `layers` must have its weights by the time of `start`.
+        layers: its decoder layers, in order; they may be on the meta device, since they are never called through the model.
+
+    Use as a context; `calls` holds one `Call` per batch for the layer that all batches stand before.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self._model, self._layers = model, list(layers)
+        self._forwards: list[greenlet] = []
+        self.calls: list[Call] = []
+        self.index = -1
+
+    def __enter__(self) -> Lockstep:
+        for index, layer in enumerate(self._layers):
+            layer.forward = _pause(index)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for forward in self._forwards:
+            if not forward.dead:
+                forward.throw(GreenletExit)
+        for layer in self._layers:
+            del layer.forward
+
+    def start(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Run every batch (keyword arguments of the model's forward) up to its first layer."""
+        self._forwards = [greenlet(lambda kwargs=kwargs: self._model(**kwargs, use_cache=False)) for kwargs in batches]
+        self._stand([forward.switch() for forward in self._forwards])
+
+    def answer(self, outputs: Sequence[Any]) -> None:
+        """Give every batch its layer's output (as the layer returned it) and go on to the next layer."""
+        self.calls = []
+        self._stand([forward.switch(output) for forward, output in zip(self._forwards, outputs, strict=True)])
+
+    def _stand(self, stops: list[Any]) -> None:
+        if any(forward.dead for forward in self._forwards):
+            self.index, self.calls = len(self._layers), []
+            return
+        indices = {index for index, _ in stops}
+        if len(indices) != 1:
+            raise RuntimeError(f"the batches of one model stopped at different layers: {sorted(indices)}")
+        self.index = indices.pop()
+        self.calls = [call for _, call in stops]
+
+
+def _pause(index: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        parent = getcurrent().parent
+        if parent is None:
+            raise RuntimeError("a layer under Lockstep was called outside its forward")
+        return parent.switch((index, Call(args, kwargs)))
+
+    return forward
+
+
+def run_layer(layer: nn.Module, call: Call) -> Any:
+    """Answer one call with the layer's real forward (which `Lockstep` has covered on the instance)."""
+    return type(layer).forward(layer, *call.args, **call.kwargs)
+
+
+def check_finite(output: Any, layer: str, batch: int) -> None:
+    """Raise NonFiniteError if any floating-point tensor of a layer's output holds a NaN or an infinity."""
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            # a sum of finite values may overflow, so look at every value before accusing the layer
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"{layer}: {bad} of {tensor.numel()} output values are not finite (calibration batch {batch}, {tensor.dtype}).",
+                    "In float16 activations can overflow: try --dtype bfloat16 or --dtype float32. "
+                    "If it stays, the checkpoint is damaged.",
+                )
+
+
+@contextmanager
+def on_device(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The layer with its tensors on `device` while the context is open."""
+    layer.to(device)
+    try:
+        yield layer
+    finally:
+        layer.to("cpu")

@@ -1,0 +1,221 @@
+"""Reading a checkpoint tensor by tensor, so that a model is never held whole.
+
+Two kinds of file are read: safetensors shards and GGUF. Pickled weights are refused: unpickling runs code. Every read opens
+the file, copies what is asked for and closes it again: pages of a mapped file count as resident memory for as long as the
+mapping lives, and a model read layer by layer would otherwise end up resident as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAMPLE = 1 << 20
+
+
+class WeightSource(ABC):
+    """The tensors of one checkpoint by their names on disk."""
+
+    files: tuple[Path, ...]
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of all tensors, as the checkpoint spells them."""
+
+    @abstractmethod
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Copies of the named tensors on the CPU, in the dtype of the file.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or corrupt, or lacks the tensor; names both.
+        """
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape in the file's header, None where the file stores the tensor in another layout (GGUF)."""
+
+    def fingerprint(self) -> str:
+        """sha256 over the files' names, sizes and three samples of 1 MiB (start, middle, end) of each.
+
+        It tells one checkpoint from another without reading 140 GB; it is no proof of integrity.
+        """
+        digest = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
+        return digest.hexdigest()
+
+
+class SafetensorsSource(WeightSource):
+    """One or many safetensors shards in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where = _locate_shards(folder)
+        self.files = tuple(sorted({folder / file for file in self._where.values()}))
+        self._folder = folder
+        self._shapes = {name: shape for file in self.files for name, shape in _header(file).items()}
+        lost = sorted(set(self._where) - set(self._shapes))
+        if lost:
+            raise CheckpointError(
+                f"{folder / INDEX} promises {len(lost)} tensors that no shard holds, '{lost[0]}' first "
+                f"(it should be in {self._where[lost[0]]}).",
+                "Download or copy the checkpoint again.",
+            )
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._shapes[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self._where[name]].append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            path = self._folder / file
+            try:
+                with safe_open(path, framework="pt", device="cpu") as shard:
+                    tensors.update({name: shard.get_tensor(name).clone() for name in wanted})
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"Cannot read {', '.join(wanted[:3])} from {path}: {error}", "Download or copy that shard again."
+                ) from error
+        return tensors
+
+
+def _locate_shards(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index or the single file."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        try:
+            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not an index of shards: {error!r}", "Download it again.") from error
+        outside = sorted({file for file in where.values() if Path(file).name != file})
+        if outside:
+            raise CheckpointError(f"{index} points outside its folder: '{outside[0]}'.", "Do not use this checkpoint.")
+        missing = sorted({file for file in where.values() if not (folder / file).is_file()})
+        if missing:
+            total = len(set(where.values()))
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of {total} shards are missing, {missing[0]} first.", "Finish the download."
+            )
+        return where
+    if single.is_file():
+        return dict.fromkeys(_header(single), single.name)
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder} holds pickled weights ({pickled[0]}); unpickling can run code, so lrc does not read them.",
+            "Convert it first: load it where you trust it and save_pretrained() it as safetensors.",
+        )
+    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.", "Give a folder with safetensors shards.")
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape for every tensor of a shard; opening it checks the header and the file's length."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or corrupt: {error}", "Download or copy that shard again."
+        ) from error
+
+
+class GgufSource(WeightSource):
+    """The tensors of a GGUF file, dequantized one at a time.
+
+    Names and layout changes (such as the rotary permutation of q and k) come from transformers' own table of GGUF
+    architectures; mixtures of experts, whose experts GGUF stores fused, are not read from GGUF.
+
+    Args:
+        path: the file.
+        model: the model on the meta device; transformers derives the names from it.
+    """
+
+    def __init__(self, path: Path, model: torch.nn.Module) -> None:
+        from gguf import GGUFReader
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        self.files = (path,)
+        config = model.config.to_dict()
+        if config.get("num_experts") or config.get("num_local_experts"):
+            raise ModelError(
+                f"{path.name}: experts of a mixture ({config['model_type']}) are not read from GGUF.", "Use safetensors."
+            )
+        try:
+            reader = GGUFReader(path)
+            architecture = str(reader.fields["general.architecture"].contents())
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            size = path.stat().st_size if path.is_file() else 0
+            raise CheckpointError(f"{path} ({size} bytes) cannot be read as GGUF: {error}", "Get the file again.") from error
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+        self._map = get_gguf_hf_weights_map(model, self._processor)
+        # offsets, so that later reads touch neither the header (a whole vocabulary) nor a lasting mapping
+        known = {self._map[t.name]: t for t in reader.tensors if t.name in self._map}
+        self._layout = {name: (int(t.data_offset), t.data.shape, t.data.dtype) for name, t in known.items()}
+        self._types = {name: (t.name, t.tensor_type) for name, t in known.items()}
+
+    def names(self) -> list[str]:
+        return list(self._layout)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        from gguf import dequantize
+
+        tensors = {}
+        for name in names:
+            offset, shape, dtype = self._layout[name]
+            stored, kind = self._types[name]
+            count = math.prod(shape)
+            data = np.fromfile(self.files[0], dtype=dtype, count=count, offset=offset)
+            if data.size != count:
+                raise CheckpointError(
+                    f"{self.files[0]} ends inside '{stored}': {data.size} of {count} values.", "Get the file again."
+                )
+            done = self._processor.process(
+                weights=dequantize(data.reshape(shape), kind), name=stored, tensor_key_mapping=self._map, parsed_parameters={}
+            )
+            tensors[name] = torch.tensor(done.weights)
+        return tensors
+
+
+def group_by_prefix(source_to_target: Mapping[str, str], prefixes: Iterable[str]) -> dict[str, list[str]]:
+    """Checkpoint names by the module prefix that their renamed form falls under; '' collects the rest."""
+    ordered = list(prefixes)
+    groups: dict[str, list[str]] = {prefix: [] for prefix in [*ordered, ""]}
+    for source, target in source_to_target.items():
+        home = next((prefix for prefix in ordered if target.startswith(prefix + ".")), "")
+        groups[home].append(source)
+    return groups
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the file system that `folder` lies on, for this user."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,110 @@
+"""Mixtures of experts: multiplying by experts that are stored in forms.
+
+transformers 5 keeps all experts of a layer in fused 3-D parameters (experts, out, in) and lets an implementation of the
+experts' forward be registered by name. lrc registers one, `lrc`: it multiplies expert by expert, by the fused parameter where
+that is dense and by a form's module where an expert is factored, and it can show each expert's input to an observer, which is
+how statistics per expert are collected. The gate, the activation and the biases stay the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+IMPLEMENTATION = "lrc"
+_FORMS = "_forms"
+# observer(experts module, parameter name, expert index, input (tokens, in)); one at a time, set by `observe`
+_observers: list[Callable[[nn.Module, str, int, Tensor], None]] = []
+
+
+def register() -> None:
+    """Make transformers know the experts implementation `lrc`; calling it again changes nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+@contextmanager
+def observe(observer: Callable[[nn.Module, str, int, Tensor], None]) -> Iterator[None]:
+    """While the context is open, `observer(module, parameter, expert, input)` sees what each expert multiplies."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Parameter name -> (experts, out, in) of the fused weights of an experts module; empty for any other module."""
+    if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+        return {}
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 3:
+            experts, a, b = parameter.shape
+            found[name] = (experts, b, a) if module.is_transposed else (experts, a, b)
+    return found
+
+
+def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:
+    """One expert's dense weight as (out, in); a view."""
+    weight: Tensor = getattr(module, parameter)[expert]
+    return weight.T if module.is_transposed else weight
+
+
+def install(module: nn.Module, parameter: str, forms: list[nn.Module]) -> None:
+    """Put one module per expert in the place of a fused parameter.
+
+    The fused parameter becomes an empty guard of shape (0,) under its own name: a reader without lrc fails on that shape
+    instead of drawing random experts.
+    """
+    old = getattr(module, parameter)
+    setattr(module, parameter, nn.Parameter(torch.empty(0, dtype=old.dtype, device=old.device), requires_grad=False))
+    module.add_module(parameter + _FORMS, nn.ModuleList(forms))
+
+
+def stored_name(parameter: str, expert: int) -> str:
+    """Where an expert's form lives relative to its experts module: 'gate_up_proj', 3 -> 'gate_up_proj_forms.3'."""
+    return f"{parameter}{_FORMS}.{expert}"
+
+
+def _multiply(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor:
+    for observer in _observers:
+        observer(module, parameter, expert, x)
+    forms = getattr(module, parameter + _FORMS, None)
+    y: Tensor = forms[expert](x) if forms is not None else nn.functional.linear(x, expert_weight(module, parameter, expert))
+    bias = getattr(module, parameter + "_bias", None)
+    return y if bias is None else y + bias[expert]
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' part of a layer, expert by expert.
+
+    Args:
+        self: an experts module of transformers.
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, k) the experts of each token; an index past the last expert means none.
+        top_k_weights: (tokens, k) their weights.
+
+    Returns:
+        (tokens, hidden): the weighted sum of the experts' outputs, summed in float32.
+    """
+    if hidden_states.device.type == "meta":  # shapes only: who multiplies what depends on the data
+        return torch.empty_like(hidden_states)
+    result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.num_experts:
+            continue
+        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        x = _multiply(self, first, expert, hidden_states[token])
+        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        x = _multiply(self, "down_proj", expert, x)
+        if self.has_post_expert_norm:
+            x = self.post_expert_norm(x)
+        result.index_add_(0, token, (x * top_k_weights[token, slot, None]).float())
+    return result.to(hidden_states.dtype)

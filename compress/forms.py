@@ -1,0 +1,128 @@
+"""Forms: how a target is stored, and how to multiply by it.
+
+A form is a value: named tensors, the bytes they take, the dense matrix they stand for. Its module is the same thing inside a
+loaded model. The first tensor of a form that is not dense is stored under the target's original name `<module>.weight`, so
+that a reader without lrc fails on its shape instead of filling in random weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Spec = dict[str, Any]
+
+
+class Form(ABC):
+    """One target's weight in the shape in which it is stored."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to store, by the suffix that follows the target's name."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The (out, in) matrix that this form stands for, in the dtype of its tensors."""
+
+    @abstractmethod
+    def spec(self) -> Spec:
+        """What a loader must know before it opens a file: `kind` and sizes, JSON-able."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, without the bias (which is never compressed)."""
+        return sum(t.numel() * t.element_size() for name, t in self.tensors().items() if name != "bias")
+
+
+@dataclass(frozen=True)
+class LowRank(Form):
+    """`weight ≈ left @ right`.
+
+    Args:
+        left: (out, rank).
+        right: (rank, in).
+        bias: (out,) or None.
+    """
+
+    kind: ClassVar[str] = "low-rank"
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.right.contiguous(), "left": self.left.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def dense(self) -> Tensor:
+        return self.left @ self.right
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "rank": self.right.shape[0], "bias": self.bias is not None}
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same form with its tensors rounded to `dtype`."""
+        return LowRank(self.left.to(dtype), self.right.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class LowRankLinear(nn.Module):
+    """`y = left (weight x) + bias`, where `weight` is the form's right factor, (rank, in), and left is (out, rank)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.weight = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
+        self.left = nn.Parameter(torch.empty(out_features, rank, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.weight), self.left, self.bias)
+
+    def dense(self) -> Tensor:
+        """The (out, in) matrix that this module multiplies by."""
+        return self.left @ self.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+# kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors
+MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = {
+    LowRank.kind: lambda spec, n, m, dtype: LowRankLinear(n, m, spec["rank"], spec["bias"], dtype),
+    "dense": lambda spec, n, m, dtype: nn.Linear(n, m, spec["bias"], dtype=dtype),
+}
+
+
+def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> nn.Module:
+    """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights follow later."""
+    return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
+
+
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Give a module built on any device these tensors as its parameters, without a copy."""
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+    return module.requires_grad_(False)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a module that multiplies by one 2-D weight, None for any other module.
+
+    `nn.Linear` and transformers' `Conv1D` (whose weight is stored (in, out), as in GPT-2) are such modules.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
+        return module.nf, module.nx
+    return None
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The module's weight as (out, in); a view."""
+    weight: Tensor = module.weight
+    return weight if isinstance(module, nn.Linear) else weight.T

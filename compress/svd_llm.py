@@ -1,0 +1,31 @@
+"""SVD-LLM: the best rank-k map for the activations that calibration saw.
+
+Minimises E‖W x - W' x‖² over all W' of rank k, which is the truncated SVD in the metric of the input gram. The optimum is
+`W' = U_k U_kᵀ W` with U_k the leading eigenvectors of E[y yᵀ], y = W x, and its error is the sum of the eigenvalues left out.
+
+When to use: the default among one-shot methods. With `propagate: compressed` the gram comes from inputs that earlier, already
+compressed layers produced.
+
+Cost: one symmetric eigenproblem per target on its smaller side (plus one per group where the output side is the larger).
+Statistics: a gram (in, in) per group or (out, out) per target, whichever is cheaper.
+
+Source: Wang et al., SVD-LLM, arXiv 2403.07378, §3.2 and theorem 3.2. Differences from the authors' code: no Cholesky factor and
+no inverse, so an exactly singular gram needs no damping (linalg.py says why this is the same map); each target's rank follows from
+its own shape, grouped-query k and v included; the grams are means over tokens, not sums.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import LowRankSolution, Settings, TargetStats, balanced, method
+from .linalg import output_eigen
+
+
+@method("svd-llm", source="arXiv 2403.07378", needs=["output_gram"])
+def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> LowRankSolution:
+    """Projection of the weight (out, in) onto its leading output directions; energies are the eigenvalues of E[y yᵀ]."""
+    gram_root = None if stats.output_gram is not None else stats.group.gram_root
+    eigen = output_eigen(weight, gram_root, stats.output_gram)
+    left, right = balanced(eigen.vectors, eigen.vectors.T @ weight.double())
+    return LowRankSolution(left, right, eigen.values)

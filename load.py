@@ -1,0 +1,149 @@
+"""Compressed checkpoints in transformers: `import lrc`, then plain `from_pretrained`.
+
+lrc registers a quantizer under the name that `config.json` carries (`quant_method: lrc`). It swaps the modules named there for
+their forms' modules before weights are loaded; transformers does the rest (devices, dtypes, sharding, saving). Tensor names in
+a compressed checkpoint are the model's own, so no renaming applies to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .compress import experts
+from .compress.forms import MODULES, Spec, build_module, linear_shape
+from .errors import CheckpointError, ModelError
+from .locate import locate
+
+METHOD = "lrc"
+FORMAT_VERSION = 1
+
+
+class LrcConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint.
+
+    Args:
+        modules: module path -> the spec of its form; a fused experts parameter has `{"kind": "experts", "forms": [...]}`.
+        format_version: of this layout; a newer one than this lrc knows is refused.
+        lrc_version: the lrc that wrote it, for the record.
+    """
+
+    def __init__(
+        self, modules: dict[str, Spec] | None = None, format_version: int = FORMAT_VERSION, lrc_version: str = "", **_: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.modules = modules or {}
+        self.format_version = format_version
+        self.lrc_version = lrc_version
+
+
+class LrcQuantizer(HfQuantizer):
+    """Builds the forms' modules; everything else is transformers' own loading."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        version = self.quantization_config.format_version
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This checkpoint has lrc format {version} (written by lrc {self.quantization_config.lrc_version}); "
+                f"this lrc reads up to format {FORMAT_VERSION}.",
+                "Upgrade lrc.",
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        return []  # a compressed checkpoint names its tensors as the model does
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        install_forms(model, self.quantization_config.modules, kwargs.get("dtype") or model.dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def install_forms(model: nn.Module, modules: dict[str, Spec], dtype: torch.dtype) -> None:
+    """Swap the named modules of a model on the meta device for empty modules of their forms."""
+    for name, spec in modules.items():
+        parent_name, _, leaf = name.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            with torch.device("meta"):
+                if spec["kind"] == "experts":
+                    _, out_features, in_features = experts.expert_parameters(parent)[leaf]
+                    forms = [build_module(form, in_features, out_features, dtype) for form in spec["forms"]]
+                else:
+                    shape = linear_shape(getattr(parent, leaf))
+                    if shape is None:
+                        raise AttributeError(f"'{name}' is no linear module")
+                    setattr(parent, leaf, build_module(spec, shape[1], shape[0], dtype))
+        except (AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
+                f"Forms known here: experts, {', '.join(MODULES)}.",
+                "Its config.json was changed, or it was written by a newer lrc.",
+            ) from error
+        if spec["kind"] == "experts":
+            experts.install(parent, leaf, forms)
+    if any(spec["kind"] == "experts" for spec in modules.values()):
+        experts.register()
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+
+
+def register() -> None:
+    """Register lrc with transformers; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(LrcConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(LrcQuantizer)
+
+
+def open_model(
+    model: str, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a model or a compressed checkpoint whole, for evaluation: (model, tokenizer).
+
+    Args:
+        model: a hub id, folder, `.gguf` file, `pkg:PACKAGE/FILE`, or lrc's output folder.
+        dtype: None takes the checkpoint's own (float32 for GGUF).
+        device: a torch device, or 'auto' to spread over all GPUs.
+
+    Raises:
+        ModelError: nothing is there, or the folder holds an unfinished run.
+        CheckpointError: weights are missing, damaged or do not fit.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    location = locate(model)
+    config = location.config(trust_remote_code)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            location.path,
+            gguf_file=location.gguf,
+            dtype=dtype or config.dtype or torch.float32,
+            device_map=device if device == "auto" else {"": device},
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if location.gguf else True,
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Get or write it again.") from error
+    except OSError as error:
+        raise ModelError(f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Give a folder with safetensors.") from error
+    missing = sorted(name for name, tensor in loaded.state_dict().items() if tensor.is_meta)
+    if missing:
+        raise CheckpointError(f"{model}: {len(missing)} tensors have no weights, '{missing[0]}' first.", "Get it again.")
+    return loaded.eval(), location.tokenizer(trust_remote_code)

