@@ -4,6 +4,7 @@ Importing this package is cheap: it loads neither torch nor transformers. It ask
 quantizers is imported, and registers lrc's own there, so that `import lrc` is all that a plain `from_pretrained` needs.
 """
 
+import importlib
 from importlib.metadata import version
 
 import wrapt
@@ -13,6 +14,4 @@ __version__ = version("lrc")
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_module: object) -> None:
-    from . import load
-
-    load.register()
+    importlib.import_module(".load", __name__)  # registers itself at its end

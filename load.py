@@ -147,3 +147,6 @@ def open_model(
     if missing:
         raise CheckpointError(f"{model}: {len(missing)} tensors have no weights, '{missing[0]}' first.", "Get it again.")
     return loaded.eval(), location.tokenizer(trust_remote_code)
+
+
+register()

@@ -7,7 +7,7 @@ flow and no weights exist: targets whose input is one and the same tensor form a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,15 +72,26 @@ class ModelView:
         location: where the checkpoint lies.
         dtype: the dtype to hold and store weights in; None takes the checkpoint's own.
         trust_remote_code: whether modelling code inside the checkpoint may run.
+        prepare: called with the model on the meta device before anything is read, to change modules (a compressed
+            checkpoint's forms); without it compressed checkpoints are refused.
     """
 
-    def __init__(self, location: Location, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        location: Location,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        prepare: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         self.location = location
         self.config = location.config(trust_remote_code)
-        _refuse(self.config, location.name)
+        if prepare is None:
+            _refuse(self.config, location.name)
         self.dtype = dtype or self.config.dtype or torch.float32
         register()
         self.model = _skeleton(self.config, self.dtype, trust_remote_code)
+        if prepare is not None:
+            prepare(self.model)
         self.layers_path, layers = _find_layers(self.model, location.name)
         self.layers: list[nn.Module] = layers
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
@@ -141,6 +152,60 @@ class ModelView:
             self._found = _watch(self)
         return self._found
 
+    @cached_property
+    def numel(self) -> int:
+        """Parameters of the whole model, tied tensors counted once."""
+        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in self.tied)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole model in `self.dtype`, tied tensors counted once."""
+        return _nbytes(parameter for name, parameter in self.model.named_parameters() if name not in self.tied)
+
+    def layer_nbytes(self, layer: int) -> int:
+        """Bytes of one layer's weights."""
+        return _nbytes(self.layers[layer].parameters())
+
+    def outside_nbytes(self, for_calibration: bool = False) -> int:
+        """Bytes outside the layers; without the output head for calibration, which never reaches it."""
+        left_out = {id(p) for layer in self.layers for p in layer.parameters()}
+        if for_calibration and (head := self.untied_head):
+            left_out.add(id(head.weight))
+        named = self.model.named_parameters()
+        return _nbytes(p for name, p in named if id(p) not in left_out and name not in self.tied)
+
+    @property
+    def untied_head(self) -> nn.Module | None:
+        """The output head where it has weights of its own."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None or head.weight is embedding.weight:
+            return None
+        return None if any(self.model.get_submodule(name.rpartition(".")[0]) is head for name in self.tied) else head
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameter -> the parameter that it shares its tensor with."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def outside_parts(self) -> list[list[str]]:
+        """Checkpoint names outside the layers, in parts of one large tensor or many small ones; tied copies left out."""
+        parts: dict[str, list[str]] = {}
+        for name in self._sources[""]:
+            target = self._renamed[name]
+            if target not in self.tied:
+                large = self.model.get_parameter(target).numel() > 1 << 22 if target in self._parameters else False
+                parts.setdefault(target if large else "", []).append(name)
+        return [parts[key] for key in sorted(parts)]
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters()}
+
+    def outside_tensors(self, names: list[str]) -> dict[str, Tensor]:
+        """The loaded tensors that these checkpoint names became, by their names in the model."""
+        state = self.model.state_dict()
+        return {target: state[target] for target in dict.fromkeys(self._renamed[name] for name in names)}
+
     def source_names(self, prefix: str) -> list[str]:
         """The checkpoint's tensors that make up a layer (its name) or everything outside the layers ('')."""
         return self._sources[prefix]
@@ -158,9 +223,20 @@ class ModelView:
         return module
 
     def load_outside(self, names: Iterable[str] | None = None) -> None:
-        """Bring in the weights outside the layers; `names` (checkpoint names) limits which."""
-        self._materialise(list(self._sources[""] if names is None else names))
-        self.model.tie_weights()
+        """Bring in weights outside the layers: those of `names` (checkpoint names), or all that a calibration forward reads."""
+        if names is None:
+            head = self.untied_head
+            unread = {name for name, p in self.model.named_parameters() if head is not None and p is head.weight}
+            names = [name for name in self._sources[""] if self._renamed[name] not in unread]
+        self._materialise(list(names))
+
+    def load_head(self) -> None:
+        """Bring in the output head, for a forward that goes on to the logits."""
+        if (head := self.untied_head) is None:
+            self.model.tie_weights()
+        else:
+            names = {name for name, parameter in self.model.named_parameters() if parameter is head.weight}
+            self._materialise([name for name in self._sources[""] if self._renamed[name] in names])
 
     def unload(self, prefix: str = "") -> None:
         """Send weights back to the meta device: one layer's, or with '' all that lie outside the layers."""
@@ -209,8 +285,7 @@ class ModelView:
     def _check_headers(self) -> None:
         """Compare the headers with the model, so that a missing tensor is known before any work."""
         have = set(self._renamed.values())
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in tied]
+        missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
         if missing:
             raise CheckpointError(
                 f"{self.location.name}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
@@ -243,6 +318,7 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Mo
             f"transformers cannot build a causal language model of type '{config.model_type}': {str(error).splitlines()[0]}",
             "If its code comes with the checkpoint and you trust it, add --trust-remote-code.",
         ) from error
+    model.tie_weights()
     model.eval()
     model.requires_grad_(False)
     return model
@@ -277,6 +353,10 @@ def _renamed(model: nn.Module, source: WeightSource) -> tuple[dict[str, str], li
         else:
             unused.append(name)
     return renamed, unused
+
+
+def _nbytes(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _to_meta(module: nn.Module, recurse: bool = True) -> None:

@@ -48,13 +48,15 @@ class Lockstep:
         model: the whole model; what lies outside `layers` must have its weights by the time of `start`.
         layers: its decoder layers, in order; they may be on the meta device, since they are never called through the model.
 
-    Use as a context; `calls` holds one `Call` per batch for the layer that all batches stand before.
+    Use as a context; `calls` holds one `Call` per batch for the layer (`index`) that all batches stand before. After the last
+    layer was answered, `results` holds what the model returned for each batch.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self._model, self._layers = model, list(layers)
         self._forwards: list[greenlet] = []
         self.calls: list[Call] = []
+        self.results: list[Any] = []
         self.index = -1
 
     def __enter__(self) -> Lockstep:
@@ -81,7 +83,7 @@ class Lockstep:
 
     def _stand(self, stops: list[Any]) -> None:
         if any(forward.dead for forward in self._forwards):
-            self.index, self.calls = len(self._layers), []
+            self.index, self.calls, self.results = len(self._layers), [], stops
             return
         indices = {index for index, _ in stops}
         if len(indices) != 1:

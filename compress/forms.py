@@ -35,6 +35,14 @@ class Form(ABC):
     def spec(self) -> Spec:
         """What a loader must know before it opens a file: `kind` and sizes, JSON-able."""
 
+    @abstractmethod
+    def with_bias(self, bias: Tensor | None) -> Form:
+        """The same form with the module's own bias (out,) added to whatever bias the method gave it."""
+
+    @abstractmethod
+    def stored(self, dtype: torch.dtype) -> Form:
+        """The same form as it goes to disk: floating-point tensors rounded to `dtype`, on the CPU."""
+
     @property
     def nbytes(self) -> int:
         """Bytes on disk, without the bias (which is never compressed)."""
@@ -66,9 +74,14 @@ class LowRank(Form):
     def spec(self) -> Spec:
         return {"kind": self.kind, "rank": self.right.shape[0], "bias": self.bias is not None}
 
-    def to(self, dtype: torch.dtype) -> LowRank:
-        """The same form with its tensors rounded to `dtype`."""
-        return LowRank(self.left.to(dtype), self.right.to(dtype), None if self.bias is None else self.bias.to(dtype))
+    def with_bias(self, bias: Tensor | None) -> LowRank:
+        if bias is None:
+            return self
+        return LowRank(self.left, self.right, bias.to(self.left) if self.bias is None else self.bias + bias.to(self.bias))
+
+    def stored(self, dtype: torch.dtype) -> LowRank:
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        return LowRank(self.left.to("cpu", dtype).contiguous(), self.right.to("cpu", dtype).contiguous(), bias)
 
 
 class LowRankLinear(nn.Module):

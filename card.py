@@ -1,0 +1,36 @@
+"""The model card of a compressed checkpoint: what it is, how to load it, what to cite."""
+
+from __future__ import annotations
+
+from .compress.base import get_method
+from .plan import Plan
+
+
+def model_card(plan: Plan) -> str:
+    """README.md in Markdown with the hub's YAML header."""
+    method = get_method(plan.recipe.method)
+    compressed = sum(not step.choice.dense for step in plan.steps)
+    return f"""---
+library_name: transformers
+base_model: "{plan.model["name"]}"
+tags: [lrc, compressed, {method.name}]
+---
+
+# {plan.model["name"]}, compressed by lrc
+
+{method.summary} Source: {method.source}.
+
+| | before | after |
+|---|---|---|
+| compressed matrices | {plan.targets_before:,} bytes | {plan.targets_after:,} bytes ({plan.ratio:.1%} removed) |
+| whole model | {plan.whole_bytes:,} bytes | {plan.whole_after:,} bytes ({plan.whole_ratio:.1%} removed) |
+
+{compressed} of {len(plan.steps)} matrices are stored in another form; `lrc.json` lists every one with its error.
+
+```python
+import lrc  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+"""

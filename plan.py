@@ -1,0 +1,211 @@
+"""What will happen: every target's form and bytes, what stays and why, and the memory that it takes.
+
+A plan is a value, made from the configuration and the files' headers before anything runs. `identity` is what a resumed run
+must agree with; the estimates are for people.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from .budget import break_even, low_rank_bytes, uniform
+from .calibrate.stats import Wanted, wanted
+from .compress.base import Choice, get_method
+from .errors import BudgetError, RecipeError, did_you_mean
+from .model import Kept, ModelView, Target
+from .recipe import Recipe
+
+TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target and what becomes of it."""
+
+    target: Target
+    choice: Choice
+    bytes_before: int
+    bytes_after: int
+    why_dense: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak of resident memory in bytes, by part; docs/memory.md states the formula."""
+
+    process: int
+    outside: int
+    layer: int
+    activations: int
+    statistics: int
+    forward: int
+    solve: int
+    factors: int
+
+    @property
+    def peak(self) -> int:
+        """The largest of three moments: embedding the tokens, a layer's forward, solving its largest target."""
+        embedding = self.outside + self.activations
+        forward = self.layer + self.activations + self.statistics + self.forward
+        solve = self.layer + self.activations + self.statistics + self.solve + self.factors
+        return self.process + max(embedding, forward, solve)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved compression.
+
+    Args:
+        recipe: with every default filled in.
+        steps: one per target, in the order in which a forward reaches them.
+        kept: everything that is not a target, with reasons.
+        dtype: of the stored tensors.
+        model: name, fingerprint of the files, configuration hash.
+        whole_bytes: the model's bytes before (tied tensors counted once).
+        whole_numel: its parameters before.
+        batch: calibration samples that go through a layer at once.
+        memory: the prediction.
+    """
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    kept: tuple[Kept, ...]
+    dtype: torch.dtype
+    model: dict[str, Any]
+    whole_bytes: int
+    whole_numel: int
+    batch: int
+    memory: Memory
+
+    @property
+    def targets_before(self) -> int:
+        return sum(step.bytes_before for step in self.steps)
+
+    @property
+    def targets_after(self) -> int:
+        return sum(step.bytes_after for step in self.steps)
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the targets' bytes that is removed."""
+        return 1 - self.targets_after / self.targets_before
+
+    @property
+    def whole_after(self) -> int:
+        return self.whole_bytes - self.targets_before + self.targets_after
+
+    @property
+    def whole_ratio(self) -> float:
+        """Fraction of the whole model's bytes that is removed."""
+        return 1 - self.whole_after / self.whole_bytes
+
+    def layer_steps(self, layer: int) -> list[Step]:
+        return [step for step in self.steps if step.target.layer == layer]
+
+    def wanted(self, layer: int) -> Wanted:
+        """The statistics to collect in a layer: those of the targets that are not left dense."""
+        targets = [step.target for step in self.layer_steps(layer) if not step.choice.dense]
+        return wanted(targets, get_method(self.recipe.method).needs)
+
+    def identity(self, calibration_hash: str) -> dict[str, Any]:
+        """What a run is of; equal identities give equal bytes on one machine."""
+        recipe = self.recipe.resolved()
+        recipe["calibration"] |= {"tokens": calibration_hash}
+        return {
+            "recipe": recipe,
+            "model": {key: value for key, value in self.model.items() if key != "name"},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+        }
+
+
+def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
+    """Resolve a recipe against a model.
+
+    Raises:
+        BudgetError: no ratio, or one that cannot be met.
+        RecipeError: a `keep` pattern matches no target.
+    """
+    if recipe.ratio is None:
+        raise BudgetError("How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes).")
+    element = torch.empty((), dtype=view.dtype).element_size()
+    kept_dense = _kept_dense(view.targets, recipe.keep)
+    open_targets = {t.name: (t.out_features, t.in_features) for t in view.targets if t.name not in kept_dense}
+    choices = uniform(open_targets, recipe.ratio, recipe.rank_multiple)
+    steps = []
+    for target in view.targets:
+        before = target.numel * element
+        choice = choices.get(target.name, Choice())
+        after = before if choice.rank is None else low_rank_bytes(target.out_features, target.in_features, choice.rank, element)
+        steps.append(Step(target, choice, before, after, _why_dense(target, choice, kept_dense)))
+    batch = max(1, TOKENS_PER_BATCH // recipe.calibration.length)
+    plan = Plan(
+        recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
+        Memory(0, 0, 0, 0, 0, 0, 0, 0),
+    )  # fmt: skip
+    return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
+
+
+def _kept_dense(targets: list[Target], patterns: tuple[str, ...]) -> dict[str, str]:
+    """Target -> the pattern that keeps it; patterns match full names and roles."""
+    found: dict[str, str] = {}
+    problems = []
+    for pattern in patterns:
+        hits = [t.name for t in targets if fnmatch.fnmatch(t.name, pattern) or fnmatch.fnmatch(t.role, pattern)]
+        if not hits:
+            roles = sorted({t.role for t in targets})
+            problems.append(f"keep: '{pattern}' matches no target. {did_you_mean(pattern, roles)}")
+        found.update(dict.fromkeys(hits, pattern))
+    if problems:
+        raise RecipeError("recipe", problems)
+    return found
+
+
+def _why_dense(target: Target, choice: Choice, kept: dict[str, str]) -> str:
+    if target.name in kept:
+        return f"kept by '{kept[target.name]}'"
+    if choice.dense:
+        return f"the budget allows a rank past break-even ({break_even(target.out_features, target.in_features)})"
+    return ""
+
+
+def _identify(view: ModelView) -> dict[str, Any]:
+    return {"name": view.location.name, "type": view.config.model_type, "fingerprint": view.source.fingerprint()}
+
+
+def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
+    """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
+    element = torch.empty((), dtype=view.dtype).element_size()
+    calibration = plan.recipe.calibration
+    text = view.config.get_text_config()
+    hidden = calibration.samples * calibration.length * text.hidden_size * element
+    by_layer: dict[int, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        by_layer[step.target.layer].append(step)
+    weights = max(view.layer_nbytes(layer) for layer in range(len(view.layers)))
+    statistics = max((plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()), default=0)
+    widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
+    tokens = plan.batch * calibration.length
+    solve = max((_solve_bytes(s.target) for s in plan.steps if not s.choice.dense), default=0)
+    return Memory(
+        process=psutil.Process().memory_info().rss,
+        outside=view.outside_nbytes(for_calibration=True),
+        layer=weights,
+        activations=3 * hidden,
+        statistics=2 * statistics * devices,
+        forward=tokens * widest * (2 * element + 8),
+        solve=solve,
+        factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
+    )
+
+
+def _solve_bytes(target: Target) -> int:
+    """Workspace of one target in float64: about four copies of the weight and six of the smaller side's square."""
+    small = min(target.out_features, target.in_features)
+    return 8 * (4 * target.numel + 6 * small**2)

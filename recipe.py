@@ -1,0 +1,196 @@
+"""What the user wants: a recipe, read from YAML, overridden from the command line, checked as a whole.
+
+A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused, and all
+mistakes are shown together. Overrides are applied before the check, so they are checked too.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .calibrate.data import CalibrationSpec
+from .compress.base import Method, Settings, get_method, methods
+from .errors import LrcError, RecipeError, did_you_mean
+
+
+class Recipe(BaseModel):
+    """One compression, as wanted.
+
+    Args:
+        method: a name from `lrc recipe methods`.
+        settings: the method's own settings.
+        ratio: fraction of the targets' bytes to remove, 0 to below 1; required to compress, may come from the command line.
+        rank_multiple: ranks are rounded down to a multiple of this.
+        propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
+            compressed (sequential).
+        keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
+        calibration: what statistics are taken on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    ratio: float | None = Field(None, ge=0, lt=1)
+    rank_multiple: int = Field(1, ge=1, le=1024)
+    propagate: Literal["original", "compressed"] = "original"
+    keep: tuple[str, ...] = ()
+    calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in methods():
+            raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
+        return name
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Recipe:
+        parse_settings(get_method(self.method), self.settings)
+        return self
+
+    @property
+    def parsed_settings(self) -> Settings:
+        """The method's settings as its own class, defaults filled in."""
+        return get_method(self.method).settings(**self.settings)
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
+        return self.model_dump(mode="json") | {"settings": self.parsed_settings.model_dump(mode="json")}
+
+
+def parse_settings(method: Method, settings: Mapping[str, Any]) -> Settings:
+    """The method's settings object; problems are prefixed with 'settings.'."""
+    try:
+        return method.settings(**settings)
+    except ValidationError as error:
+        problems = _problems(error, method.settings, "settings.")
+        raise ValueError("; ".join(problems)) from None
+
+
+def shipped() -> dict[str, str]:
+    """The shipped recipes: name -> YAML text."""
+    folder = importlib.resources.files("lrc.recipes")
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def summary(text: str) -> str:
+    """What a recipe says of itself: its first comment line."""
+    first = text.lstrip().splitlines()[0] if text.strip() else ""
+    return first.lstrip("# ").strip()
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by shipped name or path, apply overrides, check it.
+
+    Args:
+        name: a shipped recipe's name or a YAML file's path.
+        overrides: dotted key -> value, from the command line's own flags; None values are left out.
+        settings: `KEY=VALUE` strings; KEY is dotted ('calibration.samples'), VALUE is read as YAML.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    where, text = read_recipe(name)
+    data = _parse(where, text)
+    problems: list[str] = []
+    for item in settings:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            problems.append(f"--set '{item}': write KEY=VALUE, such as --set calibration.samples=64")
+            continue
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problems.append(f"--set '{item}': the value is not YAML: {str(error).splitlines()[0]}")
+            continue
+        problems += _put(data, key, parsed)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            problems += _put(data, key, value)
+    try:
+        recipe = Recipe(**data)
+    except ValidationError as error:
+        raise RecipeError(where, problems + _problems(error, Recipe)) from None
+    except TypeError:
+        raise RecipeError(where, [*problems, "keys must be words"]) from None
+    if problems:
+        raise RecipeError(where, problems)
+    return recipe
+
+
+def read_recipe(name: str) -> tuple[str, str]:
+    """(where, YAML text) of a shipped recipe or a file.
+
+    Raises:
+        RecipeError: neither exists.
+    """
+    known = shipped()
+    if name in known:
+        return f"recipe {name}", known[name]
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise RecipeError(name, ["there is no shipped recipe and no file of that name"], did_you_mean(name, known))
+    try:
+        return str(path), path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(name, [f"cannot be read: {error}"]) from error
+
+
+def _parse(where: str, text: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(data, dict):
+        raise RecipeError(where, ["a recipe is a mapping of keys to values, such as 'method: svd-llm'"])
+    return data
+
+
+def _put(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
+    *path, last = dotted.split(".")
+    at = data
+    for index, part in enumerate(path):
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            return [f"'{dotted}': '{'.'.join(path[: index + 1])}' is a value, not a mapping"]
+    at[last] = value
+    return []
+
+
+def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per mistake, in the user's words."""
+    lines = []
+    for item in error.errors():
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(model, item["loc"][:-1])
+            lines.append(f"unknown key '{key}'. {did_you_mean(str(item['loc'][-1]), fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"'{key}' is missing")
+        else:
+            shown = f" (got {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
+            cause = item.get("ctx", {}).get("error")
+            message = str(cause) if isinstance(cause, LrcError | ValueError) else item["msg"]
+            lines.append(f"{key}: {message}{shown}" if key else message)
+    return lines
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return list(model.model_fields)
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,93 @@
+"""Is a finished artifact whole? Hashes, names, shapes, and a forward over a few tokens, streamed layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import read_record, sha256_of
+from .calibrate.stream import Lockstep, check_finite, run_layer
+from .errors import CheckpointError, NonFiniteError
+from .load import LrcConfig, LrcQuantizer, install_forms
+from .locate import Location
+from .model import ModelView
+
+_TOKENS = 8
+
+
+def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
+    """Check an artifact and return its record (`lrc.json`).
+
+    Args:
+        folder: lrc's output.
+        hashes: recompute every shard's sha256 (reads every byte) instead of comparing sizes only.
+
+    Raises:
+        CheckpointError: a shard is missing, changed, or does not fit the model.
+        NonFiniteError: the model's logits over a few tokens are not finite.
+    """
+    record = read_record(folder)
+    _check_files(folder, record, hashes)
+    view = ModelView(Location(str(folder), folder), prepare=_install)
+    for name in view.source.names():
+        expected = view.model.state_dict().get(name)
+        if expected is None:
+            raise CheckpointError(f"{folder}: the tensor '{name}' has no place in the model.", "Write the artifact again.")
+        if tuple(expected.shape) != view.source.shape(name):
+            raise CheckpointError(
+                f"{folder}: '{name}' has shape {view.source.shape(name)}, the model wants {tuple(expected.shape)}.",
+                "config.json and the shards do not belong together.",
+            )
+    _check_bytes(folder, record, view)
+    _check_logits(folder, view)
+    return record
+
+
+def _install(model: torch.nn.Module) -> None:
+    """Build the forms that config.json names; a model whose targets all stayed dense has none."""
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is None:
+        return
+    config = LrcConfig(**(stored if isinstance(stored, dict) else stored.to_dict()))
+    LrcQuantizer(config).validate_environment()
+    install_forms(model, config.modules, model.dtype)
+
+
+def _check_files(folder: Path, record: dict[str, Any], hashes: bool) -> None:
+    for name, expected in record["shards"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.", "Copy it again, or write the artifact again.")
+        size = path.stat().st_size
+        if size != expected["nbytes"]:
+            raise CheckpointError(f"{path} has {size} bytes; {expected['nbytes']} were written.", "Copy it again.")
+        if hashes and sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} has the right size, but its content has changed (sha256).", "Copy it again.")
+
+
+def _check_bytes(folder: Path, record: dict[str, Any], view: ModelView) -> None:
+    held = view.nbytes
+    promised = record["bytes"]["model_after"]
+    if held != promised:
+        raise CheckpointError(f"{folder}: the model takes {held} bytes; the plan said {promised}.", "This is a bug: report it.")
+
+
+@torch.no_grad()
+def _check_logits(folder: Path, view: ModelView) -> None:
+    vocabulary = view.config.get_text_config().vocab_size
+    ids = torch.arange(1, _TOKENS + 1).remainder(vocabulary)[None]
+    view.load_outside()
+    with Lockstep(view.model, view.layers) as steps:
+        steps.start([{"input_ids": ids}])
+        for index, name in enumerate(view.layer_names):
+            output = run_layer(view.load(name), steps.calls[0])
+            check_finite(output, name, 0)
+            view.unload(name)
+            if index == len(view.layers) - 1:
+                view.load_head()
+            steps.answer([output])
+        logits = steps.results[0].logits
+    if not torch.isfinite(logits).all():
+        raise NonFiniteError(f"{folder}: the logits over {_TOKENS} tokens are not finite.", "Compress again with --dtype float32.")
