@@ -1,0 +1,304 @@
+"""The command line: parses, calls, prints. No mathematics.
+
+torch and transformers are imported inside the commands, so that `lrc --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import LrcError, RequestError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+app = typer.Typer(
+    help="Compress language models after training, and measure what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0,cuda:1 (samples are spread over them), or auto.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
+Recipe = Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")]
+Ratio = Annotated[float | None, typer.Option(help="Fraction of the compressed matrices' bytes to remove, 0 to below 1.")]
+Calibrate = Annotated[str | None, typer.Option("--calibration", help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from . import __version__
+
+        print(f"lrc {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the result; the same command continues an interrupted run in it.")],
+    recipe: Recipe = "svd-llm",
+    ratio: Ratio = None,
+    calibration: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    propagate: Propagate = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    set_: Set = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
+    from .report import Progress, print_plan
+
+    overrides = {
+        "ratio": ratio,
+        "propagate": propagate,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "calibration.seed": seed,
+    }
+    view, plan = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
+    print_plan(plan)
+    if dry_run:
+        return
+    from .calibrate.data import load_calibration
+    from .generate import generator
+    from .run import execute
+
+    devices = _devices(device)
+    tokenizer = view.location.tokenizer(trust_remote_code)
+    texts = load_calibration(plan.recipe.calibration, tokenizer, generator(model, view.dtype, devices[0], trust_remote_code))
+    with Progress(plan) as progress:
+        done = execute(plan, view, texts, out, devices=devices, restart=restart, notify=progress.layer)
+    if not done:
+        print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
+        return
+    progress.finish(out)
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: Recipe = "svd-llm",
+    ratio: Ratio = None,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    set_: Set = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every target and everything that is kept.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print what `lrc compress` would do; reads headers only."""
+    from .report import print_plan
+
+    overrides = {"ratio": ratio, "calibration.samples": samples, "calibration.length": length}
+    _, made = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
+    print_plan(made, verbose=verbose)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="wikitext2, ptb, c4, text:PATH, or any lm-eval task; comma-separated.")],
+    length: Annotated[int, typer.Option(help="Tokens in each perplexity window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows.")] = None,
+    limit: Annotated[float | None, typer.Option(help="lm-eval: only the first N documents (or a fraction).")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="lm-eval: examples in the prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows or requests at a time.")] = 1,
+    bos: Annotated[str, typer.Option(help="BOS before each window: auto, always or never.")] = "auto",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    allow_calibration_text: Annotated[
+        bool, typer.Option("--allow-calibration-text", help="Evaluate even on the text that calibration saw.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
+    import json
+
+    from .artifact import RECORD, read_record
+    from .evaluate import evaluate, results_json
+    from .load import open_model
+    from .report import print_results
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise RequestError(f"The folder of --json {json_file} does not exist.", "Create it first.")
+    names = _split_tasks(tasks)
+    measured = {}
+    for name in [model, *([baseline] if baseline else [])]:
+        provenance: list[dict[str, Any]] = []
+        if (Path(name) / RECORD).is_file():
+            provenance = read_record(Path(name))["calibration"]["provenance"]
+        loaded, tokenizer = open_model(name, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
+        measured[name] = evaluate(
+            loaded,
+            tokenizer,
+            names,
+            length=length,
+            bos=bos,
+            max_windows=max_windows,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            include_path=include_path,
+            calibration_provenance=provenance,
+            allow_calibration_text=allow_calibration_text,
+        )
+        del loaded
+    print_results(model, measured[model], baseline, measured.get(baseline or ""))
+    if json_file is not None:
+        whole = results_json(model, measured[model], baseline, measured.get(baseline or ""))
+        json_file.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")]) -> None:
+    """Check a compressed checkpoint: hashes, shapes, and that it runs."""
+    from .verify import verify as check
+
+    record = check(folder)
+    held = record["bytes"]
+    print(f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, logits finite.")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The shipped recipes."""
+    from .recipe import shipped, summary
+
+    recipes = shipped()
+    for name, text in recipes.items():
+        print(f"{name:<{max(map(len, recipes))}}  {summary(text)}")
+
+
+@recipe_app.command("methods")
+def recipe_methods() -> None:
+    """The methods that recipes may name."""
+    from .compress.base import methods
+
+    known = methods()
+    for name, method in known.items():
+        print(f"{name:<{max(map(len, known))}}  {method.summary} [{method.source}]")
+
+
+@recipe_app.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+    """Print a recipe; redirect it into a file to make your own."""
+    from .recipe import read_recipe
+
+    print(read_recipe(name)[1], end="")
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Set = None
+) -> None:
+    """Check a recipe and print it with every default spelled out."""
+    import yaml
+
+    from .recipe import load_recipe
+
+    print(yaml.safe_dump(load_recipe(file, settings=set_ or []).resolved(), sort_keys=False), end="")
+
+
+def _plan(
+    model: str, recipe: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None, trust: bool
+) -> tuple[Any, Plan]:
+    """Check the request from the cheapest part to the dearest, then make the plan."""
+    from .recipe import load_recipe
+
+    wanted = load_recipe(recipe, overrides, settings)
+    number = _dtype(dtype)
+    devices = _devices(device)
+    _quiet()
+    from .locate import locate
+    from .model import ModelView
+    from .plan import make_plan
+
+    view = ModelView(locate(model), number, trust)
+    return view, make_plan(view, wanted, len(devices))
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise RequestError(f"'{name}' is no dtype of a checkpoint.", f"Known: {', '.join(known)}.")
+    return known[name] if name else None
+
+
+def _devices(text: str) -> list[Any]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if text == "auto":
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    devices = []
+    for part in text.split(","):
+        try:
+            device = torch.device(part.strip())
+        except RuntimeError:
+            raise RequestError(f"'{part}' is no device.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.") from None
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
+        devices.append(device)
+    return devices
+
+
+def _split_tasks(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise RequestError("--tasks is empty.", "Name tasks, such as --tasks wikitext2 or --tasks text:FILE.")
+    return names
+
+
+def _quiet() -> None:
+    """transformers' own bars and notices would break lrc's."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in a message and an exit code, a bug in a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LrcError as error:
+        print(f"lrc: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("lrc: interrupted; the same command continues.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

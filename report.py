@@ -1,0 +1,171 @@
+"""What a person sees: plans, progress and results, as tables on a terminal and as plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .evaluate import TaskResult, compare
+from .plan import Plan, Step
+from .run import LayerReport
+
+console = Console(highlight=False)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them: '269.1 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def print_plan(plan: Plan, verbose: bool = False) -> None:
+    """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
+    calibration = plan.recipe.calibration
+    console.print(
+        f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) by [bold]{plan.recipe.method}[/], "
+        f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("targets", "shape", "count", "form", "before", "after"):
+        table.add_column(column, justify="left" if column in ("targets", "shape", "form") else "right")
+    for label, shape, steps in _by_role(plan.steps, verbose):
+        table.add_row(
+            label, f"{shape[0]} × {shape[1]}", str(len(steps)), _form(steps),
+            size(sum(s.bytes_before for s in steps)), size(sum(s.bytes_after for s in steps)),
+        )  # fmt: skip
+    console.print(table)
+    numbers_before = sum(step.target.numel for step in plan.steps)
+    numbers_after = numbers_before * plan.targets_after // plan.targets_before
+    console.print(
+        f"removed: {plan.ratio:.2%} of the targets ({size(plan.targets_before)} → {size(plan.targets_after)}, "
+        f"{numbers_before:,} → {numbers_after:,} parameters); "
+        f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
+    )
+    _print_kept(plan, verbose)
+    console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
+
+
+def _by_role(steps: Iterable[Step], verbose: bool) -> list[tuple[str, tuple[int, int], list[Step]]]:
+    rows: dict[tuple[Any, ...], list[Step]] = defaultdict(list)
+    for step in steps:
+        target = step.target
+        key = (target.name,) if verbose else (target.role,)
+        rows[*key, (target.out_features, target.in_features)].append(step)
+    return [(key[0], key[-1], group) for key, group in rows.items()]
+
+
+def _form(steps: Sequence[Step]) -> str:
+    ranks = sorted({step.choice.rank for step in steps if step.choice.rank is not None})
+    dense = [step for step in steps if step.choice.dense]
+    parts = []
+    if ranks:
+        parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}")
+    if dense:
+        parts.append(f"dense{'' if len(dense) == len(steps) else f' ({len(dense)})'}: {dense[0].why_dense}")
+    return ", ".join(parts)
+
+
+def _print_kept(plan: Plan, verbose: bool) -> None:
+    if verbose:
+        for kept in plan.kept:
+            console.print(f"kept: {kept.name} ({kept.numel:,} parameters): {kept.reason}")
+        return
+    reasons: dict[str, list[int]] = defaultdict(list)
+    for kept in plan.kept:
+        reasons[kept.reason].append(kept.numel)
+    for reason, numbers in reasons.items():
+        console.print(f"kept: {len(numbers)} tensors ({sum(numbers):,} parameters): {reason}")
+
+
+class Progress:
+    """One bar on a terminal and one line per finished layer; plain lines where output is not a terminal."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._started = plan, time.perf_counter()
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._peak = 0
+        self._notes: list[str] = []
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._task = self._bar.add_task("layers", total=len({step.target.layer for step in self._plan.steps}))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def layer(self, report: LayerReport) -> None:
+        """Print one finished layer and move the bar on."""
+        self._peak = report.peak_bytes
+        solved = [record for record in report.records if record.error is not None]
+        self._notes += [f"{record.name}: {record.note}" for record in solved if record.note]
+        if report.resumed:
+            text = "finished earlier, replayed"
+        elif solved:
+            mean = sum(record.error or 0.0 for record in solved) / len(solved)
+            ranks = sorted(record.form["rank"] for record in solved if "rank" in record.form)
+            shown = f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+            damping = max(record.damping for record in solved)
+            text = f"{len(solved)} targets{shown}, relative error {mean:.4f}, damping {damping:g}"
+        else:
+            text = "all dense"
+        console.print(f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}")
+        self._bar.update(self._task, completed=report.index + 1, total=report.layers)
+
+    def finish(self, out: Path) -> None:
+        """The closing lines: what was written, how long it took, and warnings."""
+        for note in self._notes[:10]:
+            console.print(f"note: {note}")
+        if len(self._notes) > 10:
+            console.print(f"note: … and {len(self._notes) - 10} more in {out / 'lrc.json'}")
+        seconds = time.perf_counter() - self._started
+        console.print(
+            f"{out}: {size(self._plan.whole_bytes)} → {size(self._plan.whole_after)} in {seconds:.0f} s, "
+            f"peak memory {size(self._peak)} (predicted {size(self._plan.memory.peak)}). Checked: it loads, its logits are finite."
+        )
+
+
+def print_results(
+    model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
+) -> None:
+    """A table of metrics, with the baseline and differences beside them where there is one."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric")
+    table.add_column(model, justify="right", overflow="fold")
+    table.add_column("± standard error", justify="right")
+    if baseline_results is None:
+        table.add_column("tokens", justify="right")
+        for result in results:
+            table.add_row(result.metric, f"{result.value:.4f}", _error(result.stderr), f"{result.tokens:,}" if result.tokens else "")
+    else:
+        table.add_column(str(baseline), justify="right", overflow="fold")
+        table.add_column("difference", justify="right")
+        errors = {result.metric: result.stderr for result in results}
+        for row in compare(results, baseline_results):
+            table.add_row(
+                row["metric"], f"{row['value']:.4f}", _error(errors.get(row["metric"])), f"{row['baseline']:.4f}",
+                f"{row['difference']:+.4f} ({row['relative_difference']:+.1%})",
+            )  # fmt: skip
+    console.print(table)
+    for result in results:
+        speed = result.protocol.get("tokens_per_second")
+        if speed:
+            console.print(f"{result.task}: {speed:,.0f} tokens/s on {result.protocol.get('device', '?')}")
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
