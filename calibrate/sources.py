@@ -1,0 +1,216 @@
+"""Where text comes from: named data sets of the hub, local files, the standard library's docstrings.
+
+A source is written as one word: `wikitext2`, `c4`, `ptb`, `pile`, `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`, `text:PATH`,
+`jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `self` or `pydoc`. `parse_source` and `parse_mix` read that word, `read_stream`
+gives a source that is one long text, `open_documents` one that is made of documents. No tokens here: those are in `data`.
+
+The splits, columns and joiners of the named data sets are those of the GPTQ line of papers (arXiv:2210.17323 and its
+successors), so that perplexities can be put beside published ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationError, RequestError, did_you_mean
+from .readers import Document, HubData, drawn, hub_documents, json_lines, line_starts, parquet_rows, stdlib_docstrings
+
+# Two small ones are downloaded (the hub's cache then answers offline); the others are streamed. ptb's main branch holds a
+# loading script, which `datasets` no longer runs; the hub's own parquet conversion holds the same rows.
+NAMED = {
+    "wikitext2": HubData("Salesforce/wikitext", "wikitext-2-raw-v1", streamed=False),
+    "ptb": HubData(
+        "ptb-text-only/ptb_text_only", column="sentence", revision="refs/convert/parquet", streamed=False, joiner=" "
+    ),
+    "c4": HubData("allenai/c4", files="en/c4-train.00000-of-01024.json.gz", joiner=" ", identity="allenai/c4:en"),
+    "pile": HubData("NeelNanda/pile-10k"),
+}
+HELD_OUT = {
+    "wikitext2": replace(NAMED["wikitext2"], split="test"),
+    "ptb": replace(NAMED["ptb"], split="test"),
+    "c4": replace(NAMED["c4"], split="validation", files="en/c4-validation.00000-of-00008.json.gz"),
+}
+SHAPES = {
+    "hf": "hf:NAME[:CONFIG][:SPLIT][:COLUMN]",
+    "text": "text:PATH",
+    "jsonl": "jsonl:PATH[:FIELD]",
+    "parquet": "parquet:PATH[:COLUMN]",
+}
+PLAIN = (*NAMED, "self", "pydoc")
+STREAMS = ("text", "wikitext2", "ptb")
+"""Kinds that are one long text; the others are made of documents (`self` is neither: it gives tokens)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One parsed source. `path` and `field` belong to local files, `hub` to data sets of the hub."""
+
+    text: str
+    kind: str
+    path: Path | None = None
+    field: str = "text"
+    hub: HubData | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the provenance says about the source before anything is read."""
+        if self.hub is None:
+            return {"source": self.text, "split": None}
+        identity = self.hub.identity or ":".join(filter(None, (self.hub.name, self.hub.config)))
+        return {"source": self.text, "split": self.hub.split, "dataset": identity}
+
+
+def parse_source(text: str, split: str = "train") -> Source:
+    """Read one source as a person writes it; nothing is opened.
+
+    Args:
+        text: the source, e.g. `jsonl:notes.jsonl:body`. A path may hold colons if a file of that name exists.
+        split: the split that `hf:` takes when it names none.
+
+    Raises:
+        RequestError: no such kind of source (with the nearest known one), or its argument is missing or not wanted.
+    """
+    kind, colon, rest = text.strip().partition(":")
+    if kind in PLAIN:
+        if colon:
+            raise RequestError(f"Source '{text}': {kind} takes nothing after it.", f"Write {kind}, or {SHAPES['hf']}.")
+        return Source(kind, kind, hub=NAMED.get(kind))
+    if kind not in SHAPES:
+        if Path(text).expanduser().is_file():
+            suffix = Path(text).suffix.removeprefix(".")
+            raise RequestError(f"'{text}' is a file, not a source.", f"Write {suffix if suffix in SHAPES else 'text'}:{text}.")
+        known = [*PLAIN, *(f"{name}:" for name in SHAPES)]
+        raise RequestError(f"No source is called '{text}'.", did_you_mean(kind + colon, known))
+    if not rest.strip(":"):
+        raise RequestError(f"Source '{text}': something is missing after the colon.", f"Write {SHAPES[kind]}.")
+    source = f"{kind}:{rest}"
+    if kind == "hf":
+        name, config, of, column, *more = [*rest.split(":"), *[""] * 3]
+        if any(more) or not name:
+            raise RequestError(f"Source '{text}' cannot be read.", f"Write {SHAPES['hf']}; an inner part may be empty.")
+        return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text"))
+    path, field = rest, ""
+    if kind != "text" and ":" in rest and not Path(rest).expanduser().is_file():
+        path, _, field = rest.rpartition(":")
+    return Source(source, kind, Path(path).expanduser(), field or "text")
+
+
+_WEIGHT = re.compile(r"(.+)\*(\d+(?:\.\d*)?|\.\d+)")
+_START = re.compile(rf"(?:{'|'.join(PLAIN)})(?:[*]|$)|(?:{'|'.join(SHAPES)}):")
+
+
+def parse_mix(text: str) -> list[tuple[str, float]]:
+    """Read `SOURCE*WEIGHT+SOURCE*WEIGHT…` into pairs; without any weights, each is 1.
+
+    A `+` parts two sources where a weight stands before it, a source begins after it, or a plain name stands before it;
+    elsewhere it belongs to a path (`text:c++.txt`).
+
+    Raises:
+        RequestError: some have a weight and some have none.
+    """
+    parts: list[str] = []
+    for piece in text.split("+"):
+        splits = not parts or ":" not in parts[-1] or _WEIGHT.fullmatch(parts[-1]) or _START.match(piece)
+        if splits:
+            parts.append(piece)
+        else:
+            parts[-1] += f"+{piece}"
+    weighted = [_WEIGHT.fullmatch(part.strip()) for part in parts]
+    if any(weighted) and not all(weighted):
+        bare = ", ".join(part for part, match in zip(parts, weighted, strict=True) if not match)
+        raise RequestError(f"Mix '{text}': {bare} has no weight beside others that have.", "Write SOURCE*WEIGHT for each.")
+    return [
+        (match[1].strip(), float(match[2])) if match else (part.strip(), 1.0)
+        for part, match in zip(parts, weighted, strict=True)
+    ]
+
+
+def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
+    """Read a source that is one long text (`STREAMS`).
+
+    Returns:
+        the text, and what was read: {"sha256": of the file's bytes, or of the joined text in UTF-8; "documents": rows}.
+
+    Raises:
+        CalibrationError: it cannot be had, is not UTF-8 or is empty.
+    """
+    if source.hub is not None:
+        rows = list(hub_documents(source.hub, None))
+        if not all(isinstance(row, str) for row in rows):
+            raise CalibrationError(f"{source.text}: column '{source.hub.column}' holds conversations, not text.")
+        text = source.hub.joiner.join(str(row) for row in rows)
+        facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": len(rows)}
+    else:
+        path = _existing(source)
+        data = path.read_bytes()
+        facts = {"sha256": hashlib.sha256(data).hexdigest(), "documents": 1}
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise CalibrationError(
+                f"{path} is not UTF-8 text: byte {error.start:,} is 0x{data[error.start]:02x}.", "Convert it to UTF-8."
+            ) from None
+    if not text.strip():
+        raise CalibrationError(f"{source.text} holds no text ({len(text):,} characters, all blank).")
+    return text, facts
+
+
+def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document], dict[str, Any]]:
+    """Open a source that is made of documents; they are read one by one, as they are asked for.
+
+    Args:
+        source: of any kind but `self` and `text`.
+        seed: the order is shuffled by it; None: the source's own order, empty documents included.
+
+    Returns:
+        the documents, and what is known of the text before it is read: {"sha256": of the whole file, for local files; of
+        all docstrings, for pydoc; nothing for a streamed data set}.
+
+    Raises:
+        CalibrationError: it cannot be had (also while iterating), or a field or a line of it is wrong.
+    """
+    facts: dict[str, Any] = {}
+    if source.hub is not None:
+        documents = hub_documents(source.hub, seed)
+    elif source.kind == "pydoc":
+        texts = stdlib_docstrings()
+        facts = {"sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+        documents = (texts[i] for i in drawn(len(texts), seed))
+    elif source.kind == "jsonl":
+        path = _existing(source)
+        starts, digest = line_starts(path)
+        facts = {"sha256": digest}
+        documents = json_lines(path, source.field, starts, seed)
+    else:
+        path = _existing(source)
+        with path.open("rb") as file:
+            facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        documents = parquet_rows(path, source.field, seed)
+    if seed is None:
+        return documents, facts
+    return (document for document in documents if not isinstance(document, str) or document.strip()), facts
+
+
+def _existing(source: Source) -> Path:
+    path = source.path
+    assert path is not None
+    if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise CalibrationError(f"{source.text}: no permission to read {path}.")
+        return path
+    if path.is_dir():
+        raise CalibrationError(f"{source.text}: {path} is a folder.", "Name one file.")
+    if not path.parent.is_dir():
+        raise CalibrationError(f"{source.text}: there is no folder {path.parent}.", f"Relative paths start at {Path.cwd()}.")
+    beside = [entry.name for entry in islice(path.parent.iterdir(), 1000) if entry.is_file()]
+    close = get_close_matches(path.name, beside, n=1)
+    hint = f"Did you mean '{path.parent / close[0]}'?" if close else f"Relative paths start at {Path.cwd()}."
+    raise CalibrationError(f"{source.text}: there is no file {path}.", hint)

@@ -1,0 +1,433 @@
+"""Evaluation of a loaded model: token perplexity as the papers measure it, and any task of lm-eval.
+
+Token perplexity: the text is tokenised as one stream and cut into consecutive windows of `length` tokens that do not overlap;
+an unfinished last window is dropped; in each window every token but the first is predicted from those before it;
+perplexity = exp(sum of negative log likelihoods / predicted tokens). This is the protocol of the GPTQ and SVD-LLM evaluations.
+With BOS, each window is BOS and `length` - 1 text tokens, so that the model still sees `length` positions; the published
+protocol has BOS at most once, before the first window, which models of the Gemma class do not survive.
+
+Every other task name goes to lm-eval with the same loaded model. Everything that can be wrong with a request (names, texts,
+data sets, lengths) is found before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import harness
+from .calibrate.data import evaluation_text, same_text
+from .errors import EvaluationError, RequestError
+from .likelihood import window_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PERPLEXITY_TASKS = ("wikitext2", "ptb", "c4")
+PERPLEXITY_SCHEMES = ("text:", "jsonl:", "parquet:", "hf:")
+BOS_CHOICES = ("auto", "always", "never")
+
+Progress = Callable[[str, int, int], None]
+"""Called as (task, done, all): windows for perplexity; one unit for a whole lm-eval task."""
+
+# What must be equal for two values of one metric to be comparable.
+_SAME_PROTOCOL = ("length", "windows", "bos", "num_fewshot", "limit", "documents", "task_version")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One number and how it was come by.
+
+    Attributes:
+        task: the task as asked for (for a group of lm-eval tasks, the group).
+        metric: full name, e.g. `wikitext2-token-ppl@2048`, `wikitext-word-ppl`, `gsm8k-exact_match,strict-match@5-shot`.
+        value: the number; perplexities are per token, word or byte as the name says.
+        stderr: standard error of `value`; for token perplexity by the delta method from the mean negative log likelihoods of
+            the windows (tokens of one window are not independent); None if it cannot be told (one window).
+        tokens: predicted tokens; None for lm-eval.
+        protocol: what was done, JSON-able.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    tokens: int | None
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text task that is ready to run: `windows` is (count, length) int64 on the CPU, with BOS where asked for."""
+
+    task: str
+    metric: str
+    windows: torch.Tensor
+    protocol: dict[str, Any]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    length: int = 2048,
+    bos: str = "auto",
+    max_windows: int | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+    calibration_provenance: Sequence[dict] = (),
+    allow_calibration_text: bool = False,
+    progress: Progress | None = None,
+) -> list[TaskResult]:
+    """Evaluate a causal language model on `tasks`, in their order.
+
+    Args:
+        model: where and in whatever dtype it is; its training mode is put back afterwards.
+        tokenizer: the model's own; not changed.
+        tasks: `wikitext2`, `ptb`, `c4`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `hf:NAME[:…]` for token
+            perplexity; any other name is a task, group, tag or YAML file of lm-eval.
+        length: tokens per window, BOS included.
+        bos: `auto` prepends BOS to every window if the tokenizer itself puts it before texts; `always`; `never`.
+        max_windows: use only the first so many windows of each text.
+        limit: lm-eval only: the first so many documents of each task (below 1: that fraction).
+        num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
+        batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
+        include_path: lm-eval only: a folder with task files of one's own.
+        calibration_provenance: of the model, to refuse evaluation on the text it was calibrated on.
+        allow_calibration_text: evaluate all the same; the protocol says so.
+
+    Raises:
+        RequestError: unknown task, wrong or useless option, window longer than the model's positions, text too short, a text
+            that the model was calibrated on. Raised before any forward pass.
+        CalibrationError: a text cannot be had.
+        EvaluationError: a data set cannot be reached, out of memory, or a value is no number.
+        NonFiniteError: a NaN or an infinity in the logits.
+    """
+    texts = [task for task in tasks if is_perplexity_task(task)]
+    others = [task for task in tasks if not is_perplexity_task(task)]
+    _check_options(tasks, length, bos, batch_size)
+    _check_useless_options(texts, others, max_windows, limit, num_fewshot, include_path)
+    prepend = _prepends_bos(tokenizer, bos, others)
+    manager = harness.open_tasks(others, include_path, known=PERPLEXITY_TASKS) if others else None
+    prepared: dict[str, _Text] = {}
+    for task in texts:
+        _check_positions(model, length)
+        prepared[task] = _prepare_text(model, tokenizer, task, length, prepend, max_windows)
+        _refuse_calibration_text(prepared[task], calibration_provenance, allow_calibration_text)
+    _check_distinct(list(prepared.values()))
+    loaded = {task: harness.load(manager, task, num_fewshot) for task in others}
+
+    results: list[TaskResult] = []
+    with _evaluation_mode(model):
+        lm = harness.wrap(model, tokenizer, prepend, bos, batch_size) if others else None
+        for task in tasks:
+            if task in prepared:
+                results.append(_token_perplexity(model, prepared[task], batch_size, progress))
+            else:
+                results.extend(_harness_results(model, lm, task, loaded[task], manager, limit, num_fewshot, progress))
+    return results
+
+
+def is_perplexity_task(task: str) -> bool:
+    """Whether `task` is one of lrc's own token perplexities; if not, it is lm-eval's."""
+    return task in PERPLEXITY_TASKS or task.startswith(PERPLEXITY_SCHEMES)
+
+
+def compare(results: Sequence[TaskResult], baseline_results: Sequence[TaskResult]) -> list[dict[str, Any]]:
+    """Put each metric beside the baseline's: rows of metric, value, baseline, difference (value - baseline), relative.
+
+    `relative` is the difference over the baseline's magnitude, None where the baseline is zero.
+
+    Raises:
+        EvaluationError: a metric that the baseline lacks, or that was measured by another protocol.
+    """
+    baseline = {result.metric: result for result in baseline_results}
+    rows = []
+    for result in results:
+        other = baseline.get(result.metric)
+        if other is None:
+            raise EvaluationError(
+                f"The baseline has no {result.metric}; it has {', '.join(baseline) or 'nothing'}.",
+                "Evaluate both on the same tasks with the same options.",
+            )
+        unequal = [
+            f"{key} {mine} against {theirs}"
+            for key in _SAME_PROTOCOL
+            if (mine := result.protocol.get(key)) != (theirs := other.protocol.get(key))
+        ]
+        if _hashes(result) != _hashes(other):  # paths may differ
+            unequal.append("different texts of one name")
+        if result.tokens != other.tokens:
+            unequal.append(f"{result.tokens} predicted tokens against {other.tokens}")
+        if unequal:
+            raise EvaluationError(
+                f"{result.metric} was measured in two ways, which cannot be compared: {'; '.join(unequal)}.",
+                "Evaluate both with the same options, text and tokenizer.",
+            )
+        difference = result.value - other.value
+        rows.append(
+            {
+                "metric": result.metric,
+                "value": result.value,
+                "baseline": other.value,
+                "difference": difference,
+                "relative": difference / abs(other.value) if other.value else None,
+            }
+        )
+    return rows
+
+
+def _hashes(result: TaskResult) -> list[str]:
+    return [record["sha256"] for record in result.protocol.get("text", ())]
+
+
+def results_json(
+    model_name: str,
+    results: Sequence[TaskResult],
+    baseline: Sequence[TaskResult] | None = None,
+    baseline_name: str | None = None,
+) -> dict[str, Any]:
+    """What `lrc eval --json` writes: `results` (and `baseline.results`) by full metric name, and `differences`."""
+
+    def by_metric(listed: Sequence[TaskResult]) -> dict[str, Any]:
+        return {
+            result.metric: {
+                "task": result.task,
+                "metric": result.metric,
+                "value": result.value,
+                "stderr": result.stderr,
+                "tokens": result.tokens,
+                "protocol": result.protocol,
+            }
+            for result in listed
+        }
+
+    document: dict[str, Any] = {"lrc": version("lrc"), "model": model_name, "results": by_metric(results)}
+    if baseline is not None:
+        document["baseline"] = {"model": baseline_name, "results": by_metric(baseline)}
+        document["differences"] = compare(results, baseline)
+    return document
+
+
+def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks is a sequence of names, not the string {tasks!r}")
+    if not tasks:
+        raise RequestError("No task to evaluate.", f"Give --tasks, for instance {PERPLEXITY_TASKS[0]} or text:PATH.")
+    twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
+    if twice:
+        raise RequestError(f"Asked for more than once: {', '.join(twice)}.", "Name each task once.")
+    if bos not in BOS_CHOICES:
+        raise RequestError(f"--bos {bos} is not a choice.", f"Choices: {', '.join(BOS_CHOICES)}.")
+    if length < 2:
+        raise RequestError(f"--length {length}: a window needs 2 tokens at least, one of them to predict.", "Papers use 2048.")
+    if batch_size < 1:
+        raise RequestError(f"--batch-size {batch_size} is not a positive number.", "1 needs the least memory.")
+
+
+def _check_useless_options(
+    texts: list[str],
+    others: list[str],
+    max_windows: int | None,
+    limit: int | float | None,
+    num_fewshot: int | None,
+    include_path: str | Path | None,
+) -> None:
+    """An option that would do nothing is refused: a run believed to be short would take hours."""
+    if max_windows is not None and max_windows < 1:
+        raise RequestError(f"--max-windows {max_windows} is not a positive number.", "Leave it out for the whole text.")
+    if limit is not None and limit <= 0:
+        raise RequestError(f"--limit {limit} is not a positive number.", "Leave it out for all documents.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise RequestError(f"--num-fewshot {num_fewshot} is negative.", "Leave it out for each task's own default.")
+    if max_windows is not None and not texts:
+        raise RequestError(
+            f"--max-windows {max_windows} is for texts, and every task here is lm-eval's: {', '.join(others)}.",
+            "To run fewer documents of an lm-eval task, give --limit.",
+        )
+    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path}
+    useless = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    if useless and not others:
+        raise RequestError(
+            f"{', '.join(useless)}: only for lm-eval tasks, and none is asked for ({', '.join(texts)}).",
+            "To run less of a text, give --max-windows.",
+        )
+
+
+def _prepends_bos(tokenizer: PreTrainedTokenizerBase, bos: str, others: list[str]) -> bool:
+    """Whether windows begin with BOS; what the tokenizer does is found out by asking it."""
+    start = tokenizer.bos_token_id
+    by_itself = start is not None and tokenizer("a")["input_ids"][:1] == [start]
+    if bos == "always" and start is None:
+        raise RequestError("--bos always: this tokenizer has no BOS token.", "Use --bos auto or --bos never.")
+    if bos == "always" and others and not by_itself:
+        raise RequestError(
+            f"--bos always: lm-eval leaves BOS to the tokenizer, and this one adds none ({', '.join(others)}).",
+            "Evaluate texts and lm-eval tasks in two commands, the latter with --bos auto.",
+        )
+    return bos == "always" or (bos == "auto" and by_itself)
+
+
+def _check_positions(model: PreTrainedModel, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RequestError(
+            f"--length {length} is more than the {positions} positions of this model (max_position_embeddings).",
+            f"Give --length {positions} or less.",
+        )
+
+
+def _prepare_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, length: int, prepend: bool, max_windows: int | None
+) -> _Text:
+    text = evaluation_text(task)
+    stream = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    step = length - prepend
+    available = len(stream) // step
+    if not available:
+        raise RequestError(
+            f"{task} has {len(stream)} tokens, fewer than the {step} of one window of --length {length}.",
+            f"Give --length {len(stream) + prepend} or less, or a longer text." if len(stream) > 1 else "Give a longer text.",
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    if (largest := int(stream.max())) >= vocabulary:
+        raise RequestError(
+            f"{task}: the tokenizer gives token {largest}, and the model knows tokens 0 to {vocabulary - 1}.",
+            "Tokenizer and model do not belong together; give the model with its own tokenizer.",
+        )
+    count = min(available, max_windows or available)
+    windows = stream[: count * step].view(count, step)
+    if prepend:
+        windows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), windows], dim=1)
+    protocol = {
+        "windows": count,
+        "windows_available": available,
+        "length": length,
+        "stride": step,
+        "bos": "prepended to each window" if prepend else "none",
+        "stream_tokens": len(stream),
+        "unused_tail_tokens": len(stream) - available * step,
+        "text": [dict(record) for record in text.provenance],
+        "text_put_together": text.protocol,
+        "higher_is_better": False,
+    }
+    return _Text(task, f"{_readable_name(task)}-token-ppl@{length}", windows, protocol)
+
+
+def _readable_name(task: str) -> str:
+    """A file by its base name, so that a metric does not change with the folder that the file lies in."""
+    scheme, _, rest = task.partition(":")
+    return f"{scheme}:{rest.rsplit('/', 1)[-1]}" if scheme in ("text", "jsonl", "parquet") else task
+
+
+def _refuse_calibration_text(text: _Text, calibration: Sequence[dict], allowed: bool) -> None:
+    same = same_text(tuple(calibration), tuple(text.protocol["text"])) if calibration else None
+    text.protocol["calibration_text"] = (same or "not the calibration text") if calibration else "calibration unknown or none"
+    if same and not allowed:
+        raise RequestError(
+            f"{text.task}: the model was calibrated on the text that it would be evaluated on: {same}.",
+            "Such a perplexity is too good. Evaluate on other text, or ask for it with --allow-calibration-text.",
+        )
+
+
+def _check_distinct(texts: list[_Text]) -> None:
+    named: dict[str, str] = {}
+    for text in texts:
+        if text.metric in named:
+            raise RequestError(
+                f"{named[text.metric]} and {text.task} would both be reported as {text.metric}.",
+                "Rename one of the files, or evaluate them in two commands.",
+            )
+        named[text.metric] = text.task
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"Out of memory during evaluation: {error}", "Give a smaller --batch-size, a smaller --length or another --device."
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _token_perplexity(model: PreTrainedModel, text: _Text, batch_size: int, progress: Progress | None) -> TaskResult:
+    count, length = text.windows.shape
+    started = time.perf_counter()
+    sums = torch.empty(count, dtype=torch.float64)
+    for first in range(0, count, batch_size):
+        batch = text.windows[first : first + batch_size]
+        sums[first : first + len(batch)] = window_nll(model, batch, text.task, first)
+        if progress is not None:
+            progress(text.task, first + len(batch), count)
+    seconds = time.perf_counter() - started
+    tokens = count * (length - 1)
+    nll = sums.sum().item() / tokens
+    if nll > math.log(torch.finfo(torch.float64).max):
+        raise EvaluationError(
+            f"{text.metric}: {nll:.6g} nats per token on average; its exponential is no finite number.",
+            "The model is broken; check its weights with lrc verify.",
+        )
+    value = math.exp(nll)
+    # Per token, so that the windows' spread is that of the quantity whose exponential is reported.
+    spread = (sums / (length - 1)).std(correction=1).item() if count > 1 else None
+    protocol = text.protocol | _circumstances(model, batch_size, seconds) | {"tokens_per_second": tokens / seconds}
+    return TaskResult(
+        text.task, text.metric, value, None if spread is None else value * spread / math.sqrt(count), tokens, protocol
+    )
+
+
+def _circumstances(model: PreTrainedModel, batch_size: int, seconds: float) -> dict[str, Any]:
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted({str(device) for device in placed.values()})),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "seed": None,
+        "seconds": seconds,
+        "versions": {"lrc": version("lrc"), "torch": version("torch"), "transformers": version("transformers")},
+    }
+
+
+def _harness_results(
+    model: PreTrainedModel,
+    lm: Any,
+    task: str,
+    loaded: list[Any],
+    manager: Any,
+    limit: int | float | None,
+    num_fewshot: int | None,
+    progress: Progress | None,
+) -> list[TaskResult]:
+    if progress is not None:
+        progress(task, 0, 1)
+    started = time.perf_counter()
+    scores = harness.run(lm, task, loaded, manager, limit, num_fewshot)
+    circumstances = _circumstances(model, lm.batch_size, time.perf_counter() - started)
+    if progress is not None:
+        progress(task, 1, 1)
+    versions = circumstances.pop("versions")
+    results = []
+    for score in scores:
+        protocol = circumstances | score.protocol
+        protocol["versions"] = versions | {"lm_eval": version("lm_eval")}
+        results.append(TaskResult(task, score.metric, score.value, score.stderr, None, protocol))
+    return results

@@ -1,0 +1,97 @@
+"""Log likelihood of token windows under a causal language model, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Logits are made and widened to float32 this many at a time (64 MiB): 2048 tokens over 256k words would be 2 GiB.
+_LOGITS_AT_ONCE = 2**24
+
+
+def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: int) -> torch.Tensor:
+    """Negative log likelihood of each window: the sum over its tokens but the first, each predicted from those before it.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        windows: (batch, length) int64 token ids, on any device.
+        task: what the windows are from, for the error.
+        first: the number of the first window in the task, from 0, for the error.
+
+    Returns:
+        (batch,) float64 on the CPU, in nats; logits are widened to float32 and their losses summed in float64.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in the logits.
+    """
+    batch, length = windows.shape
+    ids = windows.to(_input_device(model))
+    at_once = max(1, _LOGITS_AT_ONCE // (batch * model.config.get_text_config().vocab_size))
+    total = torch.zeros(batch, dtype=torch.float64)
+    with _logits(model, ids) as logits_of:
+        for start in range(0, length - 1, at_once):
+            stop = min(start + at_once, length - 1)
+            logits = logits_of(start, stop)
+            # aminmax hands on a NaN, and needs no second tensor of this size as isfinite does.
+            if not all(extreme.isfinite() for extreme in torch.aminmax(logits)):
+                row, position = (~logits.isfinite().all(dim=-1)).nonzero()[0].tolist()
+                raise NonFiniteError(
+                    f"{task}: the logits after token {start + position + 1} of window {first + row + 1} are not finite "
+                    f"({str(logits.dtype).removeprefix('torch.')}).",
+                    "Try --dtype float32 or bfloat16; if that does not help, the weights are broken: lrc verify checks them.",
+                )
+            targets = ids[:, start + 1 : stop + 1].to(logits.device)
+            nll = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            total += nll.view(batch, -1).double().sum(dim=1).cpu()
+    return total
+
+
+@contextlib.contextmanager
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int, int], torch.Tensor]]:
+    """Give a function of (start, stop) that returns the model's own logits at these positions: (batch, stop - start, words).
+
+    The decoder runs once; then the model's forward, with the decoder's output put in its place, makes the logits of a few
+    positions at a time. So whatever a model does to its logits (soft-capping, scaling) is done, and they never exist all at
+    once. A model that does not take `logits_to_keep` makes them all at once, in its own dtype.
+    """
+    decoder = model.get_decoder()
+    outputs: list[Any] = []
+    if decoder is not model and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+    if len(outputs) != 1:
+        whole = model(input_ids=ids, use_cache=False).logits
+        yield lambda start, stop: whole[:, start:stop]
+        return
+    own = vars(decoder).get("forward")  # set where accelerate has put a model on several devices
+
+    def replayed(start: int, stop: int) -> torch.Tensor:
+        positions = torch.arange(start, stop, device=ids.device)
+        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+
+    decoder.forward = lambda *_inputs, **_options: outputs[0]
+    try:
+        yield replayed
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    # Offloaded weights are on "meta" between calls; accelerate then moves the inputs itself.
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,429 @@
+"""Evaluation: token perplexity against an independent computation, the requests that are refused, lm-eval on local data."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import lm_eval.tasks
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
+
+from lrc import evaluate as evaluation
+from lrc import likelihood
+from lrc.errors import EvaluationError, NonFiniteError, RequestError
+from lrc.evaluate import compare, evaluate, results_json
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "some.folder" / "notes.txt"
+    path.parent.mkdir()
+    path.write_text(tiny_text(words=400), encoding="utf-8")
+    return f"text:{path}"
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """A wrong request must be refused before the model runs."""
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the model ran"))
+
+
+def read(task: str) -> str:
+    with open(task.removeprefix("text:"), encoding="utf-8") as file:
+        return file.read()
+
+
+def reference(model, windows: list[list[int]]) -> tuple[float, np.ndarray]:
+    """Perplexity and mean nll per window from the plain forward in float64, one window at a time, softmax in numpy."""
+    model = model.double()
+    model.set_experts_implementation("eager")  # the grouped kernel has no float64
+    means = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(torch.tensor([window])).logits[0].numpy()
+        assert logits.dtype == np.float64
+        peak = logits.max(axis=1, keepdims=True)
+        log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
+        means.append(np.mean([-log_p[i, window[i + 1]] for i in range(len(window) - 1)]))
+    return math.exp(np.mean(means)), np.array(means)
+
+
+def cut(tokenizer, text: str, step: int) -> list[list[int]]:
+    ids = tokenizer(read(text), add_special_tokens=False)["input_ids"]
+    return [ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
+
+
+def test_perplexity_is_that_of_an_independent_float64_computation(text):
+    tokenizer = tiny_tokenizer()
+    (result,) = evaluate(tiny_model("llama"), tokenizer, [text], length=32)
+    windows = cut(tokenizer, text, 32)
+    perplexity, means = reference(tiny_model("llama"), windows)
+    assert result.metric == "text:notes.txt-token-ppl@32"
+    assert result.task == text
+    assert result.value == pytest.approx(perplexity, rel=1e-5)
+    assert result.tokens == len(windows) * 31
+    assert result.stderr == pytest.approx(perplexity * means.std(ddof=1) / math.sqrt(len(windows)), rel=1e-3)
+    assert result.protocol["windows"] == len(windows) > 10
+    assert result.protocol["bos"] == "none"
+    assert result.protocol["dtype"] == "float32"
+    assert result.protocol["unused_tail_tokens"] == result.protocol["stream_tokens"] - 32 * len(windows)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_family_and_logits_a_few_positions_at_a_time(family, text, monkeypatch):
+    monkeypatch.setattr(likelihood, "_LOGITS_AT_ONCE", 2 * 320 * 5)  # 5 positions of 2 windows, of 320 words
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(family)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.numel()))
+    (result,) = evaluate(model, tokenizer, [text], length=24, max_windows=4, batch_size=2)
+    perplexity, _ = reference(tiny_model(family), cut(tokenizer, text, 24)[:4])
+    assert result.value == pytest.approx(perplexity, rel=2e-5)
+    assert max(seen) <= 2 * 320 * 5
+    again = model(torch.tensor([[5, 6, 7]])).logits
+    assert torch.equal(again, tiny_model(family)(torch.tensor([[5, 6, 7]])).logits), "the model was left changed"
+
+
+def test_final_soft_capping_is_part_of_the_logits(text):
+    changes = {"final_logit_softcapping": 0.5}
+    tokenizer = tiny_tokenizer()
+    (capped,) = evaluate(tiny_model("gemma3_text", **changes), tokenizer, [text], length=24, max_windows=3, bos="never")
+    (plain,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=24, max_windows=3, bos="never")
+    perplexity, _ = reference(tiny_model("gemma3_text", **changes), cut(tokenizer, text, 24)[:3])
+    assert capped.value == pytest.approx(perplexity, rel=1e-5)
+    assert abs(capped.value - plain.value) > 1
+
+
+def test_a_tokenizer_that_prepends_bos_gets_it_in_every_window(text):
+    tokenizer = tiny_tokenizer(bos=True)
+    (auto,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=32)
+    windows = [[1, *window] for window in cut(tokenizer, text, 31)]
+    perplexity, _ = reference(tiny_model("gemma3_text"), windows)
+    assert auto.value == pytest.approx(perplexity, rel=1e-5)
+    assert auto.tokens == len(windows) * 31
+    assert auto.protocol["bos"] == "prepended to each window"
+    (never,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=32, bos="never")
+    assert never.protocol["bos"] == "none"
+    assert never.value != pytest.approx(auto.value, rel=1e-3)
+    (always,) = evaluate(tiny_model("gemma3_text"), tiny_tokenizer(), [text], length=32, bos="always")
+    assert always.value == auto.value
+    with pytest.raises(EvaluationError, match="bos none against prepended"):
+        compare([never], [auto])
+
+
+def test_batch_size_does_not_change_the_result(text):
+    # 7 does not divide the number of windows: the last batch is smaller.
+    one, several = (
+        evaluate(tiny_model("qwen3"), tiny_tokenizer(), [text], length=16, max_windows=24, batch_size=size)[0]
+        for size in (1, 7)
+    )
+    assert several.value == pytest.approx(one.value, rel=1e-6)
+    assert several.stderr == pytest.approx(one.stderr, rel=1e-4)
+    assert several.tokens == one.tokens == 24 * 15
+
+
+def test_half_precision_loses_nothing_in_the_loss(text):
+    (result,) = evaluate(tiny_model("llama", torch.bfloat16), tiny_tokenizer(), [text], length=32)
+    perplexity, _ = reference(tiny_model("llama", torch.bfloat16), cut(tiny_tokenizer(), text, 32))
+    assert result.protocol["dtype"] == "bfloat16"
+    assert result.value == pytest.approx(perplexity, rel=5e-3)
+
+
+def test_one_window_has_no_standard_error_and_progress_is_told(text):
+    calls = []
+    (result,) = evaluate(
+        tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=1, progress=lambda *call: calls.append(call)
+    )
+    assert result.stderr is None
+    assert calls == [(text, 1, 1)]
+
+
+def test_the_training_mode_is_put_back(text):
+    model = tiny_model("llama").train()
+    model.model.norm.eval()
+    evaluate(model, tiny_tokenizer(), [text], length=16, max_windows=1)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_logit_is_an_error_that_names_task_and_window(text, bad):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("opt")
+    windows = cut(tokenizer, text, 16)
+    first = next(i for i, window in enumerate(windows) if i > 2 and set(window) - set(sum(windows[:i], [])))
+    new = next(token for token in windows[first] if token not in sum(windows[:first], []))
+    untied = model.get_input_embeddings().weight.detach().clone()
+    untied[new, 0] = bad
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.get_input_embeddings().weight = torch.nn.Parameter(untied)
+    with pytest.raises(NonFiniteError, match=rf"notes\.txt.* window {first + 1} .*float32"):
+        evaluate(model, tokenizer, [text], length=16, batch_size=2)
+
+
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ([], {}, "--tasks"),
+        (["TEXT", "TEXT"], {}, "more than once"),
+        (["TEXT"], {"length": 1}, "--length 1"),
+        (["TEXT"], {"length": 257}, r"(?s)257.*256 positions.*--length 256"),
+        (["TEXT"], {"bos": "yes"}, "auto, always, never"),
+        (["TEXT"], {"batch_size": 0}, "--batch-size 0"),
+        (["TEXT"], {"max_windows": 0}, "--max-windows 0"),
+        (["TEXT"], {"limit": 10}, r"(?s)--limit 10.*--max-windows"),
+        (["TEXT"], {"num_fewshot": 2}, "--num-fewshot 2"),
+        (["anything"], {"max_windows": 4}, r"(?s)--max-windows 4.*--limit"),
+    ],
+)
+def test_wrong_requests_are_refused_before_the_model_runs(text, tasks, options, message):
+    with pytest.raises(RequestError, match=message):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [text if task == "TEXT" else task for task in tasks], **options)
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_a_text_shorter_than_a_window_says_which_length_would_do(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("the quick brown fox", encoding="utf-8")
+    tokens = len(tiny_tokenizer()("the quick brown fox")["input_ids"])
+    with pytest.raises(RequestError, match=rf"(?s)has {tokens} tokens.*--length {tokens} or less"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [f"text:{path}"], length=128)
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_a_tokenizer_of_another_model_is_refused(text):
+    with pytest.raises(RequestError, match="do not belong together"):
+        evaluate(tiny_model("llama", vocab_size=64), tiny_tokenizer(), [text], length=16)
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_bos_always_without_a_bos_token_is_refused(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(RequestError, match="no BOS token"):
+        evaluate(tiny_model("llama"), tokenizer, [text], length=16, bos="always")
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_two_files_of_one_name_are_refused(text, tmp_path):
+    other = tmp_path / "notes.txt"
+    other.write_text(tiny_text(words=300, seed=1), encoding="utf-8")
+    with pytest.raises(RequestError, match="both be reported as text:notes.txt-token-ppl@16"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [text, f"text:{other}"], length=16)
+
+
+def test_the_calibration_text_is_refused_unless_allowed(text):
+    provenance = evaluation.evaluation_text(text).provenance
+    options = {"length": 16, "max_windows": 2, "calibration_provenance": provenance}
+    with pytest.raises(RequestError, match=r"(?s)calibrated on.*--allow-calibration-text"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [text], **options)
+    (result,) = evaluate(tiny_model("llama"), tiny_tokenizer(), [text], allow_calibration_text=True, **options)
+    assert result.protocol["calibration_text"] == evaluation.same_text(provenance, provenance)
+    assert result.protocol["text"] == [dict(record) for record in provenance]
+
+
+def test_other_calibration_text_is_no_obstacle(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text(words=300, seed=1), encoding="utf-8")
+    provenance = evaluation.evaluation_text(f"text:{other}").provenance
+    (result,) = evaluate(
+        tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=2, calibration_provenance=provenance
+    )
+    assert result.protocol["calibration_text"] == "not the calibration text"
+
+
+def test_json_has_every_number_with_its_protocol_and_the_differences(text):
+    results = evaluate(tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=3)
+    baseline = evaluate(tiny_model("llama", seed=1), tiny_tokenizer(), [text], length=16, max_windows=3)
+    document = json.loads(json.dumps(results_json("small", results, baseline, "large"), allow_nan=False))
+    entry = document["results"]["text:notes.txt-token-ppl@16"]
+    assert (document["model"], document["baseline"]["model"]) == ("small", "large")
+    assert entry["value"] == results[0].value
+    assert entry["stderr"] == results[0].stderr > 0
+    assert entry["tokens"] == 45
+    assert {"windows", "length", "bos", "device", "dtype", "seconds", "tokens_per_second", "text"} <= entry["protocol"].keys()
+    assert entry["protocol"]["versions"].keys() == {"lrc", "torch", "transformers"}
+    (row,) = document["differences"]
+    assert row["difference"] == pytest.approx(results[0].value - baseline[0].value)
+    assert row["relative"] == pytest.approx(results[0].value / baseline[0].value - 1)
+    assert "baseline" not in results_json("small", results)
+
+
+def test_measurements_of_different_windows_are_not_compared(text):
+    three, four = (evaluate(tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=n) for n in (3, 4))
+    with pytest.raises(EvaluationError, match="windows 3 against 4"):
+        compare(three, four)
+    with pytest.raises(EvaluationError, match="baseline has no"):
+        compare(three, [])
+
+
+def test_another_text_of_the_same_name_is_not_compared_but_the_same_text_elsewhere_is(text, tmp_path):
+    moved, changed = tmp_path / "a" / "notes.txt", tmp_path / "b" / "notes.txt"
+    for path, content in ((moved, read(text)), (changed, tiny_text(words=400, seed=1))):
+        path.parent.mkdir()
+        path.write_text(content, encoding="utf-8")
+    here, there, other = (
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [task], length=16, max_windows=3)
+        for task in (text, f"text:{moved}", f"text:{changed}")
+    )
+    assert compare(here, there)[0]["difference"] == 0
+    with pytest.raises(EvaluationError, match="different texts"):
+        compare(here, other)
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+num_fewshot: {shots}
+metric_list:
+  - metric: acc
+metadata:
+  version: 3
+"""
+
+ROLLING = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: {split}
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: bits_per_byte
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """A folder with a task of one's own on local data. lm-eval's own 14,000 tasks are left out: indexing them takes seconds."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = tmp_path / "animals.jsonl"
+    questions = [
+        {"question": "the quick brown", "choices": [" fox", " owls"], "answer": 0},
+        {"question": "seven wise", "choices": [" miller", " owls"], "answer": 1},
+        {"question": "the lazy", "choices": [" dog", " roof"], "answer": 0},
+        {"question": "sacks of", "choices": [" rain", " grain"], "answer": 1},
+        {"question": "near the", "choices": [" river", " jumps"], "answer": 0},
+    ]
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    (folder / "animals.yaml").write_text(TASK.format(name="animals", data=data, shots=0), encoding="utf-8")
+    (folder / "whole.yaml").write_text(ROLLING.format(name="whole", data=data, split="test"), encoding="utf-8")
+    (folder / "typo.yaml").write_text(ROLLING.format(name="typo", data=data, split="tset"), encoding="utf-8")
+    (folder / "gone.yaml").write_text(TASK.format(name="gone", data=tmp_path / "gone.jsonl", shots=0), encoding="utf-8")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    whole = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", lambda include_path: whole(include_path=include_path, include_defaults=False)
+    )
+    return folder, questions
+
+
+def test_an_lm_eval_task_of_ones_own_runs_beside_a_text(own_tasks, text):
+    folder, questions = own_tasks
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    accuracy, perplexity = evaluate(model, tokenizer, ["animals", text], length=16, include_path=folder, batch_size=2)
+    right = 0
+    for question in questions:
+        prompt = tokenizer(question["question"])["input_ids"]
+        scores = []
+        for choice in question["choices"]:
+            ids = tokenizer(question["question"] + choice)["input_ids"]
+            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
+        right += scores.index(max(scores)) == question["answer"]
+    assert accuracy.metric == "animals-acc"
+    assert accuracy.value == pytest.approx(right / len(questions))
+    assert accuracy.stderr is not None and accuracy.tokens is None
+    assert accuracy.protocol["num_fewshot"] == 0
+    assert accuracy.protocol["documents"] == len(questions)
+    assert accuracy.protocol["batch_size"] == 2
+    assert "lm_eval" in accuracy.protocol["versions"]
+    assert perplexity.metric == "text:notes.txt-token-ppl@16"
+    json.dumps(results_json("m", [accuracy, perplexity]), allow_nan=False)
+
+
+def test_perplexities_per_word_and_per_byte_say_so_in_their_names(own_tasks):
+    folder, questions = own_tasks
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama")
+    words, bits = evaluate(model, tokenizer, ["whole"], include_path=folder)
+    texts = [question["question"] for question in questions]
+    nll = 0.0
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nll -= sum(log_p[i - 1, ids[i]].item() for i in range(1, len(ids)))
+    assert (words.metric, bits.metric) == ("whole-word-ppl", "whole-bits-per-byte")
+    assert math.log(words.value) == pytest.approx(nll / sum(len(text.split()) for text in texts), rel=1e-4)
+    assert bits.value == pytest.approx(nll / math.log(2) / sum(len(text) for text in texts), rel=1e-4)
+
+
+def test_limit_reaches_lm_eval(own_tasks):
+    folder, _ = own_tasks
+    (result,) = evaluate(tiny_model("llama"), tiny_tokenizer(), ["animals"], include_path=folder, limit=2)
+    assert (result.protocol["documents"], result.protocol["limit"]) == (2, 2)
+
+
+def test_lm_eval_does_not_change_the_tokenizer(own_tasks):
+    folder, _ = own_tasks
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    evaluate(tiny_model("llama"), tokenizer, ["animals"], include_path=folder, limit=1)
+    assert tokenizer.pad_token is None
+
+
+def test_lm_eval_does_not_score_a_nan(own_tasks):
+    folder, _ = own_tasks
+    model = tiny_model("llama")
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="animals"):
+        evaluate(model, tiny_tokenizer(), ["animals"], include_path=folder)
+
+
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize(
+    ("tasks", "options", "error", "message"),
+    [
+        (["animal"], {}, RequestError, r"(?s)'animal'.*Did you mean 'animals'"),
+        (["wikitext-2"], {}, RequestError, "Did you mean 'wikitext2'"),
+        (["animals"], {"num_fewshot": 3}, RequestError, "defined with 0 examples"),
+        (["whole"], {"num_fewshot": 3}, RequestError, "takes no examples"),
+        (["typo"], {}, RequestError, "cannot set this up: KeyError: 'tset'"),
+        (["animals"], {"bos": "always"}, RequestError, "leaves BOS to the tokenizer"),
+        (["animals"], {"include_path": "nowhere"}, RequestError, "nowhere is not a folder"),
+        (["animals", "gone"], {}, EvaluationError, r"(?s)gone: its data set cannot be had.*gone\.jsonl"),
+    ],
+)
+def test_lm_eval_requests_are_checked_before_the_model_runs(own_tasks, tasks, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), tasks, **({"include_path": own_tasks[0]} | options))
+
+
+@pytest.mark.usefixtures("no_forward")
+def test_the_path_of_a_file_gets_the_hint_to_write_text(own_tasks, text):
+    path = text.removeprefix("text:")
+    with pytest.raises(RequestError, match=f"text:{path}"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), [path], include_path=own_tasks[0])
+
+
+def test_metric_names_say_how_they_were_measured():
+    from lrc.harness import _readable
+
+    assert _readable("wikitext", "word_perplexity", "none", 0) == "wikitext-word-ppl"
+    assert _readable("wikitext", "bits_per_byte", "none", 0) == "wikitext-bits-per-byte"
+    assert _readable("gsm8k", "exact_match", "strict-match", 5) == "gsm8k-exact_match,strict-match@5-shot"
