@@ -224,7 +224,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     if not path.is_file():
-        unfinished = " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
+        unfinished = (
+            " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
+        )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
     try:
         record: dict[str, Any] = json.loads(path.read_text())
@@ -250,7 +252,9 @@ def sha256_of(path: Path) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name in _OURS or name.endswith((".tmp", ".rejected")) or (name.startswith("model-") and name.endswith(".safetensors"))
+    return (
+        name in _OURS or name.endswith((".tmp", ".rejected")) or (name.startswith("model-") and name.endswith(".safetensors"))
+    )
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

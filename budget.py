@@ -1,10 +1,10 @@
 """The budget: options with cost and predicted loss in, one choice per target out.
 
-Today the budget is uniform: every target gives up the same share of its bytes, as the papers' one-shot numbers are made. A solver
-that weighs targets against each other takes the place of `uniform` behind the same signature; `Option` is its input.
+Today the budget is uniform: every target gives up the same share of its bytes, as the papers' one-shot numbers are made.
+A solver that weighs targets against each other takes the place of `uniform`; `Option` is its input.
 
-Source of the rank formula: rank = ⌊kept · out · in / (out + in)⌋ from each target's own shape (SVD-LLM arXiv 2403.07378; its code
-takes one rank for q, k, v and o, which is wrong where k and v are narrower).
+Source of the rank formula: rank = ⌊kept · out · in / (out + in)⌋ from each target's own shape (SVD-LLM arXiv 2403.07378; its
+code takes one rank for q, k, v and o, which is wrong where k and v are narrower).
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def uniform(shapes: Mapping[str, tuple[int, int]], ratio: float, multiple: int =
             choices[name] = Choice(rank)
     if starved:
         raise BudgetError(
-            f"At ratio {ratio:g} with ranks in multiples of {multiple}, {len(starved)} targets have no rank left, {starved[0]} first.",
+            f"At ratio {ratio:g} with ranks in multiples of {multiple}, {len(starved)} targets have no rank left, "
+            f"{starved[0]} first.",
             "Lower the ratio or rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
         )
     return choices

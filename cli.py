@@ -33,12 +33,16 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; t
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
 Recipe = Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")]
 Ratio = Annotated[float | None, typer.Option(help="Fraction of the compressed matrices' bytes to remove, 0 to below 1.")]
-Calibrate = Annotated[str | None, typer.Option("--calibration", help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")]
+Calibrate = Annotated[
+    str | None, typer.Option("--calibration", help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -173,7 +177,7 @@ def evaluate_command(
         del loaded
     print_results(model, measured[model], baseline, measured.get(baseline or ""))
     if json_file is not None:
-        whole = results_json(model, measured[model], baseline, measured.get(baseline or ""))
+        whole = results_json(model, measured[model], measured.get(baseline or ""), baseline)
         json_file.write_text(json.dumps(whole, indent=2) + "\n")
 
 
@@ -184,7 +188,10 @@ def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a fi
 
     record = check(folder)
     held = record["bytes"]
-    print(f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, logits finite.")
+    print(
+        f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "
+        "logits finite."
+    )
 
 
 @recipe_app.command("list")

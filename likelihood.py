@@ -91,7 +91,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int
             decoder.forward = own
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def _input_device(model: Any) -> torch.device:
     # Offloaded weights are on "meta" between calls; accelerate then moves the inputs itself.
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

@@ -41,7 +41,7 @@ class LrcConfig(QuantizationConfigMixin):
     def __init__(
         self, modules: dict[str, Spec] | None = None, format_version: int = FORMAT_VERSION, lrc_version: str = "", **_: Any
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.modules = modules or {}
         self.format_version = format_version
         self.lrc_version = lrc_version
@@ -51,6 +51,7 @@ class LrcQuantizer(HfQuantizer):
     """Builds the forms' modules; everything else is transformers' own loading."""
 
     requires_calibration = True
+    quantization_config: LrcConfig
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         version = self.quantization_config.format_version
@@ -64,7 +65,7 @@ class LrcQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         return []  # a compressed checkpoint names its tensors as the model does
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         install_forms(model, self.quantization_config.modules, kwargs.get("dtype") or model.dtype)
 
     def is_serializable(self) -> bool:
@@ -75,7 +76,7 @@ class LrcQuantizer(HfQuantizer):
         return True
 
 
-def install_forms(model: nn.Module, modules: dict[str, Spec], dtype: torch.dtype) -> None:
+def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> None:
     """Swap the named modules of a model on the meta device for empty modules of their forms."""
     for name, spec in modules.items():
         parent_name, _, leaf = name.rpartition(".")
@@ -142,7 +143,9 @@ def open_model(
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Get or write it again.") from error
     except OSError as error:
-        raise ModelError(f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Give a folder with safetensors.") from error
+        raise ModelError(
+            f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Give a folder with safetensors."
+        ) from error
     missing = sorted(name for name, tensor in loaded.state_dict().items() if tensor.is_meta)
     if missing:
         raise CheckpointError(f"{model}: {len(missing)} tensors have no weights, '{missing[0]}' first.", "Get it again.")

@@ -49,7 +49,8 @@ class Location:
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
         except (ValueError, OSError, KeyError) as error:
             raise ModelError(
-                f"{self.name}: no tokenizer could be read: {str(error).splitlines()[0]}", "Put the tokenizer files beside the weights."
+                f"{self.name}: no tokenizer could be read: {str(error).splitlines()[0]}",
+                "Put the tokenizer files beside the weights.",
             ) from error
 
 
@@ -73,7 +74,9 @@ def locate(model: str) -> Location:
             raise ModelError(f"{model} holds no config.json.", hint)
         return Location(model, path)
     if path.exists():
-        raise ModelError(f"{model} is a file that lrc does not read.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id.")
+        raise ModelError(
+            f"{model} is a file that lrc does not read.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id."
+        )
     if not _HUB_ID.match(model) or model.startswith("."):
         raise ModelError(f"There is no folder {model}.", _neighbours(path))
     return _from_hub(model)

@@ -89,7 +89,7 @@ class ModelView:
             _refuse(self.config, location.name)
         self.dtype = dtype or self.config.dtype or torch.float32
         register()
-        self.model = _skeleton(self.config, self.dtype, trust_remote_code)
+        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
         if prepare is not None:
             prepare(self.model)
         self.layers_path, layers = _find_layers(self.model, location.name)
@@ -175,8 +175,8 @@ class ModelView:
         return _nbytes(p for name, p in named if id(p) not in left_out and name not in self.tied)
 
     @property
-    def untied_head(self) -> nn.Module | None:
-        """The output head where it has weights of its own."""
+    def untied_head(self) -> Any:
+        """The output head where it has weights of its own, else None."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is None or head.weight is embedding.weight:
             return None
@@ -260,7 +260,7 @@ class ModelView:
                     f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
                     "The checkpoint is damaged; get it again.",
                 )
-        mapping = [] if self.location.gguf else get_model_conversion_mapping(self.model)
+        mapping: Any = [] if self.location.gguf else get_model_conversion_mapping(self.model)
         settings = LoadStateDictConfig(dtype=self.dtype, device_map={"": "cpu"}, weight_mapping=mapping)
         info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
         if info.mismatched_keys:
@@ -304,7 +304,7 @@ def _refuse(config: Any, name: str) -> None:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model with parameters on the meta device and buffers (rotary tables) computed for real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -332,7 +332,7 @@ def _find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
     return path, list(layers)
 
 
-def _renamed(model: nn.Module, source: WeightSource) -> tuple[dict[str, str], list[str]]:
+def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
     """Checkpoint name -> name in the model, and the checkpoint's names that the model has no place for."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -341,8 +341,8 @@ def _renamed(model: nn.Module, source: WeightSource) -> tuple[dict[str, str], li
     if source.names() and all(name in known for name in source.names()):
         return {name: name for name in source.names()}, []
     mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     renamed, unused = {}, []
     for name in source.names():
         new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
@@ -415,15 +415,15 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
         if shape:
             hooks.append(module.register_forward_pre_hook(hook(path, shape)))
         elif expert_parameters(module):
-            hooks.append(module.register_forward_pre_hook(lambda m, _, path=path: found.extend(_experts(m, path, prefix, index))))
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, _, path=path: found.extend(_experts(m, path, prefix, index)))
+            )
     try:
         output = run_layer(layer, call.to(torch.device("meta")))
     finally:
         for handle in hooks:
             handle.remove()
-    zeros = torch.utils._pytree.tree_map(
-        lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, output
-    )
+    zeros = torch.utils._pytree.tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, output)
     return found, zeros
 
 
@@ -440,6 +440,6 @@ def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Targ
 
 def location_files(folder: Path) -> list[Path]:
     """Files beside the weights that a loader or a chat needs: tokenizer, templates, generation settings, licence."""
-    patterns = ("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja",
-                "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+    patterns = ["tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+    patterns += ["generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"]
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

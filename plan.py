@@ -133,7 +133,9 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
         RecipeError: a `keep` pattern matches no target.
     """
     if recipe.ratio is None:
-        raise BudgetError("How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes).")
+        raise BudgetError(
+            "How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes)."
+        )
     element = torch.empty((), dtype=view.dtype).element_size()
     kept_dense = _kept_dense(view.targets, recipe.keep)
     open_targets = {t.name: (t.out_features, t.in_features) for t in view.targets if t.name not in kept_dense}
@@ -189,7 +191,10 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     for step in plan.steps:
         by_layer[step.target.layer].append(step)
     weights = max(view.layer_nbytes(layer) for layer in range(len(view.layers)))
-    statistics = max((plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()), default=0)
+    statistics = max(
+        (plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()),
+        default=0,
+    )
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     tokens = plan.batch * calibration.length
     solve = max((_solve_bytes(s.target) for s in plan.steps if not s.choice.dense), default=0)

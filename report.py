@@ -17,7 +17,7 @@ from .evaluate import TaskResult, compare
 from .plan import Plan, Step
 from .run import LayerReport
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def size(nbytes: float) -> str:
@@ -33,7 +33,8 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
     calibration = plan.recipe.calibration
     console.print(
-        f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) by [bold]{plan.recipe.method}[/], "
+        f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
+        f"by [bold]{plan.recipe.method}[/], "
         f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
     )
     table = Table(box=None, pad_edge=False)
@@ -123,7 +124,9 @@ class Progress:
             text = f"{len(solved)} targets{shown}, relative error {mean:.4f}, damping {damping:g}"
         else:
             text = "all dense"
-        console.print(f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}")
+        console.print(
+            f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}"
+        )
         self._bar.update(self._task, completed=report.index + 1, total=report.layers)
 
     def finish(self, out: Path) -> None:
@@ -135,7 +138,8 @@ class Progress:
         seconds = time.perf_counter() - self._started
         console.print(
             f"{out}: {size(self._plan.whole_bytes)} → {size(self._plan.whole_after)} in {seconds:.0f} s, "
-            f"peak memory {size(self._peak)} (predicted {size(self._plan.memory.peak)}). Checked: it loads, its logits are finite."
+            f"peak memory {size(self._peak)} (predicted {size(self._plan.memory.peak)}). "
+            "Checked: it loads, its logits are finite."
         )
 
 
@@ -150,7 +154,9 @@ def print_results(
     if baseline_results is None:
         table.add_column("tokens", justify="right")
         for result in results:
-            table.add_row(result.metric, f"{result.value:.4f}", _error(result.stderr), f"{result.tokens:,}" if result.tokens else "")
+            table.add_row(
+                result.metric, f"{result.value:.4f}", _error(result.stderr), f"{result.tokens:,}" if result.tokens else ""
+            )
     else:
         table.add_column(str(baseline), justify="right", overflow="fold")
         table.add_column("difference", justify="right")

@@ -171,7 +171,11 @@ def _run(
     """Answer every batch's call, and collect statistics where `what` says so; batches are spread over the devices."""
     targets = [step.target for step in steps if not step.choice.dense]
     copies = [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
-    collectors = [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)] if what else []
+    collectors = (
+        [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]
+        if what
+        else []
+    )
     outputs: list[Any] = [None] * len(calls)
 
     def share(worker: int) -> None:
@@ -219,19 +223,34 @@ def _solve_layer(
         solution = method.solve(weight.to(device), stats, settings)
         form = solution.form(step.choice).with_bias(bias).stored(plan.dtype)
         if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
-            raise NonFiniteError(f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32.")
+            raise NonFiniteError(
+                f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32."
+            )
         forms[target.name] = form
         error = solution.loss(step.choice) / solution.total if solution.total > 0 else 0.0
         tokens = stats.group.tokens
-        note = f"only {tokens} calibration tokens for an input of {target.in_features}" if method.needs and tokens < target.in_features else ""
+        note = (
+            f"only {tokens} calibration tokens for an input of {target.in_features}"
+            if method.needs and tokens < target.in_features
+            else ""
+        )
         records.append(
-            TargetRecord(target.name, form.spec(), shape, step.bytes_before, form.nbytes, error, tokens if method.needs else None, note=note)
+            TargetRecord(
+                target.name,
+                form.spec(),
+                shape,
+                step.bytes_before,
+                form.nbytes,
+                error,
+                tokens if method.needs else None,
+                note=note,
+            )
         )
     return forms, records
 
 
 def _weight(layer: nn.Module, name: str, target: Target) -> tuple[Tensor, Tensor | None]:
-    module = layer.get_submodule(target.module.removeprefix(name + "."))
+    module: Any = layer.get_submodule(target.module.removeprefix(name + "."))
     if target.expert is None:
         return linear_weight(module), module.bias
     return experts.expert_weight(module, target.role.rpartition(".")[2], target.expert), None
@@ -269,7 +288,11 @@ def _specs(steps: Iterable[Step], forms: Mapping[str, Form]) -> dict[str, Spec]:
             entry["forms"].append(form.spec() if form else {"kind": "dense", "bias": False})
         elif form:
             specs[target.name] = form.spec()
-    return {name: spec for name, spec in specs.items() if spec["kind"] != "experts" or any(f["kind"] != "dense" for f in spec["forms"])}
+    return {
+        name: spec
+        for name, spec in specs.items()
+        if spec["kind"] != "experts" or any(f["kind"] != "dense" for f in spec["forms"])
+    }
 
 
 def _install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
@@ -317,7 +340,8 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
             "modules": modules,
         }
     record = {
-        "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
+        | {"python": platform.python_version()},
         "model": plan.model,
         "recipe": plan.recipe.resolved(),
         "calibration": {"hash": calibration.hash, "provenance": calibration.provenance},

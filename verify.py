@@ -45,7 +45,7 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
     return record
 
 
-def _install(model: torch.nn.Module) -> None:
+def _install(model: Any) -> None:
     """Build the forms that config.json names; a model whose targets all stayed dense has none."""
     stored = getattr(model.config, "quantization_config", None)
     if stored is None:
@@ -90,4 +90,6 @@ def _check_logits(folder: Path, view: ModelView) -> None:
             steps.answer([output])
         logits = steps.results[0].logits
     if not torch.isfinite(logits).all():
-        raise NonFiniteError(f"{folder}: the logits over {_TOKENS} tokens are not finite.", "Compress again with --dtype float32.")
+        raise NonFiniteError(
+            f"{folder}: the logits over {_TOKENS} tokens are not finite.", "Compress again with --dtype float32."
+        )

@@ -68,6 +68,9 @@ class Source:
         return {"source": self.text, "split": self.hub.split, "dataset": identity}
 
 
+_OUTSIDE_BRACKETS = re.compile(r":(?![^\[]*\])")  # a split may be a slice: test[:50%]
+
+
 def parse_source(text: str, split: str = "train") -> Source:
     """Read one source as a person writes it; nothing is opened.
 
@@ -93,8 +96,9 @@ def parse_source(text: str, split: str = "train") -> Source:
         raise RequestError(f"Source '{text}': something is missing after the colon.", f"Write {SHAPES[kind]}.")
     source = f"{kind}:{rest}"
     if kind == "hf":
-        name, config, of, column, *more = [*rest.split(":"), *[""] * 3]
-        if any(more) or not name:
+        parts: list[str] = [*_OUTSIDE_BRACKETS.split(rest), *[""] * 3]
+        name, config, of, column = parts[:4]
+        if any(parts[4:]) or not name:
             raise RequestError(f"Source '{text}' cannot be read.", f"Write {SHAPES['hf']}; an inner part may be empty.")
         return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text"))
     path, field = rest, ""

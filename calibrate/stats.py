@@ -1,9 +1,9 @@
 """Statistics of activations: what the targets of a layer read, and what they put out.
 
-Everything is a running mean over tokens in float32 (TF32 off): sums overflow and lose digits, means do not, and the means of two
-workers merge by their token counts. Targets of one group read the same tensor, so it is looked at once. Where a method needs
-only the second moment of the outputs, `W C Wᵀ`, it is taken from the side that costs less: the group's (in, in) gram, or each
-target's own (out, out) one.
+Everything is a running mean over tokens in float32 (TF32 off): sums overflow and lose digits, means do not, and the means
+of two workers merge by their token counts. Targets of one group read the same tensor, so it is looked at once. Where a
+method needs only the second moment of the outputs, `W C Wᵀ`, it is taken from the side that costs less: the group's (in, in)
+gram, or each target's own (out, out) one.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class LayerCollector:
         what: from `wanted`.
     """
 
-    def __init__(self, layer: nn.Module, prefix: str, targets: Sequence[TargetLike], what: Wanted, device: torch.device) -> None:
+    def __init__(
+        self, layer: nn.Module, prefix: str, targets: Sequence[TargetLike], what: Wanted, device: torch.device
+    ) -> None:
         self._layer, self._prefix, self._targets, self._what = layer, prefix, list(targets), what
         self._means: dict[tuple[str, str], MeanOuter | MeanVector] = {}
         for target in self._targets:

@@ -8,8 +8,7 @@ forwards go on to layer i + 1. No architecture's loop is rewritten here, so none
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +114,8 @@ def check_finite(output: Any, layer: str, batch: int) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise NonFiniteError(
-                    f"{layer}: {bad} of {tensor.numel()} output values are not finite (calibration batch {batch}, {tensor.dtype}).",
+                    f"{layer}: {bad} of {tensor.numel()} output values are not finite "
+                    f"(calibration batch {batch}, {tensor.dtype}).",
                     "In float16 activations can overflow: try --dtype bfloat16 or --dtype float32. "
                     "If it stays, the checkpoint is damaged.",
                 )
-
-
-@contextmanager
-def on_device(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The layer with its tensors on `device` while the context is open."""
-    layer.to(device)
-    try:
-        yield layer
-    finally:
-        layer.to("cpu")

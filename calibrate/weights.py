@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ class GgufSource(WeightSource):
         model: the model on the meta device; transformers derives the names from it.
     """
 
-    def __init__(self, path: Path, model: torch.nn.Module) -> None:
+    def __init__(self, path: Path, model: Any) -> None:
         from gguf import GGUFReader
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 

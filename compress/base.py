@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -129,7 +130,7 @@ class LowRankSolution(Solution):
         return float(self.energy.sum())
 
 
-Solve = Callable[[Tensor, TargetStats, Settings], Solution]
+Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method's own Settings
 
 
 @dataclass(frozen=True)

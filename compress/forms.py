@@ -102,7 +102,9 @@ class LowRankLinear(nn.Module):
         return self.left @ self.weight
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        )
 
 
 # kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors
@@ -123,7 +125,7 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a module that multiplies by one 2-D weight, None for any other module.
 
     `nn.Linear` and transformers' `Conv1D` (whose weight is stored (in, out), as in GPT-2) are such modules.
@@ -135,7 +137,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def linear_weight(module: nn.Module) -> Tensor:
+def linear_weight(module: Any) -> Tensor:
     """The module's weight as (out, in); a view."""
     weight: Tensor = module.weight
     return weight if isinstance(module, nn.Linear) else weight.T

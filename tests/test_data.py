@@ -66,6 +66,10 @@ class Hub:
     def __init__(self, rows):
         self.rows, self.asked, self.read = rows, [], 0
 
+    def __reduce__(self):
+        """`datasets` pickles what it is given to make a fingerprint; rows may be endless."""
+        return Hub, ((),)
+
     def __call__(self, name, config=None, *, split, streaming, **others):
         self.asked.append({"name": name, "config": config, "split": split, "streaming": streaming, **others})
 
@@ -74,7 +78,12 @@ class Hub:
                 self.read += 1
                 yield row
 
-        return datasets.IterableDataset.from_generator(generate) if streaming else datasets.Dataset.from_list(list(self.rows))
+        # A fixed fingerprint: `datasets` would pickle the generator to make one, and rows may be endless.
+        return (
+            datasets.IterableDataset.from_generator(generate, fingerprint="rows")
+            if streaming
+            else datasets.Dataset.from_list(list(self.rows))
+        )
 
 
 @pytest.fixture

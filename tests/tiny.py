@@ -41,7 +41,8 @@ CONFIGS: dict[str, dict] = {
         "tie_word_embeddings": True,
         "query_pre_attn_scalar": 16,
     },
-    "phi3": {k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"} | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "phi3": {k: v for k, v in _LLAMA_LIKE.items() if k != "head_dim"}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "opt": _COMMON
     | {
         "hidden_size": 48,
@@ -102,7 +103,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     return model.eval()
 
 
-def write_tiny(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "60KB", **changes) -> Path:
+def write_tiny(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, shard: str = "60KB", **changes
+) -> Path:
     """Write a tiny checkpoint (several shards, tokenizer, generation config) of `family` into `folder`."""
     tiny_model(family, dtype, seed, **changes).save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer(bos=family.startswith("gemma")).save_pretrained(folder)

@@ -1,0 +1,40 @@
+"""The real pipeline in one call, for tests: checkpoint on disk in, artifact on disk out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc.calibrate.data import load_calibration
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import Plan, make_plan
+from lrc.recipe import load_recipe
+from lrc.run import execute
+
+
+def compress(
+    model: Path,
+    out: Path,
+    text: Path,
+    recipe: str = "svd-llm",
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    dtype: torch.dtype | None = None,
+    samples: int = 8,
+    length: int = 48,
+    **overrides: Any,
+) -> Plan:
+    """Compress `model` into `out`, calibrated on a text file; returns the plan that was carried out."""
+    wanted = {
+        "calibration.source": f"text:{text}",
+        "calibration.samples": samples,
+        "calibration.length": length,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    view = ModelView(locate(str(model)), dtype)
+    plan = make_plan(view, load_recipe(recipe, wanted), len(devices))
+    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
+    execute(plan, view, calibration, out, devices=devices)
+    return plan

@@ -1,0 +1,147 @@
+"""Every method on every tiny architecture, through the whole pipeline and back through from_pretrained."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+import torch
+from pipeline import compress
+from safetensors.torch import load_file
+from tiny import CONFIGS
+
+from lrc.compress.base import methods
+from lrc.compress.forms import linear_weight
+from lrc.load import open_model
+from lrc.verify import verify
+
+IDS = torch.arange(3, 40)[None]
+
+
+def logits(folder) -> torch.Tensor:
+    model, _ = open_model(str(folder))
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def multiplied_out(model, record, tensors) -> torch.Tensor:
+    """Logits of the original model with each target's weight replaced by left @ right."""
+    original, _ = open_model(str(model))
+    with torch.no_grad():
+        for target in record["targets"]:
+            path, _, last = target["name"].rpartition(".")
+            if last.isdigit():
+                stored, place = f"{path}_forms.{last}", original.get_parameter(path)[int(last)]
+            else:
+                stored, place = target["name"], linear_weight(original.get_submodule(target["name"]))
+            place.copy_(tensors[f"{stored}.left"] @ tensors[f"{stored}.weight"])
+        return original(IDS).logits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_compressed_and_loads_back(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    plan = compress(model, tmp_path / "out", tiny_text_file, ratio=0.3)
+    record = verify(tmp_path / "out")
+    # bytes on disk are what the plan said, header aside
+    tensors = {k: v for shard in record["shards"] for k, v in load_file(tmp_path / "out" / shard).items()}
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == plan.whole_after
+    assert 0.29 <= plan.ratio <= 0.36
+    assert all(0 < target["error"] < 1 for target in record["targets"])
+    # the same logits as the original model with every target multiplied out and put in its place
+    assert torch.allclose(logits(tmp_path / "out"), multiplied_out(model, record, tensors), atol=1e-4)
+    assert not torch.allclose(logits(tmp_path / "out"), logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("propagate", ["original", "compressed"])
+def test_every_method_runs_one_shot_and_sequentially(name, propagate, tiny_checkpoints, tiny_text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: {name}\n")
+    compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, str(recipe), ratio=0.3, propagate=propagate)
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_ratio_zero_is_the_original(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    plan = compress(model, tmp_path / "out", tiny_text_file, ratio=0.0)
+    assert plan.whole_after == plan.whole_bytes
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert torch.equal(logits(model), logits(tmp_path / "out"))
+
+
+def test_error_falls_with_the_budget(tiny_checkpoints, tiny_text_file, tmp_path):
+    errors = []
+    for ratio in (0.6, 0.4, 0.2):
+        compress(tiny_checkpoints("qwen3"), tmp_path / str(ratio), tiny_text_file, ratio=ratio)
+        record = verify(tmp_path / str(ratio))
+        errors.append({target["name"]: target["error"] for target in record["targets"]})
+    assert all(errors[0][name] > errors[1][name] > errors[2][name] for name in errors[0])
+
+
+def test_sequential_sees_what_the_compressed_layers_put_out(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("llama")
+    for propagate in ("original", "compressed"):
+        compress(model, tmp_path / propagate, tiny_text_file, ratio=0.4, propagate=propagate)
+    one, two = (load_file(tmp_path / p / "model-00001-of-00004.safetensors") for p in ("original", "compressed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)  # the first layer sees the same inputs
+    one, two = (load_file(tmp_path / p / "model-00002-of-00004.safetensors") for p in ("original", "compressed"))
+    assert not torch.equal(one["model.layers.1.mlp.up_proj.left"], two["model.layers.1.mlp.up_proj.left"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_checkpoints_stay_sixteen_bit(dtype, tiny_checkpoints, tiny_text_file, tmp_path):
+    compress(tiny_checkpoints("llama", dtype=dtype), tmp_path / "out", tiny_text_file, ratio=0.2)
+    shard = load_file(tmp_path / "out" / "model-00001-of-00004.safetensors")
+    assert {tensor.dtype for tensor in shard.values()} == {dtype}
+
+
+def test_kept_targets_are_untouched(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("llama")
+    plan = compress(model, tmp_path / "out", tiny_text_file, ratio=0.4, keep=["*.v_proj", "model.layers.0.*"])
+    dense = {step.target.name for step in plan.steps if step.choice.dense}
+    assert dense == {s.target.name for s in plan.steps if s.target.role.endswith("v_proj") or s.target.layer == 0}
+    original, _ = open_model(str(model))
+    small, _ = open_model(str(tmp_path / "out"))
+    assert torch.equal(original.model.layers[2].self_attn.v_proj.weight, small.model.layers[2].self_attn.v_proj.weight)
+
+
+def test_batches_and_devices_change_nothing_but_rounding(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("llama")
+    compress(model, tmp_path / "one", tiny_text_file, ratio=0.3, samples=60)
+    cpu = torch.device("cpu")
+    compress(model, tmp_path / "two", tiny_text_file, ratio=0.3, samples=60, devices=[cpu, cpu])
+    assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-3)
+
+
+def test_a_method_is_two_files(tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
+    """The test of the architecture: a throw-away method file and a recipe file, and the whole pipeline knows it."""
+    import lrc.compress
+    import lrc.compress.base as base
+
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "first_columns.py").write_text(
+        textwrap.dedent(
+            '''
+            """Keep the output directions of the first rows: a method that nobody should use."""
+            import torch
+            from lrc.compress.base import LowRankSolution, Settings, method
+
+            @method("first-rows", source="a test")
+            def solve(weight, stats, settings):
+                eye = torch.eye(len(weight), dtype=torch.float64)
+                return LowRankSolution(eye, weight.double(), weight.double().square().sum(1))
+            '''
+        )
+    )
+    (tmp_path / "first.yaml").write_text("# A throw-away recipe.\nmethod: first-rows\nratio: 0.3\n")
+    monkeypatch.setattr(lrc.compress, "__path__", [*lrc.compress.__path__, str(tmp_path / "methods")])
+    try:
+        compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, str(tmp_path / "first.yaml"))
+        record = verify(tmp_path / "out")
+        assert record["recipe"]["method"] == "first-rows"
+        assert "first-rows" in (tmp_path / "out" / "README.md").read_text()
+    finally:
+        base._METHODS.pop("first-rows", None)
