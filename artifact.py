@@ -1,9 +1,9 @@
 """The artifact on disk: written shard by shard, so that a run can be killed anywhere and nothing half-written looks finished.
 
-While a run is under way the folder holds finished shards and a journal, but neither config.json nor an index: no tool takes it
-for a model. Each shard is written to a temporary file, synced and renamed; then a line goes into the journal. The last file
-to appear is config.json. The journal's first line is the identity of the run (recipe, model, calibration); another request is
-refused with the differences.
+While a run is under way the folder holds finished shards and a journal, but no config.json: no tool takes it for a model. Each
+shard is written to a temporary file, synced and renamed; then a line goes into the journal. The last file to appear is
+config.json, and only after the result was checked. The journal's first line is the identity of the run (recipe, model,
+calibration); another request is refused with the differences.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,12 +27,15 @@ from torch import Tensor
 
 from .errors import CheckpointError, OutputError, RequestError, ResumeError
 
-JOURNAL = "journal.jsonl"
+JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
 INDEX = "model.safetensors.index.json"
+UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
-_LOCK = ".lock"
-_OURS = {JOURNAL, RECORD, INDEX, "config.json", "README.md", _LOCK}
+_LOCK = ".lrc.lock"
+_PARTIAL = ".lrc-partial"
+_ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,15 @@ class Artifact:
     Args:
         folder: created if need be; must be empty, or hold a run of the same identity.
         identity: what this run is of; a JSON mapping. Two runs with equal identities write equal bytes.
-        restart: delete a run that is there.
+        restart: delete a run that is there (its files; files of others stay).
 
     Use as a context: it holds a lock on the folder. `done` maps a shard's key to the shard for everything that an earlier,
-    interrupted run finished; `finished` says that the artifact is complete already.
+    interrupted run finished; `finished` says that the artifact is complete already, and then nothing is touched.
 
     Raises:
         ResumeError: the folder holds a run of something else; lists the differences.
         RequestError: the folder holds foreign files, or another process is writing to it.
+        CheckpointError: the folder holds a finished result that has been damaged since.
         OutputError: it cannot be created or written.
     """
 
@@ -66,55 +71,74 @@ class Artifact:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self._restart = restart
+        self._lock: IO[str] | None = None
         self.done: dict[str, Shard] = {}
         self.finished = False
 
     def __enter__(self) -> Artifact:
+        if not self._restart and self._is_finished():
+            return self
+        require_usable(self.folder)
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / _LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RequestError(f"Another lrc is writing to {self.folder}.", "Wait for it, or give another --out.") from error
+            self._lock = _locked(self.folder)
         try:
             self._open()
         except BaseException:
-            self._lock.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / _LOCK).unlink()
-        self._lock.close()
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # an unlocked lock file that stays is harmless
+                (self.folder / _LOCK).unlink()
+            self._lock.close()
 
     def _open(self) -> None:
-        foreign = sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name))
-        ours = (self.folder / JOURNAL).exists() or (self.folder / RECORD).exists()
-        if foreign and not ours:
-            raise RequestError(
-                f"{self.folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
-                "Give an empty or new folder as --out.",
-            )
         with _writing(self.folder):
             if self._restart:
                 self._clear()
-            for leftover in self.folder.glob("*.tmp"):
+            for leftover in self.folder.glob("*" + _PARTIAL):
                 leftover.unlink()
-            if (self.folder / RECORD).exists() and (self.folder / "config.json").exists():
-                self._compare(read_record(self.folder)["identity"])
-                self.finished = True
+            if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
+                # killed after the result was checked, before the journal went; or finished while this process waited
+                (self.folder / JOURNAL).unlink(missing_ok=True)
+                self._is_finished()
             elif (self.folder / JOURNAL).exists():
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
 
+    def _is_finished(self) -> bool:
+        """Whether the folder holds the finished result of this very request; raises where it is another's or damaged."""
+        folder = self.folder
+        if (folder / JOURNAL).exists() or not ((folder / RECORD).is_file() and (folder / "config.json").is_file()):
+            return False
+        record = read_record(folder)
+        self._compare(record.get("identity", {}))
+        for name, shard in record.get("shards", {}).items():
+            size = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if size != shard["nbytes"]:
+                found = "is missing" if size is None else f"has {size} bytes; {shard['nbytes']} were written"
+                raise CheckpointError(f"{folder} was finished, but {folder / name} {found}.", "Start over with --restart.")
+        self.finished = True
+        return True
+
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        own = _ALWAYS | self._copied_files()
+        for path in list(self.folder.iterdir()):
+            if path.is_file() and (path.name in own or path.name.endswith(_PARTIAL) or _SHARD.fullmatch(path.name)):
+                path.unlink()
+
+    def _copied_files(self) -> set[str]:
+        """Names of the tokenizer's and other files that an earlier run put here, or was about to."""
+        texts = [
+            *((self.folder / JOURNAL).read_bytes().splitlines() if (self.folder / JOURNAL).is_file() else []),
+            (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
+        ]
+        entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
+        return {name for entry in entries for name in entry.get("files", ()) if Path(name).name == name}
 
     def _compare(self, other: Mapping[str, Any]) -> None:
         differences = list(_differences(other, self.identity))
@@ -123,27 +147,26 @@ class Artifact:
 
     def _read_journal(self) -> None:
         path = self.folder / JOURNAL
-        lines = path.read_bytes().splitlines(keepends=True)
+        data = path.read_bytes()
         entries, length = [], 0
-        for line in lines:  # a kill may leave half a line at the end
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
+        for line in data.splitlines(keepends=True):  # a kill may leave half a line at the end, a power cut zeros
+            entry = _parsed(line)
+            if not line.endswith(b"\n") or not isinstance(entry, dict):
                 break
-            if not line.endswith(b"\n"):
-                break
+            entries.append(entry)
             length += len(line)
-        if length < sum(map(len, lines)):
+        if length < len(data):
             os.truncate(path, length)
-            entries = entries[: sum(1 for line in lines if line.endswith(b"\n"))]
         if not entries:
             self._append({"identity": self.identity})
             return
-        self._compare(entries[0]["identity"])
+        self._compare(entries[0].get("identity", {}))
         for entry in entries[1:]:
+            if "key" not in entry:
+                continue
             shard = Shard(entry["file"], entry["sha256"], entry["nbytes"], tuple(entry["tensors"]), entry["record"])
             file = self.folder / shard.file
-            if file.is_file() and file.stat().st_size == shard.nbytes:
+            if file.is_file() and file.stat().st_size == shard.nbytes and sha256_of(file) == shard.sha256:
                 self.done[entry["key"]] = shard
 
     def _append(self, entry: Mapping[str, Any]) -> None:
@@ -166,11 +189,10 @@ class Artifact:
         """Commit one shard: temporary file, sync, rename, journal."""
         path = self.folder / file
         with _writing(path):
-            temporary = path.with_name(path.name + ".tmp")
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-            _sync_file(temporary)
-            shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(tensors), dict(record))
-            temporary.rename(path)
+            with _partial(path) as partial:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+                _sync_file(partial)
+                shard = Shard(file, sha256_of(partial), partial.stat().st_size, tuple(tensors), dict(record))
             _sync_folder(self.folder)
             self._append({"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
                           "tensors": shard.tensors, "record": shard.record})  # fmt: skip
@@ -181,39 +203,76 @@ class Artifact:
         """The tensors of a finished shard."""
         return read_shard(self.folder, self.done[key])
 
-    def finish(self, config: Mapping[str, Any], record: Mapping[str, Any], card: str, files: Mapping[str, bytes]) -> None:
-        """Write everything else; config.json appears last, and the journal goes."""
-        shards = self.done.values()
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        record: Mapping[str, Any],
+        card: str,
+        files: Mapping[str, bytes],
+        check: Callable[[], object],
+    ) -> None:
+        """Write everything else, check the whole, and only then let config.json appear; the journal goes.
+
+        Args:
+            config: what config.json will hold; while `check` runs it lies in `UNCHECKED`.
+            record: what lrc.json will hold.
+            card: the README.
+            files: name -> content of the tokenizer's and other files.
+            check: raises if the result is not sound; then it never looks finished.
+        """
+        shards = sorted(self.done.values(), key=lambda shard: shard.file)
         index = {
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": {name: shard.file for shard in sorted(shards, key=lambda s: s.file) for name in shard.tensors},
+            "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
         }
         whole = dict(record) | {
             "schema": SCHEMA,
             "identity": self.identity,
+            "files": sorted(files),
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with _writing(self.folder):
+            self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
             self._put("README.md", card.encode())
             self._put(INDEX, _json(index))
             self._put(RECORD, _json(whole))
-            self._put("config.json", _json(config))
+            self._put(UNCHECKED, _json(config))
+        check()
+        with _writing(self.folder):
+            (self.folder / UNCHECKED).replace(self.folder / "config.json")
+            _sync_folder(self.folder)
             (self.folder / JOURNAL).unlink()
         self.finished = True
 
-    def withdraw(self) -> None:
-        """Make a finished artifact look unfinished again (its check failed): config.json is set aside."""
-        with _writing(self.folder):
-            (self.folder / "config.json").rename(self.folder / "config.json.rejected")
-
     def _put(self, name: str, content: bytes) -> None:
-        temporary = self.folder / (name + ".tmp")
-        temporary.write_bytes(content)
-        _sync_file(temporary)
-        temporary.rename(self.folder / name)
+        with _partial(self.folder / name) as partial:
+            partial.write_bytes(content)
+            _sync_file(partial)
         _sync_folder(self.folder)
+
+
+def require_usable(folder: Path) -> None:
+    """Refuse a folder that a run could not be written into, before any work; writes nothing.
+
+    Raises:
+        RequestError: it holds files of others.
+        OutputError: it is no folder, or it may not be written to.
+    """
+    with _writing(folder):
+        if folder.exists():
+            names = {path.name for path in folder.iterdir()}
+            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {_LOCK})):
+                raise RequestError(
+                    f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
+                    "Give an empty or new folder as --out.",
+                )
+        standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+        if not standing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(standing))
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied or read-only file system", str(standing))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -251,10 +310,47 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_ours(name: str) -> bool:
-    return (
-        name in _OURS or name.endswith((".tmp", ".rejected")) or (name.startswith("model-") and name.endswith(".safetensors"))
-    )
+def _locked(folder: Path) -> IO[str]:
+    """An exclusive lock on a folder, held until it is closed (or the process dies).
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    path = folder / _LOCK
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the holder before us may have deleted the file that we have just locked
+            if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise RequestError(f"Another lrc is writing to {folder}.", "Wait for it, or give another --out.") from error
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space)."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _parsed(text: bytes) -> Any:
+    """The JSON value of a text, None if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -230,13 +230,12 @@ class ModelView:
             names = [name for name in self._sources[""] if self._renamed[name] not in unread]
         self._materialise(list(names))
 
-    def load_head(self) -> None:
-        """Bring in the output head, for a forward that goes on to the logits."""
-        if (head := self.untied_head) is None:
-            self.model.tie_weights()
-        else:
-            names = {name for name, parameter in self.model.named_parameters() if parameter is head.weight}
-            self._materialise([name for name in self._sources[""] if self._renamed[name] in names])
+    def load_end(self) -> None:
+        """Bring in what a forward reads after the last layer: the final norm and the output head."""
+        embedding = self.model.get_input_embeddings().weight
+        unread = set() if self.untied_head is None else {n for n, p in self.model.named_parameters() if p is embedding}
+        self._materialise([name for name in self._sources[""] if self._renamed[name] not in unread])
+        self.model.tie_weights()
 
     def unload(self, prefix: str = "") -> None:
         """Send weights back to the meta device: one layer's, or with '' all that lie outside the layers."""

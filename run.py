@@ -7,7 +7,9 @@ activations that reach the first unfinished layer are the very same.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import json
 import platform
 import resource
@@ -110,6 +112,7 @@ def execute(
                 view.load_outside(part)
                 artifact.write(key, names[key], view.outside_tensors(part), {})
                 view.unload()
+                _give_back()
         _finish(plan, view, calibration, artifact)
     return True
 
@@ -133,6 +136,7 @@ def _compress_layers(
     with Lockstep(view.model, view.layers) as steps:
         steps.start(batches)
         view.unload()
+        _give_back()
         for index, name in enumerate(view.layer_names):
             started = time.perf_counter()
             layer = view.load(name)
@@ -153,6 +157,7 @@ def _compress_layers(
                     del forms, stored
                     outputs = _run(layer, name, steps.calls, devices)[0]
             view.unload(name)
+            _give_back()
             notify(LayerReport(index, total, tuple(records), time.perf_counter() - started, peak_rss(), resumed))
             if not last:
                 assert outputs is not None
@@ -204,7 +209,7 @@ def _solve_layer(
     layer: nn.Module,
     name: str,
     index: int,
-    statistics: Mapping[str, TargetStats],
+    statistics: dict[str, TargetStats],
     method: Method,
     settings: Settings,
     device: torch.device,
@@ -219,7 +224,7 @@ def _solve_layer(
             records.append(TargetRecord(target.name, spec, shape, step.bytes_before, step.bytes_after, note=step.why_dense))
             continue
         weight, bias = _weight(layer, name, target)
-        stats = statistics[target.name]
+        stats = statistics.pop(target.name)  # what is solved needs its statistics no longer
         solution = method.solve(weight.to(device), stats, settings)
         form = solution.form(step.choice).with_bias(bias).stored(plan.dtype)
         if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
@@ -378,6 +383,12 @@ def _beside(view: ModelView) -> dict[str, bytes]:
 def peak_rss() -> int:
     """The largest resident memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what was freed, and the peak would grow from layer to layer."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no malloc_trim and no such habit
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _full_precision() -> None:

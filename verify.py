@@ -81,12 +81,13 @@ def _check_logits(folder: Path, view: ModelView) -> None:
     view.load_outside()
     with Lockstep(view.model, view.layers) as steps:
         steps.start([{"input_ids": ids}])
+        view.unload()
         for index, name in enumerate(view.layer_names):
             output = run_layer(view.load(name), steps.calls[0])
             check_finite(output, name, 0)
             view.unload(name)
             if index == len(view.layers) - 1:
-                view.load_head()
+                view.load_end()
             steps.answer([output])
         logits = steps.results[0].logits
     if not torch.isfinite(logits).all():

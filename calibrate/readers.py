@@ -22,11 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub
 import numpy as np
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import CalibrationError
@@ -134,6 +131,9 @@ def parquet_rows(path: Path, column: str, seed: int | None) -> Iterator[Document
     Raises:
         CalibrationError: not a parquet file, no such column, or a value that is no text.
     """
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
     where = f"{path}: column '{column}'"
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -167,6 +167,8 @@ def hub_documents(hub: HubData, seed: int | None) -> Iterator[Document]:
         CalibrationError: the hub cannot be reached (after `HUB_TIMEOUT`, not after minutes), or it has no such data set,
             configuration, split or column.
     """
+    import datasets  # 100 MB of memory, for named data sets only
+
     name = ":".join(filter(None, (hub.name, hub.config)))
     silence = ""
     try:
@@ -215,6 +217,8 @@ def _hub_answering_or_offline(name: str) -> Iterator[str]:
 
     Left alone, `datasets` repeats a failed connection for 23 seconds before it looks there, with a warning for each try.
     """
+    import datasets  # 100 MB of memory, for named data sets only
+
     before = datasets.config.HF_HUB_OFFLINE
     silence = "offline mode is set" if before else ""
     if not before and not Path(name).is_dir():

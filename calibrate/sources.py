@@ -141,7 +141,7 @@ def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
     """Read a source that is one long text (`STREAMS`).
 
     Returns:
-        the text, and what was read: {"sha256": of the file's bytes, or of the joined text in UTF-8; "documents": rows}.
+        the text, and what was read: {"sha256": of the text in UTF-8, its lines ended by \\n; "documents": rows}.
 
     Raises:
         CalibrationError: it cannot be had, is not UTF-8 or is empty.
@@ -155,13 +155,14 @@ def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
     else:
         path = _existing(source)
         data = path.read_bytes()
-        facts = {"sha256": hashlib.sha256(data).hexdigest(), "documents": 1}
         try:
-            text = data.decode()
+            # lines end in \n here whatever the file ends them in, as in any text that Python reads
+            text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise CalibrationError(
                 f"{path} is not UTF-8 text: byte {error.start:,} is 0x{data[error.start]:02x}.", "Convert it to UTF-8."
             ) from None
+        facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": 1}
     if not text.strip():
         raise CalibrationError(f"{source.text} holds no text ({len(text):,} characters, all blank).")
     return text, facts

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
+from .base import Factored, Settings, TargetStats, balanced, method
 
 
 class AsvdSettings(Settings):
@@ -29,7 +29,7 @@ class AsvdSettings(Settings):
 
 
 @method("asvd", source="arXiv 2312.05821", needs=["abs_mean"], settings=AsvdSettings)
-def solve(weight: Tensor, stats: TargetStats, settings: AsvdSettings) -> LowRankSolution:
+def solve(weight: Tensor, stats: TargetStats, settings: AsvdSettings) -> Factored:
     """Truncated SVD of W S (out, in); energies are squared singular values, an error in the scaled metric."""
     assert stats.group.abs_mean is not None
     magnitude = stats.group.abs_mean.double()
@@ -38,4 +38,4 @@ def solve(weight: Tensor, stats: TargetStats, settings: AsvdSettings) -> LowRank
     scale = magnitude.clamp_min(floor) ** settings.alpha
     left, values, right = torch.linalg.svd(weight.double() * scale, full_matrices=False)
     left, right = balanced(left * values, right / scale)
-    return LowRankSolution(left, right, values**2)
+    return Factored(values**2, left, right)

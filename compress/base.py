@@ -101,33 +101,43 @@ class Solution(ABC):
 
 @dataclass(frozen=True)
 class LowRankSolution(Solution):
-    """Factors of which any leading part is the optimum of its rank.
+    """Low rank whose components add up: what a rank loses is the energy of those it leaves out.
 
     Args:
-        left: (out, k) float64.
-        right: (k, in) float64.
         energy: (k,) float64, what is lost when component i is dropped; descending.
     """
 
-    left: Tensor
-    right: Tensor
     energy: Tensor
 
-    def _rank(self, choice: Choice) -> int:
+    def rank(self, choice: Choice) -> int:
+        """The rank that is asked for; a dense target is never solved."""
         if choice.rank is None:
             raise ValueError("a dense target is not solved")
         return choice.rank
 
     def loss(self, choice: Choice) -> float:
-        return float(self.energy[self._rank(choice) :].sum())
-
-    def form(self, choice: Choice) -> LowRank:
-        rank = self._rank(choice)
-        return LowRank(self.left[:, :rank], self.right[:rank])
+        return float(self.energy[self.rank(choice) :].sum())
 
     @property
     def total(self) -> float:
         return float(self.energy.sum())
+
+
+@dataclass(frozen=True)
+class Factored(LowRankSolution):
+    """Two full factors of which any leading part is the optimum of its rank.
+
+    Args:
+        left: (out, k) float64.
+        right: (k, in) float64.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def form(self, choice: Choice) -> LowRank:
+        rank = self.rank(choice)
+        return LowRank(self.left[:, :rank], self.right[:rank])
 
 
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method's own Settings

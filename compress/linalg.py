@@ -32,8 +32,7 @@ def eigh(matrix: Tensor, what: str = "matrix") -> Eigen:
     """
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"The {what} ({matrix.shape[0]} x {matrix.shape[1]}) is not finite.", "Its statistics overflowed.")
-    doubled = matrix.double()
-    values, vectors = torch.linalg.eigh((doubled + doubled.T) / 2)
+    values, vectors = torch.linalg.eigh(matrix.double())  # reads the lower triangle only
     return Eigen(values.flip(0).clamp_min_(0), vectors.flip(1))
 
 
@@ -43,48 +42,82 @@ def root(gram: Tensor) -> Tensor:
     return (eigen.vectors * eigen.values.sqrt()) @ eigen.vectors.T
 
 
-def output_eigen(weight: Tensor, gram_root: Tensor | None = None, output_gram: Tensor | None = None) -> Eigen:
-    """Eigenpairs of `W C Wᵀ`, the second moment of a target's outputs, computed on the smaller side.
+class OutputDirections:
+    """The leading output directions of a target: eigenvectors of `W C Wᵀ`, found once, given out for any rank.
+
+    Where the target is tall (out > in) the problem is solved on the (in, in) side with the gram's root S: the eigenvectors V of
+    `S WᵀW S` have the same eigenvalues, and the columns of `W S V` are the wanted directions up to their lengths. Work in
+    float64 is done on slices of the weight, so that no float64 copy of a large weight is made.
 
     Args:
-        weight: (out, in).
+        weight: (out, in), any floating dtype.
         gram_root: (in, in) the symmetric root of the input gram C; used where `output_gram` is not given.
         output_gram: (out, out) mean over tokens of y yᵀ, y = W x.
-
-    Returns:
-        values (k,) and vectors (out, k), k = min(out, in) or out; the columns are orthonormal and complete: directions that
-        carry no energy are ordered by the plain norm of what the weight still holds there.
     """
-    if output_gram is not None:
-        return _complete(eigh(output_gram, "output gram"), weight)
-    if gram_root is None:
-        raise ValueError("output_eigen needs gram_root or output_gram")
-    scaled = weight.double() @ gram_root.double()  # (out, in)
-    out_features, in_features = scaled.shape
-    if out_features <= in_features:
-        return _complete(eigh(scaled @ scaled.T, "output gram"), weight)
-    inner = eigh(scaled.T @ scaled, "weighted gram")  # (in, in): the same nonzero eigenvalues
-    # Householder QR of columns that are orthogonal already and fall in length gives U without dividing by small values
-    vectors, _ = torch.linalg.qr(scaled @ inner.vectors)
-    return _complete(Eigen(inner.values, vectors), weight)
+
+    def __init__(self, weight: Tensor, gram_root: Tensor | None = None, output_gram: Tensor | None = None) -> None:
+        self._weight = weight
+        out_features, in_features = weight.shape
+        self._vectors: Tensor | None = None
+        self._inner: Tensor | None = None
+        if output_gram is not None:
+            eigen = eigh(output_gram, "output gram")
+            self._vectors = eigen.vectors
+        elif gram_root is None:
+            raise ValueError("OutputDirections needs gram_root or output_gram")
+        elif out_features <= in_features:
+            scaled = weight.double() @ gram_root
+            eigen = eigh(scaled @ scaled.T, "output gram")
+            self._vectors = eigen.vectors
+        else:
+            eigen = eigh(gram_root @ outer_rows(weight) @ gram_root, "weighted gram")
+            self._inner = gram_root @ eigen.vectors
+        self.values = eigen.values[: min(out_features, in_features)]
+        largest = self.values[0] if len(self.values) else weight.new_zeros((), dtype=torch.float64)
+        self._seen = int((self.values > largest * len(self.values) * torch.finfo(torch.float64).eps).sum())
+
+    def basis(self, rank: int) -> Tensor:
+        """(out, rank) float64 with orthonormal columns, the leading directions in descending order of energy.
+
+        Directions without energy, which calibration on fewer tokens than the target is wide leaves, are ordered by the plain
+        norm of what the weight holds there: any order is optimal in the metric, and this one serves unseen inputs best.
+        """
+        seen = min(rank, self._seen)
+        if self._vectors is not None:
+            kept, free = self._vectors[:, :seen], self._vectors[:, self._seen :]
+            if rank == seen:
+                return kept
+            held = free.T @ self._weight.double()
+            return torch.cat([kept, free @ eigh(held @ held.T).vectors[:, : rank - seen]], dim=1)
+        assert self._inner is not None
+        # Householder QR of columns that are orthogonal already and fall in length: no division by small values
+        kept, _ = torch.linalg.qr(self._weight_times(self._inner[:, :seen]))
+        if rank == seen:
+            return kept
+        rest = self._weight.double() - kept @ (kept.T @ self._weight.double())
+        more, _ = torch.linalg.qr(rest @ eigh(rest.T @ rest).vectors[:, : rank - seen])
+        more = more - kept @ (kept.T @ more)
+        return torch.linalg.qr(torch.cat([kept, more], dim=1))[0]
+
+    def _weight_times(self, matrix: Tensor) -> Tensor:
+        return torch.cat([rows.double() @ matrix for rows in self._weight.split(_ROWS)])
 
 
-def _complete(eigen: Eigen, weight: Tensor) -> Eigen:
-    """Order the directions without energy by the weight's plain norm in them.
+_ROWS = 512
 
-    Calibration that saw fewer tokens than the target is wide leaves such directions; any order of them is optimal in the
-    metric, and the one that serves unseen inputs best is that of the weight itself.
-    """
-    values, vectors = eigen.values, eigen.vectors
-    if not len(values):
-        return eigen
-    seen = int((values > values[0] * len(values) * torch.finfo(torch.float64).eps).sum())
-    if seen == vectors.shape[1]:
-        return eigen
-    kept = vectors[:, :seen]
-    rest = weight.double() - kept @ (kept.T @ weight.double())
-    left, _, _ = torch.linalg.svd(rest, full_matrices=False)
-    both, _ = torch.linalg.qr(torch.cat([kept, left], dim=1)[:, : vectors.shape[1]])
-    signs = torch.sign((both[:, :seen] * kept).sum(0))  # QR may flip what it was given
-    both[:, :seen] *= torch.where(signs == 0, torch.ones_like(signs), signs)
-    return Eigen(values, both)
+
+def outer_rows(weight: Tensor) -> Tensor:
+    """`WᵀW` in float64, (in, in), by slices of rows."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.split(_ROWS):
+        doubled = rows.double()
+        total.addmm_(doubled.T, doubled)
+    return total
+
+
+def project(basis: Tensor, weight: Tensor) -> Tensor:
+    """`basisᵀ weight` in float64, (rank, in), by slices of rows."""
+    total = torch.zeros(basis.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for directions, rows in zip(basis.split(_ROWS), weight.split(_ROWS), strict=True):
+        total.addmm_(directions.T, rows.double())
+    return total

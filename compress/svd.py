@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
+from .base import Factored, Settings, TargetStats, balanced, method
 
 
 @method("svd", source="Eckart & Young 1936")
-def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> LowRankSolution:
+def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> Factored:
     """Truncated SVD of the weight (out, in); energies are squared singular values."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     left, right = balanced(left * values, right)
-    return LowRankSolution(left, right, values**2)
+    return Factored(values**2, left, right)

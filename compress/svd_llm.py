@@ -16,16 +16,30 @@ follows from its own shape, grouped-query k and v included; the grams are means 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .linalg import output_eigen
+from .base import Choice, LowRankSolution, Settings, TargetStats, balanced, method
+from .forms import LowRank
+from .linalg import OutputDirections, project
+
+
+@dataclass(frozen=True)
+class Projected(LowRankSolution):
+    """Projection onto leading output directions; the factors are made for the rank that is asked for."""
+
+    weight: Tensor
+    directions: OutputDirections
+
+    def form(self, choice: Choice) -> LowRank:
+        basis = self.directions.basis(self.rank(choice))
+        return LowRank(*balanced(basis, project(basis, self.weight)))
 
 
 @method("svd-llm", source="arXiv 2403.07378", needs=["output_gram"])
-def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> LowRankSolution:
+def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> Projected:
     """Projection of the weight (out, in) onto its leading output directions; energies are the eigenvalues of E[y yᵀ]."""
     gram_root = None if stats.output_gram is not None else stats.group.gram_root
-    eigen = output_eigen(weight, gram_root, stats.output_gram)
-    left, right = balanced(eigen.vectors, eigen.vectors.T @ weight.double())
-    return LowRankSolution(left, right, eigen.values)
+    directions = OutputDirections(weight, gram_root, stats.output_gram)
+    return Projected(directions.values, weight, directions)

@@ -78,12 +78,7 @@ class Hub:
                 self.read += 1
                 yield row
 
-        # A fixed fingerprint: `datasets` would pickle the generator to make one, and rows may be endless.
-        return (
-            datasets.IterableDataset.from_generator(generate, fingerprint="rows")
-            if streaming
-            else datasets.Dataset.from_list(list(self.rows))
-        )
+        return datasets.IterableDataset.from_generator(generate) if streaming else datasets.Dataset.from_list(list(self.rows))
 
 
 @pytest.fixture

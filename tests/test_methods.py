@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lrc.budget import break_even, uniform
 from lrc.compress.base import Choice, GroupStats, TargetStats, get_method, method, methods
-from lrc.compress.linalg import output_eigen, root
+from lrc.compress.linalg import OutputDirections, root
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
@@ -125,10 +125,13 @@ def test_both_sides_of_the_eigenproblem_agree():
     for shape in SHAPES:
         weight, x = problem(*shape, tokens=80)
         gram = x.T @ x / len(x)
-        one = output_eigen(weight, gram_root=root(gram))
-        two = output_eigen(weight, output_gram=weight @ gram @ weight.T)
-        shared = min(len(one.values), len(two.values))
-        assert torch.allclose(one.values[:shared], two.values[:shared], rtol=1e-6, atol=1e-9 * float(one.values[0]))
+        one = OutputDirections(weight, gram_root=root(gram))
+        two = OutputDirections(weight, output_gram=weight @ gram @ weight.T)
+        assert torch.allclose(one.values, two.values, rtol=1e-6, atol=1e-9 * float(one.values[0]))
+        rank = max(1, min(shape) // 2)
+        a, b = one.basis(rank), two.basis(rank)
+        assert torch.allclose(a @ a.T, b @ b.T, atol=1e-6)
+        assert torch.allclose(a.T @ a, torch.eye(rank, dtype=torch.float64), atol=1e-12)
 
 
 def test_a_statistic_that_is_not_finite_is_an_error():

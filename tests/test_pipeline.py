@@ -127,12 +127,12 @@ def test_a_method_is_two_files(tiny_checkpoints, tiny_text_file, tmp_path, monke
             '''
             """Keep the output directions of the first rows: a method that nobody should use."""
             import torch
-            from lrc.compress.base import LowRankSolution, Settings, method
+            from lrc.compress.base import Factored, Settings, method
 
             @method("first-rows", source="a test")
             def solve(weight, stats, settings):
                 eye = torch.eye(len(weight), dtype=torch.float64)
-                return LowRankSolution(eye, weight.double(), weight.double().square().sum(1))
+                return Factored(weight.double().square().sum(1), eye, weight.double())
             '''
         )
     )
