@@ -6,18 +6,27 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .evaluate import TaskResult, compare
 from .plan import Plan, Step
 from .run import LayerReport
 
-console = Console(highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from .evaluate import TaskResult
+
+
+def plain_or_terminal() -> Console:
+    """Where to print: names may hold brackets and colons, which are no markup; without a terminal no line is ever wrapped."""
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
 
 
 def size(nbytes: float) -> str:
@@ -147,6 +156,8 @@ def print_results(
     model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
 ) -> None:
     """A table of metrics, with the baseline and differences beside them where there is one."""
+    from .evaluate import compare  # brings in lm-eval, which compressing does not need
+
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
     table.add_column(model, justify="right", overflow="fold")

@@ -84,7 +84,7 @@ def main() -> None:
         words = random.Random(0)
         text.write_text(" ".join(f"w{words.randrange(VOCABULARY)}" for _ in range(20_000)))
         command = [sys.executable, "-m", "lrc.cli", "compress", str(model), "--recipe", "svd-llm", "--ratio", arguments.ratio,
-                   "--calibration", f"text:{text}", "--samples", "16", "--length", "512", "--out", scratch + "/out"]  # fmt: skip
+                   "--calibration", f"text:{text}", "--samples", "16", "--length", "512", "--out", f"{scratch}/o"]  # fmt: skip
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
         seconds = time.perf_counter() - started
