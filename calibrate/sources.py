@@ -100,7 +100,8 @@ def parse_source(text: str, split: str = "train") -> Source:
         name, config, of, column = parts[:4]
         if any(parts[4:]) or not name:
             raise RequestError(f"Source '{text}' cannot be read.", f"Write {SHAPES['hf']}; an inner part may be empty.")
-        return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text"))
+        # a slice of a split is cut from the whole: it cannot be streamed
+        return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text", streamed="[" not in of))
     path, field = rest, ""
     if kind != "text" and ":" in rest and not Path(rest).expanduser().is_file():
         path, _, field = rest.rpartition(":")
