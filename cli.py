@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import LrcError, RequestError
+from .errors import LrcError, RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -75,15 +77,8 @@ def compress(
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
     from .report import Progress, print_plan
 
-    overrides = {
-        "ratio": ratio,
-        "propagate": propagate,
-        "calibration.source": calibration,
-        "calibration.samples": samples,
-        "calibration.length": length,
-        "calibration.seed": seed,
-    }
-    view, plan = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
+    overrides = _overrides(ratio, propagate, calibration, samples, length, seed)
+    view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     print_plan(plan)
     if dry_run:
         return
@@ -91,11 +86,14 @@ def compress(
     from .generate import generator
     from .run import execute
 
-    devices = _devices(device)
     tokenizer = view.location.tokenizer(trust_remote_code)
     texts = load_calibration(plan.recipe.calibration, tokenizer, generator(model, view.dtype, devices[0], trust_remote_code))
-    with Progress(plan) as progress:
-        done = execute(plan, view, texts, out, devices=devices, restart=restart, notify=progress.layer)
+    try:
+        with Progress(plan) as progress:
+            done = execute(plan, view, texts, out, devices=devices, restart=restart, notify=progress.layer)
+    except KeyboardInterrupt:
+        print("lrc: interrupted; the same command continues.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if not done:
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return
@@ -107,8 +105,11 @@ def plan(
     model: Model,
     recipe: Recipe = "svd-llm",
     ratio: Ratio = None,
+    calibration: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
+    seed: Seed = None,
+    propagate: Propagate = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     set_: Set = None,
@@ -118,8 +119,8 @@ def plan(
     """Print what `lrc compress` would do; reads headers only."""
     from .report import print_plan
 
-    overrides = {"ratio": ratio, "calibration.samples": samples, "calibration.length": length}
-    _, made = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
+    overrides = _overrides(ratio, propagate, calibration, samples, length, seed)
+    _, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
     print_plan(made, verbose=verbose)
 
 
@@ -154,8 +155,11 @@ def evaluate_command(
     if json_file is not None and not json_file.parent.is_dir():
         raise RequestError(f"The folder of --json {json_file} does not exist.", "Create it first.")
     names = _split_tasks(tasks)
+    _quiet()
+    models = [model, *([baseline] if baseline else [])]
+    _checked(*(lambda name=name: _located(name) for name in models), lambda: _dtype(dtype), lambda: _devices(device))
     measured = {}
-    for name in [model, *([baseline] if baseline else [])]:
+    for name in models:
         provenance: list[dict[str, Any]] = []
         if (Path(name) / RECORD).is_file():
             provenance = read_record(Path(name))["calibration"]["provenance"]
@@ -186,6 +190,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a fi
     """Check a compressed checkpoint: hashes, shapes, and that it runs."""
     from .verify import verify as check
 
+    _quiet()
+    _require_finished(str(folder))
     record = check(folder)
     held = record["bytes"]
     print(
@@ -234,22 +240,69 @@ def recipe_check(
     print(yaml.safe_dump(load_recipe(file, settings=set_ or []).resolved(), sort_keys=False), end="")
 
 
+def _overrides(
+    ratio: float | None, propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
+) -> dict[str, Any]:
+    return {
+        "ratio": ratio,
+        "propagate": propagate,
+        "calibration.source": source,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "calibration.seed": seed,
+    }
+
+
 def _plan(
-    model: str, recipe: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None, trust: bool
-) -> tuple[Any, Plan]:
-    """Check the request from the cheapest part to the dearest, then make the plan."""
+    model: str, recipe: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None, trust: bool,
+    out: Path | None = None,
+) -> tuple[Any, Plan, list[Any]]:  # fmt: skip
+    """Check the request from the cheapest part to the dearest, then make the plan: (view, plan, devices)."""
+    from .artifact import require_usable
     from .recipe import load_recipe
 
-    wanted = load_recipe(recipe, overrides, settings)
-    number = _dtype(dtype)
-    devices = _devices(device)
+    wanted, number, devices, *_ = _checked(
+        lambda: load_recipe(recipe, overrides, settings),
+        lambda: _dtype(dtype),
+        lambda: _devices(device),
+        *([partial(require_usable, out)] if out else []),
+    )
     _quiet()
-    from .locate import locate
     from .model import ModelView
     from .plan import make_plan
 
-    view = ModelView(locate(model), number, trust)
-    return view, make_plan(view, wanted, len(devices))
+    view = ModelView(_located(model), number, trust)
+    return view, make_plan(view, wanted, len(devices)), devices
+
+
+def _checked(*checks: Callable[[], Any]) -> list[Any]:
+    """The results of independent checks; where several fail, their messages together."""
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except LrcError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise RequestError("\n".join(map(str, errors)))
+    return results
+
+
+def _located(name: str) -> Any:
+    """Where a model lies; an interrupted run's folder is none, and says so."""
+    from .locate import locate
+
+    _require_finished(name)
+    return locate(name)
+
+
+def _require_finished(name: str) -> None:
+    from .artifact import JOURNAL
+
+    if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
+        raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
 
 
 def _dtype(name: str | None) -> Any:
@@ -257,7 +310,7 @@ def _dtype(name: str | None) -> Any:
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is not None and name not in known:
-        raise RequestError(f"'{name}' is no dtype of a checkpoint.", f"Known: {', '.join(known)}.")
+        raise RequestError(f"'{name}' is no dtype of a checkpoint.", did_you_mean(name, known))
     return known[name] if name else None
 
 
@@ -272,9 +325,16 @@ def _devices(text: str) -> list[Any]:
         try:
             device = torch.device(part.strip())
         except RuntimeError:
-            raise RequestError(f"'{part}' is no device.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.") from None
-        if device.type == "cuda" and (device.index or 0) >= count:
-            raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise RequestError(f"'{part}' is no device for lrc.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.")
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            if device.index >= count:
+                raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
+        if device in devices or (device.type == "cpu" and len(text.split(",")) > 1):
+            raise RequestError(f"--device {text} spreads work over one device twice, or over the CPU and others.",
+                               "Name GPUs, each once.")  # fmt: skip
         devices.append(device)
     return devices
 
@@ -302,9 +362,6 @@ def main() -> None:
     except LrcError as error:
         print(f"lrc: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("lrc: interrupted; the same command continues.", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

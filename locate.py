@@ -23,18 +23,21 @@ class Location:
         name: the model as the user wrote it.
         path: the folder that holds it.
         gguf: the file's name inside `path` when it is a GGUF file, else None.
+        config_file: the name of the configuration inside `path`.
     """
 
     name: str
     path: Path
     gguf: str | None = None
+    config_file: str = "config.json"
 
     def config(self, trust_remote_code: bool = False) -> Any:
         """The model's configuration, read by transformers (from the GGUF header for a GGUF file)."""
         from transformers import AutoConfig
 
+        where = self.path if self.config_file == "config.json" else self.path / self.config_file
         try:
-            return AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(where, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
         except (ValueError, OSError, KeyError) as error:
             raise ModelError(
                 f"{self.name}: transformers cannot read the configuration: {str(error).splitlines()[0]}",

@@ -7,6 +7,8 @@ must agree with; the estimates are for people.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +180,14 @@ def _why_dense(target: Target, choice: Choice, kept: dict[str, str]) -> str:
 
 
 def _identify(view: ModelView) -> dict[str, Any]:
-    return {"name": view.location.name, "type": view.config.model_type, "fingerprint": view.source.fingerprint()}
+    config = json.loads(view.config.to_json_string())
+    config.pop("transformers_version", None)  # a newer transformers does not make it another model
+    return {
+        "name": view.location.name,
+        "type": view.config.model_type,
+        "fingerprint": view.source.fingerprint(),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .calibrate.data import CalibrationSpec
-from .compress.base import Method, Settings, get_method, methods
+from .compress.base import Settings, get_method, methods
 from .errors import LrcError, RecipeError, did_you_mean
 
 
@@ -37,7 +38,7 @@ class Recipe(BaseModel):
 
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    ratio: float | None = Field(None, ge=0, lt=1)
+    ratio: float | None = None
     rank_multiple: int = Field(1, ge=1, le=1024)
     propagate: Literal["original", "compressed"] = "original"
     keep: tuple[str, ...] = ()
@@ -50,10 +51,32 @@ class Recipe(BaseModel):
             raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
         return name
 
-    @model_validator(mode="after")
-    def _settings_fit(self) -> Recipe:
-        parse_settings(get_method(self.method), self.settings)
-        return self
+    @field_validator("settings")
+    @classmethod
+    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "method" in info.data:  # absent where it is wrong itself
+            method = get_method(info.data["method"])
+            try:
+                method.settings(**settings)
+            except ValidationError as error:
+                problems = _problems(error, method.settings, "settings.")
+                raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
+        return settings
+
+    @field_validator("ratio")
+    @classmethod
+    def _a_fraction(cls, ratio: float | None) -> float | None:
+        if ratio is not None and not 0 <= ratio < 1:
+            hint = f"Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else "0.4 removes 40 % of the targets' bytes."
+            raise ValueError(f"must lie in [0, 1). {hint}")
+        return ratio
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _a_list(cls, keep: Any) -> Any:
+        if isinstance(keep, str):
+            raise ValueError(f"write a list of patterns: ['{keep}']")
+        return keep
 
     @property
     def parsed_settings(self) -> Settings:
@@ -65,23 +88,11 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json") | {"settings": self.parsed_settings.model_dump(mode="json")}
 
 
-def parse_settings(method: Method, settings: Mapping[str, Any]) -> Settings:
-    """The method's settings object; problems are prefixed with 'settings.'."""
-    try:
-        return method.settings(**settings)
-    except ValidationError as error:
-        problems = _problems(error, method.settings, "settings.")
-        raise ValueError("; ".join(problems)) from None
-
-
 def shipped() -> dict[str, str]:
     """The shipped recipes: name -> YAML text."""
     folder = importlib.resources.files("lrc.recipes")
-    return {
-        entry.name.removesuffix(".yaml"): entry.read_text("utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".yaml")
-    }
+    files = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    return {name: files[name].read_text("utf-8") for name in sorted(files)}
 
 
 def summary(text: str) -> str:
@@ -147,9 +158,19 @@ def read_recipe(name: str) -> tuple[str, str]:
         raise RecipeError(name, [f"cannot be read: {error}"]) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself would silently take the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"'{twice[0]}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(data, dict):
@@ -174,8 +195,9 @@ def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     for item in error.errors():
         key = prefix + ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            fields = _fields_at(model, item["loc"][:-1])
-            lines.append(f"unknown key '{key}'. {did_you_mean(str(item['loc'][-1]), fields)}")
+            lines.append(f"unknown key '{key}'. {_nearest(model, item['loc'])}")
+        elif item["type"] == "settings":
+            lines += item["ctx"]["problems"]
         elif item["type"] == "missing":
             lines.append(f"'{key}' is missing")
         else:
@@ -184,6 +206,14 @@ def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") 
             message = str(cause) if isinstance(cause, LrcError | ValueError) else item["msg"]
             lines.append(f"{key}: {message}{shown}" if key else message)
     return lines
+
+
+def _nearest(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    word, fields = str(path[-1]), _fields_at(model, path[:-1])
+    deeper = [f"{field}.{word}" for field in fields if word in _fields_at(model, (*path[:-1], field)) and word not in fields]
+    if deeper:
+        return f"Did you mean '{deeper[0]}'?"
+    return did_you_mean(word, fields) if fields else "It takes no settings."
 
 
 def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

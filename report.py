@@ -28,7 +28,6 @@ def plain_or_terminal() -> Console:
     return console
 
 
-
 def size(nbytes: float) -> str:
     """Bytes as people read them: '269.1 MB' (decimal units)."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -40,10 +39,10 @@ def size(nbytes: float) -> str:
 
 def print_plan(plan: Plan, verbose: bool = False) -> None:
     """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
-    calibration = plan.recipe.calibration
+    console, calibration = plain_or_terminal(), plan.recipe.calibration
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
-        f"by [bold]{plan.recipe.method}[/], "
+        f"by {plan.recipe.method}, "
         f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
     )
     table = Table(box=None, pad_edge=False)
@@ -62,7 +61,7 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         f"{numbers_before:,} → {numbers_after:,} parameters); "
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
-    _print_kept(plan, verbose)
+    _print_kept(console, plan, verbose)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
 
 
@@ -86,7 +85,7 @@ def _form(steps: Sequence[Step]) -> str:
     return ", ".join(parts)
 
 
-def _print_kept(plan: Plan, verbose: bool) -> None:
+def _print_kept(console: Console, plan: Plan, verbose: bool) -> None:
     if verbose:
         for kept in plan.kept:
             console.print(f"kept: {kept.name} ({kept.numel:,} parameters): {kept.reason}")
@@ -103,9 +102,10 @@ class Progress:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._started = plan, time.perf_counter()
+        self._console = plain_or_terminal()
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
+            console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
         self._peak = 0
         self._notes: list[str] = []
@@ -133,7 +133,7 @@ class Progress:
             text = f"{len(solved)} targets{shown}, relative error {mean:.4f}, damping {damping:g}"
         else:
             text = "all dense"
-        console.print(
+        self._console.print(
             f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}"
         )
         self._bar.update(self._task, completed=report.index + 1, total=report.layers)
@@ -141,11 +141,11 @@ class Progress:
     def finish(self, out: Path) -> None:
         """The closing lines: what was written, how long it took, and warnings."""
         for note in self._notes[:10]:
-            console.print(f"note: {note}")
+            self._console.print(f"note: {note}")
         if len(self._notes) > 10:
-            console.print(f"note: … and {len(self._notes) - 10} more in {out / 'lrc.json'}")
+            self._console.print(f"note: … and {len(self._notes) - 10} more in {out / 'lrc.json'}")
         seconds = time.perf_counter() - self._started
-        console.print(
+        self._console.print(
             f"{out}: {size(self._plan.whole_bytes)} → {size(self._plan.whole_after)} in {seconds:.0f} s, "
             f"peak memory {size(self._peak)} (predicted {size(self._plan.memory.peak)}). "
             "Checked: it loads, its logits are finite."
@@ -158,6 +158,7 @@ def print_results(
     """A table of metrics, with the baseline and differences beside them where there is one."""
     from .evaluate import compare  # brings in lm-eval, which compressing does not need
 
+    console = plain_or_terminal()
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
     table.add_column(model, justify="right", overflow="fold")
@@ -175,7 +176,7 @@ def print_results(
         for row in compare(results, baseline_results):
             table.add_row(
                 row["metric"], f"{row['value']:.4f}", _error(errors.get(row["metric"])), f"{row['baseline']:.4f}",
-                f"{row['difference']:+.4f} ({row['relative_difference']:+.1%})",
+                f"{row['difference']:+.4f}" + ("" if row["relative"] is None else f" ({row['relative']:+.1%})"),
             )  # fmt: skip
     console.print(table)
     for result in results:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import json
 import platform
 import resource
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .artifact import Artifact
+from .artifact import UNCHECKED, Artifact
 from .calibrate.data import Calibration
 from .calibrate.stats import LayerCollector
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
@@ -34,7 +35,7 @@ from .card import model_card
 from .compress import experts
 from .compress.base import Method, Settings, TargetStats, get_method
 from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
-from .errors import LrcError, NonFiniteError
+from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .model import ModelView, Target, location_files
 from .plan import Plan, Step
@@ -361,12 +362,8 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
         "targets": [target for entry in records for target in entry["targets"]],
         "kept": [asdict(kept) for kept in plan.kept],
     }
-    artifact.finish(config, record, model_card(plan), _beside(view))
-    try:
-        verify(artifact.folder, hashes=False)
-    except LrcError:
-        artifact.withdraw()
-        raise
+    check = functools.partial(verify, artifact.folder, hashes=False, config_file=UNCHECKED)
+    artifact.finish(config, record, model_card(plan), _beside(view), check)
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:

@@ -17,12 +17,13 @@ from .model import ModelView
 _TOKENS = 8
 
 
-def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
+def verify(folder: Path, hashes: bool = True, config_file: str = "config.json") -> dict[str, Any]:
     """Check an artifact and return its record (`lrc.json`).
 
     Args:
         folder: lrc's output.
         hashes: recompute every shard's sha256 (reads every byte) instead of comparing sizes only.
+        config_file: the configuration's name; a run that checks its result has not given it its final one yet.
 
     Raises:
         CheckpointError: a shard is missing, changed, or does not fit the model.
@@ -30,7 +31,7 @@ def verify(folder: Path, hashes: bool = True) -> dict[str, Any]:
     """
     record = read_record(folder)
     _check_files(folder, record, hashes)
-    view = ModelView(Location(str(folder), folder), prepare=_install)
+    view = ModelView(Location(str(folder), folder, config_file=config_file), prepare=_install)
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
         if expected is None:
