@@ -1,0 +1,104 @@
+"""A compressed checkpoint in plain transformers: it loads after `import lrc`, and fails loudly without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from pipeline import compress
+from tiny import CONFIGS
+from transformers import AutoModelForCausalLM
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_checkpoints, tiny_text_file, tmp_path_factory):
+    """A function (family, **overrides) -> artifact, made once."""
+    made = {}
+
+    def make(family, **overrides):
+        key = (family, str(overrides))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family) / "out"
+            compress(tiny_checkpoints(family), made[key], tiny_text_file, ratio=0.3, **overrides)
+        return made[key]
+
+    return make
+
+
+def plain_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, without anything that the test session has imported."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_tensor_finds_its_place(family, compressed):
+    _, info = AutoModelForCausalLM.from_pretrained(compressed(family), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_without_lrc_every_family_fails_loudly(compressed):
+    """One process tries them all; an artifact of which only the experts are compressed is the hardest."""
+    folders = [compressed(family) for family in CONFIGS]
+    folders.append(compressed("mixtral", keep=["self_attn.*"]))
+    done = plain_python(
+        """
+        import sys
+        from transformers import AutoModelForCausalLM
+        for folder in sys.argv[1:]:
+            try:
+                AutoModelForCausalLM.from_pretrained(folder)
+            except Exception as error:
+                print("refused", type(error).__name__)
+            else:
+                print("LOADED", folder)
+        assert "lrc" not in sys.modules
+        """,
+        *folders,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split().count("refused") == len(folders), done.stdout
+
+
+@pytest.mark.parametrize("order", ["import lrc, transformers", "import transformers, lrc", "import lrc.load, transformers"])
+def test_import_lrc_is_all_it_takes(order, compressed, tmp_path):
+    done = plain_python(
+        f"""
+        {order}
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="auto", dtype=torch.float16)
+        print(type(model.model.layers[0].mlp.up_proj).__name__, model.dtype)
+        """,
+        compressed("llama"),
+    )
+    assert done.stdout.split() == ["LowRankLinear", "torch.float16"], done.stderr
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_saving_and_loading_again_changes_nothing(family, compressed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(compressed(family)).eval()
+    model.save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, again.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+def test_generating_with_the_cache_is_generating_without(family, compressed):
+    model = AutoModelForCausalLM.from_pretrained(compressed(family)).eval()
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    with_cache = model.generate(IDS[:, :9], use_cache=True, **settings)
+    assert torch.equal(with_cache, model.generate(IDS[:, :9], use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+def test_tied_embeddings_stay_tied(family, compressed):
+    model = AutoModelForCausalLM.from_pretrained(compressed(family))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
