@@ -76,7 +76,8 @@ class Artifact:
         self.finished = False
 
     def __enter__(self) -> Artifact:
-        if not self._restart and self._is_finished():
+        # a lock file: another is at work, or one was killed; either way it takes the lock to find out
+        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
             return self
         require_usable(self.folder)
         with _writing(self.folder):
@@ -181,7 +182,7 @@ class Artifact:
         free = shutil.disk_usage(self.folder).free
         if free < nbytes:
             raise OutputError(
-                f"{self.folder} has {free / 1e9:.2f} GB free; the result needs {nbytes / 1e9:.2f} GB.",
+                f"{self.folder} has {free / 1e6:,.1f} MB free; the result needs {nbytes / 1e6:,.1f} MB.",
                 "Free some space, or give an --out on another disk.",
             )
 
@@ -399,4 +400,4 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 160 else f"{text[:76]} … {text[-76:]}"  # paths differ at their ends

@@ -264,10 +264,7 @@ class ModelView:
         info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys)[0]
-            raise CheckpointError(
-                f"{self.location.name}: '{name}' has shape {tuple(got)}, the model of config.json wants {tuple(expected)}.",
-                "Weights and config.json do not belong together.",
-            )
+            raise self._unfitting(name, tuple(got), tuple(expected))
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
             raise CheckpointError(f"{self.location.name}: '{name}' cannot be converted: {error}", "Get the checkpoint again.")
@@ -282,7 +279,7 @@ class ModelView:
         module.requires_grad_(False)
 
     def _check_headers(self) -> None:
-        """Compare the headers with the model, so that a missing tensor is known before any work."""
+        """Compare the headers with the model, so that a missing or unfitting tensor is known before any work."""
         have = set(self._renamed.values())
         missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
         if missing:
@@ -290,6 +287,17 @@ class ModelView:
                 f"{self.location.name}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
                 "The checkpoint is incomplete, or config.json describes another model.",
             )
+        state = self.model.state_dict()
+        for name, target in self._renamed.items():
+            got, expected = self.source.shape(name), tuple(state[target].shape)
+            if got is not None and got != expected and not _changes_shape(self.model, name):
+                raise self._unfitting(name, got, expected)
+
+    def _unfitting(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.location.name}: '{name}' has shape {got}, the model of config.json wants {expected}.",
+            "Weights and config.json do not belong together.",
+        )
 
 
 def _refuse(config: Any, name: str) -> None:
@@ -352,6 +360,17 @@ def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str
         else:
             unused.append(name)
     return renamed, unused
+
+
+def _changes_shape(model: Any, name: str) -> bool:
+    """Whether transformers fuses, splits or transposes this tensor of the checkpoint as it loads it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    return rename_source_key(name, renamings, converters)[1] is not None
 
 
 def _nbytes(parameters: Iterable[Tensor]) -> int:

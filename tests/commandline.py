@@ -1,0 +1,59 @@
+"""The command line, run inside the test's process: a start of its own costs seconds, a bug still shows its traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from lrc.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a person sees of a finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_lrc(*arguments: object) -> Result:
+    """Run `lrc ARGUMENTS`; anything but a clean exit (a bug) is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", ["lrc", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def lrc_ok(*arguments: object) -> str:
+    """Run `lrc ARGUMENTS`, which must succeed; what it printed."""
+    result = run_lrc(*arguments)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder with its sha256."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def untouched(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file under a folder with its inode and time of change: equal only if nothing was written again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
