@@ -100,8 +100,6 @@ class Artifact:
         with _writing(self.folder):
             if self._restart:
                 self._clear()
-            for leftover in self.folder.glob("*" + _PARTIAL):
-                leftover.unlink()
             if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
                 # killed after the result was checked, before the journal went; or finished while this process waited
                 (self.folder / JOURNAL).unlink(missing_ok=True)
@@ -110,6 +108,8 @@ class Artifact:
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
+            for leftover in self.folder.glob("*" + _PARTIAL):  # only now: a run of something else is left as it is
+                leftover.unlink()
 
     def _is_finished(self) -> bool:
         """Whether the folder holds the finished result of this very request; raises where it is another's or damaged."""

@@ -242,6 +242,7 @@ def test_an_interrupted_run_is_no_model(half_done):
 
 def test_a_changed_request_is_refused_with_every_difference(half_done, request_for, model, tmp_path, uninterrupted):
     out, _ = half_done
+    (out / ".lrc.lock").unlink()
     before = untouched(out)
     other_text = tmp_path / "other.txt"
     other_text.write_text(tiny_text(20_000, seed=1))
