@@ -358,7 +358,7 @@ def main() -> None:
     """Run the command line; a user's mistake ends in a message and an exit code, a bug in a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="lrc")  # also where it runs as python -m lrc.cli
     except LrcError as error:
         print(f"lrc: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -163,8 +163,9 @@ def _kept_dense(targets: list[Target], patterns: tuple[str, ...]) -> dict[str, s
     for pattern in patterns:
         hits = [t.name for t in targets if fnmatch.fnmatch(t.name, pattern) or fnmatch.fnmatch(t.role, pattern)]
         if not hits:
-            roles = sorted({t.role for t in targets})
-            problems.append(f"keep: '{pattern}' matches no target. {did_you_mean(pattern, roles)}")
+            roles = {t.role for t in targets}
+            known = roles | {f"*.{role.rpartition('.')[2]}" for role in roles}
+            problems.append(f"keep: '{pattern}' matches no target. {did_you_mean(pattern, known)}")
         found.update(dict.fromkeys(hits, pattern))
     if problems:
         raise RecipeError("recipe", problems)
