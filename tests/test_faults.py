@@ -196,6 +196,11 @@ def test_half_a_journal_line_and_half_a_shard_are_thrown_away(half_done, uninter
         journal.write(b'{"key": "model.layers.1", "file": "model-0000')
     (out / "model-00002-of-00003.safetensors.lrc-partial").write_bytes(b"\0" * 100)
     (out / "model-00002-of-00003.safetensors").write_bytes(b"\0" * 100)  # renamed, but never journalled
+    operation = 3
+    while len(journalled(out)) != 2:  # killed once more: what came after the half line counts
+        assert killed_before(operation, out, arguments)
+        operation += 1
+    assert "layer   2/2  finished earlier, replayed" in lrc_ok(*arguments)
     lrc_ok(*arguments)
     assert contents(out) == uninterrupted()
 
