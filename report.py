@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .plan import Plan, Step
-from .run import LayerReport
+from .run import LayerReport, peak_rss
 
 if TYPE_CHECKING:
     from .evaluate import TaskResult
@@ -107,7 +107,6 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
-        self._peak = 0
         self._notes: list[str] = []
 
     def __enter__(self) -> Progress:
@@ -120,7 +119,6 @@ class Progress:
 
     def layer(self, report: LayerReport) -> None:
         """Print one finished layer and move the bar on."""
-        self._peak = report.peak_bytes
         solved = [record for record in report.records if record.error is not None]
         self._notes += [f"{record.name}: {record.note}" for record in solved if record.note]
         if report.resumed:
@@ -147,7 +145,7 @@ class Progress:
         seconds = time.perf_counter() - self._started
         self._console.print(
             f"{out}: {size(self._plan.whole_bytes)} → {size(self._plan.whole_after)} in {seconds:.0f} s, "
-            f"peak memory {size(self._peak)} (predicted {size(self._plan.memory.peak)}). "
+            f"peak memory {size(peak_rss())} (predicted {size(self._plan.memory.peak)}). "
             "Checked: it loads, its logits are finite."
         )
 
