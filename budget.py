@@ -9,10 +9,10 @@ code takes one rank for q, k, v and o, which is wrong where k and v are narrower
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .compress.base import Choice
+from .compress.base import Choice, Offer
 from .errors import BudgetError
 
 
@@ -25,46 +25,51 @@ class Option:
     loss: float
 
 
-def break_even(out_features: int, in_features: int) -> int:
-    """The largest rank at which two factors take fewer numbers than the matrix."""
-    return (out_features * in_features - 1) // (out_features + in_features)
-
-
-def low_rank_bytes(out_features: int, in_features: int, rank: int, element: int) -> int:
-    """Bytes of two factors of `rank`, `element` bytes a number."""
-    return rank * (out_features + in_features) * element
-
-
-def uniform(shapes: Mapping[str, tuple[int, int]], ratio: float, multiple: int = 1) -> dict[str, Choice]:
-    """Every target keeps 1 - ratio of its bytes: its rank from its own shape, or dense where that is no saving.
-
-    Args:
-        shapes: target -> (out, in).
-        ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense.
-        multiple: ranks are rounded down to a multiple of this (GPU kernels like 8, 16 or 64).
-
-    Raises:
-        BudgetError: the ratio is out of range, or some target would be left with no rank at all.
-    """
+def require_ratio(ratio: float) -> None:
+    """Refuse a ratio outside [0, 1)."""
     if not 0 <= ratio < 1:
         hint = f"Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else "0.4 removes 40 % of the targets' bytes."
         raise BudgetError(f"The ratio must lie in [0, 1), not {ratio:g}.", hint)
-    choices: dict[str, Choice] = {}
+
+
+def uniform(offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | None) -> dict[str, Offer]:
+    """Every target keeps 1 - ratio of its bytes: the largest offer that fits, or dense where that is no saving.
+
+    Args:
+        offers: target -> (its bytes when dense, what its method offers, ascending in bytes).
+        ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense. None takes the only offer
+            of methods whose settings fix the size.
+
+    Returns:
+        target -> the offer; a dense one has an empty `Choice` and the dense bytes.
+
+    Raises:
+        BudgetError: the ratio is out of range, missing, or some target would be left with nothing.
+    """
+    if ratio is not None:
+        require_ratio(ratio)
+    chosen: dict[str, Offer] = {}
     starved: list[str] = []
-    for name, (out_features, in_features) in shapes.items():
+    for name, (dense, ways) in offers.items():
+        if ratio is None:
+            if len(ways) > 1:
+                raise BudgetError(
+                    "How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes)."
+                )
+            chosen[name] = ways[0] if ways and ways[0].nbytes < dense else Offer(Choice(), dense)
+            continue
         # guards against 0.6 * 100 = 59.99999: a rank must not depend on how a decimal is rounded
-        rank = int((1 - ratio) * out_features * in_features / (out_features + in_features) + 1e-9)
-        rank -= rank % multiple
-        if ratio == 0 or rank > break_even(out_features, in_features):
-            choices[name] = Choice()
-        elif rank < 1:
-            starved.append(f"{name} ({out_features} x {in_features})")
+        allowed = int((1 - ratio) * dense + 1e-6)
+        fitting = [way for way in ways if way.nbytes <= allowed]
+        if ratio == 0 or not ways:
+            chosen[name] = Offer(Choice(), dense)
+        elif fitting:
+            chosen[name] = fitting[-1]
         else:
-            choices[name] = Choice(rank)
+            starved.append(f"{name} ({dense:,} bytes)")
     if starved:
         raise BudgetError(
-            f"At ratio {ratio:g} with ranks in multiples of {multiple}, {len(starved)} targets have no rank left, "
-            f"{starved[0]} first.",
+            f"At ratio {ratio:g}, {len(starved)} targets have no form that is small enough, {starved[0]} first.",
             "Lower the ratio or rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
         )
-    return choices
+    return chosen

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import torch
 
-from .budget import break_even, low_rank_bytes, uniform
+from .budget import uniform
 from .calibrate.stats import Wanted, wanted
-from .compress.base import Choice, get_method
-from .errors import BudgetError, RecipeError, did_you_mean
+from .compress.base import Choice, Offer, Shape, get_method
+from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView, Target
 from .recipe import Recipe
 
@@ -134,20 +134,21 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
         BudgetError: no ratio, or one that cannot be met.
         RecipeError: a `keep` pattern matches no target.
     """
-    if recipe.ratio is None:
-        raise BudgetError(
-            "How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes)."
-        )
     element = torch.empty((), dtype=view.dtype).element_size()
     kept_dense = _kept_dense(view.targets, recipe.keep)
-    open_targets = {t.name: (t.out_features, t.in_features) for t in view.targets if t.name not in kept_dense}
-    choices = uniform(open_targets, recipe.ratio, recipe.rank_multiple)
+    method, settings = get_method(recipe.method), recipe.parsed_settings
+    shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for t in view.targets}
+    known: dict[Shape, list[Offer]] = {}
+    for name, shape in shapes.items():
+        if name not in kept_dense and shape not in known:
+            known[shape] = method.offers(shape, settings, recipe.rank_multiple)
+    offers = {name: (shape.nbytes, known[shape]) for name, shape in shapes.items() if name not in kept_dense}
+    chosen = uniform(offers, recipe.ratio)
     steps = []
     for target in view.targets:
-        before = target.numel * element
-        choice = choices.get(target.name, Choice())
-        after = before if choice.rank is None else low_rank_bytes(target.out_features, target.in_features, choice.rank, element)
-        steps.append(Step(target, choice, before, after, _why_dense(target, choice, kept_dense)))
+        before = shapes[target.name].nbytes
+        offer = chosen.get(target.name, Offer(Choice(), before))
+        steps.append(Step(target, offer.choice, before, offer.nbytes, _why_dense(target, offer.choice, kept_dense)))
     batch = max(1, TOKENS_PER_BATCH // recipe.calibration.length)
     plan = Plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
@@ -176,7 +177,7 @@ def _why_dense(target: Target, choice: Choice, kept: dict[str, str]) -> str:
     if target.name in kept:
         return f"kept by '{kept[target.name]}'"
     if choice.dense:
-        return f"the budget allows a rank past break-even ({break_even(target.out_features, target.in_features)})"
+        return "nothing that the method offers is smaller, or the budget leaves it whole"
     return ""
 
 

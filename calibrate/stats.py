@@ -80,6 +80,22 @@ class MeanVector:
         return self.value
 
 
+class PeakMean:
+    """Largest over calibration samples of the sample's mean |x|, (n,) float32; no matter how samples are batched."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens, self.value = 0, torch.zeros(width, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in (samples, tokens, n) or, as one sample, (tokens, n) activations."""
+        means = x.abs().float().reshape(-1, *x.shape[-2:]).mean(1)
+        self.value = torch.maximum(self.value, means.amax(0))
+        self.tokens += x.numel() // x.shape[-1]
+
+    def result(self) -> Tensor:
+        return self.value
+
+
 _VECTORS: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: x, "abs_mean": torch.abs, "mean_square": torch.square}
 
 
@@ -141,16 +157,13 @@ class LayerCollector:
         self, layer: nn.Module, prefix: str, targets: Sequence[TargetLike], what: Wanted, device: torch.device
     ) -> None:
         self._layer, self._prefix, self._targets, self._what = layer, prefix, list(targets), what
-        self._means: dict[tuple[str, str], MeanOuter | MeanVector] = {}
+        self._means: dict[tuple[str, str], MeanOuter | MeanVector | PeakMean] = {}
         for target in self._targets:
             if target.name in what.outputs:
                 self._means[target.name, "output_gram"] = MeanOuter(target.out_features, device)
             for name in what.inputs[target.group]:
                 if (target.group, name) not in self._means:
-                    width = target.in_features
-                    self._means[target.group, name] = (
-                        MeanOuter(width, device) if name == "gram" else MeanVector(width, device, _VECTORS[name])
-                    )
+                    self._means[target.group, name] = _accumulator(name, target.in_features, device)
         self._experts = {(target.module, target.role.rpartition(".")[2], target.expert): target for target in self._targets}
 
     def __enter__(self) -> LayerCollector:
@@ -192,7 +205,7 @@ class LayerCollector:
     def _add(self, group: str, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1]).float()
         for name in self._what.inputs[group]:
-            self._means[group, name].add(flat)
+            self._means[group, name].add(x if name == "peak_abs_mean" else flat)
 
     def result(self, others: Sequence[LayerCollector] = ()) -> dict[str, TargetStats]:
         """Target name -> its statistics, merged with those of `others` (other devices' shares of the same batches).
@@ -220,10 +233,18 @@ class LayerCollector:
         }
 
 
-def _merge(means: Sequence[MeanOuter | MeanVector]) -> tuple[int, Tensor]:
+def _accumulator(name: str, width: int, device: torch.device) -> MeanOuter | MeanVector | PeakMean:
+    if name == "gram":
+        return MeanOuter(width, device)
+    return PeakMean(width, device) if name == "peak_abs_mean" else MeanVector(width, device, _VECTORS[name])
+
+
+def _merge(means: Sequence[MeanOuter | MeanVector | PeakMean]) -> tuple[int, Tensor]:
     """Token-weighted mean of several workers' means, on the first one's device."""
     tokens = sum(mean.tokens for mean in means)
     first = means[0].result()
     if len(means) == 1 or tokens == 0:
         return tokens, first
+    if isinstance(means[0], PeakMean):
+        return tokens, torch.stack([mean.result().to(first.device) for mean in means]).amax(0)
     return tokens, sum((mean.result().to(first.device) * (mean.tokens / tokens) for mean in means), torch.zeros_like(first))

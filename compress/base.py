@@ -23,8 +23,10 @@ from ..errors import RequestError, did_you_mean
 from .forms import Form, LowRank
 from .linalg import root
 
-# the statistics that a method may ask for; calibrate/stats.py collects them
-NEEDS = frozenset({"gram", "output_gram", "mean", "abs_mean", "mean_square"})
+# the statistics that a method may ask for; calibrate/stats.py collects those of a forward, calibrate/backward.py the gradients'
+FORWARD_NEEDS = frozenset({"gram", "output_gram", "mean", "abs_mean", "mean_square", "peak_abs_mean"})
+BACKWARD_NEEDS = frozenset({"grad_gram", "fisher_in"})
+NEEDS = FORWARD_NEEDS | BACKWARD_NEEDS
 
 
 class Settings(BaseModel):
@@ -35,13 +37,66 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the budget gives a target: a rank, or dense (rank None)."""
+    """What the budget gives a target: the numbers that a form's size depends on. Dense where all of them are None.
+
+    Args:
+        rank: of the low-rank part.
+        bits: of the quantized weight, or of a quantized remainder beside a low-rank part.
+        factor_bits: of the low-rank factors; None stores them in the checkpoint's own dtype.
+        atoms: columns of a dictionary.
+        nonzeros: coefficients kept in each column of its codes.
+    """
 
     rank: int | None = None
+    bits: int | None = None
+    factor_bits: int | None = None
+    atoms: int | None = None
+    nonzeros: int | None = None
 
     @property
     def dense(self) -> bool:
-        return self.rank is None
+        return self == Choice()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the size of a form depends on, known from the headers.
+
+    Args:
+        out_features, in_features: of the weight.
+        element: bytes of one number in the checkpoint's own dtype.
+        bias: whether the target has a bias already; a method that adds one pays for it where it has none.
+    """
+
+    out_features: int
+    in_features: int
+    element: int
+    bias: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.out_features * self.in_features * self.element
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way in which a method can store a target, and its exact bytes on disk (the target's own bias left out)."""
+
+    choice: Choice
+    nbytes: int
+
+
+def break_even(out_features: int, in_features: int) -> int:
+    """The largest rank at which two factors take fewer numbers than the matrix."""
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def low_rank_offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+    """Every rank (in steps of `multiple`) at which two factors in the checkpoint's dtype are smaller than the matrix."""
+    each = (shape.out_features + shape.in_features) * shape.element
+    ranks = range(multiple, break_even(shape.out_features, shape.in_features) + 1, multiple)
+    return [Offer(Choice(rank=rank), rank * each) for rank in ranks]
 
 
 class GroupStats:
@@ -51,6 +106,7 @@ class GroupStats:
         tokens: how many tokens the means are over.
         gram: (in, in) float32, mean over tokens of x xᵀ.
         mean, abs_mean, mean_square: (in,) float32, means over tokens of x, |x| and x².
+        peak_abs_mean: (in,) float32, the largest over calibration samples of the sample's mean |x|.
     """
 
     def __init__(
@@ -60,8 +116,10 @@ class GroupStats:
         mean: Tensor | None = None,
         abs_mean: Tensor | None = None,
         mean_square: Tensor | None = None,
+        peak_abs_mean: Tensor | None = None,
     ) -> None:
         self.tokens, self.gram, self.mean, self.abs_mean, self.mean_square = tokens, gram, mean, abs_mean, mean_square
+        self.peak_abs_mean = peak_abs_mean
 
     @cached_property
     def gram_root(self) -> Tensor | None:
@@ -76,10 +134,14 @@ class TargetStats:
     Args:
         group: shared by all targets that read the same input.
         output_gram: (out, out) float32, mean over tokens of y yᵀ with y = W x (no bias), or None; then `group.gram` is there.
+        grad_gram: (out, out) float32, mean over tokens of g gᵀ with g = ∂loss/∂y, the loss summed over a sample's tokens.
+        fisher_in: (in,) float32, mean over samples of Σ_out (∂loss/∂W)².
     """
 
     group: GroupStats
     output_gram: Tensor | None = None
+    grad_gram: Tensor | None = None
+    fisher_in: Tensor | None = None
 
 
 class Solution(ABC):
@@ -97,6 +159,11 @@ class Solution(ABC):
     @abstractmethod
     def total(self) -> float:
         """The loss of dropping the target altogether, by which errors are made relative."""
+
+    @property
+    def damping(self) -> float:
+        """The ridge that was added to a gram, relative to its mean diagonal."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +208,9 @@ class Factored(LowRankSolution):
 
 
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method's own Settings
+Offers = Callable[
+    [Shape, Any, int], list[Offer]
+]  # shape, the method's own Settings, rank multiple -> offers, ascending in bytes
 
 
 @dataclass(frozen=True)
@@ -154,6 +224,8 @@ class Method:
         needs: the statistics it reads, of `NEEDS`. 'output_gram' asks for the second moment of the outputs from whichever
             side is cheaper: as `TargetStats.output_gram`, or as the group's gram.
         source: the paper or work it comes from.
+        offers: (shape, settings, rank multiple) -> the ways in which it can store such a target, ascending in bytes. One
+            offer alone means that the settings fix the size, and no ratio is asked for.
     """
 
     name: str
@@ -161,6 +233,7 @@ class Method:
     settings: type[Settings]
     needs: frozenset[str]
     source: str
+    offers: Offers = low_rank_offers
 
     @property
     def summary(self) -> str:
@@ -172,7 +245,12 @@ _METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, source: str, needs: Iterable[str] = (), settings: type[Settings] = Settings
+    name: str,
+    *,
+    source: str,
+    needs: Iterable[str] = (),
+    settings: type[Settings] = Settings,
+    offers: Offers = low_rank_offers,
 ) -> Callable[[Solve], Solve]:
     """Register a function as the method `name`."""
     wanted = frozenset(needs)
@@ -182,7 +260,7 @@ def method(
     def register(solve: Solve) -> Solve:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, offers)
         return solve
 
     return register

@@ -7,6 +7,8 @@ that a reader without lrc fails on its shape instead of filling in random weight
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,7 +109,8 @@ class LowRankLinear(nn.Module):
         )
 
 
-# kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors
+# kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors; a file that
+# brings a form of its own adds its entry on import
 MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = {
     LowRank.kind: lambda spec, n, m, dtype: LowRankLinear(n, m, spec["rank"], spec["bias"], dtype),
     "dense": lambda spec, n, m, dtype: nn.Linear(n, m, spec["bias"], dtype=dtype),
@@ -116,6 +119,10 @@ MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = 
 
 def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights follow later."""
+    if spec["kind"] not in MODULES:
+        package = importlib.import_module(__package__ or "lrc.compress")
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
     return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.budget import break_even, uniform
-from lrc.compress.base import Choice, GroupStats, TargetStats, get_method, method, methods
+from lrc.budget import uniform
+from lrc.compress.base import Choice, GroupStats, Shape, TargetStats, break_even, get_method, low_rank_offers, method, methods
 from lrc.compress.linalg import OutputDirections, root
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 
@@ -141,18 +141,22 @@ def test_a_statistic_that_is_not_finite_is_an_error():
         solve("svd-llm", weight, statistics(x))
 
 
+def chosen(out_features: int, in_features: int, ratio: float, multiple: int = 1) -> Choice:
+    shape = Shape(out_features, in_features, element=2)
+    return uniform({"x": (shape.nbytes, low_rank_offers(shape, None, multiple))}, ratio)["x"].choice
+
+
 def test_ranks_follow_each_target_and_decimals_do_not_matter():
-    choices = uniform({"q": (576, 576), "k": (192, 576)}, 0.2)
-    assert choices["q"].rank == 230 and choices["k"].rank == 115
-    assert uniform({"x": (100, 100)}, 0.4)["x"].rank == 30
-    assert uniform({"x": (100, 100)}, 0.4, multiple=8)["x"].rank == 24
-    assert uniform({"x": (100, 100)}, 0.0)["x"].dense
+    assert chosen(576, 576, 0.2).rank == 230 and chosen(192, 576, 0.2).rank == 115
+    assert chosen(100, 100, 0.4).rank == 30
+    assert chosen(100, 100, 0.4, multiple=8).rank == 24
+    assert chosen(100, 100, 0.0).dense
 
 
 @given(out_features=st.integers(4, 300), in_features=st.integers(4, 300), ratio=st.floats(0.01, 0.7))
 def test_a_chosen_rank_keeps_the_promise(out_features, in_features, ratio):
     try:
-        choice = uniform({"x": (out_features, in_features)}, ratio)["x"]
+        choice = chosen(out_features, in_features, ratio)
     except BudgetError:
         assert (1 - ratio) * out_features * in_features < out_features + in_features
         return
@@ -165,7 +169,7 @@ def test_a_chosen_rank_keeps_the_promise(out_features, in_features, ratio):
 @pytest.mark.parametrize("ratio", [1.0, 40, -0.1])
 def test_a_ratio_out_of_range_says_so(ratio):
     with pytest.raises(BudgetError, match="ratio"):
-        uniform({"x": (8, 8)}, ratio)
+        chosen(8, 8, ratio)
 
 
 def test_a_typo_in_a_method_name_is_helped():
