@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .compress.base import get_method
 from .plan import Plan
 
 
 def model_card(plan: Plan) -> str:
     """README.md in Markdown with the hub's YAML header."""
-    method = get_method(plan.recipe.method)
+    method = plan.recipe.compression[0]
     compressed = sum(not step.choice.dense for step in plan.steps)
     return f"""---
 library_name: transformers

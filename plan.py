@@ -18,7 +18,7 @@ import torch
 
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
-from .compress.base import Choice, Offer, Shape, get_method
+from .compress.base import Choice, Offer, Shape
 from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView, Target
 from .recipe import Recipe
@@ -113,7 +113,7 @@ class Plan:
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
         targets = [step.target for step in self.layer_steps(layer) if not step.choice.dense]
-        return wanted(targets, get_method(self.recipe.method).needs)
+        return wanted(targets, self.recipe.compression[0].needs)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""
@@ -136,7 +136,7 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
     """
     element = torch.empty((), dtype=view.dtype).element_size()
     kept_dense = _kept_dense(view.targets, recipe.keep)
-    method, settings = get_method(recipe.method), recipe.parsed_settings
+    method, settings = recipe.compression
     shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for t in view.targets}
     known: dict[Shape, list[Offer]] = {}
     for name, shape in shapes.items():

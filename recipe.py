@@ -12,21 +12,53 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .calibrate.data import CalibrationSpec
-from .compress.base import Settings, get_method, methods
+from .compress.base import Method, Settings, get_method, methods
+from .compress.product import combine
 from .errors import LrcError, RecipeError, did_you_mean
+
+Allocation = Literal["uniform", "spectrum", "fisher", "own"]
+
+
+class MethodStep(BaseModel):
+    """One step of a recipe: a method and its settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _known_method(name)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _fitting_settings(settings, info.data.get("method"))
+
+    @property
+    def parsed(self) -> tuple[Method, Settings]:
+        """The method, and its settings as its own class, defaults filled in."""
+        method = get_method(self.method)
+        return method, method.settings(**self.settings)
 
 
 class Recipe(BaseModel):
     """One compression, as wanted.
 
     Args:
-        method: a name from `lrc recipe methods`.
+        method: a name from `lrc recipe methods`; short for one step.
         settings: the method's own settings.
-        ratio: fraction of the targets' bytes to remove, 0 to below 1; required to compress, may come from the command line.
+        steps: in the place of `method`: two methods, of which the second compresses the factors that the first one finds.
+        ratio: fraction of the targets' bytes to remove, 0 to below 1; may come from the command line. Not needed where the
+            settings fix every size.
+        allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
+            each target would lose (allocate.py).
         rank_multiple: ranks are rounded down to a multiple of this.
         propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
             compressed (sequential).
@@ -36,9 +68,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str
+    method: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
+    steps: tuple[MethodStep, ...] = ()
     ratio: float | None = None
+    allocation: Allocation = "uniform"
     rank_multiple: int = Field(1, ge=1, le=1024)
     propagate: Literal["original", "compressed"] = "original"
     keep: tuple[str, ...] = ()
@@ -46,22 +80,13 @@ class Recipe(BaseModel):
 
     @field_validator("method")
     @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in methods():
-            raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
-        return name
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else _known_method(name)
 
     @field_validator("settings")
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if "method" in info.data:  # absent where it is wrong itself
-            method = get_method(info.data["method"])
-            try:
-                method.settings(**settings)
-            except ValidationError as error:
-                problems = _problems(error, method.settings, "settings.")
-                raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
-        return settings
+        return _fitting_settings(settings, info.data.get("method"))
 
     @field_validator("ratio")
     @classmethod
@@ -78,14 +103,48 @@ class Recipe(BaseModel):
             raise ValueError(f"write a list of patterns: ['{keep}']")
         return keep
 
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Recipe:
+        if (self.method is None) == (not self.steps):
+            raise ValueError("'method' is missing" if self.method is None else "give either 'method' or 'steps', not both")
+        if len(self.steps) > 2:
+            raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
+        _ = self.compression
+        return self
+
     @property
-    def parsed_settings(self) -> Settings:
-        """The method's settings as its own class, defaults filled in."""
-        return get_method(self.method).settings(**self.settings)
+    def compression(self) -> tuple[Method, Settings]:
+        """The method of all steps together, and its settings with defaults filled in."""
+        if self.method is not None:
+            return MethodStep(method=self.method, settings=self.settings).parsed
+        return combine([step.parsed for step in self.steps])
 
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
-        return self.model_dump(mode="json") | {"settings": self.parsed_settings.model_dump(mode="json")}
+        whole = self.model_dump(mode="json")
+        if self.method is not None:
+            del whole["steps"]
+            return whole | {"settings": self.compression[1].model_dump(mode="json")}
+        del whole["method"], whole["settings"]
+        steps = [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in (step.parsed for step in self.steps)]
+        return whole | {"steps": steps}
+
+
+def _known_method(name: str) -> str:
+    if name not in methods():
+        raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
+    return name
+
+
+def _fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
+    if name is not None:  # absent where it is wrong itself
+        method = get_method(name)
+        try:
+            method.settings(**settings)
+        except ValidationError as error:
+            problems = _problems(error, method.settings, "settings.")
+            raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
+    return settings
 
 
 def shipped() -> dict[str, str]:
@@ -180,11 +239,16 @@ def _parse(where: str, text: str) -> dict[str, Any]:
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
     *path, last = dotted.split(".")
-    at = data
+    at: Any = data
     for index, part in enumerate(path):
-        at = at.setdefault(part, {})
-        if not isinstance(at, dict):
+        if isinstance(at, list) and part.isdigit() and int(part) < len(at):
+            at = at[int(part)]
+        elif isinstance(at, dict):
+            at = at.setdefault(part, {})
+        if not isinstance(at, dict | list):
             return [f"'{dotted}': '{'.'.join(path[: index + 1])}' is a value, not a mapping"]
+    if isinstance(at, list):
+        return [f"'{dotted}': '{'.'.join(path)}' is a list; name one of its {len(at)} entries, such as {'.'.join(path)}.0"]
     at[last] = value
     return []
 

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from .passes import peak_rss
 from .plan import Plan, Step
-from .run import LayerReport, peak_rss
+from .run import LayerReport
 
 if TYPE_CHECKING:
     from .evaluate import TaskResult
@@ -42,7 +43,7 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     console, calibration = plain_or_terminal(), plan.recipe.calibration
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
-        f"by {plan.recipe.method}, "
+        f"by {plan.recipe.compression[0].name}, "
         f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
     )
     table = Table(box=None, pad_edge=False)

@@ -7,38 +7,33 @@ activations that reach the first unfinished layer are the very same.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import ctypes
 import functools
 import json
 import platform
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from .artifact import UNCHECKED, Artifact
+from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
-from .calibrate.stats import LayerCollector
-from .calibrate.stream import Call, Lockstep, check_finite, run_layer
+from .calibrate.store import StatsStore
+from .calibrate.stream import Call
 from .card import model_card
-from .compress import experts
-from .compress.base import Method, Settings, TargetStats, get_method
-from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
+from .compress.base import TargetStats
+from .compress.forms import Form, Spec
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
-from .model import ModelView, Target, location_files
-from .plan import Plan, Step
+from .model import ModelView, location_files
+from .passes import full_precision, give_back, peak_rss, run_batches, through_layers
+from .plan import Plan
 from .verify import verify
 
 
@@ -85,6 +80,7 @@ def execute(
     devices: Sequence[torch.device] = (torch.device("cpu"),),
     restart: bool = False,
     notify: Callable[[LayerReport], None] = lambda report: None,
+    statistics: StatsStore | None = None,
 ) -> bool:
     """Carry out a plan; returns False if the folder held the finished result already.
 
@@ -96,24 +92,25 @@ def execute(
         devices: where layers run; with several, the batches of each layer are spread over them.
         restart: delete an earlier run in `out`.
         notify: called after each layer.
+        statistics: of the original model, where they were collected before; then no activation flows here.
 
     Raises:
         LrcError: anything that the user can mend; what is finished stays, and the same call continues.
     """
-    _full_precision()
+    full_precision()
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact, torch.no_grad():
         if artifact.finished:
             return False
         artifact.require_space(plan.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
         names = _shard_names(view)
-        _compress_layers(plan, view, calibration, artifact, devices, names, notify)
+        _compress_layers(plan, view, calibration, artifact, devices, names, notify, statistics)
         for number, part in enumerate(view.outside_parts()):
             key = f"outside.{number}"
             if key not in artifact.done:
                 view.load_outside(part)
                 artifact.write(key, names[key], view.outside_tensors(part), {})
                 view.unload()
-                _give_back()
+                give_back()
         _finish(plan, view, calibration, artifact)
     return True
 
@@ -126,83 +123,54 @@ def _compress_layers(
     devices: Sequence[torch.device],
     names: Mapping[str, str],
     notify: Callable[[LayerReport], None],
+    statistics: StatsStore | None,
 ) -> None:
     total = len(view.layers)
     if all(name in artifact.done for name in view.layer_names):
         return
-    method, settings = get_method(plan.recipe.method), plan.recipe.parsed_settings
     sequential = plan.recipe.propagate == "compressed"
-    batches = [{"input_ids": ids} for ids in calibration.tokens.split(plan.batch)]
-    view.load_outside()
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start(batches)
-        view.unload()
-        _give_back()
-        for index, name in enumerate(view.layer_names):
-            started = time.perf_counter()
-            layer = view.load(name)
-            last, resumed = index == total - 1, name in artifact.done
-            if resumed:
-                if sequential:
-                    _install(layer, name, artifact.done[name].record["forms"], artifact.read(name))
-                records = [TargetRecord(**record) for record in artifact.done[name].record["targets"]]
-                outputs = None if last else _run(layer, name, steps.calls, devices)[0]
-            else:
-                outputs, statistics = _run(layer, name, steps.calls, devices, plan.layer_steps(index), plan.wanted(index))
-                forms, records = _solve_layer(plan, layer, name, index, statistics, method, settings, devices[0])
-                stored = _stored(layer, name, forms)
-                specs = _specs(plan.layer_steps(index), forms)
-                artifact.write(name, names[name], stored, {"forms": specs, "targets": [asdict(r) for r in records]})
-                if sequential and not last:
-                    _install(layer, name, specs, stored)
-                    del forms, stored
-                    outputs = _run(layer, name, steps.calls, devices)[0]
-            view.unload(name)
-            _give_back()
-            notify(LayerReport(index, total, tuple(records), time.perf_counter() - started, peak_rss(), resumed))
-            if not last:
-                assert outputs is not None
-                steps.answer(outputs)
-                del outputs
 
+    def finish(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> tuple[dict[str, Any], ...]:
+        forms, records = _solve_layer(plan, layer, name, index, stats, devices[0])
+        stored = stored_tensors(layer, name, forms)
+        specs = form_specs(plan.layer_steps(index), forms)
+        artifact.write(name, names[name], stored, {"forms": specs, "targets": [asdict(record) for record in records]})
+        return specs, stored
 
-def _run(
-    layer: nn.Module,
-    name: str,
-    calls: Sequence[Call],
-    devices: Sequence[torch.device],
-    steps: Sequence[Step] = (),
-    what: Any = None,
-) -> tuple[list[Any], dict[str, TargetStats]]:
-    """Answer every batch's call, and collect statistics where `what` says so; batches are spread over the devices."""
-    targets = [step.target for step in steps if not step.choice.dense]
-    copies = [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
-    collectors = (
-        [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]
-        if what
-        else []
-    )
-    outputs: list[Any] = [None] * len(calls)
+    def report(index: int, name: str, started: float, resumed: bool) -> None:
+        records = tuple(TargetRecord(**record) for record in artifact.done[name].record["targets"])
+        notify(LayerReport(index, total, records, time.perf_counter() - started, peak_rss(), resumed))
 
-    def share(worker: int) -> None:
-        with torch.no_grad():
-            for batch in range(worker, len(calls), len(devices)):
-                output = run_layer(copies[worker], calls[batch].to(devices[worker]))
-                check_finite(output, name, batch)
-                outputs[batch] = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
-
-    for collector in collectors:
-        collector.__enter__()
-    try:
-        if len(devices) == 1:
-            share(0)
+    def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
+        started = time.perf_counter()
+        last, resumed = index == total - 1, name in artifact.done
+        outputs: list[Any] | None = None
+        if resumed:
+            if sequential:
+                install(layer, name, artifact.done[name].record["forms"], artifact.read(name))
+            outputs = None if last else run_batches(layer, name, calls, devices)[0]
         else:
-            with ThreadPoolExecutor(len(devices)) as pool:
-                list(pool.map(share, range(len(devices))))
-    finally:
-        for collector in collectors:
-            collector.__exit__()
-    return outputs, collectors[0].result(collectors[1:]) if collectors else {}
+            outputs, stats = run_batches(layer, name, calls, devices, plan.layer_steps(index), plan.wanted(index))
+            specs, stored = finish(index, name, layer, stats)
+            if sequential and not last:
+                install(layer, name, specs, stored)
+                del stored
+                outputs = run_batches(layer, name, calls, devices)[0]
+        report(index, name, started, resumed)
+        return outputs
+
+    if statistics is None:
+        through_layers(view, calibration.tokens.split(plan.batch), visit)
+        return
+    for index, name in enumerate(view.layer_names):
+        started = time.perf_counter()
+        resumed = name in artifact.done
+        if not resumed:
+            solved = [step.target.name for step in plan.layer_steps(index) if not step.choice.dense]
+            finish(index, name, view.load(name), statistics.read(name, solved))
+            view.unload(name)
+            give_back()
+        report(index, name, started, resumed)
 
 
 def _solve_layer(
@@ -211,10 +179,9 @@ def _solve_layer(
     name: str,
     index: int,
     statistics: dict[str, TargetStats],
-    method: Method,
-    settings: Settings,
     device: torch.device,
 ) -> tuple[dict[str, Form], list[TargetRecord]]:
+    method, settings = plan.recipe.compression
     forms: dict[str, Form] = {}
     records = []
     for step in plan.layer_steps(index):
@@ -224,7 +191,7 @@ def _solve_layer(
             spec = {"kind": "dense"}
             records.append(TargetRecord(target.name, spec, shape, step.bytes_before, step.bytes_after, note=step.why_dense))
             continue
-        weight, bias = _weight(layer, name, target)
+        weight, bias = target_weight(layer, name, target)
         stats = statistics.pop(target.name)  # what is solved needs its statistics no longer
         solution = method.solve(weight.to(device), stats, settings)
         form = solution.form(step.choice).with_bias(bias).stored(plan.dtype)
@@ -246,85 +213,14 @@ def _solve_layer(
                 form.spec(),
                 shape,
                 step.bytes_before,
-                form.nbytes,
+                step.bytes_after,
                 error,
                 tokens if method.needs else None,
-                note=note,
+                solution.damping,
+                note,
             )
         )
     return forms, records
-
-
-def _weight(layer: nn.Module, name: str, target: Target) -> tuple[Tensor, Tensor | None]:
-    module: Any = layer.get_submodule(target.module.removeprefix(name + "."))
-    if target.expert is None:
-        return linear_weight(module), module.bias
-    return experts.expert_weight(module, target.role.rpartition(".")[2], target.expert), None
-
-
-def _stored(layer: nn.Module, name: str, forms: Mapping[str, Form]) -> dict[str, Tensor]:
-    """The layer's tensors as they go to disk: forms in the place of the targets that have one."""
-    tensors: dict[str, Tensor] = {}
-    fused = {key.rpartition(".")[0] for key in forms}
-    for path, tensor in layer.state_dict().items():
-        full = f"{name}.{path}"
-        module, _, leaf = full.rpartition(".")
-        if full in fused:  # an experts parameter: an empty guard under its name, every expert's form beside it
-            parent = layer.get_submodule(path.rpartition(".")[0]) if "." in path else layer
-            tensors[full] = tensor.new_empty(0)
-            for expert in range(len(tensor)):
-                form = forms.get(f"{full}.{expert}")
-                parts = form.tensors() if form else {"weight": experts.expert_weight(parent, leaf, expert).contiguous()}
-                tensors |= {f"{module}.{experts.stored_name(leaf, expert)}.{suffix}": part for suffix, part in parts.items()}
-        elif module not in forms:
-            tensors[full] = tensor.to("cpu")
-        elif leaf == "weight":
-            tensors |= {f"{module}.{suffix}": part for suffix, part in forms[module].tensors().items()}
-    return tensors
-
-
-def _specs(steps: Iterable[Step], forms: Mapping[str, Form]) -> dict[str, Spec]:
-    """Module path -> spec, as config.json will carry it; the experts of one parameter together."""
-    specs: dict[str, Spec] = {}
-    for step in steps:
-        target, form = step.target, forms.get(step.target.name)
-        if target.expert is not None:
-            parameter = target.name.rpartition(".")[0]
-            entry = specs.setdefault(parameter, {"kind": "experts", "forms": []})
-            entry["forms"].append(form.spec() if form else {"kind": "dense", "bias": False})
-        elif form:
-            specs[target.name] = form.spec()
-    return {
-        name: spec
-        for name, spec in specs.items()
-        if spec["kind"] != "experts" or any(f["kind"] != "dense" for f in spec["forms"])
-    }
-
-
-def _install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
-    """Put the stored forms into the layer, so that activations can go through the compressed layer."""
-
-    def module_for(spec: Spec, path: str, shape: tuple[int, int]) -> nn.Module:
-        prefix = path + "."
-        parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        with torch.device("meta"):
-            empty = build_module(spec, shape[1], shape[0])
-        return fill_module(empty, parts)
-
-    for full, spec in specs.items():
-        path = full.removeprefix(name + ".")
-        parent_path, _, leaf = path.rpartition(".")
-        parent = layer.get_submodule(parent_path) if parent_path else layer
-        if spec["kind"] == "experts":
-            shape = experts.expert_parameters(parent)[leaf][1:]
-            modules = [
-                module_for(form, f"{full.rpartition('.')[0]}.{experts.stored_name(leaf, expert)}", shape)
-                for expert, form in enumerate(spec["forms"])
-            ]
-            experts.install(parent, leaf, modules)
-        else:
-            weight = linear_weight(getattr(parent, leaf))
-            setattr(parent, leaf, module_for(spec, full, (weight.shape[0], weight.shape[1])))
 
 
 def _shard_names(view: ModelView) -> dict[str, str]:
@@ -375,20 +271,3 @@ def _beside(view: ModelView) -> dict[str, bytes]:
         if generation := getattr(view.model, "generation_config", None):
             generation.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in location_files(Path(folder))}
-
-
-def peak_rss() -> int:
-    """The largest resident memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what was freed, and the peak would grow from layer to layer."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library has no malloc_trim and no such habit
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _full_precision() -> None:
-    """Grams in float32 mean float32: TensorFloat-32 keeps 10 bits of mantissa."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,87 @@
+"""A layer's targets and their forms: weights out of the modules, tensors onto the disk, forms back into the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compress import experts
+from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
+from .model import Target
+from .plan import Step
+
+
+def target_weight(layer: nn.Module, name: str, target: Target) -> tuple[Tensor, Tensor | None]:
+    """A target's weight (out, in) and bias (out,) or None; views."""
+    module: Any = layer.get_submodule(target.module.removeprefix(name + "."))
+    if target.expert is None:
+        return linear_weight(module), module.bias
+    return experts.expert_weight(module, target.role.rpartition(".")[2], target.expert), None
+
+
+def stored_tensors(layer: nn.Module, name: str, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    """The layer's tensors as they go to disk: forms in the place of the targets that have one."""
+    tensors: dict[str, Tensor] = {}
+    fused = {key.rpartition(".")[0] for key in forms}
+    for path, tensor in layer.state_dict().items():
+        full = f"{name}.{path}"
+        module, _, leaf = full.rpartition(".")
+        if full in fused:  # an experts parameter: an empty guard under its name, every expert's form beside it
+            parent = layer.get_submodule(path.rpartition(".")[0]) if "." in path else layer
+            tensors[full] = tensor.new_empty(0)
+            for expert in range(len(tensor)):
+                form = forms.get(f"{full}.{expert}")
+                parts = form.tensors() if form else {"weight": experts.expert_weight(parent, leaf, expert).contiguous()}
+                tensors |= {f"{module}.{experts.stored_name(leaf, expert)}.{suffix}": part for suffix, part in parts.items()}
+        elif module not in forms:
+            tensors[full] = tensor.to("cpu")
+        elif leaf == "weight":
+            tensors |= {f"{module}.{suffix}": part for suffix, part in forms[module].tensors().items()}
+    return tensors
+
+
+def form_specs(steps: Iterable[Step], forms: Mapping[str, Form]) -> dict[str, Spec]:
+    """Module path -> spec, as config.json will carry it; the experts of one parameter together."""
+    specs: dict[str, Spec] = {}
+    for step in steps:
+        target, form = step.target, forms.get(step.target.name)
+        if target.expert is not None:
+            parameter = target.name.rpartition(".")[0]
+            entry = specs.setdefault(parameter, {"kind": "experts", "forms": []})
+            entry["forms"].append(form.spec() if form else {"kind": "dense", "bias": False})
+        elif form:
+            specs[target.name] = form.spec()
+    return {
+        name: spec
+        for name, spec in specs.items()
+        if spec["kind"] != "experts" or any(f["kind"] != "dense" for f in spec["forms"])
+    }
+
+
+def install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
+    """Put the stored forms into the layer, so that activations can go through the compressed layer."""
+
+    def module_for(spec: Spec, path: str, shape: tuple[int, int]) -> nn.Module:
+        prefix = path + "."
+        parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        with torch.device("meta"):
+            empty = build_module(spec, shape[1], shape[0])
+        return fill_module(empty, parts)
+
+    for full, spec in specs.items():
+        path = full.removeprefix(name + ".")
+        parent_path, _, leaf = path.rpartition(".")
+        parent = layer.get_submodule(parent_path) if parent_path else layer
+        if spec["kind"] == "experts":
+            shape = experts.expert_parameters(parent)[leaf][1:]
+            modules = [
+                module_for(form, f"{full.rpartition('.')[0]}.{experts.stored_name(leaf, expert)}", shape)
+                for expert, form in enumerate(spec["forms"])
+            ]
+            experts.install(parent, leaf, modules)
+        else:
+            weight = linear_weight(getattr(parent, leaf))
+            setattr(parent, leaf, module_for(spec, full, (weight.shape[0], weight.shape[1])))

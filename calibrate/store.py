@@ -1,0 +1,118 @@
+"""Statistics on disk, a file per layer: collected once, used by every recipe that starts from the original model.
+
+A folder holds one safetensors file per layer and a manifest that says of what: the model's fingerprint, the token ids' hash and
+the statistics. Files appear whole (temporary name, rename), so an interrupted collection goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..compress.base import GroupStats, TargetStats
+from ..errors import CheckpointError, OutputError
+
+MANIFEST = "statistics.json"
+_GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
+_TARGET = ("output_gram", "grad_gram", "fisher_in")
+
+
+class StatsStore:
+    """A folder of statistics.
+
+    Args:
+        folder: created if need be.
+        identity: what they are of; a JSON mapping. A folder that holds statistics of something else is emptied of them.
+        needs: the statistics that will be written; more than before in a folder means collecting anew.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], needs: frozenset[str]) -> None:
+        self.folder = folder
+        wanted = {"identity": json.loads(json.dumps(identity)), "needs": sorted(needs)}
+        held = _manifest(folder)
+        self.needs = needs
+        if held is not None and held["identity"] == wanted["identity"] and set(held["needs"]) >= needs:
+            self.needs = frozenset(held["needs"])
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.safetensors"):
+                path.unlink()
+            self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
+        except OSError as error:
+            raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+
+    def has(self, layer: str) -> bool:
+        """Whether a layer's file is there."""
+        return self._path(layer).is_file()
+
+    def write(self, layer: str, statistics: Mapping[str, TargetStats]) -> None:
+        """Put down one layer's statistics; target name -> its statistics."""
+        tensors: dict[str, Tensor] = {}
+        groups: dict[int, str] = {}
+        record: dict[str, Any] = {}
+        for name, stats in statistics.items():
+            group = groups.setdefault(id(stats.group), name)
+            record[name] = {"group": group, "tokens": stats.group.tokens}
+            if group == name:
+                tensors |= {f"{name}|{key}": value for key in _GROUP if (value := getattr(stats.group, key)) is not None}
+            tensors |= {f"{name}|{key}": value for key in _TARGET if (value := getattr(stats, key)) is not None}
+        path = self._path(layer)
+        partial = path.with_name(path.name + ".lrc-partial")
+        try:
+            save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"targets": json.dumps(record)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(
+                f"Cannot write {path}: {error}", "Free some space, or give --statistics a folder on another disk."
+            ) from error
+
+    def read(self, layer: str, names: Iterable[str]) -> dict[str, TargetStats]:
+        """The statistics of these targets of a layer; targets of one group share its `GroupStats`.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self._path(layer)
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["targets"])
+                keys = set(file.keys())
+
+                def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
+                    return {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
+
+                groups: dict[str, GroupStats] = {}
+                found = {}
+                for name in names:
+                    group = record[name]["group"]
+                    if group not in groups:
+                        groups[group] = GroupStats(record[name]["tokens"], **held(group, _GROUP))
+                    found[name] = TargetStats(groups[group], **held(name, _TARGET))
+                return found
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", "Delete that folder; it is collected anew.") from error
+
+    def _path(self, layer: str) -> Path:
+        return self.folder / f"{layer}.safetensors"
+
+    def _put(self, name: str, content: bytes) -> None:
+        partial = self.folder / (name + ".lrc-partial")
+        partial.write_bytes(content)
+        os.replace(partial, self.folder / name)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        held = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) and {"identity", "needs"} <= held.keys() else None

@@ -1,0 +1,231 @@
+"""Products of forms: what one method factored, another one compresses again.
+
+A recipe of two steps, such as `svd-llm` and then `gptq`, first finds low-rank factors and then treats each factor as a weight
+of its own. The right factor reads the target's input; the left one reads what the compressed right factor puts out, and is
+fitted to it anew before it is compressed, so that it makes up for what the right one lost.
+
+Source: the order (compress right, refit left on its outputs, compress left) is that of SVD-LLM's combination with GPTQ (arXiv
+2403.07378 §4) with the refit of CALDERA (arXiv 2405.18886); the refit is the least-squares solution on the gram's range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import Choice, GroupStats, Method, Offer, Settings, Shape, Solution, TargetStats
+from .forms import MODULES, Form, LowRank, Spec, build_module
+
+# what can be told of a factor's input from the target's own statistics
+DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
+_RANGE = 1e-10  # eigenvalues below this part of the largest one are no information about the input
+
+
+@dataclass(frozen=True)
+class Product(Form):
+    """`weight ≈ left · right`, each a form of its own.
+
+    Args:
+        left: stands for an (out, rank) matrix; carries the bias.
+        right: stands for a (rank, in) matrix.
+        rank: inner size.
+    """
+
+    kind: ClassVar[str] = "product"
+    left: Form
+    right: Form
+    rank: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        guard = next(iter(self.right.tensors().values())).new_empty(0)
+        named = {"weight": guard}  # a reader without lrc fails on its shape
+        for side, form in (("right", self.right), ("left", self.left)):
+            named |= {f"{side}.{name}": tensor for name, tensor in form.tensors().items()}
+        return named
+
+    def dense(self) -> Tensor:
+        return self.left.dense() @ self.right.dense()
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "rank": self.rank, "left": self.left.spec(), "right": self.right.spec()}
+
+    def with_bias(self, bias: Tensor | None) -> Product:
+        return Product(self.left.with_bias(bias), self.right, self.rank)
+
+    def stored(self, dtype: torch.dtype) -> Product:
+        return Product(self.left.stored(dtype), self.right.stored(dtype), self.rank)
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+
+class ProductLinear(nn.Module):
+    """`y = left(right(x))`; `weight` is an empty guard under the target's original name."""
+
+    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.right = build_module(spec["right"], in_features, spec["rank"], dtype)
+        self.left = build_module(spec["left"], spec["rank"], out_features, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(self.right(x))
+        return y
+
+
+MODULES[Product.kind] = ProductLinear
+
+
+class ChainSettings(Settings):
+    """Settings of both steps."""
+
+    first: Settings
+    second: Settings
+
+
+def chain(first: Method, second: Method) -> Method:
+    """The method that applies `second` to both factors that `first` finds.
+
+    Raises:
+        ValueError: `second` needs statistics that cannot be told for a factor's input.
+    """
+    missing = second.needs - DERIVED
+    if missing:
+        raise ValueError(
+            f"{second.name} cannot follow {first.name}: it needs {', '.join(sorted(missing))}, which calibration does not know "
+            "of a factor's input"
+        )
+
+    def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Chained:
+        return Chained(first.solve(weight, stats, settings.first), second, settings.second, weight, stats)
+
+    def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
+        found = []
+        for offer in first.offers(shape, settings.first, multiple):
+            rank = offer.choice.rank
+            if rank is None:
+                raise ValueError(f"{second.name} cannot follow {first.name}, which leaves no factors to compress")
+            plain = rank * (shape.out_features + shape.in_features) * shape.element
+            parts = [_only(second, part, settings.second) for part in _parts(shape, rank)]
+            found.append(Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts)))
+        return [offer for offer in found if offer.nbytes < shape.nbytes]
+
+    needs = first.needs | second.needs | {"gram"}
+    return Method(f"{first.name}+{second.name}", solve, ChainSettings, needs, f"{first.source}; {second.source}", offers)
+
+
+def _parts(shape: Shape, rank: int) -> tuple[Shape, Shape]:
+    return Shape(rank, shape.in_features, shape.element), Shape(shape.out_features, rank, shape.element)
+
+
+def _only(method: Method, shape: Shape, settings: Settings) -> Offer:
+    """The one way in which the second method stores a factor; dense where it has none that is smaller."""
+    ways = method.offers(shape, settings, 1)
+    if len(ways) > 1:
+        raise ValueError(f"as a second step {method.name} needs settings that fix its size (a rank, bits)")
+    return ways[0] if ways else Offer(Choice(), shape.nbytes)
+
+
+@dataclass(frozen=True)
+class Chained(Solution):
+    """Factors by the first solution, each compressed by the second method."""
+
+    first: Solution
+    second: Method
+    settings: Settings
+    weight: Tensor
+    stats: TargetStats
+
+    def loss(self, choice: Choice) -> float:
+        gram = _gram(self.stats)
+        error = self.weight.double() - self.form(choice).dense().double()
+        return float(((error @ gram) * error).sum())
+
+    @property
+    def total(self) -> float:
+        weight = self.weight.double()
+        return float(((weight @ _gram(self.stats)) * weight).sum())
+
+    def form(self, choice: Choice) -> Product:
+        low = self.first.form(choice)
+        if not isinstance(low, LowRank):
+            raise ValueError(f"{self.second.name} compresses low-rank factors, not a {low.kind} form")
+        group, element = self.stats.group, self.weight.element_size()
+        shape = Shape(*self.weight.shape, element)  # type: ignore[call-arg]
+        right_shape, left_shape = _parts(shape, low.right.shape[0])
+        right = self._compress(low.right, GroupStats(group.tokens, _gram(self.stats), group.mean), right_shape)
+        z = right.dense().double()
+        gram = z @ _gram(self.stats) @ z.T
+        mean = None if group.mean is None else z @ group.mean.double()
+        left = refit(self.weight.double() @ _gram(self.stats) @ z.T, gram)
+        return Product(
+            self._compress(left, GroupStats(group.tokens, gram, mean), left_shape).with_bias(low.bias), right, z.shape[0]
+        )
+
+    def _compress(self, factor: Tensor, group: GroupStats, shape: Shape) -> Form:
+        offer = _only(self.second, shape, self.settings)
+        if offer.choice.dense:
+            return _Dense(factor)
+        if group.gram is not None:
+            group.mean_square = group.gram.diagonal()
+        return self.second.solve(factor, TargetStats(group), self.settings).form(offer.choice)
+
+
+def _gram(stats: TargetStats) -> Tensor:
+    if stats.group.gram is None:
+        raise ValueError("a second step needs the gram of the target's input")
+    return stats.group.gram.double()
+
+
+def refit(cross: Tensor, gram: Tensor) -> Tensor:
+    """`cross gram⁺`, the least-squares map from inputs with this gram: (out, n) float64.
+
+    Args:
+        cross: (out, n) mean of y zᵀ.
+        gram: (n, n) mean of z zᵀ; directions without energy are left out.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    seen = values > _RANGE * values[-1].clamp_min(0)
+    kept = vectors[:, seen]
+    return (cross @ kept / values[seen]) @ kept.T
+
+
+@dataclass(frozen=True)
+class _Dense(Form):
+    """A factor that is too small to compress further."""
+
+    kind: ClassVar[str] = "dense"
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.weight.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "bias": self.bias is not None}
+
+    def with_bias(self, bias: Tensor | None) -> _Dense:
+        if bias is None:
+            return self
+        return _Dense(self.weight, bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias))
+
+    def stored(self, dtype: torch.dtype) -> _Dense:
+        return _Dense(self.weight.to("cpu", dtype), None if self.bias is None else self.bias.to("cpu", dtype))
+
+
+def combine(steps: Sequence[tuple[Method, Settings]]) -> tuple[Method, Settings]:
+    """One method out of a recipe's one or two steps, with its settings."""
+    if len(steps) == 1:
+        return steps[0]
+    (first, first_settings), (second, second_settings) = steps
+    return chain(first, second), ChainSettings(first=first_settings, second=second_settings)

@@ -1,0 +1,103 @@
+"""A pass over a model: layer by layer, all calibration batches at once, weights in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import resource
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .calibrate.stats import LayerCollector
+from .calibrate.stream import Call, Lockstep, check_finite, run_layer
+from .compress.base import TargetStats
+from .model import ModelView
+from .plan import Step
+
+Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
+
+
+def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit) -> None:
+    """Bring every layer in, let `visit(index, name, layer, calls)` answer its calls, and send it away again.
+
+    Args:
+        view: the model.
+        tokens: token ids per batch, (samples, length) each.
+        visit: returns one output per call; after the last layer what it returns is not used.
+    """
+    view.load_outside()
+    last = len(view.layers) - 1
+    with Lockstep(view.model, view.layers) as steps:
+        steps.start([{"input_ids": ids} for ids in tokens])
+        view.unload()
+        give_back()
+        for index, name in enumerate(view.layer_names):
+            outputs = visit(index, name, view.load(name), steps.calls)
+            view.unload(name)
+            give_back()
+            if index < last:
+                assert outputs is not None
+                steps.answer(outputs)
+                del outputs
+
+
+def run_batches(
+    layer: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    devices: Sequence[torch.device],
+    steps: Sequence[Step] = (),
+    what: Any = None,
+) -> tuple[list[Any], dict[str, TargetStats]]:
+    """Answer every batch's call, and collect statistics where `what` says so; batches are spread over the devices."""
+    targets = [step.target for step in steps if not step.choice.dense]
+    copies = [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
+    collectors = (
+        [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]
+        if what
+        else []
+    )
+    outputs: list[Any] = [None] * len(calls)
+
+    def share(worker: int) -> None:
+        with torch.no_grad():
+            for batch in range(worker, len(calls), len(devices)):
+                output = run_layer(copies[worker], calls[batch].to(devices[worker]))
+                check_finite(output, name, batch)
+                outputs[batch] = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
+
+    for collector in collectors:
+        collector.__enter__()
+    try:
+        if len(devices) == 1:
+            share(0)
+        else:
+            with ThreadPoolExecutor(len(devices)) as pool:
+                list(pool.map(share, range(len(devices))))
+    finally:
+        for collector in collectors:
+            collector.__exit__()
+    return outputs, collectors[0].result(collectors[1:]) if collectors else {}
+
+
+def peak_rss() -> int:
+    """The largest resident memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what was freed, and the peak would grow from layer to layer."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no malloc_trim and no such habit
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def full_precision() -> None:
+    """Grams in float32 mean float32: TensorFloat-32 keeps 10 bits of mantissa."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
