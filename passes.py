@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .calibrate.stats import LayerCollector
+from .calibrate.stats import LayerCollector, TargetLike, Wanted
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
 from .compress.base import TargetStats
 from .model import ModelView
-from .plan import Step
 
 Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
 
@@ -52,11 +51,10 @@ def run_batches(
     name: str,
     calls: Sequence[Call],
     devices: Sequence[torch.device],
-    steps: Sequence[Step] = (),
-    what: Any = None,
+    targets: Sequence[TargetLike] = (),
+    what: Wanted | None = None,
 ) -> tuple[list[Any], dict[str, TargetStats]]:
     """Answer every batch's call, and collect statistics where `what` says so; batches are spread over the devices."""
-    targets = [step.target for step in steps if not step.choice.dense]
     copies = [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
     collectors = (
         [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]

@@ -110,10 +110,13 @@ class Plan:
     def layer_steps(self, layer: int) -> list[Step]:
         return [step for step in self.steps if step.target.layer == layer]
 
+    def solved(self, layer: int) -> list[Target]:
+        """The targets of a layer that are not left dense."""
+        return [step.target for step in self.layer_steps(layer) if not step.choice.dense]
+
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
-        targets = [step.target for step in self.layer_steps(layer) if not step.choice.dense]
-        return wanted(targets, self.recipe.compression[0].needs)
+        return wanted(self.solved(layer), self.recipe.compression[0].needs)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""

@@ -150,7 +150,7 @@ def _compress_layers(
                 install(layer, name, artifact.done[name].record["forms"], artifact.read(name))
             outputs = None if last else run_batches(layer, name, calls, devices)[0]
         else:
-            outputs, stats = run_batches(layer, name, calls, devices, plan.layer_steps(index), plan.wanted(index))
+            outputs, stats = run_batches(layer, name, calls, devices, plan.solved(index), plan.wanted(index))
             specs, stored = finish(index, name, layer, stats)
             if sequential and not last:
                 install(layer, name, specs, stored)
@@ -166,7 +166,7 @@ def _compress_layers(
         started = time.perf_counter()
         resumed = name in artifact.done
         if not resumed:
-            solved = [step.target.name for step in plan.layer_steps(index) if not step.choice.dense]
+            solved = [target.name for target in plan.solved(index)]
             finish(index, name, view.load(name), statistics.read(name, solved))
             view.unload(name)
             give_back()

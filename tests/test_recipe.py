@@ -74,7 +74,7 @@ def test_overrides_win_flags_over_set_over_file(write):
         name, {"ratio": 0.4, "calibration.seed": None}, ["ratio=0.2", "settings.alpha=0.7", "calibration.length=9"]
     )
     assert recipe.ratio == 0.4
-    assert recipe.parsed_settings.alpha == 0.7
+    assert recipe.compression[1].alpha == 0.7
     calibration = recipe.calibration
     assert (calibration.source, calibration.samples, calibration.length, calibration.seed) == ("pydoc", 4, 9, 0)
 
