@@ -72,6 +72,9 @@ def compress(
     set_: Set = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the original model's statistics for other recipes.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
@@ -84,13 +87,17 @@ def compress(
         return
     from .calibrate.data import load_calibration
     from .generate import generator
-    from .run import execute
+    from .run import execute, prepare
 
     tokenizer = view.location.tokenizer(trust_remote_code)
     texts = load_calibration(plan.recipe.calibration, tokenizer, generator(model, view.dtype, devices[0], trust_remote_code))
     try:
         with Progress(plan) as progress:
-            done = execute(plan, view, texts, out, devices=devices, restart=restart, notify=progress.layer)
+            final, held = prepare(
+                plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
+            )
+            progress.plan = final
+            done = execute(final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, statistics=held)
     except KeyboardInterrupt:
         print("lrc: interrupted; the same command continues.", file=sys.stderr)
         raise typer.Exit(130) from None

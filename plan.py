@@ -10,15 +10,17 @@ import fnmatch
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
+from .allocation import allocate
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
-from .compress.base import Choice, Offer, Shape
+from .compress.base import Choice, Curve, Offer, Shape
 from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView, Target
 from .recipe import Recipe
@@ -35,6 +37,7 @@ class Step:
     bytes_before: int
     bytes_after: int
     why_dense: str = ""
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,11 @@ class Plan:
         }
 
 
-def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
+def make_plan(view: ModelView, recipe: Recipe, devices: int = 1, curves: Mapping[str, Curve] | None = None) -> Plan:
     """Resolve a recipe against a model.
+
+    Args:
+        curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
@@ -145,13 +151,24 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1) -> Plan:
     for name, shape in shapes.items():
         if name not in kept_dense and shape not in known:
             known[shape] = method.offers(shape, settings, recipe.rank_multiple)
-    offers = {name: (shape.nbytes, known[shape]) for name, shape in shapes.items() if name not in kept_dense}
-    chosen = uniform(offers, recipe.ratio)
+    if curves is None:
+        chosen = uniform({n: (s.nbytes, known[s]) for n, s in shapes.items() if n not in kept_dense}, recipe.ratio)
+    else:
+        chosen = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves)
     steps = []
     for target in view.targets:
         before = shapes[target.name].nbytes
         offer = chosen.get(target.name, Offer(Choice(), before))
-        steps.append(Step(target, offer.choice, before, offer.nbytes, _why_dense(target, offer.choice, kept_dense)))
+        steps.append(
+            Step(
+                target,
+                offer.choice,
+                before,
+                offer.nbytes,
+                _why_dense(target, offer.choice, kept_dense),
+                target.name in kept_dense,
+            )
+        )
     batch = max(1, TOKENS_PER_BATCH // recipe.calibration.length)
     plan = Plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,

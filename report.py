@@ -118,6 +118,24 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    @property
+    def plan(self) -> Plan:
+        """The plan that is being carried out; the final one is printed where the budget was shared out after a survey."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        if plan is not self._plan:
+            self._plan = plan
+            self._bar.reset(self._task)
+            print_plan(plan)
+
+    def survey(self, what: str, layer: int, seconds: float) -> None:
+        """Print one layer of a pass that precedes the plan."""
+        total = len({step.target.layer for step in self._plan.steps})
+        self._console.print(f"{what} {layer:>3}/{total}  {seconds:.1f} s, peak {size(peak_rss())}")
+        self._bar.update(self._task, completed=layer, total=total)
+
     def layer(self, report: LayerReport) -> None:
         """Print one finished layer and move the bar on."""
         solved = [record for record in report.records if record.error is not None]

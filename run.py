@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,11 @@ from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .model import ModelView, location_files
 from .passes import full_precision, give_back, peak_rss, run_batches, through_layers
-from .plan import Plan
+from .plan import Plan, make_plan
+from .survey import collect, measure
 from .verify import verify
+
+SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,45 @@ class LayerReport:
     seconds: float
     peak_bytes: int
     resumed: bool = False
+
+
+def prepare(
+    plan: Plan,
+    view: ModelView,
+    calibration: Calibration,
+    out: Path,
+    *,
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    statistics: Path | None = None,
+    restart: bool = False,
+    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+) -> tuple[Plan, StatsStore | None]:
+    """Where the budget looks at losses, collect statistics, measure them, and make the plan anew.
+
+    Args:
+        plan: from `make_plan`, with the budget shared out evenly.
+        statistics: folder to keep statistics in for other recipes; None keeps them beside the artifact until it is finished.
+        notify: called with (what was done, layers finished, seconds of this one).
+
+    Returns:
+        The final plan, and the statistics that `execute` can work from (None where it has to collect its own).
+    """
+    recipe = plan.recipe
+    if recipe.allocation == "uniform" and statistics is None:
+        return plan, None
+    with Artifact(out, plan.identity(calibration.hash), restart) as artifact:  # refuses another run before hours of work
+        if artifact.finished:
+            return plan, None
+        if restart:
+            shutil.rmtree(out / SURVEY, ignore_errors=True)
+    needs = recipe.compression[0].needs
+    folder = statistics or out / SURVEY
+    store = collect(view, calibration, needs, folder, devices, lambda layer, seconds: notify("statistics", layer, seconds))
+    if recipe.allocation != "uniform":
+        keep = frozenset(step.target.name for step in plan.steps if step.kept)
+        curves = measure(view, recipe, store, keep, devices[0], lambda layer, seconds: notify("losses", layer, seconds))
+        plan = make_plan(view, recipe, len(devices), curves)
+    return plan, store if recipe.propagate == "original" else None
 
 
 def execute(
@@ -112,6 +155,7 @@ def execute(
                 view.unload()
                 give_back()
         _finish(plan, view, calibration, artifact)
+    shutil.rmtree(out / SURVEY, ignore_errors=True)
     return True
 
 

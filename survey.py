@@ -1,8 +1,8 @@
 """The survey: what every way of storing every target would lose, measured before the budget is shared out.
 
 One pass over the calibration tokens collects the statistics of the original model into a `StatsStore`, layer by layer; each
-target is solved once, and the losses of its offers become its curve. Curves are small (numbers, not matrices) and lie beside the
-statistics, so that an interrupted survey goes on where it stopped, and the next ratio needs no survey at all.
+target is solved once, and the losses of its offers become its curve. Curves are small (numbers, not matrices) and lie beside
+the statistics, so that an interrupted survey goes on where it stopped, and the next ratio needs no survey at all.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,18 @@ import torch
 from torch import nn
 
 from .assemble import target_weight
-from .budget import Option
 from .calibrate.data import Calibration
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
 from .compress.base import Choice, Offer, Shape
+from .errors import OutputError
 from .model import ModelView, Target
 from .passes import full_precision, give_back, run_batches, through_layers
 from .plan import TOKENS_PER_BATCH
 from .recipe import Recipe
 
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What one target loses at each of its offers.
-
-    Args:
-        total: loss of dropping the target altogether, in the method's own metric.
-        options: ascending in bytes, losses not scaled; the dense form is not among them.
-        preferred: the choice that the method itself would make, None where it leaves that to the budget.
-    """
-
-    total: float
-    options: tuple[Option, ...]
-    preferred: Choice | None = None
 
 
 def thinned(offers: Sequence[Offer], most: int = MOST_OPTIONS) -> list[Offer]:
@@ -77,6 +62,17 @@ def collect(
     if all(store.has(name) for name in view.layer_names):
         return store
     by_layer = targets_by_layer(view)
+    missing = sum(
+        wanted(targets, store.needs).nbytes(targets)
+        for name, targets in zip(view.layer_names, by_layer, strict=True)
+        if not store.has(name)
+    )
+    free = shutil.disk_usage(folder).free
+    if free < missing:
+        raise OutputError(
+            f"{folder} has {free / 1e9:,.1f} GB free; the statistics take {missing / 1e9:,.1f} GB.",
+            "Free some space, give --statistics a folder on another disk, or use --set allocation=uniform, which keeps none.",
+        )
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
@@ -138,9 +134,8 @@ def measure(
     return curves
 
 
-def _curve(solution: Any, offers: Sequence[Offer]) -> Curve:
-    options = tuple(Option(offer.choice, offer.nbytes, solution.loss(offer.choice)) for offer in offers)
-    return Curve(solution.total, options, getattr(solution, "preferred", None))
+def _curve(solution: Solution, offers: Sequence[Offer]) -> Curve:
+    return Curve(solution.total, tuple(offers), tuple(solution.loss(offer.choice) for offer in offers), solution.preferred)
 
 
 def _read(file: Path) -> dict[str, Curve]:
@@ -149,7 +144,8 @@ def _read(file: Path) -> dict[str, Curve]:
     return {
         name: Curve(
             entry["total"],
-            tuple(Option(Choice(**option["choice"]), option["nbytes"], option["loss"]) for option in entry["options"]),
+            tuple(Offer(Choice(**choice), nbytes) for choice, nbytes in entry["offers"]),
+            tuple(entry["losses"]),
             None if entry["preferred"] is None else Choice(**entry["preferred"]),
         )
         for name, entry in json.loads(file.read_text()).items()
@@ -163,7 +159,8 @@ def _write(file: Path, curves: Mapping[str, Curve]) -> None:
     content = {
         name: {
             "total": curve.total,
-            "options": [{"choice": plain(o.choice), "nbytes": o.nbytes, "loss": o.loss} for o in curve.options],
+            "offers": [(plain(offer.choice), offer.nbytes) for offer in curve.offers],
+            "losses": curve.losses,
             "preferred": None if curve.preferred is None else plain(curve.preferred),
         }
         for name, curve in curves.items()

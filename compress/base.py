@@ -161,9 +161,31 @@ class Solution(ABC):
         """The loss of dropping the target altogether, by which errors are made relative."""
 
     @property
+    def preferred(self) -> Choice | None:
+        """The choice that the method itself would make (a rank for a share of the energy); None leaves it to the budget."""
+        return None
+
+    @property
     def damping(self) -> float:
         """The ridge that was added to a gram, relative to its mean diagonal."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one target loses at each of a method's offers, kept when its solution is gone.
+
+    Args:
+        total: loss of dropping the target altogether, in the method's own metric.
+        offers: ascending in bytes; the dense form is not among them.
+        losses: one per offer, in the same metric.
+        preferred: the choice that the method itself would make, None where it leaves that to the budget.
+    """
+
+    total: float
+    offers: tuple[Offer, ...]
+    losses: tuple[float, ...]
+    preferred: Choice | None = None
 
 
 @dataclass(frozen=True)
