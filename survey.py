@@ -24,7 +24,7 @@ from .calibrate.data import Calibration
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
-from .compress.base import Choice, Offer, Shape
+from .compress.base import Choice, Curve, Offer, Shape, Solution
 from .errors import OutputError
 from .model import ModelView, Target
 from .passes import full_precision, give_back, run_batches, through_layers
