@@ -193,6 +193,93 @@ def evaluate_command(
 
 
 @app.command()
+def sweep(
+    model: Model,
+    recipes: Annotated[str, typer.Option(help="Recipes, comma-separated; 'all' takes every shipped one.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table, logs and shared statistics; the same command goes on.")],
+    tasks: Annotated[str, typer.Option(help="As for lrc eval; text:PATH is calibration-free.")],
+    ratios: Annotated[str, typer.Option(help="For recipes that leave the size to the budget, comma-separated.")] = "0.2,0.4",
+    calibration: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
+    from .calibrate.data import load_calibration
+    from .report import plain_or_terminal
+    from .run import shared_statistics
+    from .sweep import Job, markdown, run_sweep
+
+    overrides = _overrides(None, None, calibration, samples, length, seed)
+    view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, device, dtype, trust_remote_code)
+    first = plans[0].recipe.calibration
+    tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
+    out.mkdir(parents=True, exist_ok=True)
+    shared_statistics(plans, view, tokens, out / "statistics", _devices(device))
+    common = ["--device", device, *(["--dtype", dtype] if dtype else [])]
+    common += ["--trust-remote-code"] if trust_remote_code else []
+    compress = [*common, "--statistics", str(out / "statistics"), "--calibration", first.source]
+    compress += ["--samples", str(first.samples), "--length", str(first.length), "--seed", str(first.seed)]
+    evaluate = [*common, "--tasks", tasks, *(["--max-windows", str(max_windows)] if max_windows else [])]
+    console = plain_or_terminal()
+    rows = run_sweep(
+        model,
+        [Job(None), *(Job(*job) for job in jobs)],
+        out,
+        compress=compress,
+        evaluate=evaluate,
+        parallel=parallel,
+        keep=keep,
+        notify=lambda row: console.print(f"{row.name}: {row.metrics}, {row.seconds:.0f} s"),
+    )
+    table = markdown(rows)
+    (out / "sweep.md").write_text(table)
+    console.print(table)
+
+
+def _sweep_jobs(
+    model: str, recipes: str, ratios: str, overrides: dict[str, Any], device: str, dtype: str | None, trust: bool
+) -> tuple[Any, list[tuple[str, float | None]], list[Plan]]:
+    """The rows of a sweep, each planned before anything runs: (view, [(recipe, ratio)], plans)."""
+    from .errors import BudgetError
+    from .recipe import load_recipe, shipped
+
+    names = list(shipped()) if recipes == "all" else _split_tasks(recipes, "--recipes")
+    numbers = [_number(text) for text in _split_tasks(ratios, "--ratios")]
+    readers = [partial(load_recipe, name, overrides) for name in names]
+    loaded = _checked(*readers, lambda: _dtype(dtype), lambda: _devices(device))
+    _quiet()
+    from .model import ModelView
+    from .plan import make_plan
+
+    view = ModelView(_located(model), _dtype(dtype), trust)
+    jobs: list[tuple[str, float | None]] = []
+    plans = []
+    for name, recipe in zip(names, loaded, strict=False):
+        try:
+            plans.append(make_plan(view, recipe))
+            jobs.append((name, recipe.ratio))
+        except BudgetError:
+            for ratio in numbers:
+                plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
+                jobs.append((name, ratio))
+    return view, jobs, plans
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")]) -> None:
     """Check a compressed checkpoint: hashes, shapes, and that it runs."""
     from .verify import verify as check
@@ -346,10 +433,10 @@ def _devices(text: str) -> list[Any]:
     return devices
 
 
-def _split_tasks(text: str) -> list[str]:
+def _split_tasks(text: str, option: str = "--tasks") -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
-        raise RequestError("--tasks is empty.", "Name tasks, such as --tasks wikitext2 or --tasks text:FILE.")
+        raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
     return names
 
 

@@ -8,7 +8,7 @@ a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class LrcError(Exception):
@@ -84,6 +84,15 @@ class OutputError(LrcError):
 
 class EvaluationError(LrcError):
     """An evaluation did not give a number that can be trusted."""
+
+
+class SweepError(LrcError):
+    """Rows of a sweep failed; the others are finished and kept."""
+
+    def __init__(self, failures: Mapping[str, str]) -> None:
+        self.failures = dict(failures)
+        listed = "\n".join(f"  - {name}: {text}" for name, text in self.failures.items())
+        super().__init__(f"{len(self.failures)} rows failed:\n{listed}", "Mend that and run the same command: it goes on.")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

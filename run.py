@@ -114,6 +114,14 @@ def prepare(
     return plan, store if recipe.propagate == "original" else None
 
 
+def shared_statistics(
+    plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
+) -> StatsStore:
+    """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
+    needs = frozenset[str]().union(*(plan.recipe.compression[0].needs for plan in plans))
+    return collect(view, calibration, needs, folder, devices)
+
+
 def execute(
     plan: Plan,
     view: ModelView,

@@ -1,0 +1,194 @@
+"""A sweep: many recipes on one model, one table.
+
+Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own, so that seconds and peak
+memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
+`sweep.json`; the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import LrcError, RequestError, SweepError
+
+TABLE = "sweep.json"
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be: a recipe at a ratio (None where its settings fix the size), or with no recipe the model as it is."""
+
+    recipe: str | None
+    ratio: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As files and rows are called: 'svd-llm-0.2'."""
+        if self.recipe is None:
+            return "original"
+        stem = Path(self.recipe).stem if self.recipe.endswith((".yaml", ".yml")) else self.recipe
+        return stem if self.ratio is None else f"{stem}-{self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished row.
+
+    Args:
+        metrics: full metric name -> value.
+        nbytes: of the model's tensors on disk.
+        removed: fraction of the targets' bytes removed.
+        seconds: of compressing, statistics shared with other rows left out.
+        peak_bytes: resident memory of compressing.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    nbytes: int
+    removed: float = 0.0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    commands: list[list[str]] = field(default_factory=list)
+
+
+def run_sweep(
+    model: str,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    compress: Sequence[str],
+    evaluate: Sequence[str],
+    parallel: int = 1,
+    keep: bool = False,
+    notify: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Carry out what is missing of a sweep and return all rows in the order of `jobs`.
+
+    Args:
+        model: as `lrc compress` takes it.
+        folder: for `sweep.json`, statistics and logs; created if need be.
+        compress: further arguments of `lrc compress`, the same for every row.
+        evaluate: further arguments of `lrc eval`.
+        parallel: rows at a time, each with its share of the cores.
+        keep: leave the compressed checkpoints in the folder.
+
+    Raises:
+        RequestError: the folder holds a sweep of something else.
+        SweepError: rows failed; names them with the last lines of their logs. Finished rows stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "compress": list(compress), "evaluate": list(evaluate)}
+    rows = _finished(folder, asked)
+    failures: dict[str, str] = {}
+
+    def one(job: Job) -> None:
+        if job.name in rows:
+            return
+        try:
+            row = _row(model, job, folder, compress, evaluate, parallel, keep)
+        except LrcError as error:
+            failures[job.name] = str(error)
+            return
+        rows[job.name] = row
+        _write(folder, asked, rows)
+        notify(row)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(one, jobs))
+    if failures:
+        raise SweepError(failures)
+    return [rows[job.name] for job in jobs]
+
+
+def _row(
+    model: str, job: Job, folder: Path, compress: Sequence[str], evaluate: Sequence[str], parallel: int, keep: bool
+) -> Row:
+    out, log, scores = folder / job.name, folder / f"{job.name}.log", folder / f"{job.name}.json"
+    lrc = [sys.executable, "-m", "lrc.cli"]
+    commands: list[list[str]] = []
+    seconds, peak = 0.0, 0
+    if job.recipe is not None:
+        ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
+        command = ["compress", model, "--recipe", job.recipe, *ratio, "--out", str(out), *compress]
+        commands.append(["lrc", *command])
+        seconds, peak = _run([*lrc, *command], log, parallel)
+    command = ["eval", str(out) if job.recipe is not None else model, "--json", str(scores), *evaluate]
+    commands.append(["lrc", *command])
+    _run([*lrc, *command], log, parallel)
+    metrics = {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
+    held = _sizes(out) if job.recipe is not None else {}
+    if job.recipe is not None and not keep:
+        for path in out.glob("*.safetensors"):
+            path.unlink()
+    return Row(job.name, metrics, held.get("nbytes", 0), held.get("removed", 0.0), seconds, peak, commands)
+
+
+def _sizes(out: Path) -> dict[str, Any]:
+    record = json.loads((out / "lrc.json").read_text())
+    return {"nbytes": record["bytes"]["model_after"], "removed": record["ratio"]}
+
+
+def _run(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
+    """Run a command to its end: (seconds, peak resident bytes).
+
+    Raises:
+        SweepError: it failed; its last lines say why.
+    """
+    environment = dict(os.environ)
+    if parallel > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
+    started = time.perf_counter()
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        raise SweepError({log.stem: "\n".join(last)})
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
+    path = folder / TABLE
+    if not path.is_file():
+        return {}
+    held = json.loads(path.read_text())
+    if held["asked"] != asked:
+        raise RequestError(f"{path} is of another sweep (other model, calibration or tasks).", "Give another --out.")
+    return {row["name"]: Row(**row) for row in held["rows"]}
+
+
+def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:
+    partial = folder / (TABLE + ".lrc-partial")
+    partial.write_text(json.dumps({"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2) + "\n")
+    partial.replace(folder / TABLE)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as a Markdown document's part."""
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+    lines = ["| recipe | " + " | ".join(metrics) + " | model, MB | removed of the targets | seconds | peak, MB |"]
+    lines.append("|---" * (len(metrics) + 5) + "|")
+    for row in rows:
+        values = " | ".join(_number(row.metrics.get(metric)) for metric in metrics)
+        lines.append(
+            f"| {row.name} | {values} | {row.nbytes / 1e6:.1f} | {row.removed:.1%} | {row.seconds:.0f} | "
+            f"{row.peak_bytes / 1e6:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.2e}"

@@ -1,0 +1,149 @@
+"""Recipes of two steps, shared statistics, and budgets that look at losses, on the real path."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pipeline import compress
+from tiny import tiny_text
+from transformers import AutoModelForCausalLM
+
+from lrc.budget import uniform
+from lrc.calibrate.data import load_calibration
+from lrc.compress.base import Choice, GroupStats, Offer, Settings, Shape, Solution, TargetStats, get_method
+from lrc.compress.forms import build_module, fill_module
+from lrc.compress.product import chain, refit
+from lrc.errors import RecipeError
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.recipe import load_recipe
+from lrc.run import execute, prepare
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_text(6000))
+    return path
+
+
+class _Kept(Settings):
+    """A second step for the test: low rank again, of a fixed rank."""
+
+    rank: int = 3
+
+
+def _second():
+    first = get_method("svd-llm")
+
+    def offers(shape: Shape, settings: _Kept, multiple: int) -> list[Offer]:
+        nbytes = settings.rank * (shape.out_features + shape.in_features) * shape.element
+        return [Offer(Choice(rank=settings.rank), nbytes)] if nbytes < shape.nbytes else []
+
+    return type(first)("svd-llm", first.solve, _Kept, first.needs, first.source, offers)
+
+
+def _problem(tokens: int = 300):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 14, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, 14, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 14, dtype=torch.float64)
+    return weight, x
+
+
+def test_a_second_step_compresses_both_factors_and_refits_the_left_one():
+    weight, x = _problem()
+    gram = x.T @ x / len(x)
+    both = chain(get_method("svd-llm"), _second())
+    settings = both.settings(first=Settings(), second=_Kept(rank=4))
+    solution: Solution = both.solve(weight, TargetStats(GroupStats(len(x), gram)), settings)
+    form = solution.form(Choice(rank=8))
+    error = ((x @ (weight - form.dense()).T) ** 2).sum(1).mean()
+    assert solution.loss(Choice(rank=8)) == pytest.approx(float(error), rel=1e-9)
+    # 8 components squeezed through 4 are as good as 4 at once: the second step loses nothing that it need not lose
+    best = get_method("svd-llm").solve(weight, TargetStats(GroupStats(len(x), gram)), Settings())
+    assert float(error) == pytest.approx(best.loss(Choice(rank=4)), rel=1e-6)
+    module = fill_module(build_module(form.spec(), 14, 20, torch.float64), form.stored(torch.float64).tensors())
+    assert torch.allclose(module(x), x @ form.dense().T)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_refit_is_least_squares_and_takes_singular_inputs(tokens):
+    weight, x = _problem(tokens)
+    z = x[:, :9]
+    found = refit(weight @ (x.T @ z) / tokens, z.T @ z / tokens)
+    expected = torch.linalg.lstsq(z, x @ weight.T, driver="gelsd").solution.T
+    assert torch.allclose(z @ found.T, z @ expected.T, atol=1e-6)
+
+
+def test_what_cannot_be_told_of_a_factor_is_refused():
+    with pytest.raises(RecipeError, match="asvd cannot follow svd-llm: it needs abs_mean"):
+        _load({"steps": [{"method": "svd-llm"}, {"method": "asvd"}]})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"steps": [{"method": "svd"}, {"method": "svd-lm"}]}, "Did you mean 'svd-llm'"),
+        ({"method": "svd", "steps": [{"method": "svd"}]}, "not both"),
+        ({"ratio": 0.2}, "'method' is missing"),
+    ],
+)
+def test_mistakes_in_steps_are_named(wanted, message):
+    with pytest.raises(RecipeError, match=message):
+        _load(wanted)
+
+
+def _load(wanted):
+    import tempfile
+    from pathlib import Path
+
+    import yaml
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(wanted))
+        return load_recipe(str(path))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_stored_statistics_give_the_bytes_of_a_run_that_collects_its_own(family, tiny_checkpoints, text, tmp_path):
+    compress(tiny_checkpoints(family), tmp_path / "own", text, ratio=0.3)
+    _prepared(tiny_checkpoints(family), tmp_path / "shared", text, tmp_path / "statistics", ratio=0.3)
+    files = sorted(path.name for path in (tmp_path / "own").glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
+def _prepared(model, out, text, statistics, recipe="svd-llm", **overrides):
+    wanted = {"calibration.source": f"text:{text}", "calibration.samples": 8, "calibration.length": 48} | overrides
+    view = ModelView(locate(str(model)))
+    plan = make_plan(view, load_recipe(recipe, wanted))
+    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
+    plan, store = prepare(plan, view, calibration, out, statistics=statistics)
+    execute(plan, view, calibration, out, statistics=store)
+    return plan
+
+
+def test_a_budget_that_looks_at_losses_keeps_its_promise_and_loses_less(tiny_checkpoints, text, tmp_path):
+    even = compress(tiny_checkpoints("llama"), tmp_path / "even", text, ratio=0.3)
+    plan = _prepared(tiny_checkpoints("llama"), tmp_path / "out", text, None, ratio=0.3, allocation="spectrum")
+    assert plan.targets_after <= 0.7 * plan.targets_before
+    assert {step.choice.rank for step in plan.steps} != {step.choice.rank for step in even.steps}
+
+    def lost(folder):
+        return sum(target["error"] or 0.0 for target in json.loads((folder / "lrc.json").read_text())["targets"])
+
+    assert lost(tmp_path / "out") < lost(tmp_path / "even")
+    assert not (tmp_path / "out" / ".lrc-statistics").exists()
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(6)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_a_method_that_fixes_the_size_needs_no_ratio():
+    offers = {"x": (100, [Offer(Choice(bits=4), 30)])}
+    assert uniform(offers, None)["x"].nbytes == 30
+    assert uniform({"x": (20, [Offer(Choice(bits=4), 30)])}, None)["x"].choice.dense
