@@ -1,0 +1,150 @@
+"""GPTQ: weights are rounded column by column, and what a column loses is made up for by those that follow.
+
+With the gram factored as C = R Rᵀ, R upper triangular, the output error is ‖(W - Ŵ) R‖²: column j of that product has all
+earlier columns' errors in it, and the best value to round for column j is the one that cancels them. No inverse is formed.
+
+When to use: at 4 and 3 bits wherever calibration can be afforded.
+
+Cost: one Cholesky factor (in, in) per target, and out · in² multiplications for every number of bits. Statistics: a gram.
+
+Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1. Its updates by rows of the inverse's Cholesky factor are the same
+in exact arithmetic (R⁻¹ is that factor; the form used here is that of LDLQ in QuIP, arXiv 2307.13304, §3). Differences from
+the authors' code: float64; the ridge (1 % of the mean diagonal, as there) grows tenfold where the factor fails, and is
+reported; inputs that never fire are rounded to nearest instead of set to zero; with `act_order` (inputs in descending order of
+energy) the groups' steps are those of the original weight, so that a group stays a run of neighbours and no index is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..errors import LrcError, NonFiniteError
+from .base import TargetStats, method
+from .grids import Grid, Scales
+from .metric import Metric
+from .quantized import Quantized
+from .rtn import GridSettings, OnGrid, grid_offers
+
+_BLOCK = 128  # columns whose errors are carried on one by one; those of earlier blocks by one multiplication
+_LEAST_RIDGE = 1e-8  # the first one tried where no damping was asked for and the gram is singular
+
+
+class GptqSettings(GridSettings):
+    """Settings of `gptq`."""
+
+    damping: float = Field(0.01, ge=0, le=1, description="ridge added to the gram, relative to its mean diagonal")
+    act_order: bool = Field(True, description="inputs with the most energy first; steps then come from the original weight")
+
+
+@dataclass(frozen=True)
+class Compensator:
+    """Rounds weights that read one input, each column making up for the errors of those before it.
+
+    Args:
+        factor: (in, in) float64 upper triangular R with R Rᵀ = the damped gram in `order`; None rounds to nearest.
+        order: (in,) the columns in the order in which they are rounded; None: as they stand.
+        damping: the ridge that was needed, relative to the mean diagonal.
+    """
+
+    factor: Tensor | None
+    order: Tensor | None
+    damping: float
+
+    def quantize(self, weight: Tensor, grid: Grid) -> Quantized:
+        """The weight (out, in) on the grid."""
+        if self.factor is None:
+            return Quantized.nearest(weight, grid)
+        weight = weight.double()
+        width = grid.width(weight.shape[1])
+        scales = grid.scales(weight)
+        if self.order is None:
+            return _by_columns(weight, self.factor, grid, scales, width < weight.shape[1])
+        steps, zeros = grid.columns(scales, weight.shape[1])
+        permuted = Scales(steps[:, self.order], None if zeros is None else zeros[:, self.order])
+        each = replace(grid, group_size=1)
+        codes = _by_columns(weight[:, self.order], self.factor, each, permuted, False).codes
+        return Quantized(grid, codes[:, torch.argsort(self.order)], scales)
+
+
+def compensator(gram: Tensor, damping: float = 0.01, act_order: bool = True) -> Compensator:
+    """Factor a gram (in, in), with more damping where it is singular.
+
+    Args:
+        damping: relative to the mean diagonal; it grows tenfold until the factor exists.
+        act_order: round the columns with the largest diagonal first.
+
+    Raises:
+        NonFiniteError: the gram holds a NaN or an infinity.
+        LrcError: it has no factor even with a ridge as large as its mean diagonal: it is no gram.
+    """
+    if not torch.isfinite(gram).all():
+        raise NonFiniteError(f"The gram ({len(gram)} x {len(gram)}) is not finite.", "Its statistics overflowed.")
+    gram = gram.double()
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:  # nothing was ever read, as by an expert without tokens
+        return Compensator(None, None, 0.0)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    ordered = gram if order is None else gram[order][:, order]
+    while True:
+        damped = ordered + damping * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        # a Cholesky factor of the matrix turned by 180 degrees is, turned back, an upper triangular one
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and bool(lower.diagonal().min() > 0):
+            return Compensator(lower.flip(0, 1), order, damping)
+        if damping >= 1:
+            raise LrcError(
+                f"A gram ({len(gram)} x {len(gram)}) has no Cholesky factor even with a ridge of {damping:g} of its mean "
+                "diagonal: it has large negative eigenvalues.",
+                "Its statistics are damaged; collect them again.",
+            )
+        damping = min(1.0, max(_LEAST_RIDGE, 10 * damping))
+
+
+def _by_columns(weight: Tensor, factor: Tensor, grid: Grid, scales: Scales, dynamic: bool) -> Quantized:
+    """Round columns from left to right.
+
+    Args:
+        weight: (out, in) float64.
+        factor: (in, in) upper triangular.
+        scales: of the groups; where `dynamic`, they are found anew as each group's turn comes, for what it has become.
+    """
+    count, width = weight.shape[1], grid.width(weight.shape[1])
+    block = width if dynamic and width > _BLOCK else max(1, _BLOCK // width) * width
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty_like(weight)
+    steps, zeros = scales.steps.clone(), None if scales.zeros is None else scales.zeros.clone()
+    for start in range(0, count, block):
+        end = min(start + block, count)
+        carried = errors[:, :start] @ factor[:start, start:end]  # (out, block): what earlier columns put into these
+        for column in range(start, end):
+            group = column // width
+            if dynamic and column % width == 0:
+                stop = min(column + width, end)
+                ahead = slice(column - start, stop - start)
+                corner = factor[column:stop, column:stop]
+                best = torch.linalg.solve_triangular(corner, carried[:, ahead], upper=True, left=False)
+                found = replace(grid, group_size=0).scales(weight[:, column:stop] + best)
+                steps[:, group] = found.steps[:, 0]
+                if zeros is not None and found.zeros is not None:
+                    zeros[:, group] = found.zeros[:, 0]
+            zero = None if zeros is None else zeros[:, group]
+            wanted = weight[:, column] + carried[:, column - start] / factor[column, column]
+            code = grid.nearest(wanted, steps[:, group], zero)
+            codes[:, column] = code
+            value = (code.double() - (grid.middle if zero is None else zero.double())) * steps[:, group]
+            errors[:, column] = weight[:, column] - value
+            carried[:, column - start + 1 :].addr_(errors[:, column], factor[column, column + 1 : end])
+    return Quantized(grid, codes, Scales(steps, zeros))
+
+
+@method("gptq", source="arXiv 2210.17323", needs=["gram"], settings=GptqSettings, offers=grid_offers)
+def solve(weight: Tensor, stats: TargetStats, settings: GptqSettings) -> OnGrid:
+    """The weight (out, in) rounded column by column in the gram's metric."""
+    assert stats.group.gram is not None
+    ready = compensator(stats.group.gram, settings.damping, settings.act_order)
+    return OnGrid(weight, settings, lambda grid: ready.quantize(weight, grid), Metric.of(stats), ready.damping)

@@ -1,0 +1,197 @@
+"""Number grids: what a quantized number can be, how it is found, and how many bytes it takes.
+
+A grid stores a matrix as codes of 2, 3, 4 or 8 bits, in groups along the input that share a step:
+
+* `int`: value = (code - zero) · step. Symmetric: zero is the middle code, and the largest magnitude of a group lies half a step
+  beyond the last code, so that no error is larger than half a step. Asymmetric: zero is stored too and the group's range is
+  covered exactly (0 always included).
+* `mxint`: the step is a power of two, stored as one byte (OCP Microscaling Formats v1.0, with blocks of 16 or 32): with e the
+  exponent of the block's largest magnitude, step = 2^(e - bits + 2); the middle code stands for 0.
+
+Steps of `int` have eight significant bits from the start: bfloat16, float16 and float32 all hold them exactly, so that codes
+are chosen for the very steps that are stored.
+
+Bits are packed least significant first, each row padded to whole bytes; where a row fills whole 32-bit words this is the bit
+order of the `pack-quantized` checkpoints of compressed-tensors (which pads rows to words and takes seconds to import).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+
+BITS = (2, 3, 4, 8)
+_BIAS = 127  # of a stored exponent, as in OCP's E8M0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of the groups of a matrix.
+
+    Args:
+        steps: (out, groups) floating point, all positive.
+        zeros: (out, groups) uint8 codes that stand for 0, or None where the middle code does.
+    """
+
+    steps: Tensor
+    zeros: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A number grid.
+
+    Args:
+        bits: of a code: 2, 3, 4 or 8.
+        group_size: values along the input that share a step; 0: a whole row. The last group of a row may be shorter.
+        kind: 'int' or 'mxint'.
+        symmetric: of an `int` grid; `mxint` always is.
+    """
+
+    bits: int
+    group_size: int = 64
+    kind: Literal["int", "mxint"] = "int"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"a grid has 2, 3, 4 or 8 bits, not {self.bits}")
+        if self.group_size < 0:
+            raise ValueError(f"a group has 1 value or more, or 0 for a whole row; not {self.group_size}")
+        if self.kind == "mxint" and not self.symmetric:
+            raise ValueError("an mxint grid is symmetric")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for 0 where zeros are not stored."""
+        return 2 ** (self.bits - 1)
+
+    def width(self, in_features: int) -> int:
+        """Values of a group in a row of `in_features`."""
+        return min(self.group_size, in_features) or in_features
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of `in_features`."""
+        return -(-in_features // self.width(in_features))
+
+    def nbytes(self, out_features: int, in_features: int, element: int) -> int:
+        """Exact bytes of an (out, in) matrix on this grid; `element`: bytes of a number in the checkpoint's own dtype."""
+        groups = self.groups(in_features)
+        codes = packed_width(in_features, self.bits)
+        steps = groups * (1 if self.kind == "mxint" else element)
+        zeros = 0 if self.symmetric else packed_width(groups, self.bits)
+        return out_features * (codes + steps + zeros)
+
+    def scales(self, weight: Tensor) -> Scales:
+        """Steps (float64) and zeros for a matrix (out, in), from the range of each of its groups.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+        """
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise NonFiniteError(f"{bad} of {weight.numel()} values to quantize are NaN or infinite.", "Check the statistics.")
+        low, high = self._ranges(weight.double())
+        largest = torch.maximum(-low, high)
+        if self.kind == "mxint":
+            exponents = torch.frexp(largest).exponent - 1 - (self.bits - 2)
+            exponents = torch.where(largest > 0, exponents, 0)
+            return Scales(powers(exponents.clamp(1 - _BIAS, 255 - _BIAS) + _BIAS).double())
+        if self.symmetric:
+            return Scales(_rounded(largest / (self.top / 2)))
+        steps = _rounded((high - low) / self.top)
+        return Scales(steps, (-low / steps).round().clamp(0, self.top).to(torch.uint8))
+
+    def _ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value of each group, 0 among them; (out, groups) each."""
+        out_features, in_features = weight.shape
+        width, groups = self.width(in_features), self.groups(in_features)
+        padded = torch.nn.functional.pad(weight, (0, groups * width - in_features)).view(out_features, groups, width)
+        return padded.amin(2).clamp_max(0), padded.amax(2).clamp_min(0)
+
+    def nearest(self, values: Tensor, steps: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """Codes (uint8) of the grid's points nearest to the values; steps and zeros broadcast against them."""
+        offset = self.middle if zeros is None else zeros
+        return ((values / steps).round_() + offset).clamp_(0, self.top).to(torch.uint8)
+
+    def encode(self, weight: Tensor, scales: Scales) -> Tensor:
+        """Codes (out, in) uint8 of the grid's points nearest to a matrix (out, in)."""
+        return self.nearest(weight.double(), *self.columns(scales, weight.shape[1]))
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) that codes (out, in) stand for, computed and returned in `dtype`."""
+        # a power of two below the range of float16 still makes values within it
+        wide = torch.float32 if self.kind == "mxint" and dtype == torch.float16 else dtype
+        steps, zeros = self.columns(scales, codes.shape[1])
+        values = codes.to(wide).sub_(self.middle if zeros is None else zeros.to(wide))
+        return values.mul_(steps.to(wide)).to(dtype)
+
+    def columns(self, scales: Scales, in_features: int) -> tuple[Tensor, Tensor | None]:
+        """Steps and zeros of every column, (out, in)."""
+        group = torch.arange(in_features, device=scales.steps.device) // self.width(in_features)
+        return scales.steps[:, group], None if scales.zeros is None else scales.zeros[:, group]
+
+    def spec(self) -> dict[str, Any]:
+        """What a loader must know, JSON-able: the arguments of this class."""
+        return {"bits": self.bits, "group_size": self.group_size, "kind": self.kind, "symmetric": self.symmetric}
+
+
+def _rounded(steps: Tensor) -> Tensor:
+    """Eight significant bits; a group of zeros has step 1."""
+    steps = steps.to(torch.bfloat16).double()
+    return torch.where(steps > 0, steps, 1.0)
+
+
+def exponents_of(steps: Tensor) -> Tensor:
+    """The stored bytes of steps that are powers of two, (…) uint8."""
+    return (torch.frexp(steps).exponent - 1 + _BIAS).to(torch.uint8)
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """Steps (…) float32 of stored exponents 1 to 254; written as bits, because `exp2` need not be exact."""
+    return (exponents.to(torch.int32) << 23).view(torch.float32)
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes of a row of `count` codes."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (rows, n) uint8, each below 2^bits -> (rows, ⌈n·bits/8⌉) uint8, least significant bit first."""
+    rows, count = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    # eight codes fill `bits` whole bytes
+    eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(rows, -(-count // 8), 8)
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64, device=codes.device)
+    for place in range(8):
+        words |= eights[..., place].to(torch.int64) << (bits * place)
+    parts = [((words >> (8 * byte)) & 255).to(torch.uint8) for byte in range(bits)]
+    return torch.stack(parts, dim=-1).view(rows, -1)[:, : packed_width(count, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: (rows, ⌈count·bits/8⌉) uint8 -> (rows, count) uint8."""
+    rows, width = packed.shape
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+        return codes.view(rows, -1)[:, :count]
+    parts = torch.nn.functional.pad(packed, (0, -width % bits)).view(rows, -(-width // bits), bits)
+    words = torch.zeros(parts.shape[:2], dtype=torch.int32, device=packed.device)
+    for byte in range(bits):
+        words |= parts[..., byte].to(torch.int32) << (8 * byte)
+    codes = torch.stack([((words >> (bits * place)) & (2**bits - 1)).to(torch.uint8) for place in range(8)], dim=-1)
+    return codes.view(rows, -1)[:, :count]

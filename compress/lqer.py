@@ -1,0 +1,26 @@
+"""LQER: what rounding loses is given back by the leading singular components of the error, blind to the data.
+
+W ≈ Q + L R with Q the weight rounded to nearest and L R the truncated SVD of W - Q. The error of rounding is noise with a flat
+spectrum, so that a small rank gives back little; `l2qer` and `qera` decompose what the error does to the outputs instead.
+
+When to use: without calibration data, or to measure what the others gain.
+
+Cost: one SVD per target. Needs no statistics.
+
+Source: Zhang et al., LQER, arXiv 2402.02446, §3.1 (4-bit MXINT in blocks of 16, factors in 8-bit MXINT, rank 32). Differences
+from the authors' code: bits are counted per number of the original weight (theirs divide by the factors' numbers too); 8-bit
+factors are fitted to each other after rounding (factors.py).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import TargetStats, method
+from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers
+
+
+@method("lqer", source="arXiv 2402.02446", settings=CorrectionSettings, offers=correction_offers)
+def solve(weight: Tensor, stats: TargetStats, settings: CorrectionSettings) -> Corrected:
+    """The rounded weight (out, in) and the truncated SVD of its error; losses are squared errors of the weight."""
+    return corrected_by_channel(weight, settings, None)

@@ -1,0 +1,105 @@
+"""Round to nearest: every weight goes to the nearest point of its grid, blind to the data.
+
+When to use: at 8 bits, where nothing better is needed; at 4 bits as the baseline that `gptq` and `qera` are measured against.
+
+Cost: none to speak of. Needs no statistics; the loss is measured on the inputs where their gram is known, else on the weight.
+
+Source: the common baseline, as in Frantar et al., GPTQ, arXiv 2210.17323, §4. The grids are those of grids.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from .base import Choice, Offer, Settings, Shape, Solution, TargetStats, method
+from .grids import BITS, Grid
+from .metric import Metric
+from .quantized import Quantized
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class OneGridSettings(Settings):
+    """The grid of a method that quantizes, all but its bits."""
+
+    group_size: int = Field(64, ge=0, description="values along the input that share a step; 0: a whole row")
+    grid: Literal["int", "mxint"] = Field("int", description="int: steps in the checkpoint's dtype; mxint: powers of two")
+    symmetric: bool | None = Field(
+        None, description="no zero points are stored; null: asymmetric on int, and mxint is symmetric always"
+    )
+
+    @field_validator("symmetric")
+    @classmethod
+    def _mxint_is_symmetric(cls, symmetric: bool | None, info: ValidationInfo) -> bool | None:
+        if symmetric is False and info.data.get("grid") == "mxint":
+            raise ValueError("an mxint grid is symmetric; leave this out, or take grid: int")
+        return symmetric
+
+    def of(self, bits: int) -> Grid:
+        """The grid with that many bits."""
+        return Grid(bits, self.group_size, self.grid, self.grid == "mxint" or bool(self.symmetric))
+
+
+class GridSettings(OneGridSettings):
+    """Settings of `rtn`."""
+
+    bits: Bits | None = Field(4, description="bits of a code; null: as many as the budget allows")
+
+
+@dataclass(frozen=True)
+class OnGrid(Solution):
+    """A target quantized at each of the bits that are asked for, each of them once.
+
+    Args:
+        weight: (out, in).
+        settings: of the grid.
+        quantize: puts the weight on a grid.
+        metric: in which the loss is measured.
+        ridge: damping of the gram that `quantize` works with.
+    """
+
+    weight: Tensor
+    settings: GridSettings
+    quantize: Callable[[Grid], Quantized]
+    metric: Metric
+    ridge: float = 0.0
+    _done: dict[int, Quantized] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def form(self, choice: Choice) -> Quantized:
+        if choice.bits is None:
+            raise ValueError("a dense target is not quantized")
+        if choice.bits not in self._done:
+            self._done[choice.bits] = self.quantize(self.settings.of(choice.bits))
+        return self._done[choice.bits]
+
+    def loss(self, choice: Choice) -> float:
+        return self.metric.energy(self.weight.double() - self.form(choice).dense())
+
+    @property
+    def total(self) -> float:
+        return self.metric.energy(self.weight)
+
+    @property
+    def damping(self) -> float:
+        return self.ridge
+
+
+def grid_offers(shape: Shape, settings: GridSettings, multiple: int) -> list[Offer]:
+    """One offer for the bits of the settings, or one for each number of bits; none that is not smaller than the matrix."""
+    wanted = BITS if settings.bits is None else (settings.bits,)
+    offers = [
+        Offer(Choice(bits=bits), settings.of(bits).nbytes(shape.out_features, shape.in_features, shape.element))
+        for bits in wanted
+    ]
+    return [offer for offer in offers if offer.nbytes < shape.nbytes]
+
+
+@method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, offers=grid_offers)
+def solve(weight: Tensor, stats: TargetStats, settings: GridSettings) -> OnGrid:
+    """The weight (out, in) rounded to nearest."""
+    return OnGrid(weight, settings, lambda grid: Quantized.nearest(weight, grid), Metric.of(stats))
