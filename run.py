@@ -33,7 +33,7 @@ from .compress.forms import Form, Spec
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .model import ModelView, location_files
-from .passes import full_precision, give_back, peak_rss, run_batches, through_layers
+from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
 from .survey import collect, measure
 from .verify import verify
@@ -149,6 +149,7 @@ def execute(
         LrcError: anything that the user can mend; what is finished stays, and the same call continues.
     """
     full_precision()
+    steady_memory()
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact, torch.no_grad():
         if artifact.finished:
             return False

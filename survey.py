@@ -27,7 +27,7 @@ from .calibrate.stream import Call
 from .compress.base import Choice, Curve, Offer, Shape, Solution
 from .errors import OutputError
 from .model import ModelView, Target
-from .passes import full_precision, give_back, run_batches, through_layers
+from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .recipe import Recipe
 
@@ -57,6 +57,7 @@ def collect(
         notify: called with (layers finished, seconds).
     """
     full_precision()
+    steady_memory()
     identity = {"model": view.source.fingerprint(), "tokens": calibration.hash, "dtype": str(view.dtype)}
     store = StatsStore(folder, identity, needs)
     if all(store.has(name) for name in view.layer_names):
