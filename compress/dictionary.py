@@ -1,0 +1,401 @@
+"""The dictionary form: every row of the weight is a sum of a few of the target's atoms; and what its methods share.
+
+`weight ≈ codes @ atoms` with few nonzero codes in each row (for an input x: y = codes (atoms x)). Stored are the atoms, the
+nonzero values in the order of rows, and where they are: one bit for each place of the codes, or, for the 2:4 pattern, the two
+positions of each group of four in 2 bits each, which is as many bytes. Nothing else lies in the file.
+
+Mathematics (CoSpaDi arXiv 2509.22075, COMPOT arXiv 2602.15200, in this form): in the metric of the input gram C only
+P = W C Wᵀ matters. With P = M Mᵀ the loss of codes and atoms is ‖M - codes D‖², D the atoms in M's coordinates. For fixed codes
+`atoms = codes⁺ W` is optimal whatever C is, so atoms go back to input channels without an inverse of the gram, and an exactly
+singular gram is as good as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .base import Choice, Offer, Settings, Shape, Solution, TargetStats
+from .forms import MODULES, Form, Spec
+from .linalg import OutputDirections
+
+Pattern = Literal["free", "2:4"]
+MOST_OFFERS = 256
+# inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measured the crossover
+GATHER_UP_TO = 4
+_ALIGN = 8  # the support is padded to this many bytes, so that sizes in bytes are whole numbers of any dtype
+_RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information
+_SPLITS = (1.5, 2.0, 2.5, 3.0)  # atoms per nonzero that 'auto' tries
+
+
+def support_nbytes(out_features: int, atoms: int) -> int:
+    """Bytes of the support of (out, atoms) codes, in either pattern."""
+    return -(-out_features * atoms // (8 * _ALIGN)) * _ALIGN
+
+
+def pack(mask: Tensor, pattern: Pattern) -> Tensor:
+    """The support of codes as stored: (bytes,) uint8, bit i of byte b is place 8 b + i.
+
+    Args:
+        mask: (out, atoms) bool; for 2:4 with two True in each group of four columns.
+    """
+    bits = mask.flatten()
+    if pattern == "2:4":
+        groups = mask.reshape(-1, 4)
+        if mask.shape[1] % 4 or not (groups.sum(1) == 2).all():
+            raise ValueError("the 2:4 pattern needs exactly two codes in each group of four atoms")
+        positions = groups.nonzero()[:, 1]
+        bits = torch.stack([positions & 1, positions >> 1], dim=1).flatten().bool()
+    padded = bits.new_zeros(support_nbytes(*mask.shape) * 8, dtype=torch.uint8)
+    padded[: len(bits)] = bits.to(torch.uint8)
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(support: Tensor, out_features: int, atoms: int, pattern: Pattern) -> Tensor:
+    """(out, atoms) bool from what `pack` made."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=support.device)
+    bits = ((support[:, None] >> shifts) & 1).flatten()[: out_features * atoms]
+    if pattern == "free":
+        return bits.view(out_features, atoms).bool()
+    pairs = bits.view(-1, 2).long()
+    positions = (pairs[:, 0] + 2 * pairs[:, 1]).view(-1, 2)
+    groups = torch.zeros(len(positions), 4, dtype=torch.bool, device=support.device)
+    return groups.scatter_(1, positions, True).view(out_features, atoms)
+
+
+@dataclass(frozen=True)
+class Dictionary(Form):
+    """`weight ≈ codes @ atoms`.
+
+    Args:
+        atoms: (k, in).
+        values: (nonzeros,) the codes that are stored, row after row.
+        support: (bytes,) uint8, where they are; `pack`.
+        out_features: rows of the codes.
+        pattern: how `support` is to be read.
+        bias: (out,) or None.
+    """
+
+    kind: ClassVar[str] = "dictionary"
+    atoms: Tensor
+    values: Tensor
+    support: Tensor
+    out_features: int
+    pattern: Pattern = "free"
+    bias: Tensor | None = None
+
+    @staticmethod
+    def of(codes: Tensor, mask: Tensor, atoms: Tensor, pattern: Pattern = "free") -> Dictionary:
+        """From (out, k) codes, of which those under the mask are kept, and (k, in) atoms."""
+        return Dictionary(atoms, codes[mask], pack(mask, pattern), len(codes), pattern)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.atoms.contiguous(), "values": self.values.contiguous(), "support": self.support.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def codes(self) -> Tensor:
+        """(out, k), zeros filled in."""
+        return expand(self.values, unpack(self.support, self.out_features, len(self.atoms), self.pattern))
+
+    def dense(self) -> Tensor:
+        return self.codes() @ self.atoms
+
+    def spec(self) -> Spec:
+        return {
+            "kind": self.kind,
+            "atoms": len(self.atoms),
+            "nonzeros": len(self.values),
+            "pattern": self.pattern,
+            "bias": self.bias is not None,
+        }
+
+    def with_bias(self, bias: Tensor | None) -> Dictionary:
+        if bias is None:
+            return self
+        total = bias.to(self.atoms) if self.bias is None else self.bias + bias.to(self.bias)
+        return Dictionary(self.atoms, self.values, self.support, self.out_features, self.pattern, total)
+
+    def stored(self, dtype: torch.dtype) -> Dictionary:
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        atoms, values = self.atoms.to("cpu", dtype).contiguous(), self.values.to("cpu", dtype).contiguous()
+        return Dictionary(atoms, values, self.support.to("cpu"), self.out_features, self.pattern, bias)
+
+
+def expand(values: Tensor, mask: Tensor) -> Tensor:
+    """(out, k) codes from their nonzero values; differentiable in the values."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+class DictionaryLinear(nn.Module):
+    """`y = codes (weight x) + bias`, where `weight` holds the form's atoms, (k, in).
+
+    Few tokens gather: each output sums its few coefficients of `weight x`, which reads the values alone. Many tokens expand:
+    the codes are laid out with their zeros, and one dense multiplication does the rest. Gathering keeps an index of 4 bytes per
+    value in memory from the first small input on; it is in no file.
+    """
+
+    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.atoms = in_features, out_features, int(spec["atoms"])
+        self.pattern: Pattern = spec["pattern"]
+        self.weight = nn.Parameter(torch.empty(self.atoms, in_features, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(spec["nonzeros"], dtype=dtype))
+        self.register_buffer("support", torch.empty(support_nbytes(out_features, self.atoms), dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
+        self._index: tuple[Tensor, Tensor] | None = None  # columns (nonzeros,) and first value of each row (out,), int32
+
+    def mask(self) -> Tensor:
+        """(out, k) bool: where the codes are not zero."""
+        assert isinstance(self.support, Tensor)
+        return unpack(self.support, self.out_features, self.atoms, self.pattern)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = nn.functional.linear(x, self.weight)
+        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """codes z + bias for (..., k) coefficients, by the codes with their zeros."""
+        return nn.functional.linear(z, expand(self.values, self.mask()), self.bias)
+
+    def gather(self, z: Tensor) -> Tensor:
+        """The same, by a weighted sum over each row's few coefficients."""
+        columns, starts = self._indices()
+        table = z.reshape(-1, self.atoms).T.contiguous()
+        y = nn.functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=self.values).T
+        y = y.reshape(*z.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        if self._index is None or self._index[0].device != self.values.device:
+            mask = self.mask()
+            counts = mask.sum(1)
+            self._index = mask.nonzero()[:, 1].int(), (counts.cumsum(0) - counts).int()
+        return self._index
+
+    def dense(self) -> Tensor:
+        """The (out, in) matrix that this module multiplies by."""
+        return expand(self.values, self.mask()) @ self.weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, atoms={self.atoms}, "
+            f"nonzeros={len(self.values)}, pattern={self.pattern}, bias={self.bias is not None}"
+        )
+
+
+MODULES[Dictionary.kind] = DictionaryLinear
+
+
+class DictionarySettings(Settings):
+    """Settings of every dictionary method."""
+
+    pattern: Pattern = Field("free", description="where codes may be: anywhere, or two in each group of four atoms")
+    atoms_per_nonzero: Literal["auto"] | float = Field(
+        2.0, description="atoms per code of a row (at least 1); 'auto' tries a few at equal bytes and takes the best per target"
+    )
+    refits: int = Field(10, ge=0, le=1000, description="final rounds of least squares for values and atoms, support fixed")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> DictionarySettings:
+        if self.atoms_per_nonzero != "auto" and not 1 <= self.atoms_per_nonzero <= 64:
+            raise ValueError(f"atoms_per_nonzero must lie between 1 and 64, or be 'auto'; not {self.atoms_per_nonzero:g}")
+        if self.pattern == "2:4" and self.atoms_per_nonzero != 2:
+            raise ValueError("pattern 2:4 keeps every second atom: atoms_per_nonzero must be 2")
+        return self
+
+
+def most_atoms(out_features: int, in_features: int) -> int:
+    """The largest orthogonal dictionary: more atoms than the weight's rank can be say nothing new."""
+    return min(out_features, in_features)
+
+
+def dictionary_offers(
+    shape: Shape,
+    settings: DictionarySettings,
+    multiple: int = 1,
+    most: Callable[[int, int], int] = most_atoms,
+) -> list[Offer]:
+    """Atoms from few to `most`, with their share of nonzeros; past that the surplus goes to nonzeros. At most 256 offers."""
+    ratio = 2.0 if settings.atoms_per_nonzero == "auto" else settings.atoms_per_nonzero
+    step = math.lcm(multiple, 4) if settings.pattern == "2:4" else multiple
+    largest = most(shape.out_features, shape.in_features) // step * step
+    useful = min(largest, shape.in_features)  # a row needs no more atoms than channels
+    pairs = [(k, min(int(k / ratio + 1e-9), useful)) for k in range(step, largest + 1, step)]
+    if settings.pattern == "free":
+        pairs += [(largest, s) for s in range(int(largest / ratio) + 1, useful + 1)]
+    offers = [Offer(Choice(atoms=k, nonzeros=s), nbytes(shape, k, s * shape.out_features)) for k, s in pairs if s > 0]
+    offers = [offer for offer in offers if offer.nbytes < shape.nbytes]
+    if len(offers) <= MOST_OFFERS:
+        return offers
+    return [offers[round(i * (len(offers) - 1) / (MOST_OFFERS - 1))] for i in range(MOST_OFFERS)]
+
+
+def nbytes(shape: Shape, atoms: int, nonzeros: int) -> int:
+    """Bytes on disk with this many atoms and codes altogether."""
+    return (atoms * shape.in_features + nonzeros) * shape.element + support_nbytes(shape.out_features, atoms)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A target in coordinates in which its loss is a plain squared distance.
+
+    Args:
+        points: (out, r) float64, one row per output, r = min(out, in): P = points pointsᵀ, columns orthogonal and descending.
+            Directions that calibration never saw come last, below the smallest that it saw, in the order of the plain norm
+            of the weight in them.
+        seen: how many leading columns calibration saw; the loss is told from these.
+    """
+
+    points: Tensor
+    seen: int
+
+    @staticmethod
+    def of(weight: Tensor, stats: TargetStats) -> Problem:
+        """From a weight (out, in) and either its output gram or its group's gram."""
+        gram_root = None if stats.output_gram is not None else stats.group.gram_root
+        directions = OutputDirections(weight, gram_root, stats.output_gram)
+        values, rank = directions.values, min(weight.shape)
+        basis = directions.basis(rank)
+        largest = values[0] if len(values) else values.new_zeros(())
+        floor = largest * len(values) * torch.finfo(torch.float64).eps
+        seen = int((values > floor).sum())
+        plain = (basis[:, seen:].T @ weight.double()).square().sum(1)
+        unseen = plain / plain.max().clamp_min(1e-300) * (floor if seen else 1.0) if len(plain) else plain
+        return Problem(basis * torch.cat([values[:seen], unseen]).sqrt(), seen)
+
+    @property
+    def total(self) -> float:
+        return float(self.points[:, : self.seen].square().sum())
+
+    def loss(self, codes: Tensor, atoms: Tensor) -> float:
+        """For (out, k) codes and (k, r) atoms."""
+        return float((self.points - codes @ atoms)[:, : self.seen].square().sum())
+
+
+def best_atoms(codes: Tensor, weight: Tensor) -> Tensor:
+    """`codes⁺ weight`, (k, n): the atoms that lose least, in any metric of the columns (method of optimal directions).
+
+    Args:
+        codes: (out, k) float64.
+        weight: (out, n).
+    """
+    lengths = codes.norm(dim=0)
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    unit = codes / lengths
+    values, vectors = torch.linalg.eigh(unit.T @ unit)
+    kept = vectors[:, values > _RANGE * values[-1]]
+    inner = values[values > _RANGE * values[-1]]
+    weight = weight.double()
+    atoms = kept @ ((kept.T @ (unit.T @ weight)) / inner[:, None])
+    # normal equations square the condition number; one step of refinement wins the digits back
+    atoms += kept @ ((kept.T @ (unit.T @ (weight - unit @ atoms))) / inner[:, None])
+    return atoms / lengths[:, None]
+
+
+def best_values(points: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int = 8) -> Tensor:
+    """Codes (out, k) under the mask moved towards least squares for fixed atoms, by conjugate gradients in all rows at once.
+
+    The loss falls with every step. Atoms are taken at unit length, all the conditioning that near-orthogonal ones need.
+    """
+    lengths = atoms.norm(dim=1)
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    unit = atoms / lengths[:, None]
+    gram, codes = unit @ unit.T, codes * lengths
+    residual = (points @ unit.T - codes @ gram) * mask
+    direction, energy = residual, residual.square().sum(1)
+    for _ in range(steps):
+        turned = (direction @ gram) * mask
+        curvature = (direction * turned).sum(1)
+        length = torch.where(curvature > 0, energy / curvature.clamp_min(1e-300), torch.zeros_like(energy))[:, None]
+        codes = codes + length * direction
+        residual = residual - length * turned
+        before, energy = energy, residual.square().sum(1)
+        turn = torch.where(before > 0, energy / before.clamp_min(1e-300), torch.zeros_like(energy))[:, None]
+        direction = residual + turn * direction
+    return codes / lengths
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Codes (out, k) float64, zero outside the mask, and what they lose with the best atoms."""
+
+    codes: Tensor
+    mask: Tensor
+    loss: float
+
+
+def refined(problem: Problem, codes: Tensor, mask: Tensor, rounds: int) -> Coded:
+    """Values and atoms refitted in turn with the support fixed; the loss never rises."""
+    atoms = best_atoms(codes, problem.points)
+    for _ in range(rounds):
+        codes = best_values(problem.points, codes, mask, atoms)
+        atoms = best_atoms(codes, problem.points)
+    return Coded(codes, mask, problem.loss(codes, atoms))
+
+
+# (problem, atoms, nonzeros altogether, only a preview) -> codes
+Learn = Callable[[Problem, int, int, bool], Coded]
+
+
+@dataclass(frozen=True)
+class DictionarySolution(Solution):
+    """A target whose dictionary is learned for the size that is asked for.
+
+    Args:
+        weight: (out, in).
+        learn: the method's own; the last argument asks for a quick result by which splits are compared.
+        most: the largest number of atoms.
+    """
+
+    weight: Tensor
+    problem: Problem
+    settings: DictionarySettings
+    learn: Learn
+    most: int
+    _last: dict[Choice, Coded] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return self.problem.total
+
+    def loss(self, choice: Choice) -> float:
+        return self._coded(choice).loss
+
+    def form(self, choice: Choice) -> Dictionary:
+        coded = self._coded(choice)
+        atoms = best_atoms(coded.codes, self.weight)
+        # the scale of each atom shared evenly with its codes, which suits 16-bit storage
+        a, b = coded.codes.norm(dim=0), atoms.norm(dim=1)
+        scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
+        return Dictionary.of(coded.codes * scale, coded.mask, atoms / scale[:, None], self.settings.pattern)
+
+    def _coded(self, choice: Choice) -> Coded:
+        if choice.atoms is None or choice.nonzeros is None:
+            raise ValueError("a dense target is not solved")
+        if choice not in self._last:
+            atoms, nonzeros = choice.atoms, choice.nonzeros * len(self.weight)
+            if self.settings.atoms_per_nonzero == "auto":
+                splits = self._splits(atoms, nonzeros)
+                atoms, nonzeros = min(splits, key=lambda split: self.learn(self.problem, *split, True).loss)
+            self._last.clear()  # codes of one size are held, not of every size that was asked about
+            self._last[choice] = self.learn(self.problem, atoms, nonzeros, False)
+        return self._last[choice]
+
+    def _splits(self, atoms: int, nonzeros: int) -> list[tuple[int, int]]:
+        """(atoms, nonzeros) of exactly the same bytes."""
+        shape = Shape(self.weight.shape[0], self.weight.shape[1], self.weight.element_size())
+        whole, rows = nbytes(shape, atoms, nonzeros), shape.out_features
+        found = {(atoms, nonzeros)}
+        for ratio in _SPLITS:
+            bits = rows / 8 / shape.element
+            k = min(self.most, round(whole / shape.element / (shape.in_features + rows / ratio + bits)))
+            n = (whole - nbytes(shape, k, 0)) // shape.element
+            if k > 0 and rows <= n <= rows * min(k, shape.in_features):
+                found.add((k, n))
+        return sorted(found)
