@@ -146,13 +146,13 @@ class DictionaryLinear(nn.Module):
         self.pattern: Pattern = spec["pattern"]
         self.weight = nn.Parameter(torch.empty(self.atoms, in_features, dtype=dtype))
         self.values = nn.Parameter(torch.empty(spec["nonzeros"], dtype=dtype))
-        self.register_buffer("support", torch.empty(support_nbytes(out_features, self.atoms), dtype=torch.uint8))
+        support = torch.empty(support_nbytes(out_features, self.atoms), dtype=torch.uint8)
+        self.support = nn.Parameter(support, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
         self._index: tuple[Tensor, Tensor] | None = None  # columns (nonzeros,) and first value of each row (out,), int32
 
     def mask(self) -> Tensor:
         """(out, k) bool: where the codes are not zero."""
-        assert isinstance(self.support, Tensor)
         return unpack(self.support, self.out_features, self.atoms, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -382,7 +382,7 @@ class DictionarySolution(Solution):
             atoms, nonzeros = choice.atoms, choice.nonzeros * len(self.weight)
             if self.settings.atoms_per_nonzero == "auto":
                 splits = self._splits(atoms, nonzeros)
-                atoms, nonzeros = min(splits, key=lambda split: self.learn(self.problem, *split, True).loss)
+                atoms, nonzeros = min(splits, key=lambda split: self.learn(self.problem, split[0], split[1], True).loss)
             self._last.clear()  # codes of one size are held, not of every size that was asked about
             self._last[choice] = self.learn(self.problem, atoms, nonzeros, False)
         return self._last[choice]
