@@ -8,7 +8,7 @@ forwards go on to layer i + 1. No architecture's loop is rewritten here, so none
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,12 @@ class Lockstep:
         """Give every batch its layer's output (as the layer returned it) and go on to the next layer."""
         self.calls = []
         self._stand([forward.switch(output) for forward, output in zip(self._forwards, outputs, strict=True)])
+
+    def finish(self, outputs: Sequence[Any]) -> Iterator[Any]:
+        """Answer the last layer batch by batch and yield what the model returned for each; no two results are held at once."""
+        self.calls, self.index = [], len(self._layers)
+        for number, output in enumerate(outputs):
+            yield self._forwards[number].switch(output)
 
     def _stand(self, stops: list[Any]) -> None:
         if any(forward.dead for forward in self._forwards):
