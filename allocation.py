@@ -1,9 +1,9 @@
 """Sharing the budget out: curves in, one offer per target out, by the recipe's rule.
 
 Losses of different targets can be weighed against each other only on a common scale. `spectrum` takes each loss relative to
-the target's own output energy; `fisher` takes losses that are in nats already; `own` asks no solver and takes what the method
-itself would choose. Comparing plain energies across targets is known to be fatal and is not offered: a target whose outputs are large
-would take everything (Zero-Sum SVD, arXiv 2602.02848, ablation: perplexity 32750 against 11.4).
+the target's own output energy; `kl` and `fisher` take losses that are in nats already; `own` asks no solver and takes what
+the method itself would choose. Comparing plain energies across targets is known to be fatal and is not offered: a target whose
+outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848, ablation: perplexity 32750 against 11.4).
 """
 
 from __future__ import annotations

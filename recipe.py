@@ -20,7 +20,7 @@ from .compress.base import Method, Settings, get_method, methods
 from .compress.product import combine
 from .errors import LrcError, RecipeError, did_you_mean
 
-Allocation = Literal["uniform", "spectrum", "fisher", "own"]
+Allocation = Literal["uniform", "spectrum", "kl", "fisher", "own"]
 
 
 class MethodStep(BaseModel):

@@ -109,7 +109,10 @@ def prepare(
     store = collect(view, calibration, needs, folder, devices, lambda layer, seconds: notify("statistics", layer, seconds))
     if recipe.allocation != "uniform":
         keep = frozenset(step.target.name for step in plan.steps if step.kept)
-        curves = measure(view, recipe, store, keep, devices[0], lambda layer, seconds: notify("losses", layer, seconds))
+        curves = measure(
+            view, recipe, store, keep, calibration.tokens, devices[0],
+            lambda layer, seconds: notify("losses", layer, seconds),
+        )  # fmt: skip
         plan = make_plan(view, recipe, len(devices), curves)
     return plan, store if recipe.propagate == "original" else None
 

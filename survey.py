@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .assemble import target_weight
 from .calibrate.data import Calibration
@@ -29,8 +29,10 @@ from .errors import OutputError
 from .model import ModelView, Target
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
+from .probe import Probing, scaled, units
 from .recipe import Recipe
 
+PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
@@ -105,34 +107,98 @@ def measure(
     recipe: Recipe,
     store: StatsStore,
     keep: frozenset[str],
+    tokens: Tensor,
     device: torch.device,
     notify: Callable[[int, float], None] = lambda layer, seconds: None,
 ) -> dict[str, Curve]:
-    """The curve of every target that is not in `keep`, by the recipe's method, from the statistics in the store."""
-    method, settings = recipe.compression
-    element = torch.empty((), dtype=view.dtype).element_size()
-    asked = {"method": method.name, "settings": settings.model_dump(mode="json"), "multiple": recipe.rank_multiple}
-    tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    curves: dict[str, Curve] = {}
-    for index, targets in enumerate(targets_by_layer(view)):
-        started, name = time.perf_counter(), view.layer_names[index]
-        file = store.folder / f"{name}.curves-{tag}.json"
-        held = _read(file)
-        missing = [target for target in targets if target.name not in held and target.name not in keep]
-        if missing:
-            layer = view.load(name)
-            stats = store.read(name, [target.name for target in missing])
-            for target in missing:
-                shape = Shape(target.out_features, target.in_features, element, target.bias)
-                offers = thinned(method.offers(shape, settings, recipe.rank_multiple))
-                weight = target_weight(layer, name, target)[0].to(device)
-                held[target.name] = _curve(method.solve(weight, stats.pop(target.name), settings), offers)
-            view.unload(name)
-            give_back()
-            _write(file, held)
-        curves |= {target.name: held[target.name] for target in targets if target.name not in keep}
-        notify(index + 1, time.perf_counter() - started)
-    return curves
+    """The curve of every target that is not in `keep`, by the recipe's method, from the statistics in the store.
+
+    Args:
+        tokens: (samples, length) calibration tokens; where the allocation asks for losses in nats, a few of them are probed.
+    """
+    work = _Measuring(view, recipe, store, keep, device)
+    if recipe.allocation == "kl":
+        return work.in_nats(_probe_tokens(tokens), notify)
+    return work.curves(notify)
+
+
+def _probe_tokens(tokens: Tensor) -> Tensor:
+    """`PROBED` samples and tokens of each, evenly spread over the calibration samples."""
+    samples, length = min(PROBED[0], len(tokens)), min(PROBED[1], tokens.shape[1])
+    return tokens[[number * len(tokens) // samples for number in range(samples)], :length]
+
+
+class _Measuring:
+    """One measurement of all curves; curves of finished layers lie beside the statistics."""
+
+    def __init__(self, view: ModelView, recipe: Recipe, store: StatsStore, keep: frozenset[str], device: torch.device) -> None:
+        self._view, self._store, self._device = view, store, device
+        self._method, self._settings = recipe.compression
+        element = torch.empty((), dtype=view.dtype).element_size()
+        self._layers = [[t for t in targets if t.name not in keep] for targets in targets_by_layer(view)]
+        shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for layer in self._layers for t in layer}
+        offers = {
+            shape: thinned(self._method.offers(shape, self._settings, recipe.rank_multiple)) for shape in set(shapes.values())
+        }
+        self._offers = {name: offers[shape] for name, shape in shapes.items()}
+        self._dense = {name: shape.nbytes for name, shape in shapes.items()}
+        asked = {
+            "method": self._method.name,
+            "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
+            "multiple": recipe.rank_multiple,
+        }
+        self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+    def curves(self, notify: Callable[[int, float], None]) -> dict[str, Curve]:
+        """Losses in the method's own metric."""
+        found: dict[str, Curve] = {}
+        for index, targets in enumerate(self._layers):
+            started, name = time.perf_counter(), self._view.layer_names[index]
+            held = _read(self._file(name))
+            if any(target.name not in held for target in targets):
+                layer = self._view.load(name)
+                for target in targets:
+                    if target.name not in held:
+                        held[target.name] = self._curve(target, self._solve(layer, name, target))
+                self._view.unload(name)
+                give_back()
+                _write(self._file(name), held)
+            found |= {target.name: held[target.name] for target in targets}
+            notify(index + 1, time.perf_counter() - started)
+        return found
+
+    def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
+        """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
+        file = self._store.folder / f"nats-{self._tag}.json"
+        names = {target.name for layer in self._layers for target in layer}
+        if names <= (held := _read(file)).keys():
+            return {name: held[name] for name in names}
+        plain: dict[str, Curve] = {}
+
+        def solve(layer: nn.Module, name: str, target: Target) -> Solution:
+            solution = self._solve(layer, name, target)
+            plain[target.name] = self._curve(target, solution)
+            return solution
+
+        started = time.perf_counter()
+        probing = Probing(self._view, tokens, self._offers, self._dense)
+        divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
+        found: dict[str, Curve] = {}
+        for targets in self._layers:
+            for unit in units(targets):
+                found |= scaled({t.name: plain[t.name] for t in unit.targets}, divergences[unit.name])
+        _write(file, found)
+        return found
+
+    def _file(self, layer: str) -> Path:
+        return self._store.folder / f"{layer}.curves-{self._tag}.json"
+
+    def _solve(self, layer: nn.Module, name: str, target: Target) -> Solution:
+        weight = target_weight(layer, name, target)[0].to(self._device)
+        return self._method.solve(weight, self._store.read(name, [target.name])[target.name], self._settings)
+
+    def _curve(self, target: Target, solution: Solution) -> Curve:
+        return _curve(solution, self._offers[target.name])
 
 
 def _curve(solution: Solution, offers: Sequence[Offer]) -> Curve:

@@ -1,0 +1,202 @@
+"""Probes: what compressing one target alone does to the model's predictions, measured in nats.
+
+Output errors of different targets have no common scale. A probe gives them one: a few tokens run through the original model,
+and beside them, as variants, through models in which one target alone is compressed; the Kullback-Leibler divergence of each
+variant's predictions from the original's is that form's loss in nats per token. Variants share every layer before their own
+with the original and go through the rest in lockstep, so a layer's weights are read once for all of them. Two probes per
+target, at a small and a middling size, tell how its divergence grows with its output error; the power law through them
+predicts the rest.
+
+Source: LEMS (ICML 2026, OpenReview IjIgNPFuCt) rescales each matrix' spectrum by its divergence at one reference rank; the
+second point and the power law are ours (docs/LOG.md has what they bring).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .assemble import target_weight
+from .calibrate.stream import Call, Lockstep, check_finite, run_layer
+from .compress.base import Curve, Offer, Solution
+from .compress.forms import Form, build_module, fill_module
+from .model import ModelView, Target
+from .passes import give_back
+
+SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
+_SKIP = 16  # first tokens of each sample, whose predictions have little to go by
+_STEEPEST, _FLATTEST = 2.0, 0.3  # exponents that two noisy points may give
+_LEAST = 1e-7  # nats; below this a divergence is rounding
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Targets that are probed together: one target, or all experts of one fused parameter in a layer."""
+
+    targets: tuple[Target, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.targets[0].layer}.{self.targets[0].role}"
+
+
+def units(targets: Sequence[Target]) -> list[Unit]:
+    """The units of one layer's targets."""
+    roles: dict[str, list[Target]] = {}
+    for target in targets:
+        roles.setdefault(target.role, []).append(target)
+    return [Unit(tuple(members)) for members in roles.values()]
+
+
+def probed_offers(offers: Sequence[Offer], dense: int) -> list[int]:
+    """Indices of the offers to probe: those nearest to `SIZES` of the dense bytes."""
+    found = [min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in SIZES] if offers else []
+    return sorted(set(found))
+
+
+SolveTarget = Callable[[nn.Module, str, Target], Solution]
+
+
+class Probing:
+    """The tokens and variants of one probing run; see `run`.
+
+    Args:
+        view: the model.
+        tokens: (samples, length) token ids; a few hundred in all are enough.
+        offers: target -> what its method offers; targets without an entry are not probed.
+        dense: target -> bytes when dense.
+    """
+
+    def __init__(
+        self, view: ModelView, tokens: Tensor, offers: Mapping[str, Sequence[Offer]], dense: Mapping[str, int]
+    ) -> None:
+        self._view, self._tokens, self._offers = view, tokens, offers
+        by_layer: dict[int, list[Target]] = {}
+        for target in view.targets:
+            if target.name in offers:
+                by_layer.setdefault(target.layer, []).append(target)
+        self._probes: list[tuple[Unit, int]] = []  # a variant each: the unit, and which of its offers
+        for layer in range(len(view.layers)):
+            for unit in units(by_layer.get(layer, [])):
+                first = unit.targets[0].name
+                self._probes += [(unit, index) for index in probed_offers(offers[first], dense[first])]
+
+    @torch.no_grad()
+    def run(
+        self, solve: SolveTarget, device: torch.device, notify: Callable[[int], None] = lambda layer: None
+    ) -> dict[str, dict[int, float]]:
+        """Unit name -> {offer index: divergence in nats per token}.
+
+        Args:
+            solve: (layer, its name, target) -> the target's solution.
+            device: where layers run.
+            notify: called with the number of layers done.
+        """
+        view, probes = self._view, self._probes
+        view.load_outside()
+        with Lockstep(view.model, view.layers) as steps:
+            steps.start([{"input_ids": self._tokens}] * (1 + len(probes)))
+            view.unload()
+            for index, name in enumerate(view.layer_names):
+                layer = view.load(name).to(device)
+                outputs = self._layer(layer, name, index, steps.calls, solve, device)
+                view.unload(name)
+                give_back()
+                notify(index + 1)
+                if index < len(view.layers) - 1:
+                    steps.answer(outputs)
+            view.load_end()
+            return self._divergences(steps.finish(outputs))
+
+    def _layer(
+        self, layer: nn.Module, name: str, index: int, calls: Sequence[Call], solve: SolveTarget, device: torch.device
+    ) -> list[Any]:
+        original = run_layer(layer, calls[0].to(device))
+        check_finite(original, name, 0)
+        outputs: list[Any] = [original] * len(calls)
+        solutions: dict[str, Solution] = {}
+        for number, (unit, offer) in enumerate(self._probes, 1):
+            if unit.targets[0].layer > index:
+                break  # from here on variants are still the original
+            if unit.targets[0].layer < index:
+                outputs[number] = run_layer(layer, calls[number].to(device))
+                continue
+            forms = {}
+            for target in unit.targets:
+                if target.name not in solutions:
+                    solutions[target.name] = solve(layer, name, target)
+                forms[target] = solutions[target.name].form(self._offers[target.name][offer].choice)
+            with _in_place_of(layer, name, forms, self._view.dtype):
+                outputs[number] = run_layer(layer, calls[number].to(device))
+        return outputs
+
+    def _divergences(self, results: Iterator[Any]) -> dict[str, dict[int, float]]:
+        skip = min(_SKIP, self._tokens.shape[1] // 2)
+        reference = torch.log_softmax(next(results).logits[:, skip:].float(), -1)
+        chances = reference.exp()
+        found: dict[str, dict[int, float]] = {}
+        for (unit, offer), result in zip(self._probes, results, strict=True):
+            predicted = torch.log_softmax(result.logits[:, skip:].float(), -1)
+            divergence = (chances * (reference - predicted)).sum(-1).mean()
+            found.setdefault(unit.name, {})[offer] = max(float(divergence), _LEAST)
+        return found
+
+
+@contextmanager
+def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtype: torch.dtype) -> Iterator[None]:
+    """While the context is open, the layer multiplies by these forms."""
+    undo: list[Callable[[], None]] = []
+    for target, form in forms.items():
+        weight, bias = target_weight(layer, name, target)
+        if target.expert is not None:
+            kept = weight.clone()
+            weight.copy_(form.dense())
+            undo.append(lambda weight=weight, kept=kept: weight.copy_(kept))
+            continue
+        stored = form.with_bias(bias).stored(dtype)
+        path, _, leaf = target.module.removeprefix(name + ".").rpartition(".")
+        parent = layer.get_submodule(path)
+        with torch.device("meta"):
+            empty = build_module(stored.spec(), target.in_features, target.out_features)
+        module = getattr(parent, leaf)
+        setattr(parent, leaf, fill_module(empty, stored.tensors()).to(weight.device))
+        undo.append(lambda parent=parent, leaf=leaf, module=module: setattr(parent, leaf, module))
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str, Curve]:
+    """The curves of one unit with losses in nats per token.
+
+    Args:
+        curves: target -> its curve, losses in the method's own metric.
+        points: offer index -> the unit's divergence at it. One target follows the power law through the points; several
+            share the divergence of the smallest form in proportion to their losses.
+    """
+    found = {}
+    for name, curve in curves.items():
+        known = [(curve.losses[i], divergence) for i, divergence in sorted(points.items()) if curve.losses[i] > 0]
+        if not known:  # nothing is lost even at the smallest form that was probed
+            found[name] = replace(curve, total=0.0, losses=tuple(0.0 for _ in curve.losses))
+            continue
+        (loss, divergence), power = known[0], 1.0
+        if len(curves) > 1:
+            divergence *= loss / sum(each.losses[min(points)] for each in curves.values())
+        elif len(known) > 1 and known[1][0] < loss:
+            power = math.log(divergence / known[1][1]) / math.log(loss / known[1][0])
+            power = min(max(power, _FLATTEST), _STEEPEST)
+        found[name] = replace(
+            curve,
+            total=divergence * (curve.total / loss) ** power,
+            losses=tuple(divergence * (max(each, 0.0) / loss) ** power for each in curve.losses),
+        )
+    return found
