@@ -12,6 +12,7 @@ singular gram is as good as any other.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ from .linalg import OutputDirections
 
 Pattern = Literal["free", "2:4"]
 MOST_OFFERS = 256
-# inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measured the crossover
-GATHER_UP_TO = 4
+# inputs of at most this many tokens are multiplied by gathering; the measurement stands in benchmarks/dictionary.py
+GATHER_UP_TO = 512
 _ALIGN = 8  # the support is padded to this many bytes, so that sizes in bytes are whole numbers of any dtype
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information
 _SPLITS = (1.5, 2.0, 2.5, 3.0)  # atoms per nonzero that 'auto' tries
@@ -59,14 +60,18 @@ def pack(mask: Tensor, pattern: Pattern) -> Tensor:
 
 def unpack(support: Tensor, out_features: int, atoms: int, pattern: Pattern) -> Tensor:
     """(out, atoms) bool from what `pack` made."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=support.device)
-    bits = ((support[:, None] >> shifts) & 1).flatten()[: out_features * atoms]
+    places = _places(pattern, support.device)[support.int()]
+    return places.flatten()[: out_features * atoms].view(out_features, atoms)
+
+
+@functools.cache
+def _places(pattern: Pattern, device: torch.device) -> Tensor:
+    """(256, 8) bool: the eight places of the codes that a byte of the support speaks of, in either pattern."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     if pattern == "free":
-        return bits.view(out_features, atoms).bool()
-    pairs = bits.view(-1, 2).long()
-    positions = (pairs[:, 0] + 2 * pairs[:, 1]).view(-1, 2)
-    groups = torch.zeros(len(positions), 4, dtype=torch.bool, device=support.device)
-    return groups.scatter_(1, positions, True).view(out_features, atoms)
+        return bits.bool().to(device)
+    positions = (bits[:, 0::2] + 2 * bits[:, 1::2]).view(256, 2, 2)  # two groups of four, two positions in each
+    return torch.zeros(256, 2, 4, dtype=torch.bool).scatter_(2, positions, True).view(256, 8).to(device)
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,8 @@ def expand(values: Tensor, mask: Tensor) -> Tensor:
 class DictionaryLinear(nn.Module):
     """`y = codes (weight x) + bias`, where `weight` holds the form's atoms, (k, in).
 
-    Few tokens gather: each output sums its few coefficients of `weight x`, which reads the values alone. Many tokens expand:
-    the codes are laid out with their zeros, and one dense multiplication does the rest. Gathering keeps an index of 4 bytes per
+    Up to `GATHER_UP_TO` tokens gather: each output sums its few coefficients of `weight x`, which reads the values alone. More
+    expand: the codes are laid out with their zeros, and one dense multiplication does the rest. Gathering keeps an index of 4 bytes per
     value in memory from the first small input on; it is in no file.
     """
 
@@ -166,8 +171,10 @@ class DictionaryLinear(nn.Module):
     def gather(self, z: Tensor) -> Tensor:
         """The same, by a weighted sum over each row's few coefficients."""
         columns, starts = self._indices()
-        table = z.reshape(-1, self.atoms).T.contiguous()
-        y = nn.functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=self.values).T
+        flat = z.reshape(-1, self.atoms)
+        # torch's kernel is three times slower for one column than for two
+        table = (flat.expand(2, -1) if len(flat) == 1 else flat).T.contiguous()
+        y = nn.functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=self.values).T[: len(flat)]
         y = y.reshape(*z.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
