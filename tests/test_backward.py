@@ -224,6 +224,21 @@ def test_a_killed_pass_goes_on_at_its_layer_and_ends_the_same(tiny_checkpoints, 
     assert loaded == []
 
 
+def test_a_finished_layer_whose_file_is_gone_is_made_again(tiny_checkpoints, tmp_path):
+    expected = collect(tiny_checkpoints("llama"), tmp_path / "whole", PLAIN)
+
+    def die(finished: int, seconds: float) -> None:
+        if finished == 2:
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        collect(tiny_checkpoints("llama"), tmp_path / "out", PLAIN, notify=die)
+    (tmp_path / "out" / "model.layers.2.safetensors").unlink()
+    again = collect(tiny_checkpoints("llama"), tmp_path / "out", PLAIN)
+    assert set(again) == set(expected)
+    assert all(torch.equal(again[name].grad_gram, expected[name].grad_gram) for name in expected)
+
+
 def test_a_pass_of_something_else_starts_over(tiny_checkpoints, tmp_path):
     def die(finished: int, seconds: float) -> None:
         raise PowerCutError
