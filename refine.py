@@ -54,8 +54,6 @@ class BlockSettings(Settings):
         clip: largest norm of a step's gradient.
         loss: `variance`: squared error relative to the variance of the original's outputs; `token`: each token's relative to
             the mean square of its own output, so that a few huge tokens do not decide; `mse`: as it is.
-        autocast: multiply in bfloat16 where the layer is float32; held-out losses stay in float32. Faster where the processor
-            knows bfloat16.
         seed: of the order of the calls.
     """
 
@@ -68,7 +66,6 @@ class BlockSettings(Settings):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     loss: Literal["variance", "token", "mse"] = "variance"
-    autocast: bool = False
     seed: int = 0
 
 
@@ -158,10 +155,9 @@ def refine_block(
     started, device = time.perf_counter(), next(layer.parameters()).device
     scale = _variance(targets) if settings.loss == "variance" else 1.0
 
-    def error(call: Call, target: Tensor, autocast: bool) -> Tensor:
+    def error(call: Call, target: Tensor) -> Tensor:
         """Sum over the call's tokens of the mean squared error, relative as the settings say."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            output = run_layer(layer, call.to(device))
+        output = run_layer(layer, call.to(device))
         hidden = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = target.to(device, wide)
@@ -175,7 +171,7 @@ def refine_block(
 
     def held_out() -> float:
         with torch.no_grad():
-            parts = [float(error(*pair, False)) for pair in zip(held_calls, held_targets, strict=True)]
+            parts = [float(error(*pair)) for pair in zip(held_calls, held_targets, strict=True)]
         return math.fsum(parts) / held_tokens
 
     per_call = sum(tokens) / len(tokens)
@@ -184,7 +180,7 @@ def refine_block(
     steps = max(1, round(min(epoch, sum(tokens)) / (per_step * per_call)))
 
     def backward(index: int, total: int) -> float:
-        loss = error(calls[index], targets[index], settings.autocast) / total
+        loss = error(calls[index], targets[index]) / total
         loss.backward()
         return loss.item()
 

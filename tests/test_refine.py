@@ -153,13 +153,6 @@ def test_an_epoch_can_be_a_part_of_the_tokens_and_the_parts_go_round(block):
     assert report.steps == 2 * 15 and counts == [1] * 60  # two epochs of half the calls: each call once
 
 
-def test_autocast_trains_a_float32_block(block):
-    mine = block()
-    report = mine.refine(FAST.model_copy(update={"autocast": True}))
-    assert report.best < 0.9 * report.start
-    assert mine.layer.mlp.down_proj.left.dtype == torch.float32
-
-
 def test_what_cannot_be_refined_is_said(block):
     mine = block()
     mine.held[1][0][0, 0, 0] = float("nan")
