@@ -1,4 +1,4 @@
-"""The two forwards of a dictionary target, gathering and expanding, over the number of tokens; and the dense product beside them.
+"""The two forwards of a dictionary target, gathering and expanding, over the number of tokens, and the dense product.
 
 `GATHER_UP_TO` in compress/dictionary.py is the number of tokens up to which gathering was the faster on all of these shapes.
 Milliseconds on one x86 core, torch 2.13, share 0.27, gather / expand / dense (2026-11-24, beside other jobs):
@@ -80,9 +80,9 @@ def main() -> None:
                 x = torch.randn(tokens, in_features, dtype=dtype, device=arguments.device)
                 z = nn.functional.linear(x, sparse.weight)
                 calls = [
-                    lambda z=z: sparse.gather(z),
-                    lambda z=z: sparse.multiply(z),
-                    lambda x=x: nn.functional.linear(x, dense),
+                    lambda z=z, sparse=sparse: sparse.gather(z),
+                    lambda z=z, sparse=sparse: sparse.multiply(z),
+                    lambda x=x, dense=dense: nn.functional.linear(x, dense),
                 ]
                 line += f"{' / '.join(f'{1000 * seconds(call, arguments.device):.2f}' for call in calls):>22}"
         print(line, flush=True)

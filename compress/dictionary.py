@@ -112,13 +112,8 @@ class Dictionary(Form):
         return self.codes() @ self.atoms
 
     def spec(self) -> Spec:
-        return {
-            "kind": self.kind,
-            "atoms": len(self.atoms),
-            "nonzeros": len(self.values),
-            "pattern": self.pattern,
-            "bias": self.bias is not None,
-        }
+        sizes = {"atoms": len(self.atoms), "nonzeros": len(self.values)}
+        return {"kind": self.kind, **sizes, "pattern": self.pattern, "bias": self.bias is not None}
 
     def with_bias(self, bias: Tensor | None) -> Dictionary:
         if bias is None:
@@ -127,8 +122,8 @@ class Dictionary(Form):
         return Dictionary(self.atoms, self.values, self.support, self.out_features, self.pattern, total)
 
     def stored(self, dtype: torch.dtype) -> Dictionary:
-        bias = None if self.bias is None else self.bias.to("cpu", dtype)
         atoms, values = self.atoms.to("cpu", dtype).contiguous(), self.values.to("cpu", dtype).contiguous()
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
         return Dictionary(atoms, values, self.support.to("cpu"), self.out_features, self.pattern, bias)
 
 
@@ -140,9 +135,9 @@ def expand(values: Tensor, mask: Tensor) -> Tensor:
 class DictionaryLinear(nn.Module):
     """`y = codes (weight x) + bias`, where `weight` holds the form's atoms, (k, in).
 
-    Up to `GATHER_UP_TO` tokens gather: each output sums its few coefficients of `weight x`, which reads the values alone. More
-    expand: the codes are laid out with their zeros, and one dense multiplication does the rest. Gathering keeps an index of 4 bytes per
-    value in memory from the first small input on; it is in no file.
+    Up to `GATHER_UP_TO` tokens gather: each output sums its few coefficients of `weight x`. More expand: the codes are laid out
+    with their zeros for one dense multiplication. Gathering keeps 4 bytes per value in memory from the first such input on;
+    they are in no file.
     """
 
     def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
@@ -223,10 +218,7 @@ def most_atoms(out_features: int, in_features: int) -> int:
 
 
 def dictionary_offers(
-    shape: Shape,
-    settings: DictionarySettings,
-    multiple: int = 1,
-    most: Callable[[int, int], int] = most_atoms,
+    shape: Shape, settings: DictionarySettings, multiple: int = 1, most: Callable[[int, int], int] = most_atoms
 ) -> list[Offer]:
     """Atoms from few to `most`, with their share of nonzeros; past that the surplus goes to nonzeros. At most 256 offers."""
     ratio = 2.0 if settings.atoms_per_nonzero == "auto" else settings.atoms_per_nonzero
@@ -296,19 +288,19 @@ def best_atoms(codes: Tensor, weight: Tensor) -> Tensor:
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
     unit = codes / lengths
     values, vectors = torch.linalg.eigh(unit.T @ unit)
-    kept = vectors[:, values > _RANGE * values[-1]]
-    inner = values[values > _RANGE * values[-1]]
-    weight = weight.double()
-    atoms = kept @ ((kept.T @ (unit.T @ weight)) / inner[:, None])
+    held = values > _RANGE * values[-1]
+    kept, inner, weight = vectors[:, held], values[held, None], weight.double()
+    atoms = kept @ ((kept.T @ (unit.T @ weight)) / inner)
     # normal equations square the condition number; one step of refinement wins the digits back
-    atoms += kept @ ((kept.T @ (unit.T @ (weight - unit @ atoms))) / inner[:, None])
+    atoms += kept @ ((kept.T @ (unit.T @ (weight - unit @ atoms))) / inner)
     return atoms / lengths[:, None]
 
 
-def best_values(points: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int = 8) -> Tensor:
+def best_values(points: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, steps: int = 2) -> Tensor:
     """Codes (out, k) under the mask moved towards least squares for fixed atoms, by conjugate gradients in all rows at once.
 
-    The loss falls with every step. Atoms are taken at unit length, all the conditioning that near-orthogonal ones need.
+    The loss falls with every step; in turn with new atoms two steps end where eight do. Unit atoms are all the conditioning
+    that near-orthogonal ones need.
     """
     lengths = atoms.norm(dim=1)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
@@ -397,8 +389,7 @@ class DictionarySolution(Solution):
     def _splits(self, atoms: int, nonzeros: int) -> list[tuple[int, int]]:
         """(atoms, nonzeros) of exactly the same bytes."""
         shape = Shape(self.weight.shape[0], self.weight.shape[1], self.weight.element_size())
-        whole, rows = nbytes(shape, atoms, nonzeros), shape.out_features
-        found = {(atoms, nonzeros)}
+        whole, rows, found = nbytes(shape, atoms, nonzeros), shape.out_features, {(atoms, nonzeros)}
         for ratio in _SPLITS:
             bits = rows / 8 / shape.element
             k = min(self.most, round(whole / shape.element / (shape.in_features + rows / ratio + bits)))
