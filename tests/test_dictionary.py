@@ -36,6 +36,11 @@ SHAPES = [(24, 16), (16, 24), (20, 20)]
 NAMES = ["compot", "cospadi"]
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None:
+    torch.manual_seed(0)
+
+
 def solve(name: str, weight: torch.Tensor, stats, **settings):
     chosen = get_method(name)
     return chosen.solve(weight, stats, chosen.settings(**settings))
