@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +215,7 @@ def _forward(
         return found
     batches = tokens.split(batch)
     view.load_outside()
-    steps = _OneByOne(view.model, view.layers)
-    with steps:
+    with Lockstep(view.model, view.layers) as steps:
         steps.start([{"input_ids": ids} for ids in batches])
         view.unload()
         release()
@@ -234,30 +233,27 @@ def _forward(
                 steps.answer(outputs)
         view.load_end()
         _outside_to(view.model, devices[0])
-        for number, (output, result) in enumerate(steps.finish(outputs, devices[0])):
+        ends = [_leaf(output, devices[0]) for output in outputs]
+        del outputs
+        results = steps.finish([output for output, _ in ends])
+        for number, (_, hidden) in enumerate(ends):
+            with torch.enable_grad():
+                result = next(results)
             logits = result.logits if hasattr(result, "logits") else result[0]
             check_finite(logits.detach(), "the logits", number)
-            found.gradients.append(_loss_gradient(logits, output, batches[number], number * batch, settings))
+            found.gradients.append(_loss_gradient(logits, hidden, batches[number], number * batch, settings))
     view.unload()
     release()
     return found
 
 
-class _OneByOne(Lockstep):
-    """Forwards that go through the last part of the model one after the other: the logits of all batches would be too much."""
-
-    def finish(self, outputs: list[Any], device: torch.device) -> Iterator[tuple[Tensor, Any]]:
-        """Answer the last layer batch by batch; yields its hidden state as a leaf of autograd, and what the model returns."""
-        self.calls = []
-        for number, forward in enumerate(self._forwards):
-            leaves, spec = tree_flatten(outputs[number])
-            outputs[number] = None  # its memory is needed no more once this batch is through
-            place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-            leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            leaves[place] = hidden = leaves[place].detach().requires_grad_()
-            with torch.enable_grad():
-                result = forward.switch(tree_unflatten(leaves, spec))
-            yield hidden, result
+def _leaf(output: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """A layer's output on `device`, and the hidden state in it, from which autograd starts."""
+    leaves, spec = tree_flatten(output)
+    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    leaves[place] = hidden = leaves[place].detach().requires_grad_()
+    return tree_unflatten(leaves, spec), hidden
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
