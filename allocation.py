@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .budget import Option, require_ratio
+from .budget import Option, require_ratio, solve
 from .compress.base import Choice, Curve, Offer
 from .errors import BudgetError
 from .recipe import Recipe
@@ -37,8 +37,6 @@ def allocate(recipe: Recipe, dense: Mapping[str, int], curves: Mapping[str, Curv
     options = {name: _options(recipe.allocation, curve, dense[name]) for name, curve in curves.items()}
     kept = sum(nbytes for name, nbytes in dense.items() if name not in curves)
     budget = int((1 - recipe.ratio) * sum(dense.values()) + 1e-6) - kept
-    from .budget import solve
-
     found = solve(options, budget)
     return {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
 

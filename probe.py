@@ -138,12 +138,14 @@ class Probing:
 
     def _divergences(self, results: Iterator[Any]) -> dict[str, dict[int, float]]:
         skip = min(_SKIP, self._tokens.shape[1] // 2)
-        reference = torch.log_softmax(next(results).logits[:, skip:].float(), -1)
-        chances = reference.exp()
+        reference = next(results).logits[:, skip:].float().flatten(0, 1)
+        chances = torch.softmax(reference, -1)
+        entropy = (chances * torch.log_softmax(reference, -1)).sum()
         found: dict[str, dict[int, float]] = {}
         for (unit, offer), result in zip(self._probes, results, strict=True):
-            predicted = torch.log_softmax(result.logits[:, skip:].float(), -1)
-            divergence = (chances * (reference - predicted)).sum(-1).mean()
+            predicted = result.logits[:, skip:].float().flatten(0, 1)
+            # one product and one reduction: vocabularies are large, and there is a variant per target
+            divergence = (entropy - chances.flatten() @ predicted.flatten() + predicted.logsumexp(-1).sum()) / len(chances)
             found.setdefault(unit.name, {})[offer] = max(float(divergence), _LEAST)
         return found
 
