@@ -53,9 +53,17 @@ class OutputDirections:
         weight: (out, in), any floating dtype.
         gram_root: (in, in) the symmetric root of the input gram C; used where `output_gram` is not given.
         output_gram: (out, out) mean over tokens of y yᵀ, y = W x.
+        reference: an energy, on the scale of the eigenvalues, whose rounding errors the given statistics carry (that of the
+            outputs before their mean was taken out).
     """
 
-    def __init__(self, weight: Tensor, gram_root: Tensor | None = None, output_gram: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gram_root: Tensor | None = None,
+        output_gram: Tensor | None = None,
+        reference: float = 0.0,
+    ) -> None:
         self._weight = weight
         out_features, in_features = weight.shape
         self._vectors: Tensor | None = None
@@ -73,8 +81,8 @@ class OutputDirections:
             eigen = eigh(gram_root @ outer_rows(weight) @ gram_root, "weighted gram")
             self._inner = gram_root @ eigen.vectors
         self.values = eigen.values[: min(out_features, in_features)]
-        largest = self.values[0] if len(self.values) else weight.new_zeros((), dtype=torch.float64)
-        self._seen = int((self.values > largest * len(self.values) * torch.finfo(torch.float64).eps).sum())
+        largest = max(float(self.values[0]) if len(self.values) else 0.0, reference)
+        self._seen = int((self.values > largest * _SEEN).sum())
 
     def basis(self, rank: int) -> Tensor:
         """(out, rank) float64 with orthonormal columns, the leading directions in descending order of energy.
@@ -104,6 +112,9 @@ class OutputDirections:
 
 
 _ROWS = 512
+# Below this part of the largest eigenvalue an eigenvector is turned by rounding so far (eps / part) that it would spoil an
+# exact reconstruction; statistics in float32 hold nothing down there anyway.
+_SEEN = 1e-9
 
 
 def outer_rows(weight: Tensor) -> Tensor:

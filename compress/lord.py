@@ -1,0 +1,84 @@
+"""LoRD: the best rank-k affine map, by principal components of the centred outputs.
+
+Minimises E‖W x - (W' x + b)‖² over all W' of rank k and all b: `W' = U Uᵀ W` with U the leading eigenvectors of the outputs'
+covariance, `b = (I - U Uᵀ) E[W x]`. Centring without the bias is no method but a mistake: the mean itself is then squeezed.
+
+When to use: wherever inputs have a mean, it is never worse than `svd-llm` at the same rank, for one number per output.
+Stored in groups' own dtype; a target that has no bias gets one, and pays for it in the budget.
+
+Cost: that of `svd-llm`. Statistics: a gram (input or output side) and the mean of the inputs.
+
+Source: Kaushal et al., LoRD, arXiv 2309.14021; the same as Atomic Feature Mimicking (Yu and Wu, AAAI 2023) and LiteASR. With
+`centre: false` it is `svd-llm`. LoRAP's variant (arXiv 2404.09695, its code) leaves the bias out; this one never does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Choice, LowRankSolution, Offer, Settings, Shape, TargetStats, balanced, low_rank_offers, method
+from .forms import LowRank
+from .linalg import OutputDirections, project, root
+
+
+class LordSettings(Settings):
+    """Settings of `lord`.
+
+    Args:
+        centre: take the mean of the outputs out and give it back as a bias.
+    """
+
+    centre: bool = True
+
+
+@dataclass(frozen=True)
+class Affine(LowRankSolution):
+    """Projection onto leading directions of the centred outputs, and what it loses of their mean as a bias."""
+
+    weight: Tensor
+    directions: OutputDirections
+    mean: Tensor | None  # (out,) float64, of the outputs without the module's own bias
+
+    def form(self, choice: Choice) -> LowRank:
+        basis = self.directions.basis(self.rank(choice))
+        left, right = balanced(basis, project(basis, self.weight))
+        if self.mean is None:
+            return LowRank(left, right)
+        return LowRank(left, right, self.mean - basis @ (basis.T @ self.mean))
+
+
+def offers(shape: Shape, settings: LordSettings, multiple: int) -> list[Offer]:
+    """As low rank, and a bias where there is none."""
+    extra = shape.out_features * shape.element if settings.centre and not shape.bias else 0
+    found = [Offer(offer.choice, offer.nbytes + extra) for offer in low_rank_offers(shape, settings, multiple)]
+    return [offer for offer in found if offer.nbytes < shape.nbytes]
+
+
+@method("lord", source="arXiv 2309.14021", needs=["output_gram", "mean"], settings=LordSettings, offers=offers)
+def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
+    """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of their covariance."""
+    group = stats.group
+    if not settings.centre:
+        plain = OutputDirections(weight, None if stats.output_gram is not None else group.gram_root, stats.output_gram)
+        return Affine(plain.values, weight, plain, None)
+    if group.mean is None:
+        raise ValueError("lord needs the mean of the inputs")
+    inputs = group.mean.double()
+    mean = torch.cat([rows.double() @ inputs for rows in weight.split(512)])
+    if stats.output_gram is not None:
+        covariance = stats.output_gram.double() - mean[:, None] * mean[None]
+        directions = OutputDirections(weight, output_gram=_positive(covariance), reference=float(stats.output_gram.trace()))
+    elif group.gram is not None:
+        centred = root(_positive(group.gram.double() - inputs[:, None] * inputs[None]))
+        directions = OutputDirections(weight, centred, reference=float(mean @ mean))
+    else:
+        raise ValueError("lord needs a gram of the inputs or of the outputs")
+    return Affine(directions.values, weight, directions, mean)
+
+
+def _positive(covariance: Tensor) -> Tensor:
+    """The covariance, made symmetric; rounding may have made the smallest eigenvalues negative, which `eigh` rounds up."""
+    return (covariance + covariance.T) / 2
