@@ -20,7 +20,7 @@ import torch
 from .allocation import allocate
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
-from .compress.base import Choice, Curve, Offer, Shape
+from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView, Target
 from .recipe import Recipe
@@ -119,7 +119,7 @@ class Plan:
 
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
-        return wanted(self.solved(layer), self.recipe.compression[0].needs)
+        return wanted(self.solved(layer), self.recipe.compression[0].needs & FORWARD_NEEDS)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""

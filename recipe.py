@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from .calibrate.data import CalibrationSpec
+from .calibrate.gradients import GradientSettings
 from .compress.base import Method, Settings, get_method, methods
 from .compress.product import combine
 from .errors import LrcError, RecipeError, did_you_mean
@@ -64,6 +65,7 @@ class Recipe(BaseModel):
             compressed (sequential).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
         calibration: what statistics are taken on.
+        gradients: how the backward pass is made, for methods that need one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +79,7 @@ class Recipe(BaseModel):
     propagate: Literal["original", "compressed"] = "original"
     keep: tuple[str, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
+    gradients: GradientSettings = GradientSettings()
 
     @field_validator("method")
     @classmethod

@@ -25,17 +25,16 @@ from torch import nn
 from .artifact import UNCHECKED, Artifact
 from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
-from .calibrate.store import StatsStore
 from .calibrate.stream import Call
 from .card import model_card
-from .compress.base import TargetStats
+from .compress.base import BACKWARD_NEEDS, TargetStats
 from .compress.forms import Form, Spec
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .model import ModelView, location_files
 from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
-from .survey import collect, measure
+from .survey import Statistics, collect, measure
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
@@ -85,7 +84,7 @@ def prepare(
     statistics: Path | None = None,
     restart: bool = False,
     notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
-) -> tuple[Plan, StatsStore | None]:
+) -> tuple[Plan, Statistics | None]:
     """Where the budget looks at losses, collect statistics, measure them, and make the plan anew.
 
     Args:
@@ -97,16 +96,16 @@ def prepare(
         The final plan, and the statistics that `execute` can work from (None where it has to collect its own).
     """
     recipe = plan.recipe
-    if recipe.allocation == "uniform" and statistics is None:
+    needs = recipe.compression[0].needs
+    if recipe.allocation == "uniform" and statistics is None and not needs & BACKWARD_NEEDS:
         return plan, None
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact:  # refuses another run before hours of work
         if artifact.finished:
             return plan, None
         if restart:
             shutil.rmtree(out / SURVEY, ignore_errors=True)
-    needs = recipe.compression[0].needs
     folder = statistics or out / SURVEY
-    store = collect(view, calibration, needs, folder, devices, lambda layer, seconds: notify("statistics", layer, seconds))
+    store = collect(view, calibration, needs, folder, devices, recipe.gradients, notify)
     if recipe.allocation != "uniform":
         keep = frozenset(step.target.name for step in plan.steps if step.kept)
         curves = measure(
@@ -114,15 +113,15 @@ def prepare(
             lambda layer, seconds: notify("losses", layer, seconds),
         )  # fmt: skip
         plan = make_plan(view, recipe, len(devices), curves)
-    return plan, store if recipe.propagate == "original" else None
+    return plan, store
 
 
 def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
-) -> StatsStore:
+) -> Statistics:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
     needs = frozenset[str]().union(*(plan.recipe.compression[0].needs for plan in plans))
-    return collect(view, calibration, needs, folder, devices)
+    return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
 
 
 def execute(
@@ -134,7 +133,7 @@ def execute(
     devices: Sequence[torch.device] = (torch.device("cpu"),),
     restart: bool = False,
     notify: Callable[[LayerReport], None] = lambda report: None,
-    statistics: StatsStore | None = None,
+    statistics: Statistics | None = None,
 ) -> bool:
     """Carry out a plan; returns False if the folder held the finished result already.
 
@@ -146,7 +145,8 @@ def execute(
         devices: where layers run; with several, the batches of each layer are spread over them.
         restart: delete an earlier run in `out`.
         notify: called after each layer.
-        statistics: of the original model, where they were collected before; then no activation flows here.
+        statistics: of the original model, where they were collected before; then no activation flows here, unless statistics
+            are to come from the part already compressed.
 
     Raises:
         LrcError: anything that the user can mend; what is finished stays, and the same call continues.
@@ -179,7 +179,7 @@ def _compress_layers(
     devices: Sequence[torch.device],
     names: Mapping[str, str],
     notify: Callable[[LayerReport], None],
-    statistics: StatsStore | None,
+    statistics: Statistics | None,
 ) -> None:
     total = len(view.layers)
     if all(name in artifact.done for name in view.layer_names):
@@ -207,6 +207,8 @@ def _compress_layers(
             outputs = None if last else run_batches(layer, name, calls, devices)[0]
         else:
             outputs, stats = run_batches(layer, name, calls, devices, plan.solved(index), plan.wanted(index))
+            if statistics is not None:
+                stats = statistics.with_gradients(name, stats)
             specs, stored = finish(index, name, layer, stats)
             if sequential and not last:
                 install(layer, name, specs, stored)
@@ -215,7 +217,7 @@ def _compress_layers(
         report(index, name, started, resumed)
         return outputs
 
-    if statistics is None:
+    if statistics is None or sequential:
         through_layers(view, calibration.tokens.split(plan.batch), visit)
         return
     for index, name in enumerate(view.layer_names):

@@ -13,6 +13,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .assemble import target_weight
+from .calibrate.backward import collect_gradients
 from .calibrate.data import Calibration
+from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
-from .compress.base import Choice, Curve, Offer, Shape, Solution
+from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Offer, Shape, Solution, TargetStats
 from .errors import OutputError
 from .model import ModelView, Target
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
@@ -34,6 +38,32 @@ from .recipe import Recipe
 
 PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration says of the original model, on disk: forward statistics and, where asked for, gradients."""
+
+    forward: StatsStore
+    backward: StatsStore | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.forward.folder
+
+    def read(self, layer: str, names: Sequence[str]) -> dict[str, TargetStats]:
+        """The statistics of these targets of a layer."""
+        return self.with_gradients(layer, self.forward.read(layer, names))
+
+    def with_gradients(self, layer: str, found: dict[str, TargetStats]) -> dict[str, TargetStats]:
+        """Forward statistics, the gradients' beside them."""
+        if self.backward is None or not found:
+            return found
+        gradients = self.backward.read(layer, list(found))
+        return {
+            name: replace(stats, grad_gram=gradients[name].grad_gram, fisher_in=gradients[name].fisher_in)
+            for name, stats in found.items()
+        }
 
 
 def thinned(offers: Sequence[Offer], most: int = MOST_OPTIONS) -> list[Offer]:
@@ -49,17 +79,38 @@ def collect(
     needs: frozenset[str],
     folder: Path,
     devices: Sequence[torch.device],
-    notify: Callable[[int, float], None] = lambda layer, seconds: None,
-) -> StatsStore:
+    gradients: GradientSettings,
+    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+) -> Statistics:
     """Statistics of the original model for all targets, on disk; what lies there of the same model and tokens is used.
 
     Args:
-        needs: of `base.FORWARD_NEEDS`.
+        needs: of `base.NEEDS`.
         folder: where they go; disk space of 4 bytes per entry of every gram.
-        notify: called with (layers finished, seconds).
+        gradients: how the backward pass is made, where `needs` asks for one.
+        notify: called with (what was done, layers finished, seconds).
     """
     full_precision()
     steady_memory()
+    forward = _forward(view, calibration, needs & FORWARD_NEEDS, folder, devices, partial(notify, "statistics"))
+    if not needs & BACKWARD_NEEDS:
+        return Statistics(forward)
+    batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
+    backward = collect_gradients(
+        view, calibration.tokens, batch, needs & BACKWARD_NEEDS, gradients, folder / "gradients", devices,
+        release=give_back, notify=partial(notify, "gradients"),
+    )  # fmt: skip
+    return Statistics(forward, backward)
+
+
+def _forward(
+    view: ModelView,
+    calibration: Calibration,
+    needs: frozenset[str],
+    folder: Path,
+    devices: Sequence[torch.device],
+    notify: Callable[[int, float], None],
+) -> StatsStore:
     identity = {"model": view.source.fingerprint(), "tokens": calibration.hash, "dtype": str(view.dtype)}
     store = StatsStore(folder, identity, needs)
     if all(store.has(name) for name in view.layer_names):
@@ -105,7 +156,7 @@ def targets_by_layer(view: ModelView) -> list[list[Target]]:
 def measure(
     view: ModelView,
     recipe: Recipe,
-    store: StatsStore,
+    store: Statistics,
     keep: frozenset[str],
     tokens: Tensor,
     device: torch.device,
@@ -131,7 +182,7 @@ def _probe_tokens(tokens: Tensor) -> Tensor:
 class _Measuring:
     """One measurement of all curves; curves of finished layers lie beside the statistics."""
 
-    def __init__(self, view: ModelView, recipe: Recipe, store: StatsStore, keep: frozenset[str], device: torch.device) -> None:
+    def __init__(self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], device: torch.device) -> None:
         self._view, self._store, self._device = view, store, device
         self._method, self._settings = recipe.compression
         element = torch.empty((), dtype=view.dtype).element_size()

@@ -66,6 +66,7 @@ def test_the_papers_calibration_is_the_default_of_the_papers_recipe():
         "propagate": "original",
         "keep": [],
         "calibration": {"source": "wikitext2", "samples": 256, "length": 2048, "seed": 0, "chat": False},
+        "gradients": {"labels": "sampled", "clip": [0.1, 10.0], "trim": 0.0, "seed": 0},
     }
 
 

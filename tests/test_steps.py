@@ -147,3 +147,18 @@ def test_a_method_that_fixes_the_size_needs_no_ratio():
     offers = {"x": (100, [Offer(Choice(bits=4), 30)])}
     assert uniform(offers, None)["x"].nbytes == 30
     assert uniform({"x": (20, [Offer(Choice(bits=4), 30)])}, None)["x"].choice.dense
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [
+    ("lrc-fast", {"ratio": 0.3}),
+    ("kfac", {"ratio": 0.3}),
+    ("kfac", {"ratio": 0.3, "allocation": "fisher"}),
+    ("kfac", {"ratio": 0.3, "allocation": "fisher", "propagate": "compressed"}),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_recipes_that_look_at_the_whole_model_first(family, recipe, overrides, tiny_checkpoints, text, tmp_path):
+    plan = _prepared(tiny_checkpoints(family), tmp_path / "out", text, tmp_path / "statistics", recipe, **overrides)
+    assert plan.targets_after <= 0.7 * plan.targets_before
+    assert plan.targets_after > 0.65 * plan.targets_before
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(6)[None]).logits
+    assert torch.isfinite(logits).all()
