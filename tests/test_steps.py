@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.budget import uniform
 from lrc.calibrate.data import load_calibration
+from lrc.calibrate.store import StatsStore
 from lrc.compress.base import Choice, GroupStats, Offer, Settings, Shape, Solution, TargetStats, get_method
 from lrc.compress.forms import build_module, fill_module
 from lrc.compress.product import chain, refit
@@ -162,3 +163,18 @@ def test_recipes_that_look_at_the_whole_model_first(family, recipe, overrides, t
     assert plan.targets_after > 0.65 * plan.targets_before
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(6)[None]).logits
     assert torch.isfinite(logits).all()
+
+
+def test_statistics_are_collected_anew_only_where_something_is_missing(tmp_path):
+    def store(*needs, of="model"):
+        return StatsStore(tmp_path, {"of": of}, frozenset(needs))
+
+    gram = torch.eye(3)
+    store("gram", "mean").write("layers.0", {"x": TargetStats(GroupStats(5, gram, torch.ones(3)))})
+    assert store("mean").has("layers.0")
+    assert store("output_gram").has("layers.0"), "the gram of the inputs says what the outputs' would say"
+    found = store("gram").read("layers.0", ["x"])["x"].group
+    assert found.tokens == 5 and torch.equal(found.gram, gram)
+    assert not store("abs_mean").has("layers.0")
+    store("gram").write("layers.0", {"x": TargetStats(GroupStats(5, gram))})
+    assert not store("gram", of="another model").has("layers.0")
