@@ -54,10 +54,9 @@ def units(targets: Sequence[Target]) -> list[Unit]:
     return [Unit(tuple(members)) for members in roles.values()]
 
 
-def probed_offers(offers: Sequence[Offer], dense: int) -> list[int]:
-    """Indices of the offers to probe: those nearest to `SIZES` of the dense bytes."""
-    found = [min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in SIZES] if offers else []
-    return sorted(set(found))
+def nearest(offers: Sequence[Offer], sizes: Sequence[float], dense: int) -> list[int]:
+    """Indices of the offers nearest to these fractions of the dense bytes, ascending."""
+    return sorted({min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in sizes if offers})
 
 
 SolveTarget = Callable[[nn.Module, str, Target], Solution]
@@ -85,7 +84,7 @@ class Probing:
         for layer in range(len(view.layers)):
             for unit in units(by_layer.get(layer, [])):
                 first = unit.targets[0].name
-                self._probes += [(unit, index) for index in probed_offers(offers[first], dense[first])]
+                self._probes += [(unit, index) for index in nearest(offers[first], SIZES, dense[first])]
 
     @torch.no_grad()
     def run(

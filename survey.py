@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from .errors import OutputError
 from .model import ModelView, Target
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
-from .probe import Probing, scaled, units
+from .probe import Probing, nearest, scaled, units
 from .recipe import Recipe
 
 PROBED = (2, 128)  # samples and tokens of each
@@ -249,11 +250,27 @@ class _Measuring:
         return self._method.solve(weight, self._store.read(name, [target.name])[target.name], self._settings)
 
     def _curve(self, target: Target, solution: Solution) -> Curve:
-        return _curve(solution, self._offers[target.name])
+        return _curve(solution, self._offers[target.name], self._method.measured, self._dense[target.name])
 
 
-def _curve(solution: Solution, offers: Sequence[Offer]) -> Curve:
-    return Curve(solution.total, tuple(offers), tuple(solution.loss(offer.choice) for offer in offers), solution.preferred)
+def _curve(solution: Solution, offers: Sequence[Offer], measured: Sequence[float], dense: int) -> Curve:
+    """Losses of all offers: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
+    if not measured:
+        losses = [solution.loss(offer.choice) for offer in offers]
+        return Curve(solution.total, tuple(offers), tuple(losses), solution.preferred)
+    known = nearest(offers, measured, dense)
+    sizes = np.array([offers[index].nbytes for index in known], dtype=float)
+    least = max(solution.total * 1e-12, 1e-300)
+    logs = np.log([max(solution.loss(offers[index].choice), least) for index in known])
+    every = np.array([offer.nbytes for offer in offers], dtype=float)
+    if len(known) > 1:  # beyond the ends along the nearest two
+        segment = np.clip(np.searchsorted(sizes, every) - 1, 0, len(known) - 2)
+        slope = (logs[segment + 1] - logs[segment]) / (sizes[segment + 1] - sizes[segment])
+        logs = logs[segment] + slope * (every - sizes[segment])
+    else:
+        logs = np.full(len(offers), logs[0])
+    losses = np.minimum(np.exp(logs), solution.total).tolist()
+    return Curve(solution.total, tuple(offers), tuple(losses), solution.preferred)
 
 
 def _read(file: Path) -> dict[str, Curve]:

@@ -38,11 +38,9 @@ class StatsStore:
         wanted = {"identity": json.loads(json.dumps(identity)), "needs": sorted(needs)}
         held = _manifest(folder)
         self.needs = needs
-        if held is not None and held["identity"] == wanted["identity"]:
-            # a gram of the inputs answers for that of the outputs
-            if frozenset(held["needs"]) | (frozenset({"output_gram"}) if "gram" in held["needs"] else frozenset()) >= needs:
-                self.needs = frozenset(held["needs"])
-                return
+        if held is not None and held["identity"] == wanted["identity"] and needs <= _answered(frozenset(held["needs"])):
+            self.needs = frozenset(held["needs"])
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):
@@ -110,6 +108,11 @@ class StatsStore:
         partial = self.folder / (name + ".lrc-partial")
         partial.write_bytes(content)
         os.replace(partial, self.folder / name)
+
+
+def _answered(held: frozenset[str]) -> frozenset[str]:
+    """What these statistics can say: a gram of the inputs answers for that of the outputs."""
+    return held | {"output_gram"} if "gram" in held else held
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -248,6 +248,8 @@ class Method:
         source: the paper or work it comes from.
         offers: (shape, settings, rank multiple) -> the ways in which it can store such a target, ascending in bytes. One
             offer alone means that the settings fix the size, and no ratio is asked for.
+        measured: fractions of the dense bytes; where a loss costs a whole solve, only the offers nearest to these are
+            measured, and the losses of the others are interpolated. Empty where every loss is had at once.
     """
 
     name: str
@@ -256,6 +258,7 @@ class Method:
     needs: frozenset[str]
     source: str
     offers: Offers = low_rank_offers
+    measured: tuple[float, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -273,6 +276,7 @@ def method(
     needs: Iterable[str] = (),
     settings: type[Settings] = Settings,
     offers: Offers = low_rank_offers,
+    measured: tuple[float, ...] = (),
 ) -> Callable[[Solve], Solve]:
     """Register a function as the method `name`."""
     wanted = frozenset(needs)
@@ -282,7 +286,7 @@ def method(
     def register(solve: Solve) -> Solve:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source, offers)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured)
         return solve
 
     return register

@@ -82,7 +82,14 @@ def learn(problem: Problem, atoms: int, nonzeros: int, iterations: int, refits: 
     return refined(problem, codes * mask, mask, refits if nonzeros < codes.numel() else 0)
 
 
-@method("compot", source="arXiv 2602.15200", needs=["output_gram"], settings=CompotSettings, offers=dictionary_offers)
+@method(
+    "compot",
+    source="arXiv 2602.15200",
+    needs=["output_gram"],
+    settings=CompotSettings,
+    offers=dictionary_offers,
+    measured=(0.3, 0.6),
+)
 def solve(weight: Tensor, stats: TargetStats, settings: CompotSettings) -> DictionarySolution:
     """An orthogonal dictionary for the weight (out, in), in the metric of what calibration saw."""
 

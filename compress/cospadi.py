@@ -177,7 +177,9 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
     return refined(problem, codes, mask, settings.refits)
 
 
-@method("cospadi", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiSettings, offers=_offers)
+@method(
+    "cospadi", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiSettings, offers=_offers, measured=(0.3, 0.6)
+)
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:
     """A learned dictionary for the weight (out, in), in the metric of what calibration saw."""
 

@@ -382,7 +382,8 @@ class DictionarySolution(Solution):
             if self.settings.atoms_per_nonzero == "auto":
                 splits = self._splits(atoms, nonzeros)
                 atoms, nonzeros = min(splits, key=lambda split: self.learn(self.problem, split[0], split[1], True).loss)
-            self._last.clear()  # codes of one size are held, not of every size that was asked about
+            while len(self._last) > 1:  # codes of two sizes are held (a probe asks for both again), not of every size
+                del self._last[next(iter(self._last))]
             self._last[choice] = self.learn(self.problem, atoms, nonzeros, False)
         return self._last[choice]
 

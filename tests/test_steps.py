@@ -152,6 +152,7 @@ def test_a_method_that_fixes_the_size_needs_no_ratio():
 
 @pytest.mark.parametrize(("recipe", "overrides"), [
     ("lrc-fast", {"ratio": 0.3}),
+    ("compot", {"ratio": 0.3, "allocation": "kl"}),
     ("kfac", {"ratio": 0.3}),
     ("kfac", {"ratio": 0.3, "allocation": "fisher"}),
     ("kfac", {"ratio": 0.3, "allocation": "fisher", "propagate": "compressed"}),
