@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from .depth.base import get_score
 from .plan import Plan
+
+
+def _origin(plan: Plan) -> str:
+    method, lines = plan.recipe.compression[0], []
+    if plan.recipe.depth is not None:
+        score = get_score(plan.recipe.depth.score)
+        lines.append(f"{len(plan.dropped)} of {plan.layers} layers were dropped by {score.name}. Source: {score.source}.")
+    if method.source:
+        lines.append(f"{method.summary} Source: {method.source}.")
+    return " ".join(lines)
 
 
 def model_card(plan: Plan) -> str:
@@ -17,7 +28,7 @@ tags: [lrc, compressed, {method.name}]
 
 # {plan.model["name"]}, compressed by lrc
 
-{method.summary} Source: {method.source}.
+{_origin(plan)}
 
 | | before | after |
 |---|---|---|

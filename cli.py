@@ -314,6 +314,16 @@ def recipe_methods() -> None:
         print(f"{name:<{max(map(len, known))}}  {method.summary} [{method.source}]")
 
 
+@recipe_app.command("scores")
+def recipe_scores() -> None:
+    """The scores by which recipes may drop layers."""
+    from .depth.base import scores
+
+    known = scores()
+    for name, each in known.items():
+        print(f"{name:<{max(map(len, known))}}  {each.summary} [{each.source}]")
+
+
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
     """Print a recipe; redirect it into a file to make your own."""

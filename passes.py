@@ -6,7 +6,7 @@ import contextlib
 import copy
 import ctypes
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .calibrate.stats import LayerCollector, TargetLike, Wanted
-from .calibrate.stream import Call, Lockstep, check_finite, run_layer
+from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer
 from .compress.base import TargetStats
 from .model import ModelView
 
 Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
 
 
-def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit) -> None:
+def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit, dropped: Collection[int] = frozenset()) -> None:
     """Bring every layer in, let `visit(index, name, layer, calls)` answer its calls, and send it away again.
 
     Args:
         view: the model.
         tokens: token ids per batch, (samples, length) each.
         visit: returns one output per call; after the last layer what it returns is not used.
+        dropped: layers that every batch passes by.
     """
     view.load_outside()
     last = len(view.layers) - 1
@@ -37,9 +38,12 @@ def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit) -> N
         view.unload()
         give_back()
         for index, name in enumerate(view.layer_names):
-            outputs = visit(index, name, view.load(name), steps.calls)
-            view.unload(name)
-            give_back()
+            if index in dropped:
+                outputs: list[Any] | None = [passed_by(view.layers[index], call) for call in steps.calls]
+            else:
+                outputs = visit(index, name, view.load(name), steps.calls)
+                view.unload(name)
+                give_back()
             if index < last:
                 assert outputs is not None
                 steps.answer(outputs)

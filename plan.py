@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView, Target
-from .recipe import Recipe
+from .recipe import Recipe, how_many
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 
@@ -76,6 +76,9 @@ class Plan:
         whole_numel: its parameters before.
         batch: calibration samples that go through a layer at once.
         memory: the prediction.
+        layers: of the original model.
+        dropped: layers that go.
+        dropped_beside: bytes of what is no target in them.
     """
 
     recipe: Recipe
@@ -87,6 +90,15 @@ class Plan:
     whole_numel: int
     batch: int
     memory: Memory
+    layers: int
+    dropped: tuple[int, ...] = ()
+    dropped_beside: int = 0
+
+    @property
+    def renumbered(self) -> dict[int, int]:
+        """Layer of the original -> its number in the result, for those that stay."""
+        stay = [layer for layer in range(self.layers) if layer not in self.dropped]
+        return {old: new for new, old in enumerate(stay)}
 
     @property
     def targets_before(self) -> int:
@@ -103,7 +115,7 @@ class Plan:
 
     @property
     def whole_after(self) -> int:
-        return self.whole_bytes - self.targets_before + self.targets_after
+        return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
 
     @property
     def whole_ratio(self) -> float:
@@ -133,10 +145,17 @@ class Plan:
         }
 
 
-def make_plan(view: ModelView, recipe: Recipe, devices: int = 1, curves: Mapping[str, Curve] | None = None) -> Plan:
+def make_plan(
+    view: ModelView,
+    recipe: Recipe,
+    devices: int = 1,
+    curves: Mapping[str, Curve] | None = None,
+    dropped: tuple[int, ...] | None = None,
+) -> Plan:
     """Resolve a recipe against a model.
 
     Args:
+        dropped: the layers that go, once the recipe's score has chosen them; until then the plan assumes the last ones.
         curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly.
 
     Raises:
@@ -151,13 +170,20 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1, curves: Mapping
     for name, shape in shapes.items():
         if name not in kept_dense and shape not in known:
             known[shape] = method.offers(shape, settings, recipe.rank_multiple)
+    gone = _assumed(view, recipe) if dropped is None else dropped
+    leaving = {target.name for target in view.targets if target.layer in gone}
     if curves is None:
-        chosen = uniform({n: (s.nbytes, known[s]) for n, s in shapes.items() if n not in kept_dense}, recipe.ratio)
+        open_targets = [name for name in shapes if name not in kept_dense and name not in leaving]
+        ratio = _of_what_stays(recipe, shapes, leaving)
+        chosen = uniform({name: (shapes[name].nbytes, known[shapes[name]]) for name in open_targets}, ratio)
     else:
         chosen = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves)
     steps = []
     for target in view.targets:
         before = shapes[target.name].nbytes
+        if target.name in leaving:
+            steps.append(Step(target, Choice(), before, 0, "its layer is dropped"))
+            continue
         offer = chosen.get(target.name, Offer(Choice(), before))
         steps.append(
             Step(
@@ -172,9 +198,28 @@ def make_plan(view: ModelView, recipe: Recipe, devices: int = 1, curves: Mapping
     batch = max(1, TOKENS_PER_BATCH // recipe.calibration.length)
     plan = Plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
-        Memory(0, 0, 0, 0, 0, 0, 0, 0),
+        Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
+        sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving),
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
+
+
+def _assumed(view: ModelView, recipe: Recipe) -> tuple[int, ...]:
+    """As many layers as the recipe drops, before its score has said which."""
+    spec = recipe.dropping
+    if spec is None:
+        return ()
+    end = len(view.layers) - spec.protect_last
+    return tuple(range(end - how_many(spec, len(view.layers)), end))
+
+
+def _of_what_stays(recipe: Recipe, shapes: Mapping[str, Shape], leaving: Collection[str]) -> float | None:
+    """The ratio that is left to remove from the targets that stay, so that all steps together meet the recipe's."""
+    if recipe.ratio is None or not leaving:
+        return recipe.ratio
+    whole = sum(shape.nbytes for shape in shapes.values())
+    stay = whole - sum(shapes[name].nbytes for name in leaving)
+    return max(0.0, 1 - (1 - recipe.ratio) * whole / stay)
 
 
 def _kept_dense(targets: list[Target], patterns: tuple[str, ...]) -> dict[str, str]:

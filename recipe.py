@@ -17,9 +17,10 @@ from pydantic_core import PydanticCustomError
 
 from .calibrate.data import CalibrationSpec
 from .calibrate.gradients import GradientSettings
-from .compress.base import Method, Settings, get_method, methods
+from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
 from .compress.product import combine
-from .errors import LrcError, RecipeError, did_you_mean
+from .depth.base import scores
+from .errors import BudgetError, LrcError, RecipeError, did_you_mean
 
 Allocation = Literal["uniform", "spectrum", "kl", "fisher", "own"]
 
@@ -49,6 +50,38 @@ class MethodStep(BaseModel):
         return method, method.settings(**self.settings)
 
 
+class DepthSpec(BaseModel):
+    """Whole layers that go before anything else happens.
+
+    Args:
+        score: what decides (`lrc recipe scores`).
+        drop: how many layers; or
+        ratio: which fraction of them, rounded up.
+        protect_first, protect_last: layers at either end that stay.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    score: str
+    drop: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, lt=1)
+    protect_first: int = Field(1, ge=0)
+    protect_last: int = Field(1, ge=0)
+
+    @field_validator("score")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in scores():
+            raise ValueError(f"there is no layer score '{name}'. {did_you_mean(name, scores())}")
+        return name
+
+    @model_validator(mode="after")
+    def _one_count(self) -> DepthSpec:
+        if self.drop is not None and self.ratio is not None:
+            raise ValueError("give either 'drop' or 'ratio', not both")
+        return self
+
+
 class Recipe(BaseModel):
     """One compression, as wanted.
 
@@ -56,8 +89,9 @@ class Recipe(BaseModel):
         method: a name from `lrc recipe methods`; short for one step.
         settings: the method's own settings.
         steps: in the place of `method`: two methods, of which the second compresses the factors that the first one finds.
+        depth: layers to drop first; alone, or before `method` or `steps` compress what stays.
         ratio: fraction of the targets' bytes to remove, 0 to below 1; may come from the command line. Not needed where the
-            settings fix every size.
+            settings fix every size. With `depth` alone and no count of layers there, the fraction of layers.
         allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
             each target would lose (allocate.py).
         rank_multiple: ranks are rounded down to a multiple of this.
@@ -73,6 +107,7 @@ class Recipe(BaseModel):
     method: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     steps: tuple[MethodStep, ...] = ()
+    depth: DepthSpec | None = None
     ratio: float | None = None
     allocation: Allocation = "uniform"
     rank_multiple: int = Field(1, ge=1, le=1024)
@@ -108,16 +143,38 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Recipe:
-        if (self.method is None) == (not self.steps):
-            raise ValueError("'method' is missing" if self.method is None else "give either 'method' or 'steps', not both")
+        if self.method is not None and self.steps:
+            raise ValueError("give either 'method' or 'steps', not both")
+        if self.method is None and not self.steps and self.depth is None:
+            raise ValueError("'method' is missing")
+        if self.depth is not None:
+            self._fits_depth()
         if len(self.steps) > 2:
             raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
         _ = self.compression
         return self
 
+    def _fits_depth(self) -> None:
+        assert self.depth is not None
+        if (self.method or self.steps) and self.depth.drop is None and self.depth.ratio is None:
+            raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
+        if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
+            raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
+
+    @property
+    def dropping(self) -> DepthSpec | None:
+        """What `depth` asks for, with the recipe's own ratio where that says how many layers go."""
+        if self.depth is None or self.depth.drop is not None or self.depth.ratio is not None:
+            return self.depth
+        if not self.ratio:
+            raise BudgetError("How many layers should go?", "Add --ratio 0.2, or --set depth.drop=6.")
+        return self.depth.model_copy(update={"ratio": self.ratio})
+
     @property
     def compression(self) -> tuple[Method, Settings]:
         """The method of all steps together, and its settings with defaults filled in."""
+        if self.method is None and not self.steps:
+            return DENSE, Settings()
         if self.method is not None:
             return MethodStep(method=self.method, settings=self.settings).parsed
         return combine([step.parsed for step in self.steps])
@@ -125,12 +182,34 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
         whole = self.model_dump(mode="json")
-        if self.method is not None:
+        if self.depth is None:
+            del whole["depth"]
+        if self.method is not None or not self.steps:
             del whole["steps"]
+        if self.method is None and not self.steps:
+            del whole["method"], whole["settings"]
+            return whole
+        if self.method is not None:
             return whole | {"settings": self.compression[1].model_dump(mode="json")}
         del whole["method"], whole["settings"]
         steps = [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in (step.parsed for step in self.steps)]
         return whole | {"steps": steps}
+
+
+def how_many(spec: DepthSpec, layers: int) -> int:
+    """The number of layers that go; a ratio is rounded up, so that no less than asked for is removed.
+
+    Raises:
+        BudgetError: fewer layers than that are open.
+    """
+    count = spec.drop if spec.drop is not None else -int(-(spec.ratio or 0) * layers // 1)
+    open_layers = layers - spec.protect_first - spec.protect_last
+    if not 0 < count <= open_layers:
+        raise BudgetError(
+            f"depth: {count} of {layers} layers shall go, and {max(open_layers, 0)} are not protected.",
+            "Change depth.drop (or depth.ratio), depth.protect_first or depth.protect_last.",
+        )
+    return count
 
 
 def _known_method(name: str) -> str:

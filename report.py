@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from .depth.base import get_score
 from .passes import peak_rss
 from .plan import Plan, Step
 from .run import LayerReport
@@ -55,6 +56,8 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
             size(sum(s.bytes_before for s in steps)), size(sum(s.bytes_after for s in steps)),
         )  # fmt: skip
     console.print(table)
+    if plan.dropped:
+        _print_dropped(console, plan)
     numbers_before = sum(step.target.numel for step in plan.steps)
     numbers_after = numbers_before * plan.targets_after // plan.targets_before
     console.print(
@@ -64,6 +67,21 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     )
     _print_kept(console, plan, verbose)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
+
+
+def _print_dropped(console: Console, plan: Plan) -> None:
+    spec = plan.recipe.dropping
+    assert spec is not None
+    score = get_score(spec.score)
+    console.print(
+        f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))}) "
+        f"by {spec.score} [{score.source}]" + ("; which ones is known after calibration" if score.looks else "")
+    )
+    if score.by_cosine:
+        console.print(
+            f"note: {spec.score} compares directions of hidden states only, which on some models (Llama 3) breaks them: "
+            "evaluate the result (docs/depth.md)"
+        )
 
 
 def _by_role(steps: Iterable[Step], verbose: bool) -> list[tuple[str, tuple[int, int], list[Step]]]:

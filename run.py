@@ -7,6 +7,7 @@ activations that reach the first unfinished layer are the very same.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import platform
@@ -34,6 +35,7 @@ from .load import FORMAT_VERSION, METHOD
 from .model import ModelView, location_files
 from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
+from .prune import layers_to_drop
 from .survey import Statistics, collect, measure
 from .verify import verify
 
@@ -96,6 +98,9 @@ def prepare(
         The final plan, and the statistics that `execute` can work from (None where it has to collect its own).
     """
     recipe = plan.recipe
+    if recipe.dropping is not None:
+        dropped = layers_to_drop(view, recipe.dropping, calibration.tokens, devices)
+        return make_plan(view, recipe, len(devices), dropped=dropped), None
     needs = recipe.compression[0].needs
     if recipe.allocation == "uniform" and statistics is None and not needs & BACKWARD_NEEDS:
         return plan, None
@@ -157,7 +162,7 @@ def execute(
         if artifact.finished:
             return False
         artifact.require_space(plan.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
-        names = _shard_names(view)
+        names = _shard_names(view, plan)
         _compress_layers(plan, view, calibration, artifact, devices, names, notify, statistics)
         for number, part in enumerate(view.outside_parts()):
             key = f"outside.{number}"
@@ -182,7 +187,8 @@ def _compress_layers(
     statistics: Statistics | None,
 ) -> None:
     total = len(view.layers)
-    if all(name in artifact.done for name in view.layer_names):
+    staying = _staying(view, plan)
+    if all(name in artifact.done for name in staying):
         return
     sequential = plan.recipe.propagate == "compressed"
 
@@ -190,7 +196,8 @@ def _compress_layers(
         forms, records = _solve_layer(plan, layer, name, index, stats, devices[0])
         stored = stored_tensors(layer, name, forms)
         specs = form_specs(plan.layer_steps(index), forms)
-        artifact.write(name, names[name], stored, {"forms": specs, "targets": [asdict(record) for record in records]})
+        record = {"forms": specs, "targets": [asdict(each) for each in records]}
+        artifact.write(name, names[name], _renamed(stored, name, staying[name]), record)
         return specs, stored
 
     def report(index: int, name: str, started: float, resumed: bool) -> None:
@@ -203,7 +210,8 @@ def _compress_layers(
         outputs: list[Any] | None = None
         if resumed:
             if sequential:
-                install(layer, name, artifact.done[name].record["forms"], artifact.read(name))
+                held = _renamed(artifact.read(name), staying[name], name)
+                install(layer, name, artifact.done[name].record["forms"], held)
             outputs = None if last else run_batches(layer, name, calls, devices)[0]
         else:
             outputs, stats = run_batches(layer, name, calls, devices, plan.solved(index), plan.wanted(index))
@@ -218,7 +226,7 @@ def _compress_layers(
         return outputs
 
     if statistics is None or sequential:
-        through_layers(view, calibration.tokens.split(plan.batch), visit)
+        through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped)
         return
     for index, name in enumerate(view.layer_names):
         started = time.perf_counter()
@@ -281,15 +289,23 @@ def _solve_layer(
     return forms, records
 
 
-def _shard_names(view: ModelView) -> dict[str, str]:
-    keys = [*view.layer_names, *(f"outside.{number}" for number in range(len(view.outside_parts())))]
+def _staying(view: ModelView, plan: Plan) -> dict[str, str]:
+    """Layer of the original -> its name in the result."""
+    return {view.layer_names[old]: view.layer_names[new] for old, new in plan.renumbered.items()}
+
+
+def _shard_names(view: ModelView, plan: Plan) -> dict[str, str]:
+    keys = [*_staying(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
     return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
 
 
 def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Artifact) -> None:
-    records = [artifact.done[name].record for name in view.layer_names]
-    modules = {module: spec for record in records for module, spec in record["forms"].items()}
-    config = json.loads(view.config.to_json_string())
+    staying = _staying(view, plan)
+    records = [artifact.done[name].record for name in staying]
+    modules: dict[str, Any] = {}
+    for name, record in zip(staying, records, strict=True):
+        modules |= _renamed(record["forms"], name, staying[name])
+    config = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if modules:
@@ -314,10 +330,33 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
         "ratio": plan.ratio,
         "ratio_of_whole_model": plan.whole_ratio,
         "targets": [target for entry in records for target in entry["targets"]],
+        "dropped_layers": list(plan.dropped),
         "kept": [asdict(kept) for kept in plan.kept],
     }
     check = functools.partial(verify, artifact.folder, hashes=False, config_file=UNCHECKED)
     artifact.finish(config, record, model_card(plan), _beside(view), check)
+
+
+def _renamed(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The same values with one layer's prefix exchanged for another's."""
+    return {new + key.removeprefix(old) if key.startswith(old + ".") else key: value for key, value in named.items()}
+
+
+def shallower(config: Any, layers: Sequence[int]) -> Any:
+    """The configuration of the same architecture with only these of its layers.
+
+    The count goes, and with it every list that has one entry per layer (kinds of attention, of feed-forward).
+    """
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    before = text.num_hidden_layers
+    if len(layers) == before:
+        return cut
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == before:
+            setattr(text, key, [value[layer] for layer in layers])
+    text.num_hidden_layers = len(layers)
+    return cut
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..errors import NonFiniteError
 
@@ -30,7 +30,7 @@ class Call:
     @property
     def hidden(self) -> Tensor:
         """The hidden state, (batch, length, hidden): the first floating-point tensor of the call."""
-        return next(t for t in tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, Tensor) and t.is_floating_point())
+        return hidden_of((self.args, dict(self.kwargs)))
 
     def to(self, device: torch.device) -> Call:
         """The same call with every tensor on `device`."""
@@ -105,6 +105,25 @@ def _pause(index: int) -> Callable[..., Any]:
         return parent.switch((index, Call(args, kwargs)))
 
     return forward
+
+
+def hidden_of(value: Any) -> Tensor:
+    """The hidden state in what a layer takes or returns: its first floating-point tensor."""
+    return next(t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def passed_by(layer: nn.Module, call: Call) -> Any:
+    """What a layer would return if it did nothing: its input in the shape of its output.
+
+    Args:
+        layer: on the meta device; only the structure of what it returns is asked for.
+    """
+    with torch.no_grad():
+        output = run_layer(layer, call.to(torch.device("meta")))
+    leaves, spec = tree_flatten(output)
+    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves[place] = call.hidden
+    return tree_unflatten(leaves, spec)
 
 
 def run_layer(layer: nn.Module, call: Call) -> Any:

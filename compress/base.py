@@ -266,6 +266,13 @@ class Method:
         return (importlib.import_module(self.solve.__module__).__doc__ or self.name).strip().splitlines()[0]
 
 
+def _unsolved(weight: Tensor, stats: TargetStats, settings: Settings) -> Solution:
+    raise ValueError("a dense target is not solved")
+
+
+# of recipes that only drop layers: it offers nothing, so that every target stays dense
+DENSE = Method("dense", _unsolved, Settings, frozenset(), "", lambda shape, settings, multiple: [])
+
 _METHODS: dict[str, Method] = {}
 
 

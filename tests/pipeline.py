@@ -13,7 +13,7 @@ from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import Plan, make_plan
 from lrc.recipe import load_recipe
-from lrc.run import execute
+from lrc.run import execute, prepare
 
 
 def compress(
@@ -36,5 +36,6 @@ def compress(
     view = ModelView(locate(str(model)), dtype)
     plan = make_plan(view, load_recipe(recipe, wanted), len(devices))
     calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
-    execute(plan, view, calibration, out, devices=devices)
+    plan, statistics = prepare(plan, view, calibration, out, devices=devices)
+    execute(plan, view, calibration, out, devices=devices, statistics=statistics)
     return plan

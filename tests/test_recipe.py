@@ -38,7 +38,7 @@ def problems(name: str, overrides: dict | None = None, settings: tuple[str, ...]
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_sound_and_says_what_it_is(name):
     recipe = load_recipe(name, {"ratio": 0.2})
-    assert recipe.compression[0].source
+    assert recipe.compression[0].source or recipe.depth
     text = shipped()[name]
     assert 20 < len(summary(text)) < 110 and summary(text).endswith(".")
     assert "Source:" in text
@@ -49,8 +49,9 @@ def test_every_shipped_recipe_is_sound_and_says_what_it_is(name):
 def test_a_resolved_recipe_spells_out_everything_and_reads_back_the_same(name, write):
     recipe = load_recipe(name)
     resolved = recipe.resolved()
-    assert set(resolved) == set(Recipe.model_fields) - ({"steps"} if "method" in resolved else {"method", "settings"})
-    for step in resolved.get("steps", [resolved]):
+    alternatives = {"method", "settings", "steps", "depth"}
+    assert set(resolved) - alternatives == set(Recipe.model_fields) - alternatives
+    for step in resolved.get("steps", [resolved] if "method" in resolved else []):
         assert set(step["settings"]) == set(methods()[step["method"]].settings.model_fields)
     assert set(resolved["calibration"]) == {"source", "samples", "length", "seed", "chat"}
     assert load_recipe(write(yaml.safe_dump(resolved))).resolved() == resolved

@@ -1,0 +1,36 @@
+"""Angular distance: the contiguous run of layers across which the last token's hidden state turns least goes.
+
+The distance of a run from layer l of length n is E[arccos(cos(x_l, x_{l+n}))] / π over samples, at each sample's last token.
+
+When to use: as the published baseline; read the warning in base.py. Cost: one forward over a few tokens.
+
+Source: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError
+from .base import score
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Mean angle between (samples, length, hidden) states at the last token, as a part of half a turn."""
+    cosine = torch.cosine_similarity(x[:, -1].double(), y[:, -1].double(), dim=-1)
+    return float(torch.arccos(cosine.clamp(-1, 1)).mean()) / math.pi
+
+
+@score("angular", source="arXiv 2403.17887", by_cosine=True)
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+    """The run of `count` neighbouring candidates with the least angular distance across it."""
+    open_layers = set(candidates)
+    starts = [first for first in candidates if all(first + offset in open_layers for offset in range(count))]
+    if not starts:
+        raise BudgetError(f"No run of {count} neighbouring layers is left to drop.", "Protect fewer layers, or drop fewer.")
+    best = min(starts, key=lambda first: (distance(boundaries[first], boundaries[first + count]), first))
+    return list(range(best, best + count))

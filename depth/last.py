@@ -1,0 +1,21 @@
+"""The last layers go: no measurement at all.
+
+When to use: with fine-tuning of the norm, the head and the remaining last layers, for which it was published as hard to beat.
+Without it the damage is large. Cost: nothing.
+
+Source: Lu et al., Reassessing Layer Pruning in LLMs, arXiv 2411.15558.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .base import score
+
+
+@score("last", source="arXiv 2411.15558", looks=False)
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+    """The last `count` candidates."""
+    return sorted(candidates)[-count:]

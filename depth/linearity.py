@@ -1,0 +1,40 @@
+"""Linearity: the layers that are nearest to a linear map of their input go.
+
+The linearity of a layer is 1 - min over A of ‖X A - Y‖² of the centred and normalised inputs and outputs X and Y (tokens,
+hidden); a layer that only turns and scales the state counts as linear even where its influence by cosine is large.
+
+When to use: beside block influence; where both agree, little is lost. Cost: one forward over a few tokens (more of them than
+the model is wide, or every layer looks linear) and one least-squares problem per layer.
+
+Source: Razzhigaev et al., Your Transformer is Secretly Linear, arXiv 2405.12250 (generalised Procrustes similarity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from .base import score
+
+
+def linearity(x: Tensor, y: Tensor) -> float:
+    """1 - relative error of the best linear map between centred states (tokens, hidden); 1 is linear."""
+    x, y = (each.double().flatten(0, -2) for each in (x, y))
+    if len(x) < 2 * x.shape[1]:
+        raise CalibrationError(
+            f"Linearity of layers of width {x.shape[1]} needs {2 * x.shape[1]} tokens or more; there are {len(x)}.",
+            "Raise --samples or --length, or use another score.",
+        )
+    x, y = ((each - each.mean(0)) / (each - each.mean(0)).norm() for each in (x, y))
+    solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
+    return 1 - float((x @ solution - y).square().sum())
+
+
+@score("linearity", source="arXiv 2405.12250")
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+    """The `count` most linear candidates."""
+    found = {layer: linearity(boundaries[layer], boundaries[layer + 1]) for layer in candidates}
+    return sorted(sorted(candidates, key=lambda layer: (-found[layer], layer))[:count])
