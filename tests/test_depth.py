@@ -77,9 +77,8 @@ def test_the_result_is_the_original_without_those_layers_and_needs_no_lrc(family
 
 
 def test_what_stays_is_compressed_on_the_inputs_that_it_will_see(tiny_checkpoints, tiny_text_file, tmp_path):
-    plan, _ = compress(
-        tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "prune+svd", ratio=0.5, **{"depth.ratio": 0.3}
-    )
+    model = tiny_checkpoints("llama")
+    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "prune+svd", ratio=0.5, **{"depth.ratio": 0.3})
     assert len(plan.dropped) == 1
     assert 0.5 <= plan.ratio < 0.55, "both steps together meet the ratio"
     record = json.loads((tmp_path / "out" / "lrc.json").read_text())
