@@ -149,10 +149,13 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense(x.dtype), self.bias)
+        return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype` (None: that of its scales, float32 on `mxint`)."""
+        return self._on_grid(dtype)
+
+    def _on_grid(self, dtype: torch.dtype | None) -> Tensor:
         grid = self.grid
         steps = powers(self.exponents) if grid.kind == "mxint" else self.scales
         zeros = None if grid.symmetric else self._unpacked(self.zeros, grid.groups(self.in_features))
@@ -183,7 +186,7 @@ class QuantizedLowRankLinear(QuantizedLinear):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) matrix that this module multiplies by."""
-        base = super().dense(dtype)
+        base = self._on_grid(dtype)
         return base + _dense(self.correction).to(base.dtype)
 
 
