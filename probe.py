@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,13 +153,13 @@ class Probing:
 @contextmanager
 def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtype: torch.dtype) -> Iterator[None]:
     """While the context is open, the layer multiplies by these forms."""
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], object]] = []
     for target, form in forms.items():
         weight, bias = target_weight(layer, name, target)
         if target.expert is not None:
             kept = weight.clone()
             weight.copy_(form.dense())
-            undo.append(lambda weight=weight, kept=kept: weight.copy_(kept))
+            undo.append(partial(weight.copy_, kept))
             continue
         stored = form.with_bias(bias).stored(dtype)
         path, _, leaf = target.module.removeprefix(name + ".").rpartition(".")
@@ -167,7 +168,7 @@ def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtyp
             empty = build_module(stored.spec(), target.in_features, target.out_features)
         module = getattr(parent, leaf)
         setattr(parent, leaf, fill_module(empty, stored.tensors()).to(weight.device))
-        undo.append(lambda parent=parent, leaf=leaf, module=module: setattr(parent, leaf, module))
+        undo.append(partial(setattr, parent, leaf, module))
     try:
         yield
     finally:

@@ -33,7 +33,8 @@ def problem(out_features: int, in_features: int, tokens: int, seed: int = 0) -> 
 def statistics(x: torch.Tensor, weight: torch.Tensor | None = None) -> TargetStats:
     """All statistics of the inputs in float64; with a weight also the gram of its outputs."""
     gram = x.T @ x / len(x)
-    group = GroupStats(len(x), gram, x.mean(0), x.abs().mean(0), x.square().mean(0))
+    mean_abs = x.abs().mean(0)
+    group = GroupStats(len(x), gram, x.mean(0), mean_abs, x.square().mean(0), peak_abs_mean=mean_abs)
     return TargetStats(group, None if weight is None else weight @ gram @ weight.T)
 
 
