@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import LrcError, RequestError, did_you_mean
+from .arguments import checked, devices_of, dtype_of, located, names_of, quiet, ratio_of, require_finished
+from .errors import LrcError, RequestError
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .sweep import Job
 
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
@@ -155,26 +156,18 @@ def evaluate_command(
     import json
 
     from .artifact import RECORD, read_record
-    from .evaluate import evaluate, results_json
+    from .evaluate import measure, results_json
     from .load import open_model
     from .report import print_results
+    from .tasks import check_positions, prepare
 
     if json_file is not None and not json_file.parent.is_dir():
         raise RequestError(f"The folder of --json {json_file} does not exist.", "Create it first.")
-    names = _split_tasks(tasks)
-    _quiet()
+    quiet()
     models = [model, *([baseline] if baseline else [])]
-    _checked(*(lambda name=name: _located(name) for name in models), lambda: _dtype(dtype), lambda: _devices(device))
-    measured = {}
-    for name in models:
-        provenance: list[dict[str, Any]] = []
-        if (Path(name) / RECORD).is_file():
-            provenance = read_record(Path(name))["calibration"]["provenance"]
-        loaded, tokenizer = open_model(name, dtype=_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
-        measured[name] = evaluate(
-            loaded,
-            tokenizer,
-            names,
+    request, *found = checked(
+        lambda: prepare(
+            names_of(tasks),
             length=length,
             bos=bos,
             max_windows=max_windows,
@@ -182,6 +175,24 @@ def evaluate_command(
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             include_path=include_path,
+        ),
+        *(partial(located, name) for name in models),
+        lambda: dtype_of(dtype),
+        lambda: devices_of(device),
+    )
+    if request.texts:
+        for location in found[: len(models)]:
+            check_positions(location.config(trust_remote_code), length)
+    measured = {}
+    for name in models:
+        provenance: list[dict[str, Any]] = []
+        if (Path(name) / RECORD).is_file():
+            provenance = read_record(Path(name))["calibration"]["provenance"]
+        loaded, tokenizer = open_model(name, dtype=dtype_of(dtype), device=device, trust_remote_code=trust_remote_code)
+        measured[name] = measure(
+            loaded,
+            tokenizer,
+            request,
             calibration_provenance=provenance,
             allow_calibration_text=allow_calibration_text,
         )
@@ -211,6 +222,8 @@ def sweep(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
+    import json
+
     from .calibrate.data import load_calibration
     from .report import plain_or_terminal
     from .run import shared_statistics
@@ -221,16 +234,15 @@ def sweep(
     first = plans[0].recipe.calibration
     tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
     out.mkdir(parents=True, exist_ok=True)
-    shared_statistics(plans, view, tokens, out / "statistics", _devices(device))
+    shared_statistics(plans, view, tokens, out / "statistics", devices_of(device))
     common = ["--device", device, *(["--dtype", dtype] if dtype else [])]
     common += ["--trust-remote-code"] if trust_remote_code else []
-    compress = [*common, "--statistics", str(out / "statistics"), "--calibration", first.source]
-    compress += ["--samples", str(first.samples), "--length", str(first.length), "--seed", str(first.seed)]
+    compress = [*common, "--statistics", str(out / "statistics"), "--set", f"calibration={json.dumps(first.model_dump())}"]
     evaluate = [*common, "--tasks", tasks, *(["--max-windows", str(max_windows)] if max_windows else [])]
     console = plain_or_terminal()
     rows = run_sweep(
         model,
-        [Job(None), *(Job(*job) for job in jobs)],
+        [Job(None), *jobs],
         out,
         compress=compress,
         evaluate=evaluate,
@@ -245,38 +257,20 @@ def sweep(
 
 def _sweep_jobs(
     model: str, recipes: str, ratios: str, overrides: dict[str, Any], device: str, dtype: str | None, trust: bool
-) -> tuple[Any, list[tuple[str, float | None]], list[Plan]]:
-    """The rows of a sweep, each planned before anything runs: (view, [(recipe, ratio)], plans)."""
-    from .errors import BudgetError
+) -> tuple[Any, list[Job], list[Plan]]:
+    """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
     from .recipe import load_recipe, shipped
 
-    names = list(shipped()) if recipes == "all" else _split_tasks(recipes, "--recipes")
-    numbers = [_number(text) for text in _split_tasks(ratios, "--ratios")]
+    names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
+    numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]
     readers = [partial(load_recipe, name, overrides) for name in names]
-    loaded = _checked(*readers, lambda: _dtype(dtype), lambda: _devices(device))
-    _quiet()
+    loaded = checked(*readers, lambda: dtype_of(dtype), lambda: devices_of(device))
+    quiet()
     from .model import ModelView
-    from .plan import make_plan
+    from .sweep import planned_jobs
 
-    view = ModelView(_located(model), _dtype(dtype), trust)
-    jobs: list[tuple[str, float | None]] = []
-    plans = []
-    for name, recipe in zip(names, loaded, strict=False):
-        try:
-            plans.append(make_plan(view, recipe))
-            jobs.append((name, recipe.ratio))
-        except BudgetError:
-            for ratio in numbers:
-                plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
-                jobs.append((name, ratio))
-    return view, jobs, plans
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None
+    view = ModelView(located(model), dtype_of(dtype), trust)
+    return view, *planned_jobs(view, dict(zip(names, loaded, strict=False)), numbers)
 
 
 @app.command()
@@ -284,8 +278,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a fi
     """Check a compressed checkpoint: hashes, shapes, and that it runs."""
     from .verify import verify as check
 
-    _quiet()
-    _require_finished(str(folder))
+    quiet()
+    require_finished(str(folder))
     record = check(folder)
     held = record["bytes"]
     print(
@@ -365,97 +359,18 @@ def _plan(
     from .artifact import require_usable
     from .recipe import load_recipe
 
-    wanted, number, devices, *_ = _checked(
+    wanted, number, devices, *_ = checked(
         lambda: load_recipe(recipe, overrides, settings),
-        lambda: _dtype(dtype),
-        lambda: _devices(device),
+        lambda: dtype_of(dtype),
+        lambda: devices_of(device),
         *([partial(require_usable, out)] if out else []),
     )
-    _quiet()
+    quiet()
     from .model import ModelView
     from .plan import make_plan
 
-    view = ModelView(_located(model), number, trust)
+    view = ModelView(located(model), number, trust)
     return view, make_plan(view, wanted, len(devices)), devices
-
-
-def _checked(*checks: Callable[[], Any]) -> list[Any]:
-    """The results of independent checks; where several fail, their messages together."""
-    results, errors = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except LrcError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise RequestError("\n".join(map(str, errors)))
-    return results
-
-
-def _located(name: str) -> Any:
-    """Where a model lies; an interrupted run's folder is none, and says so."""
-    from .locate import locate
-
-    _require_finished(name)
-    return locate(name)
-
-
-def _require_finished(name: str) -> None:
-    from .artifact import JOURNAL
-
-    if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
-        raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise RequestError(f"'{name}' is no dtype of a checkpoint.", did_you_mean(name, known))
-    return known[name] if name else None
-
-
-def _devices(text: str) -> list[Any]:
-    import torch
-
-    count = torch.cuda.device_count()
-    if text == "auto":
-        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    devices = []
-    for part in text.split(","):
-        try:
-            device = torch.device(part.strip())
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise RequestError(f"'{part}' is no device for lrc.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.")
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-            if device.index >= count:
-                raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
-        if device in devices or (device.type == "cpu" and len(text.split(",")) > 1):
-            raise RequestError(f"--device {text} spreads work over one device twice, or over the CPU and others.",
-                               "Name GPUs, each once.")  # fmt: skip
-        devices.append(device)
-    return devices
-
-
-def _split_tasks(text: str, option: str = "--tasks") -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
-    return names
-
-
-def _quiet() -> None:
-    """transformers' own bars and notices would break lrc's."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def main() -> None:

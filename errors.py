@@ -92,7 +92,9 @@ class SweepError(LrcError):
     def __init__(self, failures: Mapping[str, str]) -> None:
         self.failures = dict(failures)
         listed = "\n".join(f"  - {name}: {text}" for name, text in self.failures.items())
-        super().__init__(f"{len(self.failures)} rows failed:\n{listed}", "Mend that and run the same command: it goes on.")
+        super().__init__(
+            f"Rows that failed: {len(self.failures)}.\n{listed}", "Mend that and run the same command: it goes on."
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,24 +16,20 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import harness
-from .calibrate.data import evaluation_text, same_text
+from .calibrate.data import same_text
 from .errors import EvaluationError, RequestError
 from .likelihood import window_nll
+from .tasks import Request, check_positions, metric_name, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PERPLEXITY_TASKS = ("wikitext2", "ptb", "c4")
-PERPLEXITY_SCHEMES = ("text:", "jsonl:", "parquet:", "hf:")
-BOS_CHOICES = ("auto", "always", "never")
 
 Progress = Callable[[str, int, int], None]
 """Called as (task, done, all): windows for perplexity; one unit for a whole lm-eval task."""
@@ -79,69 +75,68 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
-    length: int = 2048,
-    bos: str = "auto",
-    max_windows: int | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 1,
-    include_path: str | Path | None = None,
+    calibration_provenance: Sequence[dict] = (),
+    allow_calibration_text: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[TaskResult]:
+    """Evaluate a causal language model on `tasks`, in their order: `measure` of `tasks.prepare(tasks, **options)`.
+
+    Raises:
+        as the two do.
+    """
+    return measure(
+        model,
+        tokenizer,
+        prepare(tasks, **options),
+        calibration_provenance=calibration_provenance,
+        allow_calibration_text=allow_calibration_text,
+        progress=progress,
+    )
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    *,
     calibration_provenance: Sequence[dict] = (),
     allow_calibration_text: bool = False,
     progress: Progress | None = None,
 ) -> list[TaskResult]:
-    """Evaluate a causal language model on `tasks`, in their order.
+    """Carry out a prepared evaluation of a causal language model.
 
     Args:
         model: where and in whatever dtype it is; its training mode is put back afterwards.
         tokenizer: the model's own; not changed.
-        tasks: `wikitext2`, `ptb`, `c4`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `hf:NAME[:…]` for token
-            perplexity; any other name is a task, group, tag or YAML file of lm-eval.
-        length: tokens per window, BOS included.
-        bos: `auto` prepends BOS to every window if the tokenizer itself puts it before texts; `always`; `never`.
-        max_windows: use only the first so many windows of each text.
-        limit: lm-eval only: the first so many documents of each task (below 1: that fraction).
-        num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
-        batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
-        include_path: lm-eval only: a folder with task files of one's own.
+        request: what to do; may serve several models.
         calibration_provenance: of the model, to refuse evaluation on the text it was calibrated on.
         allow_calibration_text: evaluate all the same; the protocol says so.
 
     Raises:
-        RequestError: unknown task, wrong or useless option, window longer than the model's positions, text too short, a text
-            that the model was calibrated on. Raised before any forward pass.
-        CalibrationError: a text cannot be had.
+        RequestError: window longer than the model's positions, text too short, BOS that does not exist, a text that the model
+            was calibrated on. Raised before any forward pass.
         EvaluationError: a data set cannot be reached, out of memory, or a value is no number.
         NonFiniteError: a NaN or an infinity in the logits.
     """
-    texts = [task for task in tasks if is_perplexity_task(task)]
-    others = [task for task in tasks if not is_perplexity_task(task)]
-    _check_options(tasks, length, bos, batch_size)
-    _check_useless_options(texts, others, max_windows, limit, num_fewshot, include_path)
-    prepend = _prepends_bos(tokenizer, bos, others)
-    manager = harness.open_tasks(others, include_path, known=PERPLEXITY_TASKS) if others else None
+    others = request.others
+    prepend = _prepends_bos(tokenizer, request.bos, others)
     prepared: dict[str, _Text] = {}
-    for task in texts:
-        _check_positions(model, length)
-        prepared[task] = _prepare_text(model, tokenizer, task, length, prepend, max_windows)
+    for task in request.texts:
+        check_positions(model.config, request.length)
+        prepared[task] = _prepare_text(model, tokenizer, task, request, prepend)
         _refuse_calibration_text(prepared[task], calibration_provenance, allow_calibration_text)
-    _check_distinct(list(prepared.values()))
-    loaded = {task: harness.load(manager, task, num_fewshot) for task in others}
+    loaded = {task: harness.load(request.manager, task, request.num_fewshot) for task in others}
 
     results: list[TaskResult] = []
     with _evaluation_mode(model):
-        lm = harness.wrap(model, tokenizer, prepend, bos, batch_size) if others else None
-        for task in tasks:
+        lm = harness.wrap(model, tokenizer, prepend, request.bos, request.batch_size) if others else None
+        for task in request.tasks:
             if task in prepared:
-                results.append(_token_perplexity(model, prepared[task], batch_size, progress))
+                results.append(_token_perplexity(model, prepared[task], request.batch_size, progress))
             else:
-                results.extend(_harness_results(model, lm, task, loaded[task], manager, limit, num_fewshot, progress))
+                results.extend(_harness_results(model, lm, task, loaded[task], request, progress))
     return results
-
-
-def is_perplexity_task(task: str) -> bool:
-    """Whether `task` is one of lrc's own token perplexities; if not, it is lm-eval's."""
-    return task in PERPLEXITY_TASKS or task.startswith(PERPLEXITY_SCHEMES)
 
 
 def compare(results: Sequence[TaskResult], baseline_results: Sequence[TaskResult]) -> list[dict[str, Any]]:
@@ -199,70 +194,12 @@ def results_json(
     baseline_name: str | None = None,
 ) -> dict[str, Any]:
     """What `lrc eval --json` writes: `results` (and `baseline.results`) by full metric name, and `differences`."""
-
-    def by_metric(listed: Sequence[TaskResult]) -> dict[str, Any]:
-        return {
-            result.metric: {
-                "task": result.task,
-                "metric": result.metric,
-                "value": result.value,
-                "stderr": result.stderr,
-                "tokens": result.tokens,
-                "protocol": result.protocol,
-            }
-            for result in listed
-        }
-
-    document: dict[str, Any] = {"lrc": version("lrc"), "model": model_name, "results": by_metric(results)}
+    named = {result.metric: asdict(result) for result in results}
+    document: dict[str, Any] = {"lrc": version("lrc"), "model": model_name, "results": named}
     if baseline is not None:
-        document["baseline"] = {"model": baseline_name, "results": by_metric(baseline)}
+        document["baseline"] = {"model": baseline_name, "results": {result.metric: asdict(result) for result in baseline}}
         document["differences"] = compare(results, baseline)
     return document
-
-
-def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:
-    if isinstance(tasks, str):
-        raise TypeError(f"tasks is a sequence of names, not the string {tasks!r}")
-    if not tasks:
-        raise RequestError("No task to evaluate.", f"Give --tasks, for instance {PERPLEXITY_TASKS[0]} or text:PATH.")
-    twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
-    if twice:
-        raise RequestError(f"Asked for more than once: {', '.join(twice)}.", "Name each task once.")
-    if bos not in BOS_CHOICES:
-        raise RequestError(f"--bos {bos} is not a choice.", f"Choices: {', '.join(BOS_CHOICES)}.")
-    if length < 2:
-        raise RequestError(f"--length {length}: a window needs 2 tokens at least, one of them to predict.", "Papers use 2048.")
-    if batch_size < 1:
-        raise RequestError(f"--batch-size {batch_size} is not a positive number.", "1 needs the least memory.")
-
-
-def _check_useless_options(
-    texts: list[str],
-    others: list[str],
-    max_windows: int | None,
-    limit: int | float | None,
-    num_fewshot: int | None,
-    include_path: str | Path | None,
-) -> None:
-    """An option that would do nothing is refused: a run believed to be short would take hours."""
-    if max_windows is not None and max_windows < 1:
-        raise RequestError(f"--max-windows {max_windows} is not a positive number.", "Leave it out for the whole text.")
-    if limit is not None and limit <= 0:
-        raise RequestError(f"--limit {limit} is not a positive number.", "Leave it out for all documents.")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise RequestError(f"--num-fewshot {num_fewshot} is negative.", "Leave it out for each task's own default.")
-    if max_windows is not None and not texts:
-        raise RequestError(
-            f"--max-windows {max_windows} is for texts, and every task here is lm-eval's: {', '.join(others)}.",
-            "To run fewer documents of an lm-eval task, give --limit.",
-        )
-    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path}
-    useless = [f"{flag} {value}" for flag, value in given.items() if value is not None]
-    if useless and not others:
-        raise RequestError(
-            f"{', '.join(useless)}: only for lm-eval tasks, and none is asked for ({', '.join(texts)}).",
-            "To run less of a text, give --max-windows.",
-        )
 
 
 def _prepends_bos(tokenizer: PreTrainedTokenizerBase, bos: str, others: list[str]) -> bool:
@@ -279,19 +216,10 @@ def _prepends_bos(tokenizer: PreTrainedTokenizerBase, bos: str, others: list[str
     return bos == "always" or (bos == "auto" and by_itself)
 
 
-def _check_positions(model: PreTrainedModel, length: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise RequestError(
-            f"--length {length} is more than the {positions} positions of this model (max_position_embeddings).",
-            f"Give --length {positions} or less.",
-        )
-
-
 def _prepare_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, length: int, prepend: bool, max_windows: int | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, request: Request, prepend: bool
 ) -> _Text:
-    text = evaluation_text(task)
+    text, length = request.texts[task], request.length
     stream = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     step = length - prepend
     available = len(stream) // step
@@ -306,7 +234,7 @@ def _prepare_text(
             f"{task}: the tokenizer gives token {largest}, and the model knows tokens 0 to {vocabulary - 1}.",
             "Tokenizer and model do not belong together; give the model with its own tokenizer.",
         )
-    count = min(available, max_windows or available)
+    count = min(available, request.max_windows or available)
     windows = stream[: count * step].view(count, step)
     if prepend:
         windows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), windows], dim=1)
@@ -322,13 +250,7 @@ def _prepare_text(
         "text_put_together": text.protocol,
         "higher_is_better": False,
     }
-    return _Text(task, f"{_readable_name(task)}-token-ppl@{length}", windows, protocol)
-
-
-def _readable_name(task: str) -> str:
-    """A file by its base name, so that a metric does not change with the folder that the file lies in."""
-    scheme, _, rest = task.partition(":")
-    return f"{scheme}:{rest.rsplit('/', 1)[-1]}" if scheme in ("text", "jsonl", "parquet") else task
+    return _Text(task, metric_name(task, length), windows, protocol)
 
 
 def _refuse_calibration_text(text: _Text, calibration: Sequence[dict], allowed: bool) -> None:
@@ -339,17 +261,6 @@ def _refuse_calibration_text(text: _Text, calibration: Sequence[dict], allowed: 
             f"{text.task}: the model was calibrated on the text that it would be evaluated on: {same}.",
             "Such a perplexity is too good. Evaluate on other text, or ask for it with --allow-calibration-text.",
         )
-
-
-def _check_distinct(texts: list[_Text]) -> None:
-    named: dict[str, str] = {}
-    for text in texts:
-        if text.metric in named:
-            raise RequestError(
-                f"{named[text.metric]} and {text.task} would both be reported as {text.metric}.",
-                "Rename one of the files, or evaluate them in two commands.",
-            )
-        named[text.metric] = text.task
 
 
 @contextlib.contextmanager
@@ -412,15 +323,13 @@ def _harness_results(
     lm: Any,
     task: str,
     loaded: list[Any],
-    manager: Any,
-    limit: int | float | None,
-    num_fewshot: int | None,
+    request: Request,
     progress: Progress | None,
 ) -> list[TaskResult]:
     if progress is not None:
         progress(task, 0, 1)
     started = time.perf_counter()
-    scores = harness.run(lm, task, loaded, manager, limit, num_fewshot)
+    scores = harness.run(lm, task, loaded, request.manager, request.limit, request.num_fewshot)
     circumstances = _circumstances(model, lm.batch_size, time.perf_counter() - started)
     if progress is not None:
         progress(task, 1, 1)

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import LrcError, RequestError, SweepError
+from .errors import BudgetError, RequestError, SweepError
+from .model import ModelView
+from .plan import Plan, make_plan
+from .recipe import Recipe
 
 TABLE = "sweep.json"
 _LAST_LINES = 12
@@ -61,6 +65,20 @@ class Row:
     commands: list[list[str]] = field(default_factory=list)
 
 
+def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Plan]]:
+    """The rows of a sweep and their plans; a recipe whose settings leave the size open is a row at each ratio."""
+    jobs, plans = [], []
+    for name, recipe in recipes.items():
+        try:
+            plans.append(make_plan(view, recipe))
+            jobs.append(Job(name, recipe.ratio))
+        except BudgetError:
+            for ratio in ratios:
+                plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
+                jobs.append(Job(name, ratio))
+    return jobs, plans
+
+
 def run_sweep(
     model: str,
     jobs: Sequence[Job],
@@ -92,12 +110,13 @@ def run_sweep(
     failures: dict[str, str] = {}
 
     def one(job: Job) -> None:
+        """A row, unless it is there already; failures are gathered."""
         if job.name in rows:
             return
         try:
             row = _row(model, job, folder, compress, evaluate, parallel, keep)
-        except LrcError as error:
-            failures[job.name] = str(error)
+        except SweepError as error:
+            failures.update(error.failures)
             return
         rows[job.name] = row
         _write(folder, asked, rows)
@@ -126,10 +145,12 @@ def _row(
     commands.append(["lrc", *command])
     _run([*lrc, *command], log, parallel)
     metrics = {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
-    held = _sizes(out) if job.recipe is not None else {}
-    if job.recipe is not None and not keep:
-        for path in out.glob("*.safetensors"):
-            path.unlink()
+    held: dict[str, Any] = {}
+    if job.recipe is not None:
+        held = _sizes(out)
+        (folder / f"{job.name}.lrc.json").write_text((out / "lrc.json").read_text())
+        if not keep:
+            shutil.rmtree(out)
     return Row(job.name, metrics, held.get("nbytes", 0), held.get("removed", 0.0), seconds, peak, commands)
 
 

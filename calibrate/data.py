@@ -62,15 +62,20 @@ class CalibrationSpec(pydantic.BaseModel):
     seed: int = 0
     chat: bool = False
 
-    @pydantic.model_validator(mode="after")
-    def _sources_can_be_read(self) -> CalibrationSpec:
+    @pydantic.field_validator("source")
+    @classmethod
+    def _sources_can_be_read(cls, source: str | tuple[WeightedSource, ...]) -> str | tuple[WeightedSource, ...]:
         try:
-            parts = self.parts()
+            names = [part.text for part, _ in _parts(source)]
         except RequestError as error:
             raise ValueError(" ".join(str(error).split("\n"))) from None
-        names = [source.text for source, _ in parts]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"a mix holds {', '.join(sorted(twice))} twice; add up the weights")
+        return source
+
+    @pydantic.model_validator(mode="after")
+    def _chat_has_documents(self) -> CalibrationSpec:
+        parts = self.parts()
         if self.chat and (whole := [source.text for source, _ in parts if source.kind in (*STREAMS, "self")]):
             raise ValueError(
                 f"chat wraps documents, and {', '.join(whole)} is not made of documents; "
@@ -84,12 +89,16 @@ class CalibrationSpec(pydantic.BaseModel):
         Raises:
             RequestError: a source cannot be read as one; no source; a weight of zero.
         """
-        pairs = parse_mix(self.source) if isinstance(self.source, str) else [(s.source, s.weight) for s in self.source]
-        if not pairs:
-            raise RequestError("The list of calibration sources is empty.", "Name at least one.")
-        if zero := [name for name, weight in pairs if weight <= 0]:
-            raise RequestError(f"The weight of {', '.join(zero)} is zero.", "Leave it out, or give it a weight.")
-        return [(parse_source(name), weight) for name, weight in pairs]
+        return _parts(self.source)
+
+
+def _parts(source: str | tuple[WeightedSource, ...]) -> list[tuple[Source, float]]:
+    pairs = parse_mix(source) if isinstance(source, str) else [(part.source, part.weight) for part in source]
+    if not pairs:
+        raise RequestError("The list of calibration sources is empty.", "Name at least one.")
+    if zero := [name for name, weight in pairs if weight <= 0]:
+        raise RequestError(f"The weight of {', '.join(zero)} is zero.", "Leave it out, or give it a weight.")
+    return [(parse_source(name), weight) for name, weight in pairs]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -179,6 +180,36 @@ def test_a_request_that_cannot_be_met(more, said, model, tmp_path):
     assert result.code == 2
     assert said in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_in_an_evaluation_is_found_before_the_model_is_read(model, tmp_path):
+    """With everything else that is wrong; the weights are damaged, so that reading them would say something else."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    for shard in damaged.glob("*.safetensors"):
+        shard.write_bytes(b"no weights")
+    for wrong, said in (
+        (["--tasks", "wikitxt2"], "Did you mean 'wikitext2'"),
+        (["--tasks", f"text:{tmp_path / 'nowhere.txt'}"], "nowhere.txt"),
+        (["--tasks", "c4", "--bos", "sometimes"], "--bos sometimes is not a choice"),
+        (["--tasks", "c4", "--limit", 3], "--limit 3"),
+    ):
+        result = run_lrc("eval", damaged, *wrong, "--dtype", "flota16")
+        assert result.code == 2
+        assert said in result.err and "Did you mean 'float16'?" in result.err
+    text = tmp_path / "text.txt"
+    text.write_text("A text. " * 50)
+    result = run_lrc("eval", damaged, "--tasks", f"text:{text}", "--length", 10**6)
+    assert result.code == 2
+    assert "positions of this model" in result.err
+
+
+def test_a_mistyped_source_is_told_beside_wrong_numbers(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("method: svd\nratio: 0.2\ncalibration: {source: wikitxt2, samples: 0}\n")
+    result = run_lrc("recipe", "check", own)
+    assert result.code == 2
+    assert "Did you mean 'wikitext2'" in result.err and "calibration.samples" in result.err
 
 
 def test_a_mistyped_model(model):

@@ -13,6 +13,7 @@ from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
 
 from lrc import evaluate as evaluation
 from lrc import likelihood
+from lrc.calibrate.data import evaluation_text
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
 from lrc.evaluate import compare, evaluate, results_json
 
@@ -216,7 +217,7 @@ def test_two_files_of_one_name_are_refused(text, tmp_path):
 
 
 def test_the_calibration_text_is_refused_unless_allowed(text):
-    provenance = evaluation.evaluation_text(text).provenance
+    provenance = evaluation_text(text).provenance
     options = {"length": 16, "max_windows": 2, "calibration_provenance": provenance}
     with pytest.raises(RequestError, match=r"(?s)calibrated on.*--allow-calibration-text"):
         evaluate(tiny_model("llama"), tiny_tokenizer(), [text], **options)
@@ -228,7 +229,7 @@ def test_the_calibration_text_is_refused_unless_allowed(text):
 def test_other_calibration_text_is_no_obstacle(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(tiny_text(words=300, seed=1), encoding="utf-8")
-    provenance = evaluation.evaluation_text(f"text:{other}").provenance
+    provenance = evaluation_text(f"text:{other}").provenance
     (result,) = evaluate(
         tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=2, calibration_provenance=provenance
     )

@@ -135,7 +135,7 @@ def test_a_ratio_is_a_fraction(ratio, hint):
         ("method: sdv\nsettings: {a: 1}\n", "method: there is no method 'sdv'. Did you mean 'svd'?"),
         ("ratio: 0.4\n", "'method' is missing"),
         ("method: svd\nsettings: {alpha: 1}\n", "unknown key 'settings.alpha'. It takes no settings."),
-        ("method: svd\ncalibration: {source: wikitxt2}\n", "calibration: No source is called 'wikitxt2'. Did you mean"),
+        ("method: svd\ncalibration: {source: wikitxt2}\n", "calibration.source: No source is called 'wikitxt2'. Did you mean"),
         ("method: svd\nratio: 0.2\nratio: 0.4\n", "not YAML: 'ratio' is given twice"),
         ("method: svd\ncalibration: {source: pydoc, seed: 1, seed: 2}\n", "not YAML: 'seed' is given twice"),
         ("method: [svd\n", "not YAML: while parsing a flow sequence"),

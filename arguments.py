@@ -1,0 +1,103 @@
+"""Values of the command line, checked: models, dtypes, devices and lists of names.
+
+torch and transformers are imported where they are needed, so that `lrc --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import LrcError, RequestError, did_you_mean
+
+
+def checked(*checks: Callable[[], Any]) -> list[Any]:
+    """The results of independent checks; where several fail, their messages together."""
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except LrcError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise RequestError("\n".join(map(str, errors)))
+    return results
+
+
+def located(name: str) -> Any:
+    """Where a model lies; an interrupted run's folder is none, and says so."""
+    from .locate import locate
+
+    require_finished(name)
+    return locate(name)
+
+
+def require_finished(name: str) -> None:
+    """Refuse the folder of an interrupted run."""
+    from .artifact import JOURNAL
+
+    if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
+        raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
+
+
+def dtype_of(name: str | None) -> Any:
+    """The dtype of a name; None of None."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise RequestError(f"'{name}' is no dtype of a checkpoint.", did_you_mean(name, known))
+    return known[name] if name else None
+
+
+def devices_of(text: str) -> list[Any]:
+    """The devices of a list such as cuda:0,cuda:1, or of auto."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if text == "auto":
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    devices = []
+    for part in text.split(","):
+        try:
+            device = torch.device(part.strip())
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise RequestError(f"'{part}' is no device for lrc.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.")
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            if device.index >= count:
+                raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
+        if device in devices or (device.type == "cpu" and len(text.split(",")) > 1):
+            raise RequestError(f"--device {text} spreads work over one device twice, or over the CPU and others.",
+                               "Name GPUs, each once.")  # fmt: skip
+        devices.append(device)
+    return devices
+
+
+def names_of(text: str, option: str = "--tasks") -> list[str]:
+    """The parts of a comma-separated list, which must not be empty."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
+    return names
+
+
+def quiet() -> None:
+    """transformers' own bars and notices would break lrc's."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def ratio_of(text: str) -> float:
+    """One of the ratios of a sweep."""
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None

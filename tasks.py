@@ -1,0 +1,165 @@
+"""What an evaluation is asked for, checked before any model is loaded.
+
+Loading a large model takes minutes: a mistyped task, a missing file or an option that would do nothing is found first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import harness
+from .calibrate.data import EvaluationText, evaluation_text
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedConfig
+
+PERPLEXITY_TASKS = ("wikitext2", "ptb", "c4")
+PERPLEXITY_SCHEMES = ("text:", "jsonl:", "parquet:", "hf:")
+BOS_CHOICES = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tasks and how they are to be done; made by `prepare`, which says what each option means.
+
+    Attributes:
+        texts: task -> its text, for the tasks that are lrc's own token perplexities.
+        manager: lm-eval's index of tasks; None where every task is lrc's own.
+    """
+
+    tasks: tuple[str, ...]
+    length: int
+    bos: str
+    max_windows: int | None
+    limit: int | float | None
+    num_fewshot: int | None
+    batch_size: int
+    texts: Mapping[str, EvaluationText]
+    manager: TaskManager | None
+
+    @property
+    def others(self) -> list[str]:
+        """The tasks that are lm-eval's, in their order."""
+        return [task for task in self.tasks if task not in self.texts]
+
+
+def prepare(
+    tasks: Sequence[str],
+    *,
+    length: int = 2048,
+    bos: str = "auto",
+    max_windows: int | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+) -> Request:
+    """Check a request and read its texts.
+
+    Args:
+        tasks: `wikitext2`, `ptb`, `c4`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `hf:NAME[:…]` for token
+            perplexity; any other name is a task, group, tag or YAML file of lm-eval.
+        length: tokens per window, BOS included.
+        bos: `auto` prepends BOS to every window if the tokenizer itself puts it before texts; `always`; `never`.
+        max_windows: use only the first so many windows of each text.
+        limit: lm-eval only: the first so many documents of each task (below 1: that fraction).
+        num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
+        batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
+        include_path: lm-eval only: a folder with task files of one's own.
+
+    Raises:
+        RequestError: unknown task, wrong or useless option, two tasks that would be reported by one name.
+        CalibrationError: a text cannot be had.
+    """
+    _check_options(tasks, length, bos, batch_size)
+    own = [task for task in tasks if is_perplexity_task(task)]
+    others = [task for task in tasks if not is_perplexity_task(task)]
+    _check_useless_options(own, others, max_windows, limit, num_fewshot, include_path)
+    manager = harness.open_tasks(others, include_path, known=PERPLEXITY_TASKS) if others else None
+    _check_distinct(own, length)
+    texts = {task: evaluation_text(task) for task in own}
+    return Request(tuple(tasks), length, bos, max_windows, limit, num_fewshot, batch_size, texts, manager)
+
+
+def is_perplexity_task(task: str) -> bool:
+    """Whether `task` is one of lrc's own token perplexities; if not, it is lm-eval's."""
+    return task in PERPLEXITY_TASKS or task.startswith(PERPLEXITY_SCHEMES)
+
+
+def metric_name(task: str, length: int) -> str:
+    """A token perplexity's full name; files by their base name, so that it does not change with the folder they lie in."""
+    scheme, _, rest = task.partition(":")
+    readable = f"{scheme}:{rest.rsplit('/', 1)[-1]}" if scheme in ("text", "jsonl", "parquet") else task
+    return f"{readable}-token-ppl@{length}"
+
+
+def check_positions(config: PreTrainedConfig, length: int) -> None:
+    """Refuse windows that are longer than the model's positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RequestError(
+            f"--length {length} is more than the {positions} positions of this model (max_position_embeddings).",
+            f"Give --length {positions} or less.",
+        )
+
+
+def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks is a sequence of names, not the string {tasks!r}")
+    if not tasks:
+        raise RequestError("No task to evaluate.", f"Give --tasks, for instance {PERPLEXITY_TASKS[0]} or text:PATH.")
+    twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
+    if twice:
+        raise RequestError(f"Asked for more than once: {', '.join(twice)}.", "Name each task once.")
+    if bos not in BOS_CHOICES:
+        raise RequestError(f"--bos {bos} is not a choice.", f"Choices: {', '.join(BOS_CHOICES)}.")
+    if length < 2:
+        raise RequestError(f"--length {length}: a window needs 2 tokens at least, one of them to predict.", "Papers use 2048.")
+    if batch_size < 1:
+        raise RequestError(f"--batch-size {batch_size} is not a positive number.", "1 needs the least memory.")
+
+
+def _check_useless_options(
+    texts: list[str],
+    others: list[str],
+    max_windows: int | None,
+    limit: int | float | None,
+    num_fewshot: int | None,
+    include_path: str | Path | None,
+) -> None:
+    """An option that would do nothing is refused: a run believed to be short would take hours."""
+    if max_windows is not None and max_windows < 1:
+        raise RequestError(f"--max-windows {max_windows} is not a positive number.", "Leave it out for the whole text.")
+    if limit is not None and limit <= 0:
+        raise RequestError(f"--limit {limit} is not a positive number.", "Leave it out for all documents.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise RequestError(f"--num-fewshot {num_fewshot} is negative.", "Leave it out for each task's own default.")
+    if max_windows is not None and not texts:
+        raise RequestError(
+            f"--max-windows {max_windows} is for texts, and every task here is lm-eval's: {', '.join(others)}.",
+            "To run fewer documents of an lm-eval task, give --limit.",
+        )
+    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path}
+    useless = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    if useless and not others:
+        raise RequestError(
+            f"{', '.join(useless)}: only for lm-eval tasks, and none is asked for ({', '.join(texts)}).",
+            "To run less of a text, give --max-windows.",
+        )
+
+
+def _check_distinct(tasks: Sequence[str], length: int) -> None:
+    named: dict[str, str] = {}
+    for task in tasks:
+        name = metric_name(task, length)
+        if name in named:
+            raise RequestError(
+                f"{named[name]} and {task} would both be reported as {name}.",
+                "Rename one of the files, or evaluate them in two commands.",
+            )
+        named[name] = task
