@@ -13,6 +13,7 @@ from .errors import CheckpointError, NonFiniteError
 from .load import LrcConfig, LrcQuantizer, install_forms
 from .locate import Location
 from .model import ModelView
+from .passes import give_back, steady_memory
 
 _TOKENS = 8
 
@@ -31,6 +32,7 @@ def verify(folder: Path, hashes: bool = True, config_file: str = "config.json") 
     """
     record = read_record(folder)
     _check_files(folder, record, hashes)
+    steady_memory()
     view = ModelView(Location(str(folder), folder, config_file=config_file), prepare=_install)
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
@@ -87,6 +89,7 @@ def _check_logits(folder: Path, view: ModelView) -> None:
             output = run_layer(view.load(name), steps.calls[0])
             check_finite(output, name, 0)
             view.unload(name)
+            give_back()
             if index == len(view.layers) - 1:
                 view.load_end()
             steps.answer([output])

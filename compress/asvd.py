@@ -15,11 +15,11 @@ decomposition is an error instead of a randomly initialised layer.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Factored, Settings, TargetStats, balanced, method
+from .base import Factored, Settings, TargetStats, method
+from .scaled import scaled_svd
 
 
 class AsvdSettings(Settings):
@@ -32,10 +32,4 @@ class AsvdSettings(Settings):
 def solve(weight: Tensor, stats: TargetStats, settings: AsvdSettings) -> Factored:
     """Truncated SVD of W S (out, in); energies are squared singular values, an error in the scaled metric."""
     assert stats.group.abs_mean is not None
-    magnitude = stats.group.abs_mean.double()
-    positive = magnitude[magnitude > 0]
-    floor = positive.min() if len(positive) else magnitude.new_ones(())
-    scale = magnitude.clamp_min(floor) ** settings.alpha
-    left, values, right = torch.linalg.svd(weight.double() * scale, full_matrices=False)
-    left, right = balanced(left * values, right / scale)
-    return Factored(values**2, left, right)
+    return scaled_svd(weight, stats.group.abs_mean.double() ** settings.alpha)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -230,9 +230,9 @@ class Factored(LowRankSolution):
 
 
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method's own Settings
-Offers = Callable[
-    [Shape, Any, int], list[Offer]
-]  # shape, the method's own Settings, rank multiple -> offers, ascending in bytes
+S = TypeVar("S", bound=Solve)
+# shape, the method's own Settings, rank multiple -> offers, ascending in bytes
+Offers = Callable[[Shape, Any, int], list[Offer]]
 
 
 @dataclass(frozen=True)
@@ -284,13 +284,13 @@ def method(
     settings: type[Settings] = Settings,
     offers: Offers = low_rank_offers,
     measured: tuple[float, ...] = (),
-) -> Callable[[Solve], Solve]:
+) -> Callable[[S], S]:
     """Register a function as the method `name`."""
     wanted = frozenset(needs)
     if not wanted <= NEEDS:
         raise ValueError(f"method {name}: unknown statistics {sorted(wanted - NEEDS)}; known: {sorted(NEEDS)}")
 
-    def register(solve: Solve) -> Solve:
+    def register(solve: S) -> S:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
         _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured)

@@ -16,7 +16,8 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
     other.write_text(tiny_text_file.read_text()[::-1] * 4)
     command = (
         "sweep", model, "--out", out, "--recipes", "svd-llm", "--ratios", "0.2,0.5", "--tasks", f"text:{other}",
-        "--parallel", 2, "--max-windows", 1, "--calibration", f"text:{tiny_text_file}*0.5+pydoc*0.5", "--samples", 4, "--length", 32,
+        "--parallel", 2, "--max-windows", 1,
+        "--calibration", f"text:{tiny_text_file}*0.5+pydoc*0.5", "--samples", 4, "--length", 32,
     )  # fmt: skip
     said = lrc_ok(*command)
     rows = {row["name"]: row for row in json.loads((out / "sweep.json").read_text())["rows"]}
