@@ -156,7 +156,8 @@ def make_plan(
 
     Args:
         dropped: the layers that go, once the recipe's score has chosen them; until then the plan assumes the last ones.
-        curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly.
+        curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly, and where
+            the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
@@ -174,8 +175,11 @@ def make_plan(
     leaving = {target.name for target in view.targets if target.layer in gone}
     if curves is None:
         open_targets = [name for name in shapes if name not in kept_dense and name not in leaving]
-        ratio = _of_what_stays(recipe, shapes, leaving)
-        chosen = uniform({name: (shapes[name].nbytes, known[shapes[name]]) for name in open_targets}, ratio)
+        offers = {name: (shapes[name].nbytes, known[shapes[name]]) for name in open_targets}
+        if recipe.allocation == "own":
+            chosen = {name: ways[-1] if ways else Offer(Choice(), dense) for name, (dense, ways) in offers.items()}
+        else:
+            chosen = uniform(offers, _of_what_stays(recipe, shapes, leaving))
     else:
         chosen = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves)
     steps = []

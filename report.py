@@ -56,6 +56,9 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
             size(sum(s.bytes_before for s in steps)), size(sum(s.bytes_after for s in steps)),
         )  # fmt: skip
     console.print(table)
+    if plan.recipe.allocation != "uniform":
+        shown = "the most that each may take" if plan.recipe.allocation == "own" else "an even share"
+        console.print(f"allocation {plan.recipe.allocation}: who gets what is known after calibration; the table shows {shown}")
     if plan.dropped:
         _print_dropped(console, plan)
     numbers_before = sum(step.target.numel for step in plan.steps)

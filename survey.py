@@ -189,15 +189,16 @@ class _Measuring:
         element = torch.empty((), dtype=view.dtype).element_size()
         self._layers = [[t for t in targets if t.name not in keep] for targets in targets_by_layer(view)]
         shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for layer in self._layers for t in layer}
-        offers = {
-            shape: thinned(self._method.offers(shape, self._settings, recipe.rank_multiple)) for shape in set(shapes.values())
-        }
+        offers = {shape: self._method.offers(shape, self._settings, recipe.rank_multiple) for shape in set(shapes.values())}
+        if recipe.allocation != "own":  # which looks for one size that it knows
+            offers = {shape: thinned(ways) for shape, ways in offers.items()}
         self._offers = {name: offers[shape] for name, shape in shapes.items()}
         self._dense = {name: shape.nbytes for name, shape in shapes.items()}
         asked = {
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
+            "thinned": recipe.allocation != "own",
         }
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from pipeline import compress
 from transformers import AutoModelForCausalLM
 
 from lrc.compress.base import Choice, GroupStats, Shape, TargetStats, get_method, low_rank_offers
+from lrc.verify import verify
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 
@@ -133,3 +134,68 @@ def test_kfac_says_what_it_lacks():
     weight, x = problem(6, 5)
     with pytest.raises(ValueError, match="output gradients"):
         solve("kfac", weight, statistics(weight, x))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fwsvd_against_the_papers_formula(shape):
+    """Rows of the paper are input channels: Î W with Î the roots of the rows' Fisher information, then Î is divided out."""
+    weight, x = problem(*shape)
+    fisher = np.random.default_rng(2).random(shape[1]) + 0.1
+    solution = solve("fwsvd", weight, TargetStats(GroupStats(len(x)), fisher_in=torch.tensor(fisher)))
+    root = np.diag(np.sqrt(fisher))
+    left, values, right = np.linalg.svd(root @ weight.T, full_matrices=False)
+    for rank in range(1, min(shape) + 1):
+        expected = (np.linalg.inv(root) @ (left[:, :rank] * values[:rank]) @ right[:rank]).T
+        assert np.allclose(solution.form(Choice(rank)).dense().numpy(), expected, atol=1e-9 * np.abs(weight).max())
+        assert solution.loss(Choice(rank)) == pytest.approx((values[rank:] ** 2).sum(), rel=1e-9, abs=1e-12 * values[0] ** 2)
+
+
+def test_fwsvd_takes_channels_without_gradient():
+    weight, x = problem(9, 7)
+    for fisher in (torch.zeros(7), torch.tensor([0.0, 1, 2, 0, 3, 4, 5])):
+        solution = solve("fwsvd", weight, TargetStats(GroupStats(len(x)), fisher_in=fisher))
+        assert np.allclose(solution.form(Choice(7)).dense().numpy(), weight)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.0])
+def test_welore_keeps_what_reaches_the_threshold(threshold):
+    weight, x = problem(30, 40)
+    values = np.linalg.svd(weight, compute_uv=False)
+    wanted = int(((values - values[-1]) / (values[0] - values[-1]) >= threshold).sum())
+    preferred = solve("welore", weight, TargetStats(GroupStats(len(x))), threshold=threshold).preferred
+    assert preferred == (Choice(wanted) if wanted * 70 < 1200 else Choice())
+    flat = solve("welore", np.eye(12), TargetStats(GroupStats(1)), threshold=0.9)
+    assert flat.preferred.dense, "equal singular values are not low rank"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 0.99, 1.0])
+def test_energy_keeps_its_part_of_the_variance_and_no_more_than_that(keep):
+    weight, x = problem(60, 40)
+    outputs = x @ weight.T
+    variances = np.linalg.eigvalsh(np.cov(outputs.T, bias=True))[::-1]
+    held = np.cumsum(variances) / variances.sum()
+    rank = int(np.searchsorted(held, keep - 1e-12)) + 1
+    rounded = -(-rank // 4) * 4
+    preferred = solve("energy", weight, statistics(weight, x), keep=keep, multiple=4).preferred
+    assert preferred == (Choice(rounded) if rounded * 100 < 2400 else Choice())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("fwsvd", {"ratio": 0.3}),
+        ("welore", {"settings.threshold": 0.5}),
+        ("energy", {"settings.keep": 0.8, "settings.multiple": 2}),
+    ],
+)
+def test_sizes_of_the_methods_own_and_of_the_budget_through_the_pipeline(
+    family, recipe, overrides, tiny_checkpoints, tiny_text_file, tmp_path
+):
+    chosen = {key.replace(".", "__"): value for key, value in overrides.items()}
+    plan = compress(tiny_checkpoints(family), tmp_path / "out", tiny_text_file, recipe, **chosen)
+    assert 0 < plan.targets_after < plan.targets_before
+    record = verify(tmp_path / "out")
+    assert record["bytes"]["targets_after"] == plan.targets_after
+    assert any(target["error"] and target["error"] > 0 for target in record["targets"])
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits).all()

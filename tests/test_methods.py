@@ -17,7 +17,7 @@ from lrc.compress.linalg import OutputDirections, root
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
-LOW_RANK = ["asvd", "lord", "svd", "svd-llm"]  # methods that a rank and forward statistics say everything to
+LOW_RANK = ["asvd", "energy", "lord", "svd", "svd-llm", "welore"]  # methods that a rank and forward statistics say everything to
 NAMES = sorted(name for name, chosen in methods().items() if name in LOW_RANK)
 
 
