@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .compress import experts
 from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
-from .model import Target
 from .plan import Step
+from .targets import Target
 
 
 def target_weight(layer: nn.Module, name: str, target: Target) -> tuple[Tensor, Tensor | None]:

@@ -167,36 +167,25 @@ def evaluate_command(
     models = [model, *([baseline] if baseline else [])]
     request, *found = checked(
         lambda: prepare(
-            names_of(tasks),
-            length=length,
-            bos=bos,
-            max_windows=max_windows,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            include_path=include_path,
+            names_of(tasks), length=length, bos=bos, max_windows=max_windows, limit=limit, num_fewshot=num_fewshot,
+            batch_size=batch_size, include_path=include_path,
         ),
         *(partial(located, name) for name in models),
         lambda: dtype_of(dtype),
         lambda: devices_of(device),
-    )
+    )  # fmt: skip
     if request.texts:
         for location in found[: len(models)]:
             check_positions(location.config(trust_remote_code), length)
+    loader = partial(open_model, dtype=dtype_of(dtype), device=device, trust_remote_code=trust_remote_code)
     measured = {}
     for name in models:
         provenance: list[dict[str, Any]] = []
         if (Path(name) / RECORD).is_file():
             provenance = read_record(Path(name))["calibration"]["provenance"]
-        loaded, tokenizer = open_model(name, dtype=dtype_of(dtype), device=device, trust_remote_code=trust_remote_code)
         measured[name] = measure(
-            loaded,
-            tokenizer,
-            request,
-            calibration_provenance=provenance,
-            allow_calibration_text=allow_calibration_text,
+            *loader(name), request, calibration_provenance=provenance, allow_calibration_text=allow_calibration_text
         )
-        del loaded
     print_results(model, measured[model], baseline, measured.get(baseline or ""))
     if json_file is not None:
         whole = results_json(model, measured[model], measured.get(baseline or ""), baseline)

@@ -19,6 +19,7 @@ def generator(
     """
 
     def generate(samples: int, length: int, seed: int) -> Tensor:
+        """Tokens that the model itself writes."""
         loaded, tokenizer = open_model(model, dtype=dtype, device=str(device), trust_remote_code=trust_remote_code)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         forbidden = [loaded.generation_config.eos_token_id]

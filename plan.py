@@ -22,8 +22,9 @@ from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .errors import RecipeError, did_you_mean
-from .model import Kept, ModelView, Target
+from .model import Kept, ModelView
 from .recipe import Recipe, how_many
+from .targets import Target
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 

@@ -27,8 +27,9 @@ from .assemble import target_weight
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
 from .compress.base import Curve, Offer, Solution
 from .compress.forms import Form, build_module, fill_module
-from .model import ModelView, Target
+from .model import ModelView
 from .passes import give_back
+from .targets import Target
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
 _SKIP = 16  # first tokens of each sample, whose predictions have little to go by

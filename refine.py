@@ -10,8 +10,8 @@ What is trained: every floating-point tensor of a form (factors, atoms, scales, 
 dense weights, routers and embeddings stay. A layer in bfloat16 is trained in bfloat16 with float32 masters of what is trained,
 and is judged by the rounded values, which are those that will be stored.
 
-Memory of a block: the layer + 16 bytes per trained parameter (20 with masters) + one call's autograd graph; calls and targets
-are the caller's: 2 × tokens × hidden in their dtype. Time: about three forwards of the layer per token and epoch.
+Memory of a block: the layer + 16 bytes per trained parameter (20 with masters) + one call's autograd graph, beside the caller's
+calls and targets. Time: about three forwards of the layer per token and epoch.
 """
 
 from __future__ import annotations

@@ -205,6 +205,7 @@ def _compress_layers(
         notify(LayerReport(index, total, records, time.perf_counter() - started, peak_rss(), resumed))
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
+        """Compress a layer, or answer for one that is finished."""
         started = time.perf_counter()
         last, resumed = index == total - 1, name in artifact.done
         outputs: list[Any] | None = None

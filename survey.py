@@ -31,11 +31,12 @@ from .calibrate.store import StatsStore
 from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Offer, Shape, Solution, TargetStats
 from .errors import OutputError
-from .model import ModelView, Target
+from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .probe import Probing, nearest, scaled, units
 from .recipe import Recipe
+from .targets import Target
 
 PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
@@ -131,6 +132,7 @@ def _forward(
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
+        """Collect a layer's statistics, unless they lie there already."""
         started = time.perf_counter()
         targets = by_layer[index]
         if store.has(name):

@@ -134,23 +134,37 @@ def collect_gradients(
     started = time.perf_counter()
     with torch.no_grad():
         through = _forward(view, tokens, batch, start, spill, settings, devices, release)
-        gradients = through.gradients if resumed is None else list(resumed[1].split(batch))
-        del resumed
+        if resumed is not None:
+            through.gradients = list(resumed[1].split(batch))
+            del resumed
         for index in reversed(range(start)):
-            name = view.layer_names[index]
-            layer = view.load(name)
-            own = [target for target in targets if target.layer == index]
-            rest = through.calls.pop()
-            stats = _layer_back(layer, index, name, own, rest, gradients, spill, store.needs, settings, devices)
-            view.unload(name)
-            store.write(name, stats)
-            del layer, stats
+            _collect_layer(view, index, through, targets, store, spill, settings, devices)
             release()
-            spill.finish(index, gradients)
+            spill.finish(index, through.gradients)
             notify(len(view.layers) - index, time.perf_counter() - started)
             started = time.perf_counter()
     spill.remove()
     return store
+
+
+def _collect_layer(
+    view: View,
+    index: int,
+    through: _Through,
+    targets: Sequence[LayerTarget],
+    store: StatsStore,
+    spill: Spill,
+    settings: GradientSettings,
+    devices: Sequence[torch.device],
+) -> None:
+    """Take the gradients through one layer, and leave its targets' statistics in the store."""
+    name = view.layer_names[index]
+    layer = view.load(name)
+    own = [target for target in targets if target.layer == index]
+    rest = through.calls.pop()
+    stats = _layer_back(layer, index, name, own, rest, through.gradients, spill, store.needs, settings, devices)
+    view.unload(name)
+    store.write(name, stats)
 
 
 def read_gradients(folder: Path, layer: str) -> dict[str, TargetStats]:

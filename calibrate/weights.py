@@ -89,6 +89,7 @@ class SafetensorsSource(WeightSource):
         return self._shapes[name]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors from their shards, each opened once."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._where[name]].append(name)
@@ -187,6 +188,7 @@ class GgufSource(WeightSource):
         return None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors dequantized to float32."""
         from gguf import dequantize
 
         tensors = {}

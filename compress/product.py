@@ -106,6 +106,7 @@ def chain(first: Method, second: Method) -> Method:
         return Chained(first.solve(weight, stats, settings.first), second, settings.second, weight, stats)
 
     def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
+        """Every rank of the first step, with both factors at the size that the second gives them."""
         found = []
         for offer in first.offers(shape, settings.first, multiple):
             rank = offer.choice.rank
@@ -153,6 +154,7 @@ class Chained(Solution):
         return float(((weight @ _gram(self.stats)) * weight).sum())
 
     def form(self, choice: Choice) -> Product:
+        """Both factors by the second step; the left one is fitted to what the stored right one puts out."""
         low = self.first.form(choice)
         if not isinstance(low, LowRank):
             raise ValueError(f"{self.second.name} compresses low-rank factors, not a {low.kind} form")

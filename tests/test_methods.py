@@ -17,7 +17,8 @@ from lrc.compress.linalg import OutputDirections, root
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
-LOW_RANK = ["asvd", "energy", "lord", "svd", "svd-llm", "welore"]  # methods that a rank and forward statistics say everything to
+# methods that a rank and forward statistics say everything to
+LOW_RANK = ["asvd", "energy", "lord", "svd", "svd-llm", "welore"]
 NAMES = sorted(name for name, chosen in methods().items() if name in LOW_RANK)
 
 

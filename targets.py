@@ -1,0 +1,124 @@
+"""The matrices that a model multiplies by, and which of them read one input: found by watching a forward.
+
+Four tokens go through the model with its layers on the meta device, where shapes flow and no weights exist. Targets whose input
+is one and the same tensor form a group, whatever the architecture calls them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate.stream import Lockstep, run_layer
+from .compress.experts import expert_parameters
+from .compress.forms import linear_shape
+
+if TYPE_CHECKING:
+    from .model import ModelView
+
+TINY = 4  # tokens of the forward that finds the groups
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight matrix to compress.
+
+    Args:
+        name: its module path; for an expert, the path of the fused parameter, a dot and the expert's number.
+        module: path of the module that holds it.
+        layer: number of its decoder layer.
+        role: its path inside the layer, without an expert's number ('self_attn.q_proj').
+        group: name of the first target that reads the same input; targets of one group share their statistics.
+        out_features, in_features: its shape.
+        bias: whether its module adds a bias.
+        expert: the expert's number in a fused parameter, else None.
+    """
+
+    name: str
+    module: str
+    layer: int
+    role: str
+    group: str
+    out_features: int
+    in_features: int
+    bias: bool
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+def watch(view: ModelView) -> list[Target]:
+    """Run four tokens through the model with its layers on the meta device and note who multiplies what."""
+    model, layers = view.model, view.layers
+    outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
+               for n, p in m.named_parameters(recurse=False)]  # fmt: skip
+    embedding = model.get_input_embeddings()
+    for module, name, parameter in outside:
+        if module is not embedding and module is not model.get_output_embeddings():
+            setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
+    hidden = view.config.get_text_config().hidden_size
+    width = getattr(embedding, "embedding_dim", hidden)
+    try:
+        with torch.no_grad(), Lockstep(model, layers) as steps:
+            steps.start([{"inputs_embeds": torch.zeros(1, TINY, width, dtype=view.dtype)}])
+            found: list[Target] = []
+            while steps.index < len(layers):
+                index = steps.index
+                targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
+                found += targets
+                steps.answer([output])
+    finally:
+        for module, name, parameter in outside:
+            setattr(module, name, parameter)
+        model.tie_weights()
+    return found
+
+
+def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[list[Target], Any]:
+    found: list[Target] = []
+    readers: dict[int, str] = {}
+    inputs: list[Tensor] = []  # kept alive, so that no two tensors share an id
+
+    def note(path: str, x: Tensor, shape: tuple[int, int], bias: bool) -> None:
+        name = f"{prefix}.{path}"
+        if any(target.name == name for target in found):
+            return
+        inputs.append(x)
+        group = readers.setdefault(id(x), name)
+        found.append(Target(name, name, index, path, group, *shape, bias))
+
+    def hook(path: str, shape: tuple[int, int]) -> Any:
+        return lambda module, args: note(path, args[0], shape, module.bias is not None)
+
+    hooks = []
+    for path, module in layer.named_modules():
+        shape = linear_shape(module)
+        if shape:
+            hooks.append(module.register_forward_pre_hook(hook(path, shape)))
+        elif expert_parameters(module):
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, _, path=path: found.extend(_experts(m, path, prefix, index)))
+            )
+    try:
+        output = run_layer(layer, call.to(torch.device("meta")))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    zeros = torch.utils._pytree.tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, output)
+    return found, zeros
+
+
+def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Target]:
+    targets = []
+    for parameter, (experts, out_features, in_features) in expert_parameters(module).items():
+        for expert in range(experts):
+            name = f"{prefix}.{path}.{parameter}.{expert}"
+            targets.append(
+                Target(name, f"{prefix}.{path}", layer, f"{path}.{parameter}", name, out_features, in_features, False, expert)
+            )
+    return targets
