@@ -263,13 +263,16 @@ def _sweep_jobs(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")],
+    trust_remote_code: Trust = False,
+) -> None:
     """Check a compressed checkpoint: hashes, shapes, and that it runs."""
     from .verify import verify as check
 
     quiet()
     require_finished(str(folder))
-    record = check(folder)
+    record = check(folder, trust_remote_code=trust_remote_code)
     held = record["bytes"]
     print(
         f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "

@@ -35,9 +35,9 @@ class Location:
         """The model's configuration, read by transformers (from the GGUF header for a GGUF file)."""
         from transformers import AutoConfig
 
-        where = self.path if self.config_file == "config.json" else self.path / self.config_file
+        other = {} if self.config_file == "config.json" else {"_configuration_file": self.config_file}
         try:
-            return AutoConfig.from_pretrained(where, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code, **other)
         except (ValueError, OSError, KeyError) as error:
             raise ModelError(
                 f"{self.name}: transformers cannot read the configuration: {str(error).splitlines()[0]}",
@@ -55,6 +55,17 @@ class Location:
                 f"{self.name}: no tokenizer could be read: {str(error).splitlines()[0]}",
                 "Put the tokenizer files beside the weights.",
             ) from error
+
+    def files(self, code: bool = False) -> list[Path]:
+        """Files beside the weights that a loader or a chat needs: tokenizer, templates, generation settings, licence.
+
+        Args:
+            code: Python files of the checkpoint too.
+        """
+        patterns = ["tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+        patterns += ["generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"]
+        patterns += ["*.py"] if code else []
+        return sorted({path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()})
 
 
 def locate(model: str) -> Location:

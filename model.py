@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ class ModelView:
         prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.location = location
+        self.trust_remote_code = trust_remote_code
         self.config = location.config(trust_remote_code)
         if prepare is None:
             _refuse(self.config, location.name)
@@ -348,10 +348,3 @@ def _to_meta(module: nn.Module, recurse: bool = True) -> None:
         for name, parameter in child.named_parameters(recurse=False):
             if not parameter.is_meta:
                 setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-
-def location_files(folder: Path) -> list[Path]:
-    """Files beside the weights that a loader or a chat needs: tokenizer, templates, generation settings, licence."""
-    patterns = ["tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-    patterns += ["generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"]
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -32,7 +32,8 @@ from .compress.base import BACKWARD_NEEDS, TargetStats
 from .compress.forms import Form, Spec
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
-from .model import ModelView, location_files
+from .locate import Location
+from .model import ModelView
 from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
 from .prune import layers_to_drop
@@ -309,6 +310,8 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
     config = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
+    if not view.trust_remote_code:
+        config.pop("auto_map", None)  # the code that it names was not run, and is not copied
     if modules:
         config["quantization_config"] = {
             "quant_method": METHOD,
@@ -334,7 +337,9 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
         "dropped_layers": list(plan.dropped),
         "kept": [asdict(kept) for kept in plan.kept],
     }
-    check = functools.partial(verify, artifact.folder, hashes=False, config_file=UNCHECKED)
+    check = functools.partial(
+        verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
+    )
     artifact.finish(config, record, model_card(plan), _beside(view), check)
 
 
@@ -361,11 +366,19 @@ def shallower(config: Any, layers: Sequence[int]) -> Any:
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:
-    """Tokenizer, generation settings and licence: copied from a folder, written by transformers for GGUF."""
+    """Tokenizer, generation settings and licence: copied from a folder, written by transformers for GGUF.
+
+    The checkpoint's own code comes along where it was trusted, and what points to it goes where it was not.
+    """
     if not view.location.gguf:
-        return {path.name: path.read_bytes() for path in location_files(view.location.path)}
+        files = {path.name: path.read_bytes() for path in view.location.files(code=view.trust_remote_code)}
+        if not view.trust_remote_code and "tokenizer_config.json" in files:
+            held = json.loads(files["tokenizer_config.json"])
+            if held.pop("auto_map", None):
+                files["tokenizer_config.json"] = (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
+        return files
     with tempfile.TemporaryDirectory() as folder:
         view.location.tokenizer().save_pretrained(folder)
         if generation := getattr(view.model, "generation_config", None):
             generation.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in location_files(Path(folder))}
+        return {path.name: path.read_bytes() for path in Location(folder, Path(folder)).files()}

@@ -18,13 +18,16 @@ from .passes import give_back, steady_memory
 _TOKENS = 8
 
 
-def verify(folder: Path, hashes: bool = True, config_file: str = "config.json") -> dict[str, Any]:
+def verify(
+    folder: Path, hashes: bool = True, config_file: str = "config.json", trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Check an artifact and return its record (`lrc.json`).
 
     Args:
         folder: lrc's output.
         hashes: recompute every shard's sha256 (reads every byte) instead of comparing sizes only.
         config_file: the configuration's name; a run that checks its result has not given it its final one yet.
+        trust_remote_code: whether code in the folder may run.
 
     Raises:
         CheckpointError: a shard is missing, changed, or does not fit the model.
@@ -33,7 +36,9 @@ def verify(folder: Path, hashes: bool = True, config_file: str = "config.json") 
     record = read_record(folder)
     _check_files(folder, record, hashes)
     steady_memory()
-    view = ModelView(Location(str(folder), folder, config_file=config_file), prepare=_install)
+    view = ModelView(
+        Location(str(folder), folder, config_file=config_file), trust_remote_code=trust_remote_code, prepare=_install
+    )
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
         if expected is None:
