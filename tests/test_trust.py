@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -39,14 +40,17 @@ AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM":
 def modules_cache(tmp_path_factory):
     """One folder for all copies of such code: the package that holds them is imported once in a process."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", list(sys.path))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
 
 
 @pytest.fixture
 def own(tiny_checkpoints, tmp_path):
     """(a checkpoint with code of its own, the file that this code writes when it runs)."""
-    folder, marker = tmp_path / "own", tmp_path / "ran"
+    folder, marker = tmp_path / f"own_{tmp_path.name}", tmp_path / "ran"
     shutil.copytree(tiny_checkpoints("llama"), folder)
     (folder / "configuration_own.py").write_text(CONFIGURATION)
     (folder / "modeling_own.py").write_text(MODELLING.format(marker=str(marker)))
