@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .durable import PARTIAL, locked, partial, sha256_of, sync_file, sync_folder, writing
 from .errors import CheckpointError, OutputError, RequestError, ResumeError
 
 JOURNAL = "lrc.journal.jsonl"
@@ -33,7 +32,6 @@ INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
-_PARTIAL = ".lrc-partial"
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -80,14 +78,13 @@ class Artifact:
         if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
             return self
         require_usable(self.folder)
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
-        try:
+            self._lock = locked(self.folder / _LOCK)
+        with contextlib.ExitStack() as if_refused:
+            if_refused.push(self.__exit__)
             self._open()
-        except BaseException:
-            self.__exit__()
-            raise
+            if_refused.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,7 +94,7 @@ class Artifact:
             self._lock.close()
 
     def _open(self) -> None:
-        with _writing(self.folder):
+        with writing(self.folder):
             if self._restart:
                 self._clear()
             if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
@@ -108,7 +105,7 @@ class Artifact:
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
-            for leftover in self.folder.glob("*" + _PARTIAL):  # only now: a run of something else is left as it is
+            for leftover in self.folder.glob("*" + PARTIAL):  # only now: a run of something else is left as it is
                 leftover.unlink()
 
     def _is_finished(self) -> bool:
@@ -129,7 +126,7 @@ class Artifact:
     def _clear(self) -> None:
         own = _ALWAYS | self._copied_files()
         for path in list(self.folder.iterdir()):
-            if path.is_file() and (path.name in own or path.name.endswith(_PARTIAL) or _SHARD.fullmatch(path.name)):
+            if path.is_file() and (path.name in own or path.name.endswith(PARTIAL) or _SHARD.fullmatch(path.name)):
                 path.unlink()
 
     def _copied_files(self) -> set[str]:
@@ -175,7 +172,7 @@ class Artifact:
             journal.write(json.dumps(entry).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def require_space(self, nbytes: int) -> None:
         """Refuse before any work if `nbytes` more do not fit on the disk."""
@@ -189,12 +186,12 @@ class Artifact:
     def write(self, key: str, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Shard:
         """Commit one shard: temporary file, sync, rename, journal."""
         path = self.folder / file
-        with _writing(path):
-            with _partial(path) as partial:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-                _sync_file(partial)
-                shard = Shard(file, sha256_of(partial), partial.stat().st_size, tuple(tensors), dict(record))
-            _sync_folder(self.folder)
+        with writing(path):
+            with partial(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+                sync_file(temporary)
+                shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(tensors), dict(record))
+            sync_folder(self.folder)
             self._append({"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
                           "tensors": shard.tensors, "record": shard.record})  # fmt: skip
         self.done[key] = shard
@@ -232,7 +229,7 @@ class Artifact:
             "files": sorted(files),
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
-        with _writing(self.folder):
+        with writing(self.folder):
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
@@ -241,17 +238,17 @@ class Artifact:
             self._put(RECORD, _json(whole))
             self._put(UNCHECKED, _json(config))
         check()
-        with _writing(self.folder):
+        with writing(self.folder):
             (self.folder / UNCHECKED).replace(self.folder / "config.json")
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             (self.folder / JOURNAL).unlink()
         self.finished = True
 
     def _put(self, name: str, content: bytes) -> None:
-        with _partial(self.folder / name) as partial:
-            partial.write_bytes(content)
-            _sync_file(partial)
-        _sync_folder(self.folder)
+        with partial(self.folder / name) as temporary:
+            temporary.write_bytes(content)
+            sync_file(temporary)
+        sync_folder(self.folder)
 
 
 def require_usable(folder: Path) -> None:
@@ -261,7 +258,7 @@ def require_usable(folder: Path) -> None:
         RequestError: it holds files of others.
         OutputError: it is no folder, or it may not be written to.
     """
-    with _writing(folder):
+    with writing(folder):
         if folder.exists():
             names = {path.name for path in folder.iterdir()}
             if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {_LOCK})):
@@ -305,47 +302,6 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / shard.file} cannot be read: {error}", "Start over with --restart.") from error
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _locked(folder: Path) -> IO[str]:
-    """An exclusive lock on a folder, held until it is closed (or the process dies).
-
-    Raises:
-        RequestError: another process holds it.
-    """
-    path = folder / _LOCK
-    while True:
-        lock = path.open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the holder before us may have deleted the file that we have just locked
-            if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
-                return lock
-        except BlockingIOError as error:
-            lock.close()
-            raise RequestError(f"Another lrc is writing to {folder}.", "Wait for it, or give another --out.") from error
-        except BaseException:
-            lock.close()
-            raise
-        lock.close()
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space)."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _parsed(text: bytes) -> Any:
     """The JSON value of a text, None if it is none."""
     try:
@@ -356,38 +312,6 @@ def _parsed(text: bytes) -> Any:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        text = str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
-            remedy = "Free some space and run the same command again: it goes on after the last finished shard."
-        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "Give an --out folder that you may write to."
-        elif code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            remedy = "Give a folder, not a file, as --out."
-        else:
-            remedy = "Mend that and run the same command again: it goes on after the last finished shard."
-        raise OutputError(f"Cannot write {path}: {text}", remedy) from error
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from .artifact import read_record, sha256_of
+from .artifact import read_record
 from .calibrate.stream import Lockstep, check_finite, run_layer
+from .durable import sha256_of
 from .errors import CheckpointError, NonFiniteError
 from .load import LrcConfig, LrcQuantizer, install_forms
 from .locate import Location

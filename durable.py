@@ -1,0 +1,90 @@
+"""Writing files so that a kill, a full disk or a second process cannot leave something that looks finished and is not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from .errors import OutputError, RequestError
+
+PARTIAL = ".lrc-partial"
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locked(path: Path) -> IO[str]:
+    """An exclusive lock by a file, held until it is closed (or the process dies).
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    while True:
+        with contextlib.ExitStack() as unless_held:
+            lock = unless_held.enter_context(path.open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequestError(
+                    f"Another lrc is writing to {path.parent}.", "Wait for it, or give another --out."
+                ) from error
+            # the holder before us may have deleted the file that we have just locked
+            if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                unless_held.pop_all()
+                return lock
+
+
+@contextlib.contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space)."""
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where all went well it bears its final name
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        text = str(error)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
+            remedy = "Free some space and run the same command again: it goes on after the last finished shard."
+        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "Give an --out folder that you may write to."
+        elif code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            remedy = "Give a folder, not a file, as --out."
+        else:
+            remedy = "Mend that and run the same command again: it goes on after the last finished shard."
+        raise OutputError(f"Cannot write {path}: {text}", remedy) from error
