@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .durable import PARTIAL, locked, partial, sha256_of, sync_file, sync_folder, writing
+from .durable import PARTIAL, locked, replacing, sha256_of, sync_file, sync_folder, writing
 from .errors import CheckpointError, OutputError, RequestError, ResumeError
 
 JOURNAL = "lrc.journal.jsonl"
@@ -187,7 +187,7 @@ class Artifact:
         """Commit one shard: temporary file, sync, rename, journal."""
         path = self.folder / file
         with writing(path):
-            with partial(path) as temporary:
+            with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
                 sync_file(temporary)
                 shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(tensors), dict(record))
@@ -245,7 +245,7 @@ class Artifact:
         self.finished = True
 
     def _put(self, name: str, content: bytes) -> None:
-        with partial(self.folder / name) as temporary:
+        with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
             sync_file(temporary)
         sync_folder(self.folder)

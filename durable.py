@@ -46,7 +46,7 @@ def locked(path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def partial(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space)."""
     temporary = path.with_name(path.name + PARTIAL)
     try:

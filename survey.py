@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Offer, Shape, Solution, TargetStats
+from .durable import replacing
 from .errors import OutputError
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
@@ -303,6 +303,5 @@ def _write(file: Path, curves: Mapping[str, Curve]) -> None:
         }
         for name, curve in curves.items()
     }
-    partial = file.with_name(file.name + ".lrc-partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content))

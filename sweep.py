@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .durable import replacing
 from .errors import BudgetError, RequestError, SweepError
 from .model import ModelView
 from .plan import Plan, make_plan
@@ -190,9 +191,8 @@ def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
 
 
 def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:
-    partial = folder / (TABLE + ".lrc-partial")
-    partial.write_text(json.dumps({"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2) + "\n")
-    partial.replace(folder / TABLE)
+    with replacing(folder / TABLE) as temporary:
+        temporary.write_text(json.dumps({"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2) + "\n")
 
 
 def markdown(rows: Sequence[Row]) -> str:

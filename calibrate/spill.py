@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..durable import replacing
 from ..errors import CheckpointError, OutputError
 
 _GRADIENT = "gradient.safetensors"
@@ -88,12 +89,10 @@ class Spill:
         return self.folder / f"hidden-{layer:05d}.safetensors"
 
     def _save(self, tensors: dict[str, Tensor], path: Path, record: dict[str, str]) -> None:
-        partial = path.with_name(path.name + ".lrc-partial")
         try:
-            save_file(tensors, partial, record)
-            partial.replace(path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, record)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> OutputError:

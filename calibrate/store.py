@@ -7,7 +7,6 @@ the statistics. Files appear whole (temporary name, rename), so an interrupted c
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compress.base import GroupStats, TargetStats
+from ..durable import replacing
 from ..errors import CheckpointError, OutputError
 
 MANIFEST = "statistics.json"
@@ -65,12 +65,10 @@ class StatsStore:
                 tensors |= {f"{name}|{key}": value for key in _GROUP if (value := getattr(stats.group, key)) is not None}
             tensors |= {f"{name}|{key}": value for key in _TARGET if (value := getattr(stats, key)) is not None}
         path = self._path(layer)
-        partial = path.with_name(path.name + ".lrc-partial")
         try:
-            save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, partial, {"targets": json.dumps(record)})
-            partial.replace(path)
+            with replacing(path) as temporary:
+                save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary, {"targets": json.dumps(record)})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise OutputError(
                 f"Cannot write {path}: {error}", "Free some space, or give --statistics a folder on another disk."
             ) from error
@@ -105,9 +103,8 @@ class StatsStore:
         return self.folder / f"{layer}.safetensors"
 
     def _put(self, name: str, content: bytes) -> None:
-        partial = self.folder / (name + ".lrc-partial")
-        partial.write_bytes(content)
-        os.replace(partial, self.folder / name)
+        with replacing(self.folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:
