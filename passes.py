@@ -70,7 +70,10 @@ def run_batches(
     def share(worker: int) -> None:
         with torch.no_grad():
             for batch in range(worker, len(calls), len(devices)):
-                output = run_layer(copies[worker], calls[batch].to(devices[worker]))
+                call = calls[batch].to(devices[worker])
+                if collectors:
+                    collectors[worker].samples, collectors[worker].length = call.hidden.shape[:2]
+                output = run_layer(copies[worker], call)
                 check_finite(output, name, batch)
                 outputs[batch] = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
 

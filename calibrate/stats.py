@@ -164,15 +164,19 @@ class LayerCollector:
             for name in what.inputs[target.group]:
                 if (target.group, name) not in self._means:
                     self._means[target.group, name] = _accumulator(name, target.in_features, device)
+        self.samples, self.length = 1, 0  # of the batch on its way through the layer, for what is taken per sample
         self._experts = {(target.module, target.role.rpartition(".")[2], target.expert): target for target in self._targets}
 
     def __enter__(self) -> LayerCollector:
         self._stack = ExitStack()
+        watched: set[str] = set()
         for target in self._targets:
             if target.expert is not None:
                 continue
             module = self._layer.get_submodule(target.module.removeprefix(self._prefix + "."))
-            if target.name == target.group and self._what.inputs[target.group]:
+            # whoever reads it first: the one that the group is called after may stay dense, and then is not here
+            if target.group not in watched and self._what.inputs[target.group]:
+                watched.add(target.group)
                 hook = module.register_forward_pre_hook(self._input_hook(target.group))
                 self._stack.callback(hook.remove)
             if target.name in self._what.outputs:
@@ -205,7 +209,15 @@ class LayerCollector:
     def _add(self, group: str, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1]).float()
         for name in self._what.inputs[group]:
-            self._means[group, name].add(x if name == "peak_abs_mean" else flat)
+            self._means[group, name].add(self._by_sample(x) if name == "peak_abs_mean" else flat)
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """(samples, tokens, n), also of what a model hands on as (samples · tokens, n).
+
+        Which sample an expert's tokens came from is not known: they count as one.
+        """
+        whole = x.ndim == 2 and len(x) == self.samples * self.length
+        return x.view(self.samples, self.length, -1) if whole else x
 
     def result(self, others: Sequence[LayerCollector] = ()) -> dict[str, TargetStats]:
         """Target name -> its statistics, merged with those of `others` (other devices' shares of the same batches).
