@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .assemble import target_weight
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
-from .compress.base import Curve, Offer, Solution
+from .compress.base import Curve, Offer, Solution, at_sizes, coarsest
 from .compress.forms import Form, build_module, fill_module
 from .model import ModelView
 from .passes import give_back
@@ -56,9 +57,23 @@ def units(targets: Sequence[Target]) -> list[Unit]:
     return [Unit(tuple(members)) for members in roles.values()]
 
 
-def nearest(offers: Sequence[Offer], sizes: Sequence[float], dense: int) -> list[int]:
-    """Indices of the offers nearest to these fractions of the dense bytes, ascending."""
-    return sorted({min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in sizes if offers})
+def by_way(offers: Sequence[Offer]) -> dict[int | None, list[int]]:
+    """Indices of the offers of each alternative (of all, where there is but one way)."""
+    found: dict[int | None, list[int]] = {}
+    for index, offer in enumerate(offers):
+        found.setdefault(offer.choice.way, []).append(index)
+    return found
+
+
+def probed(offers: Sequence[Offer], dense: int) -> list[int]:
+    """Indices of the offers to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ."""
+    found: list[int] = []
+    for indices in by_way(offers).values():
+        ways = [offers[index] for index in indices]
+        in_bits = all(way.choice.bits is not None for way in ways) and len({way.choice.rank for way in ways}) == 1
+        choose = coarsest(len(SIZES) + 1) if in_bits else at_sizes(*SIZES)
+        found += [indices[index] for index in choose(ways, dense)]
+    return sorted(found)
 
 
 SolveTarget = Callable[[nn.Module, str, Target], Solution]
@@ -86,7 +101,7 @@ class Probing:
         for layer in range(len(view.layers)):
             for unit in units(by_layer.get(layer, [])):
                 first = unit.targets[0].name
-                self._probes += [(unit, index) for index in nearest(offers[first], SIZES, dense[first])]
+                self._probes += [(unit, index) for index in probed(offers[first], dense[first])]
 
     @torch.no_grad()
     def run(
@@ -182,24 +197,40 @@ def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str
 
     Args:
         curves: target -> its curve, losses in the method's own metric.
-        points: offer index -> the unit's divergence at it. One target follows the power law through the points; several
-            share the divergence of the smallest form in proportion to their losses.
+        points: offer index -> the unit's divergence at it. One target follows the power laws from point to point of each
+            alternative; several share the divergence of the smallest form in proportion to their losses.
     """
     found = {}
     for name, curve in curves.items():
-        known = [(curve.losses[i], divergence) for i, divergence in sorted(points.items()) if curve.losses[i] > 0]
-        if not known:  # nothing is lost even at the smallest form that was probed
-            found[name] = replace(curve, total=0.0, losses=tuple(0.0 for _ in curve.losses))
-            continue
-        (loss, divergence), power = known[0], 1.0
-        if len(curves) > 1:
-            divergence *= loss / sum(each.losses[min(points)] for each in curves.values())
-        elif len(known) > 1 and known[1][0] < loss:
-            power = math.log(divergence / known[1][1]) / math.log(loss / known[1][0])
-            power = min(max(power, _FLATTEST), _STEEPEST)
-        found[name] = replace(
-            curve,
-            total=divergence * (curve.total / loss) ** power,
-            losses=tuple(divergence * (max(each, 0.0) / loss) ** power for each in curve.losses),
-        )
+        losses, totals = [0.0] * len(curve.losses), []
+        for indices in by_way(curve.offers).values():
+            law = _law(name, curves, {index: points[index] for index in indices if index in points})
+            totals.append(law(curve.total))
+            for index in indices:
+                losses[index] = law(curve.losses[index])
+        found[name] = replace(curve, total=max(totals, default=0.0), losses=tuple(losses))
     return found
+
+
+def _law(name: str, curves: Mapping[str, Curve], points: Mapping[int, float]) -> Callable[[float], float]:
+    """Loss in the method's own metric -> nats, for one target by the probes of one alternative."""
+    curve = curves[name]
+    known = [(curve.losses[i], divergence) for i, divergence in sorted(points.items()) if curve.losses[i] > 0]
+    if not known:  # nothing is lost even at the smallest form that was probed
+        return lambda loss: 0.0
+    if len(curves) > 1:
+        loss, divergence = known[0]
+        known = [(loss, divergence * loss / sum(each.losses[min(points)] for each in curves.values()))]
+    known = [known[0], *(after for before, after in pairwise(known) if after[0] < before[0])]
+
+    def nats(loss: float) -> float:
+        """Along the power law through the two neighbouring points, descending; one point alone: in proportion."""
+        after = next((i for i, (each, _) in enumerate(known) if each <= loss), len(known) - 1)
+        (high, most), (low, less) = known[max(after - 1, 0)], known[min(max(after, 1), len(known) - 1)]
+        power = 1.0
+        if low < high:
+            power = min(max(math.log(most / less) / math.log(high / low), _FLATTEST), _STEEPEST)
+        at, nats = (low, less) if loss < low else (high, most)
+        return nats * (max(loss, 0.0) / at) ** power
+
+    return nats

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from .calibrate.data import CalibrationSpec
 from .calibrate.gradients import GradientSettings
 from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
+from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
 from .depth.base import scores
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
@@ -48,6 +49,47 @@ class MethodStep(BaseModel):
         """The method, and its settings as its own class, defaults filled in."""
         method = get_method(self.method)
         return method, method.settings(**self.settings)
+
+
+class Alternative(BaseModel):
+    """One of several ways to store a target: a method, or two as steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    steps: tuple[MethodStep, ...] = ()
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else _known_method(name)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return _fitting_settings(settings, info.data.get("method"))
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Alternative:
+        if (self.method is None) == (not self.steps):
+            raise ValueError("give either 'method' or 'steps'")
+        _ = self.parsed
+        return self
+
+    @property
+    def parsed(self) -> tuple[Method, Settings]:
+        """Its method, and the settings with defaults filled in."""
+        if self.method is not None:
+            return MethodStep(method=self.method, settings=self.settings).parsed
+        return combine([step.parsed for step in self.steps])
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything spelled out, defaults included."""
+        if self.method is not None:
+            return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
+        parts = (step.parsed for step in self.steps)
+        return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
 
 
 class DepthSpec(BaseModel):
@@ -89,6 +131,7 @@ class Recipe(BaseModel):
         method: a name from `lrc recipe methods`; short for one step.
         settings: the method's own settings.
         steps: in the place of `method`: two methods, of which the second compresses the factors that the first one finds.
+        alternatives: in the place of `method`: several, of which the budget takes for each target the one that pays there.
         depth: layers to drop first; alone, or before `method` or `steps` compress what stays.
         ratio: fraction of the targets' bytes to remove, 0 to below 1; may come from the command line. Not needed where the
             settings fix every size. With `depth` alone and no count of layers there, the fraction of layers.
@@ -107,6 +150,7 @@ class Recipe(BaseModel):
     method: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     steps: tuple[MethodStep, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
     depth: DepthSpec | None = None
     ratio: float | None = None
     allocation: Allocation = "uniform"
@@ -143,10 +187,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Recipe:
-        if self.method is not None and self.steps:
-            raise ValueError("give either 'method' or 'steps', not both")
-        if self.method is None and not self.steps and self.depth is None:
+        given = [key for key in ("method", "steps", "alternatives") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"give either {' or '.join(repr(key) for key in given)}, not both")
+        if not given and self.depth is None:
             raise ValueError("'method' is missing")
+        if self.alternatives and self.allocation in ("uniform", "own"):
+            raise ValueError(f"allocation: {self.allocation} cannot choose between alternatives; take kl or spectrum")
         if self.depth is not None:
             self._fits_depth()
         if len(self.steps) > 2:
@@ -156,7 +203,7 @@ class Recipe(BaseModel):
 
     def _fits_depth(self) -> None:
         assert self.depth is not None
-        if (self.method or self.steps) and self.depth.drop is None and self.depth.ratio is None:
+        if (self.method or self.steps or self.alternatives) and self.depth.drop is None and self.depth.ratio is None:
             raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
         if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
             raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
@@ -173,27 +220,23 @@ class Recipe(BaseModel):
     @property
     def compression(self) -> tuple[Method, Settings]:
         """The method of all steps together, and its settings with defaults filled in."""
-        if self.method is None and not self.steps:
-            return DENSE, Settings()
+        if self.alternatives:
+            methods_, settings = zip(*(each.parsed for each in self.alternatives), strict=True)
+            return mixture(methods_), MixtureSettings(parts=settings)
         if self.method is not None:
             return MethodStep(method=self.method, settings=self.settings).parsed
-        return combine([step.parsed for step in self.steps])
+        return combine([step.parsed for step in self.steps]) if self.steps else (DENSE, Settings())
 
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
-        whole = self.model_dump(mode="json")
+        whole = self.model_dump(mode="json", exclude={"method", "settings", "steps", "alternatives"})
         if self.depth is None:
             del whole["depth"]
-        if self.method is not None or not self.steps:
-            del whole["steps"]
+        if self.alternatives:
+            return {"alternatives": [each.resolved() for each in self.alternatives]} | whole
         if self.method is None and not self.steps:
-            del whole["method"], whole["settings"]
             return whole
-        if self.method is not None:
-            return whole | {"settings": self.compression[1].model_dump(mode="json")}
-        del whole["method"], whole["settings"]
-        steps = [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in (step.parsed for step in self.steps)]
-        return whole | {"steps": steps}
+        return Alternative(method=self.method, settings=self.settings, steps=self.steps).resolved() | whole
 
 
 def how_many(spec: DepthSpec, layers: int) -> int:

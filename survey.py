@@ -28,13 +28,13 @@ from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
-from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Offer, Shape, Solution, TargetStats
+from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Method, Offer, Shape, Solution, TargetStats
 from .durable import replacing
 from .errors import OutputError
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
-from .probe import Probing, nearest, scaled, units
+from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
 from .targets import Target
 
@@ -69,10 +69,12 @@ class Statistics:
 
 
 def thinned(offers: Sequence[Offer], most: int = MOST_OPTIONS) -> list[Offer]:
-    """At most `most` of the offers, evenly spaced, the smallest and the largest among them."""
-    if len(offers) <= most:
-        return list(offers)
-    return [offers[round(i * (len(offers) - 1) / (most - 1))] for i in range(most)]
+    """At most `most` of each alternative's offers, evenly spaced, the smallest and the largest among them."""
+    kept: set[int] = set()
+    for indices in by_way(offers).values():
+        count = min(most, len(indices))
+        kept |= {indices[round(i * (len(indices) - 1) / max(1, count - 1))] for i in range(count)}
+    return [offers[index] for index in sorted(kept)]
 
 
 def collect(
@@ -253,27 +255,35 @@ class _Measuring:
         return self._method.solve(weight, self._store.read(name, [target.name])[target.name], self._settings)
 
     def _curve(self, target: Target, solution: Solution) -> Curve:
-        return _curve(solution, self._offers[target.name], self._method.measured, self._dense[target.name])
+        return _curve(solution, self._offers[target.name], self._method, self._dense[target.name])
 
 
-def _curve(solution: Solution, offers: Sequence[Offer], measured: Sequence[float], dense: int) -> Curve:
+def _curve(solution: Solution, offers: Sequence[Offer], method: Method, dense: int) -> Curve:
     """Losses of all offers: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
-    if not measured:
-        losses = [solution.loss(offer.choice) for offer in offers]
-        return Curve(solution.total, tuple(offers), tuple(losses), solution.preferred)
-    known = nearest(offers, measured, dense)
-    sizes = np.array([offers[index].nbytes for index in known], dtype=float)
-    least = max(solution.total * 1e-12, 1e-300)
-    logs = np.log([max(solution.loss(offers[index].choice), least) for index in known])
-    every = np.array([offer.nbytes for offer in offers], dtype=float)
-    if len(known) > 1:  # beyond the ends along the nearest two
+    losses = [0.0] * len(offers)
+    total = solution.total
+    for way, indices in by_way(offers).items():
+        ways = [offers[index] for index in indices]
+        choose = method.measured_of(way)
+        known = range(len(ways)) if choose is None else choose(ways, dense)
+        measured = [solution.loss(ways[index].choice) for index in known]
+        found = measured if choose is None else _between([way.nbytes for way in ways], known, measured, total)
+        for index, loss in zip(indices, found, strict=True):
+            losses[index] = loss
+    return Curve(total, tuple(offers), tuple(losses), solution.preferred)
+
+
+def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float], total: float) -> list[float]:
+    """Losses at all sizes from those at a few of them, ascending; beyond the ends along the nearest two."""
+    every, sizes = np.array(nbytes, dtype=float), np.array([nbytes[index] for index in known], dtype=float)
+    logs = np.log(np.maximum(losses, max(total * 1e-12, 1e-300)))
+    if len(known) > 1:
         segment = np.clip(np.searchsorted(sizes, every) - 1, 0, len(known) - 2)
         slope = (logs[segment + 1] - logs[segment]) / (sizes[segment + 1] - sizes[segment])
         logs = logs[segment] + slope * (every - sizes[segment])
     else:
-        logs = np.full(len(offers), logs[0])
-    losses = np.minimum(np.exp(logs), solution.total).tolist()
-    return Curve(solution.total, tuple(offers), tuple(losses), solution.preferred)
+        logs = np.full(len(every), logs[0])
+    return [float(loss) for loss in np.minimum(np.exp(logs), total)]
 
 
 def _read(file: Path) -> dict[str, Curve]:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -47,6 +47,7 @@ class CalibrationSpec(pydantic.BaseModel):
         samples: number of windows.
         length: tokens per window, BOS included.
         seed: chooses windows, order of documents, order of a mix.
+        held_out: windows beside the samples that no statistic sees: refinement stops by them, searches choose by them.
         chat: wrap each document as a user's turn in the tokenizer's chat template; rows that are conversations are
             rendered as they are. For sources made of documents.
 
@@ -60,6 +61,7 @@ class CalibrationSpec(pydantic.BaseModel):
     samples: int = pydantic.Field(default=128, ge=1)
     length: int = pydantic.Field(default=2048, ge=2)
     seed: int = 0
+    held_out: int = pydantic.Field(default=0, ge=0)
     chat: bool = False
 
     @pydantic.field_validator("source")
@@ -108,6 +110,7 @@ class Calibration:
     Attributes:
         tokens: (samples, length) int64 on the CPU.
         hash: sha256 of the shape and the token ids.
+        held_out: (windows, length) of the same sources, no token of which is among `tokens`.
         provenance: per source: source, split, dataset (of the hub, else absent), sha256 of the text that was read (of the
             whole file for local files), weight, documents, samples, and `overlap`: whether windows may share tokens
             because the text is short.
@@ -116,6 +119,7 @@ class Calibration:
     tokens: torch.Tensor
     hash: str
     provenance: tuple[dict[str, Any], ...]
+    held_out: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -154,20 +158,28 @@ def load_calibration(
             f"Of {spec.samples} samples, none falls to {starved[0].text} (share {share:.3g}).",
             f"Take at least {math.ceil(1 / share)} samples, or leave it out.",
         )
+    extra = divide(spec.held_out, [weight for _, weight in parts])
     reader = _Reader(spec, tokenizer)
-    tokens, provenance = [], []
-    for i, ((source, weight), count) in enumerate(zip(parts, counts, strict=True)):
+    tokens, apart, provenance = [], [], []
+    for i, ((source, weight), count, more) in enumerate(zip(parts, counts, extra, strict=True)):
         seed = derived_seed(spec.seed, i)  # by place, not by name: a path must not choose the windows
         if source.kind == "self":
-            windows, facts = _generated(generate, count, spec.length, seed)
+            windows, facts = _generated(generate, count + more, spec.length, seed)
         else:
-            windows, facts = reader.read(source, count, seed)
-        tokens.append(windows)
+            windows, facts = reader.read(source, count + more, seed)
+        if more and facts["overlap"]:
+            raise CalibrationError(
+                f"{source.text} is too short for {count} samples and {more} held-out windows of {spec.length:,} tokens that "
+                "share none.",
+                "Take fewer samples, a shorter length, or more text.",
+            )
+        tokens.append(windows[:count])
+        apart.append(windows[count:])
         provenance.append({**source.facts, **facts, "weight": weight, "samples": count})
     result = torch.cat(tokens)
     if len(parts) > 1:
         result = result[list(drawn(len(result), derived_seed(spec.seed, "order")))]
-    return Calibration(result.contiguous(), token_hash(result), tuple(provenance))
+    return Calibration(result.contiguous(), token_hash(result), tuple(provenance), torch.cat(apart))
 
 
 class _Reader:

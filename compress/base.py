@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ class Choice:
         factor_bits: of the low-rank factors; None stores them in the checkpoint's own dtype.
         atoms: columns of a dictionary.
         nonzeros: coefficients kept in each column of its codes.
+        way: number of the alternative that it belongs to, where a recipe names several methods.
     """
 
     rank: int | None = None
@@ -52,6 +53,7 @@ class Choice:
     factor_bits: int | None = None
     atoms: int | None = None
     nonzeros: int | None = None
+    way: int | None = None
 
     @property
     def dense(self) -> bool:
@@ -97,6 +99,21 @@ def low_rank_offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offe
     each = (shape.out_features + shape.in_features) * shape.element
     ranks = range(multiple, break_even(shape.out_features, shape.in_features) + 1, multiple)
     return [Offer(Choice(rank=rank), rank * each) for rank in ranks]
+
+
+def at_sizes(*sizes: float) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the dense bytes."""
+
+    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
+        found = {min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in sizes if offers}
+        return sorted(found)
+
+    return nearest
+
+
+def coarsest(count: int) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices of the `count` smallest offers."""
+    return lambda offers, dense: list(range(min(count, len(offers))))
 
 
 class GroupStats:
@@ -233,6 +250,7 @@ Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method
 S = TypeVar("S", bound=Solve)
 # shape, the method's own Settings, rank multiple -> offers, ascending in bytes
 Offers = Callable[[Shape, Any, int], list[Offer]]
+Measured = Callable[[Sequence[Offer], int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -248,8 +266,9 @@ class Method:
         source: the paper or work it comes from.
         offers: (shape, settings, rank multiple) -> the ways in which it can store such a target, ascending in bytes. One
             offer alone means that the settings fix the size, and no ratio is asked for.
-        measured: fractions of the dense bytes; where a loss costs a whole solve, only the offers nearest to these are
-            measured, and the losses of the others are interpolated. Empty where every loss is had at once.
+        measured: (offers, dense bytes) -> indices, ascending: where a loss costs a whole solve, only these are measured, and
+            the losses of the others are interpolated. None where every loss is had at once.
+        ways: the alternatives of a mixture, by their numbers.
     """
 
     name: str
@@ -258,7 +277,12 @@ class Method:
     needs: frozenset[str]
     source: str
     offers: Offers = low_rank_offers
-    measured: tuple[float, ...] = ()
+    measured: Measured | None = None
+    ways: tuple[Method, ...] = ()
+
+    def measured_of(self, way: int | None) -> Measured | None:
+        """Which offers are measured, of one alternative where there are several."""
+        return self.measured if way is None else self.ways[way].measured
 
     @property
     def summary(self) -> str:
@@ -283,7 +307,7 @@ def method(
     needs: Iterable[str] = (),
     settings: type[Settings] = Settings,
     offers: Offers = low_rank_offers,
-    measured: tuple[float, ...] = (),
+    measured: Measured | None = None,
 ) -> Callable[[S], S]:
     """Register a function as the method `name`."""
     wanted = frozenset(needs)

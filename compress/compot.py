@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import TargetStats, method
+from .base import TargetStats, at_sizes, method
 from .dictionary import Coded, DictionarySettings, DictionarySolution, Pattern, Problem, dictionary_offers, most_atoms, refined
 
 Share = Literal["target", "row"]
@@ -88,7 +88,7 @@ def learn(problem: Problem, atoms: int, nonzeros: int, iterations: int, refits: 
     needs=["output_gram"],
     settings=CompotSettings,
     offers=dictionary_offers,
-    measured=(0.3, 0.6),
+    measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CompotSettings) -> DictionarySolution:
     """An orthogonal dictionary for the weight (out, in), in the metric of what calibration saw."""

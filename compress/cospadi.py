@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import Offer, Shape, TargetStats, method
+from .base import Offer, Shape, TargetStats, at_sizes, method
 from .dictionary import Coded, DictionarySettings, DictionarySolution, Problem, best_atoms, dictionary_offers, refined
 
 _CHUNK_BYTES = 256 * 2**20  # of workspace for the rows that OMP codes at once
@@ -178,7 +178,12 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
 
 
 @method(
-    "cospadi", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiSettings, offers=_offers, measured=(0.3, 0.6)
+    "cospadi",
+    source="arXiv 2509.22075",
+    needs=["output_gram"],
+    settings=CospadiSettings,
+    offers=_offers,
+    measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:
     """A learned dictionary for the weight (out, in), in the metric of what calibration saw."""

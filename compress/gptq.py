@@ -11,25 +11,28 @@ Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1. Its updates by rows
 in exact arithmetic (R⁻¹ is that factor; the form used here is that of LDLQ in QuIP, arXiv 2307.13304, §3). Differences from
 the authors' code: float64; the ridge (1 % of the mean diagonal, as there) grows tenfold where the factor fails, and is
 reported; inputs that never fire are rounded to nearest instead of set to zero; with `act_order` (inputs in descending order of
-energy) the groups' steps are those of the original weight, so that a group stays a run of neighbours and no index is stored.
+energy) the groups' steps are those of the original weight, so that a group stays a run of neighbours and no index is stored;
+`clip` searches the range of each group, weighted by the energy of its inputs (the `mse` option of that code weighs all inputs
+alike).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..errors import LrcError, NonFiniteError
-from .base import TargetStats, method
+from .base import TargetStats, coarsest, method
 from .grids import Grid, Scales
 from .metric import Metric
 from .quantized import Quantized
 from .rtn import GridSettings, OnGrid, grid_offers
 
-_BLOCK = 128  # columns whose errors are carried on one by one; those of earlier blocks by one multiplication
+_BLOCK = 64  # columns whose errors are carried on one by one; those of earlier blocks by one multiplication
 _LEAST_RIDGE = 1e-8  # the first one tried where no damping was asked for and the gram is singular
 
 
@@ -38,6 +41,7 @@ class GptqSettings(GridSettings):
 
     damping: float = Field(0.01, ge=0, le=1, description="ridge added to the gram, relative to its mean diagonal")
     act_order: bool = Field(True, description="inputs with the most energy first; steps then come from the original weight")
+    clip: bool = Field(False, description="let a group give up its extremes where finer steps lose less; as published: no")
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,22 @@ class Compensator:
     order: Tensor | None
     damping: float
 
-    def quantize(self, weight: Tensor, grid: Grid) -> Quantized:
-        """The weight (out, in) on the grid."""
+    def quantize(self, weight: Tensor, grid: Grid, clip: bool = False) -> Quantized:
+        """The weight (out, in) on the grid; with `clip` the groups' ranges are fitted to the energy of their inputs."""
         if self.factor is None:
             return Quantized.nearest(weight, grid)
         weight = weight.double()
         width = grid.width(weight.shape[1])
-        scales = grid.scales(weight)
+        energy = self.factor.square().sum(1)  # the damped gram's diagonal
         if self.order is None:
-            return _by_columns(weight, self.factor, grid, scales, width < weight.shape[1])
+            whole = width == weight.shape[1]
+            scales = grid.fitted(weight, energy) if clip and whole else grid.scales(weight)
+            return _by_columns(weight, self.factor, grid, scales, not whole, energy if clip else None)
+        scales = grid.fitted(weight, energy[torch.argsort(self.order)]) if clip else grid.scales(weight)
         steps, zeros = grid.columns(scales, weight.shape[1])
         permuted = Scales(steps[:, self.order], None if zeros is None else zeros[:, self.order])
         each = replace(grid, group_size=1)
-        codes = _by_columns(weight[:, self.order], self.factor, each, permuted, False).codes
+        codes = _by_columns(weight[:, self.order], self.factor, each, permuted).codes
         return Quantized(grid, codes[:, torch.argsort(self.order)], scales)
 
 
@@ -105,46 +112,53 @@ def compensator(gram: Tensor, damping: float = 0.01, act_order: bool = True) -> 
         damping = min(1.0, max(_LEAST_RIDGE, 10 * damping))
 
 
-def _by_columns(weight: Tensor, factor: Tensor, grid: Grid, scales: Scales, dynamic: bool) -> Quantized:
+def _by_columns(
+    weight: Tensor, factor: Tensor, grid: Grid, scales: Scales, dynamic: bool = False, energy: Tensor | None = None
+) -> Quantized:
     """Round columns from left to right.
 
     Args:
         weight: (out, in) float64.
         factor: (in, in) upper triangular.
         scales: of the groups; where `dynamic`, they are found anew as each group's turn comes, for what it has become.
+        energy: (in,) of the inputs, for which those found anew are fitted; None takes the whole range.
     """
-    count, width = weight.shape[1], grid.width(weight.shape[1])
+    out_features, count = weight.shape
+    width = grid.width(count)
     block = width if dynamic and width > _BLOCK else max(1, _BLOCK // width) * width
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty_like(weight)
-    steps, zeros = scales.steps.clone(), None if scales.zeros is None else scales.zeros.clone()
+    # a column after the other is read and written: they lie in one piece each in the transposed matrices
+    columns = weight.T.contiguous()
+    codes = torch.empty(count, out_features, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty_like(columns)
+    steps = scales.steps.T.contiguous()
+    zeros = None if scales.zeros is None else scales.zeros.T.contiguous()
     for start in range(0, count, block):
         end = min(start + block, count)
-        carried = errors[:, :start] @ factor[:start, start:end]  # (out, block): what earlier columns put into these
+        carried = factor[:start, start:end].T @ errors[:start]  # (block, out): what earlier columns put into these
         for column in range(start, end):
             group = column // width
             if dynamic and column % width == 0:
                 stop = min(column + width, end)
-                ahead = slice(column - start, stop - start)
                 corner = factor[column:stop, column:stop]
-                best = torch.linalg.solve_triangular(corner, carried[:, ahead], upper=True, left=False)
-                found = replace(grid, group_size=0).scales(weight[:, column:stop] + best)
-                steps[:, group] = found.steps[:, 0]
+                best = torch.linalg.solve_triangular(corner.T, carried[column - start : stop - start], upper=False)
+                row, become = replace(grid, group_size=0), (columns[column:stop] + best).T
+                found = row.scales(become) if energy is None else row.fitted(become, energy[column:stop])
+                steps[group] = found.steps[:, 0]
                 if zeros is not None and found.zeros is not None:
-                    zeros[:, group] = found.zeros[:, 0]
-            zero = None if zeros is None else zeros[:, group]
-            wanted = weight[:, column] + carried[:, column - start] / factor[column, column]
-            code = grid.nearest(wanted, steps[:, group], zero)
-            codes[:, column] = code
-            value = (code.double() - (grid.middle if zero is None else zero.double())) * steps[:, group]
-            errors[:, column] = weight[:, column] - value
-            carried[:, column - start + 1 :].addr_(errors[:, column], factor[column, column + 1 : end])
-    return Quantized(grid, codes, Scales(steps, zeros))
+                    zeros[group] = found.zeros[:, 0]
+            zero = None if zeros is None else zeros[group]
+            wanted = columns[column] + carried[column - start] / factor[column, column]
+            codes[column] = grid.nearest(wanted, steps[group], zero)
+            value = (codes[column].double() - (grid.middle if zero is None else zero.double())) * steps[group]
+            errors[column] = columns[column] - value
+            carried[column - start + 1 :].addr_(factor[column, column + 1 : end], errors[column])
+    return Quantized(grid, codes.T.contiguous(), Scales(steps.T.contiguous(), None if zeros is None else zeros.T.contiguous()))
 
 
-@method("gptq", source="arXiv 2210.17323", needs=["gram"], settings=GptqSettings, offers=grid_offers)
+@method("gptq", source="arXiv 2210.17323", needs=["gram"], settings=GptqSettings, offers=grid_offers, measured=coarsest(3))
 def solve(weight: Tensor, stats: TargetStats, settings: GptqSettings) -> OnGrid:
     """The weight (out, in) rounded column by column in the gram's metric."""
     assert stats.group.gram is not None
     ready = compensator(stats.group.gram, settings.damping, settings.act_order)
-    return OnGrid(weight, settings, lambda grid: ready.quantize(weight, grid), Metric.of(stats), ready.damping)
+    quantize = partial(ready.quantize, weight, clip=settings.clip)
+    return OnGrid(weight, settings, quantize, Metric.of(stats), ready.damping)

@@ -1,6 +1,6 @@
 """Number grids: what a quantized number can be, how it is found, and how many bytes it takes.
 
-A grid stores a matrix as codes of 2, 3, 4 or 8 bits, in groups along the input that share a step:
+A grid stores a matrix as codes of 2, 3, 4, 5, 6 or 8 bits, in groups along the input that share a step:
 
 * `int`: value = (code - zero) · step. Symmetric: zero is the middle code, and the largest magnitude of a group lies half a step
   beyond the last code, so that no error is larger than half a step. Asymmetric: zero is stored too and the group's range is
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+_SHRUNK = tuple(1 - 0.05 * turn for turn in range(13))  # parts of a group's range that `fitted` tries
 _BIAS = 127  # of a stored exponent, as in OCP's E8M0
 
 
@@ -47,7 +48,7 @@ class Grid:
     """A number grid.
 
     Args:
-        bits: of a code: 2, 3, 4 or 8.
+        bits: of a code: 2, 3, 4, 5, 6 or 8.
         group_size: values along the input that share a step; 0: a whole row. The last group of a row may be shorter.
         kind: 'int' or 'mxint'.
         symmetric: of an `int` grid; `mxint` always is.
@@ -60,7 +61,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"a grid has 2, 3, 4 or 8 bits, not {self.bits}")
+            raise ValueError(f"a grid has 2, 3, 4, 5, 6 or 8 bits, not {self.bits}")
         if self.group_size < 0:
             raise ValueError(f"a group has 1 value or more, or 0 for a whole row; not {self.group_size}")
         if self.kind == "mxint" and not self.symmetric:
@@ -101,7 +102,38 @@ class Grid:
         if not torch.isfinite(weight).all():
             bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteError(f"{bad} of {weight.numel()} values to quantize are NaN or infinite.", "Check the statistics.")
+        return self._steps(*self._ranges(weight.double()))
+
+    def fitted(self, weight: Tensor, importance: Tensor) -> Scales:
+        """Steps and zeros for a matrix (out, in) whose groups may give up their extremes for finer steps.
+
+        Every group tries parts of its range and takes the one with the least Σ importance · (value - nearest point)².
+
+        Args:
+            importance: (in,) not negative: how much a squared error in each column counts.
+        """
+        scales = self.scales(weight)
         low, high = self._ranges(weight.double())
+        # float32 is enough to tell which of two is better
+        values, counts = self._grouped(weight.float()), self._grouped(importance[None].float())
+        least = self._lost(values, counts, scales)
+        for part in _SHRUNK[1:]:
+            tried = self._steps(low * part, high * part)
+            lost = self._lost(values, counts, tried)
+            better = lost < least
+            least = torch.where(better, lost, least)
+            zeros = None if scales.zeros is None or tried.zeros is None else torch.where(better, tried.zeros, scales.zeros)
+            scales = Scales(torch.where(better, tried.steps, scales.steps), zeros)
+        return scales
+
+    def _lost(self, values: Tensor, counts: Tensor, scales: Scales) -> Tensor:
+        """Weighted squared errors (out, groups) of values (out, groups, width) rounded to the nearest point."""
+        steps = scales.steps.float()[..., None]
+        zeros = self.middle if scales.zeros is None else scales.zeros.float()[..., None]
+        nearest = (values / steps).round_().add_(zeros).clamp_(0, self.top).sub_(zeros).mul_(steps)
+        return nearest.sub_(values).square_().mul_(counts).sum(2)
+
+    def _steps(self, low: Tensor, high: Tensor) -> Scales:
         largest = torch.maximum(-low, high)
         if self.kind == "mxint":
             exponents = torch.frexp(largest).exponent - 1 - (self.bits - 2)
@@ -114,10 +146,14 @@ class Grid:
 
     def _ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value of each group, 0 among them; (out, groups) each."""
-        out_features, in_features = weight.shape
-        width, groups = self.width(in_features), self.groups(in_features)
-        padded = torch.nn.functional.pad(weight, (0, groups * width - in_features)).view(out_features, groups, width)
+        padded = self._grouped(weight)
         return padded.amin(2).clamp_max(0), padded.amax(2).clamp_min(0)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """(out, in) as (out, groups, width); a last group that is not full is filled with zeros."""
+        out_features, in_features = values.shape
+        width, groups = self.width(in_features), self.groups(in_features)
+        return torch.nn.functional.pad(values, (0, groups * width - in_features)).view(out_features, groups, width)
 
     def nearest(self, values: Tensor, steps: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Codes (uint8) of the grid's points nearest to the values; steps and zeros broadcast against them."""
@@ -190,8 +226,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
         return codes.view(rows, -1)[:, :count]
     parts = torch.nn.functional.pad(packed, (0, -width % bits)).view(rows, -(-width // bits), bits)
-    words = torch.zeros(parts.shape[:2], dtype=torch.int32, device=packed.device)
+    wide = torch.int32 if 8 * bits < 32 else torch.int64
+    words = torch.zeros(parts.shape[:2], dtype=wide, device=packed.device)
     for byte in range(bits):
-        words |= parts[..., byte].to(torch.int32) << (8 * byte)
+        words |= parts[..., byte].to(wide) << (8 * byte)
     codes = torch.stack([((words >> (bits * place)) & (2**bits - 1)).to(torch.uint8) for place in range(8)], dim=-1)
     return codes.view(rows, -1)[:, :count]

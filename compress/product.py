@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Choice, GroupStats, Method, Offer, Settings, Shape, Solution, TargetStats
+from .base import Choice, GroupStats, Method, Offer, Settings, Shape, Solution, TargetStats, at_sizes
 from .forms import MODULES, Form, LowRank, Spec, build_module
 
 # what can be told of a factor's input from the target's own statistics
@@ -118,7 +118,8 @@ def chain(first: Method, second: Method) -> Method:
         return [offer for offer in found if offer.nbytes < shape.nbytes]
 
     needs = first.needs | second.needs | {"gram"}
-    return Method(f"{first.name}+{second.name}", solve, ChainSettings, needs, f"{first.source}; {second.source}", offers)
+    source = f"{first.source}; {second.source}"
+    return Method(f"{first.name}+{second.name}", solve, ChainSettings, needs, source, offers, at_sizes(0.1, 0.2, 0.35))
 
 
 def _parts(shape: Shape, rank: int) -> tuple[Shape, Shape]:

@@ -21,7 +21,7 @@ from .grids import BITS, Grid
 from .metric import Metric
 from .quantized import Quantized
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class OneGridSettings(Settings):

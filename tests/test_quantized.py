@@ -328,7 +328,7 @@ def test_steps_that_float16_cannot_hold_are_rounded_before_codes_are_chosen():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"settings.bits": 5}, "2, 3, 4 or 8"),
+        ({"settings.bits": 7}, "2, 3, 4, 5, 6 or 8"),
         ({"settings.grid": "mxint", "settings.symmetric": False}, "settings.symmetric: an mxint grid is symmetric"),
         ({"settings.group_size": -1}, "settings.group_size"),
         ({"settings.groupsize": 64}, "Did you mean 'group_size'"),
