@@ -201,6 +201,19 @@ class Artifact:
         """The tensors of a finished shard."""
         return read_shard(self.folder, self.done[key])
 
+    def expose(self, config: Mapping[str, Any]) -> None:
+        """Let the unfinished result be read: its index, and its configuration under the name `UNCHECKED`."""
+        with writing(self.folder):
+            self._put(INDEX, _json(self._index()))
+            self._put(UNCHECKED, _json(config))
+
+    def _index(self) -> dict[str, Any]:
+        shards = sorted(self.done.values(), key=lambda shard: shard.file)
+        return {
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
+        }
+
     def finish(
         self,
         config: Mapping[str, Any],
@@ -219,10 +232,6 @@ class Artifact:
             check: raises if the result is not sound; then it never looks finished.
         """
         shards = sorted(self.done.values(), key=lambda shard: shard.file)
-        index = {
-            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
-        }
         whole = dict(record) | {
             "schema": SCHEMA,
             "identity": self.identity,
@@ -234,9 +243,8 @@ class Artifact:
             for name, content in files.items():
                 self._put(name, content)
             self._put("README.md", card.encode())
-            self._put(INDEX, _json(index))
             self._put(RECORD, _json(whole))
-            self._put(UNCHECKED, _json(config))
+        self.expose(config)
         check()
         with writing(self.folder):
             (self.folder / UNCHECKED).replace(self.folder / "config.json")

@@ -98,7 +98,10 @@ def compress(
                 plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
             )
             progress.plan = final
-            done = execute(final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, statistics=held)
+            done = execute(
+                final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, refined=progress.refined,
+                statistics=held,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print("lrc: interrupted; the same command continues.", file=sys.stderr)
         raise typer.Exit(130) from None

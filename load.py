@@ -104,6 +104,16 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
         model.set_experts_implementation(experts.IMPLEMENTATION)
 
 
+def install_stored(model: Any) -> None:
+    """Build the forms that the model's own config.json names; a model whose targets all stayed dense has none."""
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is None:
+        return
+    config = LrcConfig(**(stored if isinstance(stored, dict) else stored.to_dict()))
+    LrcQuantizer(config).validate_environment()
+    install_forms(model, config.modules, model.dtype)
+
+
 def register() -> None:
     """Register lrc with transformers; calling it again changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

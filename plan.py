@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,17 @@ class Memory:
     forward: int
     solve: int
     factors: int
+    blocks: int = 0
+    whole: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest of three moments: embedding the tokens, a layer's forward, solving its largest target."""
+        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, or a refinement."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
-        return self.process + max(embedding, forward, solve)
+        block = self.layer + self.activations + self.blocks if self.blocks else 0
+        return self.process + max(embedding, forward, solve, block, self.whole)
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,10 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     tokens = plan.batch * calibration.length
     solve = max((_solve_bytes(s.target) for s in plan.steps if not s.choice.dense), default=0)
+    refine = plan.recipe.refine
+    both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
+    if both:  # two streams of everything, and the windows that are held out
+        hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
     return Memory(
         process=psutil.Process().memory_info().rss,
         outside=view.outside_nbytes(for_calibration=True),
@@ -288,6 +295,38 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         forward=tokens * widest * (2 * element + 8),
         solve=solve,
         factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
+        blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
+        whole=_whole_bytes(view, plan),
+    )
+
+
+def _trained_bytes(steps: Iterable[Step]) -> int:
+    """Gradient, two moments, a float32 master and the best values of the numbers that forms train: at most what they store."""
+    return 20 * sum(_trained(step) for step in steps)
+
+
+def _trained(step: Step) -> int:
+    """Numbers of a form that gradients reach: all of a factor's, and of a quantized matrix the steps of its groups."""
+    numbers = step.bytes_after * step.target.numel // step.bytes_before
+    return 0 if step.choice.dense else numbers // 8 if step.choice.bits is not None else numbers
+
+
+def _graph(view: ModelView, plan: Plan) -> int:
+    """Bytes that autograd keeps of a token in one layer: what its matrices read and put out, twice for what lies between."""
+    widths = [s.target.in_features + s.target.out_features for s in plan.steps if s.target.layer == plan.steps[0].target.layer]
+    return 2 * 4 * sum(widths)
+
+
+def _whole_bytes(view: ModelView, plan: Plan) -> int:
+    """An end-to-end refinement: the compressed model, its training, the activations and three times the logits of a step."""
+    settings = plan.recipe.refine.end_to_end if plan.recipe.refine is not None else None
+    if settings is None:
+        return 0
+    length = plan.recipe.calibration.length  # windows that are held out are not cut
+    layers = 1 if settings.gradient_checkpointing else len(view.layers)
+    activations = min(length, settings.length or length) * layers * _graph(view, plan)
+    return (
+        plan.whole_after + _trained_bytes(plan.steps) + activations + 3 * 4 * length * view.config.get_text_config().vocab_size
     )
 
 

@@ -22,6 +22,7 @@ from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
 from .depth.base import scores
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
+from .refine import BlockSettings, EndToEndSettings
 
 Allocation = Literal["uniform", "spectrum", "kl", "fisher", "own"]
 
@@ -124,6 +125,53 @@ class DepthSpec(BaseModel):
         return self
 
 
+class RefineSpec(BaseModel):
+    """Training of what is stored, against the original; costs no byte.
+
+    Args:
+        block: layer after layer, as each is compressed, towards the original layer's output.
+        end_to_end: the whole at the end, towards the original's predictions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    block: BlockSettings | None = None
+    end_to_end: EndToEndSettings | None = Field(None, alias="end-to-end")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        names = [given] if isinstance(given, str) else given
+        return {name: {} for name in names} if isinstance(names, list) else given
+
+    @model_validator(mode="after")
+    def _something(self) -> RefineSpec:
+        if self.block is None and self.end_to_end is None:
+            raise ValueError("name 'block', 'end-to-end' or both; leave the key out for none")
+        return self
+
+
+class CorrectionSpec(BaseModel):
+    """Sequential correction: matrices are regressed on the inputs of the compressed model before they are compressed.
+
+    Args:
+        betas: how far towards the original's output; each is tried beside no correction, and held-out tokens choose per layer.
+        damping: ridge added to the gram, relative to its mean diagonal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    betas: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
+    damping: float = Field(0.01, gt=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _parts(cls, betas: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [beta for beta in betas if not 0 < beta <= 1]:
+            raise ValueError(f"must lie in (0, 1], not {wrong[0]:g}; no correction (0) is tried always")
+        return betas
+
+
 class Recipe(BaseModel):
     """One compression, as wanted.
 
@@ -140,6 +188,8 @@ class Recipe(BaseModel):
         rank_multiple: ranks are rounded down to a multiple of this.
         propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
             compressed (sequential).
+        correction: of the matrices for the inputs that they will see; with `propagate: compressed`.
+        refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
         calibration: what statistics are taken on.
         gradients: how the backward pass is made, for methods that need one.
@@ -156,6 +206,8 @@ class Recipe(BaseModel):
     allocation: Allocation = "uniform"
     rank_multiple: int = Field(1, ge=1, le=1024)
     propagate: Literal["original", "compressed"] = "original"
+    correction: CorrectionSpec | None = None
+    refine: RefineSpec | None = None
     keep: tuple[str, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
     gradients: GradientSettings = GradientSettings()
@@ -196,6 +248,11 @@ class Recipe(BaseModel):
             raise ValueError(f"allocation: {self.allocation} cannot choose between alternatives; take kl or spectrum")
         if self.depth is not None:
             self._fits_depth()
+        for key in ("refine", "correction"):
+            if getattr(self, key) is not None and not self.calibration.held_out:
+                raise ValueError(f"{key} is judged by held-out windows: say how many (calibration.held_out: 4)")
+        if self.correction is not None and self.propagate != "compressed":
+            raise ValueError("correction follows the compressed model's inputs: it goes with propagate: compressed")
         if len(self.steps) > 2:
             raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
         _ = self.compression
@@ -229,9 +286,10 @@ class Recipe(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
-        whole = self.model_dump(mode="json", exclude={"method", "settings", "steps", "alternatives"})
-        if self.depth is None:
-            del whole["depth"]
+        whole = self.model_dump(mode="json", by_alias=True, exclude={"method", "settings", "steps", "alternatives"})
+        for key in ("depth", "correction", "refine"):
+            if getattr(self, key) is None:
+                del whole[key]
         if self.alternatives:
             return {"alternatives": [each.resolved() for each in self.alternatives]} | whole
         if self.method is None and not self.steps:

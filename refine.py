@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,9 @@ class BlockSettings(Settings):
         clip: largest norm of a step's gradient.
         loss: `variance`: squared error relative to the variance of the original's outputs; `token`: each token's relative to
             the mean square of its own output, so that a few huge tokens do not decide; `mse`: as it is.
+        precision: as in `EndToEndSettings`.
         seed: of the order of the calls.
+        precision: as in `EndToEndSettings`.
     """
 
     lr: float = Field(default=1e-4, gt=0)
@@ -66,6 +69,7 @@ class BlockSettings(Settings):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     loss: Literal["variance", "token", "mse"] = "variance"
+    precision: Literal["model", "bfloat16"] = "model"
     seed: int = 0
 
 
@@ -76,6 +80,12 @@ class EndToEndSettings(Settings):
         steps: at most.
         every: steps between two looks at the held-out loss.
         patience: looks without a better held-out loss before stopping.
+        length: windows are cut into pieces of so many tokens, which costs less attention; None: as they are.
+        vectors: whether norms and biases are trained too.
+        precision: `bfloat16` multiplies in bfloat16 whatever the model's dtype is (weights and sums stay in theirs), which is
+            several times as fast where the processor has the instructions; `model`: in the model's own.
+        gradient_checkpointing: run each layer anew in the backward pass instead of keeping its activations: a third more
+            time, and memory for the activations of one layer only.
     """
 
     lr: float = Field(default=2e-5, gt=0)
@@ -83,10 +93,32 @@ class EndToEndSettings(Settings):
     batch_tokens: int = Field(default=8192, ge=1)
     every: int = Field(default=10, ge=1)
     patience: int = Field(default=2, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    vectors: bool = False
+    precision: Literal["model", "bfloat16"] = "model"
+    gradient_checkpointing: bool = True
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a refinement stands, from which it goes on after a kill.
+
+    Args:
+        start, best: held-out losses.
+        steps, looks, since: taken so far; looks since the best one.
+        tensors: 'best.N', 'master.N', 'mean.N', 'square.N' of the N-th parameter.
+    """
+
+    start: float
+    best: float
+    steps: int
+    looks: int
+    since: int
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -157,7 +189,8 @@ def refine_block(
 
     def error(call: Call, target: Tensor) -> Tensor:
         """Sum over the call's tokens of the mean squared error, relative as the settings say."""
-        output = run_layer(layer, call.to(device))
+        with _multiplying_in(settings.precision, device):
+            output = run_layer(layer, call.to(device))
         hidden = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wanted = target.to(device, wide)
@@ -197,6 +230,8 @@ def refine_end_to_end(
     held_out: Sequence[Tensor],
     settings: EndToEndSettings,
     notify: Callable[[int, float], None] = lambda look, loss: None,
+    resume: TrainingState | None = None,
+    keep: Callable[[TrainingState], None] = lambda state: None,
 ) -> Refinement:
     """Train the forms of a whole model towards the original's next-token distribution, KL(original ‖ compressed) in nats.
 
@@ -208,6 +243,8 @@ def refine_end_to_end(
             time, so it is the caller's choice whether they are computed or read.
         held_out: token ids of other text.
         notify: called with (number of the look, held-out loss).
+        resume: where an interrupted refinement of the same model stood.
+        keep: called with the state after every look.
 
     Raises:
         NonFiniteError: the held-out loss is no number before the first step.
@@ -220,7 +257,8 @@ def refine_end_to_end(
     def divergence(ids: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None, float]:
         with torch.no_grad():
             wanted = teacher(ids)
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+        with _multiplying_in(settings.precision, device):
+            logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
         total, slope = _divergence(logits.detach(), wanted, gradient)
         return logits, slope, total
 
@@ -237,29 +275,51 @@ def refine_end_to_end(
     tokens = [ids.numel() for ids in batches]
     per_step = max(1, round(settings.batch_tokens * len(tokens) / sum(tokens)))
     model.requires_grad_(False)
-    trainer = _Trainer(list(trainable(model, vectors=False).values()), settings, settings.steps)
-    with _checkpointed(layers):
-        return trainer.run(backward, tokens, per_step, settings.every, judge, settings.patience, notify, started)
+    trainer = _Trainer(list(trainable(model, settings.vectors).values()), settings, settings.steps, resume)
+    with _checkpointed(layers if settings.gradient_checkpointing else []):
+        return trainer.run(backward, tokens, per_step, settings.every, judge, settings.patience, notify, started, keep)
 
 
 class _Trainer:
     """AdamW with a warm, cosine learning rate on float32 masters, and the best state so far."""
 
-    def __init__(self, parameters: list[nn.Parameter], settings: BlockSettings | EndToEndSettings, steps: int) -> None:
-        self._parameters, self._clip, self._left, self._seed = parameters, settings.clip, steps, settings.seed
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        settings: BlockSettings | EndToEndSettings,
+        steps: int,
+        resume: TrainingState | None = None,
+    ) -> None:
+        self._parameters, self._settings, self._steps, self._resume = parameters, settings, steps, resume
         # a float32 parameter is its own master
         self._masters = [p if p.dtype != torch.bfloat16 else nn.Parameter(p.detach().float()) for p in parameters]
+        self._done = 0
         if not parameters:
             return
         self._optimizer = torch.optim.AdamW(self._masters, settings.lr, weight_decay=settings.weight_decay, fused=True)
-        warm = settings.warmup * steps
+        if resume is not None:
+            self._take_up(resume)
 
-        def factor(step: int) -> float:
-            if step + 1 <= warm:
-                return (step + 1) / (warm + 1)
-            return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    def _take_up(self, state: TrainingState) -> None:
+        self._done = state.steps
+        with torch.no_grad():
+            for number, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
+                master.copy_(state.tensors[f"master.{number}"])
+                parameter.copy_(master)
+                if state.steps:
+                    self._optimizer.state[master] = {
+                        "step": torch.tensor(float(state.steps)),
+                        "exp_avg": state.tensors[f"mean.{number}"].to(master),
+                        "exp_avg_sq": state.tensors[f"square.{number}"].to(master),
+                    }
 
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
+    def _rate(self) -> float:
+        """The learning rate of the next step, relative to its peak."""
+        warm = self._settings.warmup * self._steps
+        if self._done + 1 <= warm:
+            return (self._done + 1) / (warm + 1)
+        part = (self._done - warm) / max(1, self._steps - warm)
+        return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * part))
 
     def run(
         self,
@@ -271,6 +331,7 @@ class _Trainer:
         patience: int,
         notify: Callable[[int, float], None],
         started: float,
+        keep: Callable[[TrainingState], None] = lambda state: None,
     ) -> Refinement:
         """Step until the steps or the patience are used up, and leave the best state.
 
@@ -280,51 +341,63 @@ class _Trainer:
             per_step: batches per step.
             between: steps between two looks at the held-out loss.
             judge: the held-out loss.
+            keep: called with the state after every look.
         """
-        start = judge()
+        resume = self._resume
+        start = judge() if resume is None else resume.start
         if not math.isfinite(start):
             raise NonFiniteError(
                 "The held-out loss is not a number before refinement starts.", "Try --dtype bfloat16 or --dtype float32."
             )
-        best, kept, steps, looks, since, stopped = start, self._state(), 0, 0, 0, "done"
+        best, looks, since, stopped = start, 0, 0, "done"
+        kept = [parameter.detach().clone() for parameter in self._parameters]
         if not self._parameters:
             return Refinement(start, start, 0, time.perf_counter() - started, 0, "nothing to train")
-        order = _order(len(tokens), self._seed)
+        if resume is not None:
+            best, looks, since = resume.best, resume.looks, resume.since
+            kept = [resume.tensors[f"best.{number}"].to(p) for number, p in enumerate(self._parameters)]
+        per_step = min(per_step, len(tokens))
+        order = itertools.islice(_order(len(tokens), self._settings.seed), self._done * per_step, None)
         try:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
-            while self._left:
-                for _ in range(min(between, self._left)):
-                    batch = [next(order) for _ in range(min(per_step, len(tokens)))]
+            while self._done < self._steps:
+                if since >= patience:
+                    stopped = "early"
+                    break
+                for _ in range(min(between, self._steps - self._done)):
+                    batch = [next(order) for _ in range(per_step)]
                     total = sum(tokens[index] for index in batch)
                     with torch.enable_grad():
                         loss = math.fsum(self._added(backward, index, total) for index in batch)
                     if not math.isfinite(loss):
                         break
                     self._step()
-                    steps += 1
                 if not math.isfinite(loss):
                     stopped = "diverged"
                     break
                 now = judge()
                 looks += 1
                 notify(looks, now)
+                since += 1
                 if now < best:
-                    best, kept, since = now, self._state(), 0
-                else:
-                    since += 1
-                if since >= patience and self._left:
-                    stopped = "early"
-                    break
+                    best, since = now, 0
+                    kept = [parameter.detach().clone() for parameter in self._parameters]
+                keep(TrainingState(start, best, self._done, looks, since, self._tensors(kept)))
         finally:  # an interrupted refinement leaves a good layer too
             for parameter, value in zip(self._parameters, kept, strict=True):
                 parameter.requires_grad_(False).copy_(value)
                 parameter.grad = None
         count = sum(parameter.numel() for parameter in self._parameters)
-        return Refinement(start, best, steps, time.perf_counter() - started, count, stopped)
+        return Refinement(start, best, self._done, time.perf_counter() - started, count, stopped)
 
-    def _state(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._parameters]
+    def _tensors(self, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for number, (best, master) in enumerate(zip(kept, self._masters, strict=True)):
+            moments = self._optimizer.state[master]
+            found |= {f"best.{number}": best, f"master.{number}": master.detach()}
+            found |= {f"mean.{number}": moments["exp_avg"], f"square.{number}": moments["exp_avg_sq"]}
+        return found
 
     def _added(self, backward: Callable[[int, int], float], index: int, total: int) -> float:
         """One batch's loss; its gradients are added to the masters', so that sums over a step are in float32."""
@@ -338,14 +411,20 @@ class _Trainer:
 
     @torch.no_grad()
     def _step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._masters, self._clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.lr * self._rate()
+        torch.nn.utils.clip_grad_norm_(self._masters, self._settings.clip)
         self._optimizer.step()
-        self._schedule.step()
         self._optimizer.zero_grad()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
-        self._left -= 1
+        self._done += 1
+
+
+def _multiplying_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products in bfloat16 where the settings ask for it; else a context that changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 def _order(count: int, seed: int) -> Iterator[int]:

@@ -69,7 +69,33 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
     _print_kept(console, plan, verbose)
+    _print_refinement(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
+
+
+def _print_refinement(console: Console, plan: Plan) -> None:
+    """What training costs: tokens that pass forward and backward, beside those of the calibration."""
+    refine, calibration = plan.recipe.refine, plan.recipe.calibration
+    tokens = calibration.samples * calibration.length
+    if plan.recipe.correction is not None:
+        tries = 1 + len(plan.recipe.correction.betas)
+        console.print(f"correction: every layer is solved {tries} times, and the original runs beside it")
+    if refine is None:
+        return
+    if refine.block is not None:
+        epoch = min(refine.block.epoch_tokens or tokens, tokens)
+        console.print(
+            f"refinement of blocks: up to {refine.block.epochs} × {epoch:,} tokens through every layer, forward and backward "
+            f"(calibration: {tokens:,} forward)"
+        )
+    if refine.end_to_end is not None:
+        work = refine.end_to_end.steps * refine.end_to_end.batch_tokens
+        passes = 4 if refine.end_to_end.gradient_checkpointing else 3
+        console.print(
+            f"refinement end to end: up to {refine.end_to_end.steps} steps of {refine.end_to_end.batch_tokens:,} tokens, the "
+            f"compressed model held whole; about {passes * work / tokens:.1f} times the forward passes of calibration, and one "
+            "of the original"
+        )
 
 
 def _print_dropped(console: Console, plan: Plan) -> None:
@@ -175,6 +201,13 @@ class Progress:
             f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}"
         )
         self._bar.update(self._task, completed=report.index + 1, total=report.layers)
+
+    def refined(self, look: int, looks: int, loss: float) -> None:
+        """Print one look of an end-to-end refinement."""
+        self._console.print(
+            f"refinement {look:>3}/{looks}  {loss:.4f} nats from the original on held-out text, peak {size(peak_rss())}"
+        )
+        self._bar.update(self._task, completed=look, total=looks)
 
     def finish(self, out: Path) -> None:
         """The closing lines: what was written, how long it took, and warnings."""

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .artifact import UNCHECKED, Artifact
 from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
-from .calibrate.stream import Call
+from .calibrate.stream import Call, hidden_of
 from .card import model_card
 from .compress.base import BACKWARD_NEEDS, TargetStats
 from .compress.forms import Form, Spec
+from .distill import refine_artifact
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
@@ -37,10 +38,13 @@ from .model import ModelView
 from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
 from .prune import layers_to_drop
+from .refine import refine_block
+from .streams import Pair, Solved, correct, restored
 from .survey import Statistics, collect, measure
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
+DISTILLATION = "distillation"  # inside it
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def execute(
     devices: Sequence[torch.device] = (torch.device("cpu"),),
     restart: bool = False,
     notify: Callable[[LayerReport], None] = lambda report: None,
+    refined: Callable[[int, int, float], None] = lambda look, looks, loss: None,
     statistics: Statistics | None = None,
 ) -> bool:
     """Carry out a plan; returns False if the folder held the finished result already.
@@ -151,6 +156,7 @@ def execute(
         devices: where layers run; with several, the batches of each layer are spread over them.
         restart: delete an earlier run in `out`.
         notify: called after each layer.
+        refined: called after each look of an end-to-end refinement with (look, of how many at most, held-out loss).
         statistics: of the original model, where they were collected before; then no activation flows here, unless statistics
             are to come from the part already compressed.
 
@@ -162,6 +168,8 @@ def execute(
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact, torch.no_grad():
         if artifact.finished:
             return False
+        if restart:
+            shutil.rmtree(out / SURVEY / DISTILLATION, ignore_errors=True)
         artifact.require_space(plan.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
         names = _shard_names(view, plan)
         _compress_layers(plan, view, calibration, artifact, devices, names, notify, statistics)
@@ -172,7 +180,21 @@ def execute(
                 artifact.write(key, names[key], view.outside_tensors(part), {})
                 view.unload()
                 give_back()
-        _finish(plan, view, calibration, artifact)
+        config, refinement = _config(plan, view, artifact), None
+        if plan.recipe.refine is not None and plan.recipe.refine.end_to_end is not None:
+            original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
+            refinement = refine_artifact(
+                artifact,
+                config,
+                original,
+                out / SURVEY / DISTILLATION,
+                plan.recipe.refine.end_to_end,
+                calibration.tokens,
+                calibration.held_out,
+                devices,
+                refined,
+            )
+        _finish(plan, view, calibration, artifact, config, refinement)
     shutil.rmtree(out / SURVEY, ignore_errors=True)
     return True
 
@@ -192,14 +214,26 @@ def _compress_layers(
     if all(name in artifact.done for name in staying):
         return
     sequential = plan.recipe.propagate == "compressed"
+    device = devices[0]
 
-    def finish(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> tuple[dict[str, Any], ...]:
-        forms, records = _solve_layer(plan, layer, name, index, stats, devices[0])
-        stored = stored_tensors(layer, name, forms)
+    def compress(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
+        forms, records = _solve_layer(plan, layer, name, index, stats, device)
         specs = form_specs(plan.layer_steps(index), forms)
-        record = {"forms": specs, "targets": [asdict(each) for each in records]}
+        return specs, stored_tensors(layer, name, forms), {"forms": specs, "targets": [asdict(each) for each in records]}
+
+    def write(name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         artifact.write(name, names[name], _renamed(stored, name, staying[name]), record)
-        return specs, stored
+
+    def finish(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
+        solved = compress(index, name, layer, stats)
+        write(name, *solved[1:])
+        return solved
+
+    def put_back(layer: nn.Module, name: str) -> None:
+        """The forms of a finished layer."""
+        held = _renamed(artifact.read(name), staying[name], name)
+        install(layer, name, artifact.done[name].record["forms"], held)
+        restored(layer, name, held)
 
     def report(index: int, name: str, started: float, resumed: bool) -> None:
         records = tuple(TargetRecord(**record) for record in artifact.done[name].record["targets"])
@@ -212,14 +246,13 @@ def _compress_layers(
         outputs: list[Any] | None = None
         if resumed:
             if sequential:
-                held = _renamed(artifact.read(name), staying[name], name)
-                install(layer, name, artifact.done[name].record["forms"], held)
+                put_back(layer, name)
             outputs = None if last else run_batches(layer, name, calls, devices)[0]
         else:
             outputs, stats = run_batches(layer, name, calls, devices, plan.solved(index), plan.wanted(index))
             if statistics is not None:
                 stats = statistics.with_gradients(name, stats)
-            specs, stored = finish(index, name, layer, stats)
+            specs, stored, _ = finish(index, name, layer, stats)
             if sequential and not last:
                 install(layer, name, specs, stored)
                 del stored
@@ -227,6 +260,47 @@ def _compress_layers(
         report(index, name, started, resumed)
         return outputs
 
+    def visit_both(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
+        """The same with the original's activations beside those of the compressed model."""
+        started, pair = time.perf_counter(), Pair.of(calls, held)
+        resumed = name in artifact.done
+        if resumed:
+            goals, small = run_batches(layer, name, pair.original, devices)[0], copy.deepcopy(layer)
+            put_back(small, name)
+        else:
+            seen, unseen = pair.read(sequential)
+            outputs, stats = run_batches(layer, name, seen, devices, plan.solved(index), plan.wanted(index))
+            others = run_batches(layer, name, unseen, devices)[0]
+            goals = others if sequential else outputs + others
+            if statistics is not None:
+                stats = statistics.with_gradients(name, stats)
+
+            def in_place(tried: nn.Module) -> Solved:
+                solved = compress(index, name, tried, dict(stats))
+                install(tried, name, *solved[:2])
+                return solved
+
+            targets = [step.target for step in plan.layer_steps(index)]
+            wanted_states = [hidden_of(goal) for goal in goals]
+            small, (_, stored, record) = correct(
+                layer, name, targets, pair, wanted_states, plan.recipe.correction, in_place, device
+            )  # fmt: skip
+            if block is not None:
+                done = refine_block(small, *pair.split(wanted_states), block)
+                trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
+                stored = {key: trained.get(key, value).to("cpu") for key, value in stored.items()}
+                record |= {"refinement": {key: value for key, value in asdict(done).items() if key != "seconds"}}
+            write(name, stored, record)
+        report(index, name, started, resumed)
+        return goals if index == total - 1 else goals + run_batches(small, name, pair.compressed, devices)[0]
+
+    refine = plan.recipe.refine
+    block = None if refine is None else refine.block
+    if block is not None or plan.recipe.correction is not None:
+        apart = calibration.held_out.split(plan.batch)
+        held = len(apart)
+        through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped)
+        return
     if statistics is None or sequential:
         through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped)
         return
@@ -301,13 +375,13 @@ def _shard_names(view: ModelView, plan: Plan) -> dict[str, str]:
     return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
 
 
-def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Artifact) -> None:
+def _config(plan: Plan, view: ModelView, artifact: Artifact) -> dict[str, Any]:
+    """What config.json will hold."""
     staying = _staying(view, plan)
-    records = [artifact.done[name].record for name in staying]
     modules: dict[str, Any] = {}
-    for name, record in zip(staying, records, strict=True):
-        modules |= _renamed(record["forms"], name, staying[name])
-    config = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
+    for name in staying:
+        modules |= _renamed(artifact.done[name].record["forms"], name, staying[name])
+    config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:
@@ -319,6 +393,18 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
             "lrc_version": version("lrc"),
             "modules": modules,
         }
+    return config
+
+
+def _finish(
+    plan: Plan,
+    view: ModelView,
+    calibration: Calibration,
+    artifact: Artifact,
+    config: Mapping[str, Any],
+    refinement: dict[str, Any] | None,
+) -> None:
+    records = [artifact.done[name].record for name in _staying(view, plan)]
     record = {
         "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
@@ -334,7 +420,12 @@ def _finish(plan: Plan, view: ModelView, calibration: Calibration, artifact: Art
         "ratio": plan.ratio,
         "ratio_of_whole_model": plan.whole_ratio,
         "targets": [target for entry in records for target in entry["targets"]],
+        "layers": {
+            name: {key: value for key, value in entry.items() if key not in ("forms", "targets")}
+            for name, entry in zip(_staying(view, plan).values(), records, strict=True)
+        },
         "dropped_layers": list(plan.dropped),
+        "refinement": refinement,
         "kept": [asdict(kept) for kept in plan.kept],
     }
     check = functools.partial(

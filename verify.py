@@ -11,7 +11,7 @@ from .artifact import read_record
 from .calibrate.stream import Lockstep, check_finite, run_layer
 from .durable import sha256_of
 from .errors import CheckpointError, NonFiniteError
-from .load import LrcConfig, LrcQuantizer, install_forms
+from .load import install_stored
 from .locate import Location
 from .model import ModelView
 from .passes import give_back, steady_memory
@@ -38,7 +38,7 @@ def verify(
     _check_files(folder, record, hashes)
     steady_memory()
     view = ModelView(
-        Location(str(folder), folder, config_file=config_file), trust_remote_code=trust_remote_code, prepare=_install
+        Location(str(folder), folder, config_file=config_file), trust_remote_code=trust_remote_code, prepare=install_stored
     )
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
@@ -52,16 +52,6 @@ def verify(
     _check_bytes(folder, record, view)
     _check_logits(folder, view)
     return record
-
-
-def _install(model: Any) -> None:
-    """Build the forms that config.json names; a model whose targets all stayed dense has none."""
-    stored = getattr(model.config, "quantization_config", None)
-    if stored is None:
-        return
-    config = LrcConfig(**(stored if isinstance(stored, dict) else stored.to_dict()))
-    LrcQuantizer(config).validate_environment()
-    install_forms(model, config.modules, model.dtype)
 
 
 def _check_files(folder: Path, record: dict[str, Any], hashes: bool) -> None:

@@ -1,0 +1,212 @@
+"""Refinement of the whole: the last step of a run trains what it stored towards the original's predictions.
+
+The original is read once more, layer by layer, for the hidden states from which it predicts; they lie on disk, and its logits
+are made from them by the compressed model's own output head, which is the same. The compressed model is then held whole and
+trained (refine.py), and the shards are written again. After every look at the held-out text the state of the training is put
+down, so that a killed run goes on from there.
+
+Memory: the compressed model + 12 bytes per trained number (16 where it is stored in 16 bits) + the best values so far + the
+activations and logits of one step. Time: some four forwards of the model per trained token, three without gradient
+checkpointing.
+
+Source: KL to the original's logits on the factors alone, a few dozen steps: level 3 of three-level compression (METHODS 3.11
+has the numbers), with the divergence in the place of the text's own next tokens, which generalises better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .artifact import UNCHECKED, Artifact
+from .calibrate.packing import token_hash
+from .calibrate.stream import Lockstep
+from .durable import replacing, sync_file, writing
+from .errors import CheckpointError
+from .load import install_stored
+from .locate import Location
+from .model import ModelView
+from .passes import give_back, run_batches
+from .refine import EndToEndSettings, Refinement, TrainingState, refine_end_to_end, trainable
+
+_TEACHER = "teacher.safetensors"
+_STATE = "state.safetensors"
+
+
+class Distillation:
+    """One refinement of a compressed model against its original.
+
+    Args:
+        folder: for the original's hidden states and the state of the training; lies there until the run is finished.
+        settings: of the training.
+        tokens: (samples, length) token ids to train on.
+        held_out: (windows, length) token ids that decide when to stop and what to keep.
+    """
+
+    def __init__(self, folder: Path, settings: EndToEndSettings, tokens: Tensor, held_out: Tensor) -> None:
+        self._folder, self._settings = folder, settings
+        length = min(settings.length or tokens.shape[1], tokens.shape[1])
+        whole = tokens[:, : tokens.shape[1] // length * length]
+        windows = torch.cat(whole.split(length, dim=1))
+        self._train, self._held = list(windows.split(1)), list(held_out.split(1))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def watch_original(self, view: ModelView, devices: Sequence[torch.device]) -> None:
+        """Put the original's last hidden states onto the disk, a tensor per window, unless they lie there already."""
+        path = self._folder / _TEACHER
+        if path.is_file():
+            return
+        decoder = view.model.get_submodule(view.model.base_model_prefix)
+        windows = [*self._train, *self._held]
+        with torch.no_grad(), Lockstep(decoder, view.layers) as steps:
+            view.load_outside()
+            steps.start([{"input_ids": ids} for ids in windows])
+            view.unload()
+            for index, name in enumerate(view.layer_names):
+                outputs = run_batches(view.load(name), name, steps.calls, devices)[0]
+                view.unload(name)
+                give_back()
+                if index < len(view.layers) - 1:
+                    steps.answer(outputs)
+            view.load_end()
+            states = {
+                token_hash(ids): result.last_hidden_state.clone()
+                for ids, result in zip(windows, steps.finish(outputs), strict=True)
+            }
+        view.unload()
+        with writing(path), replacing(path) as temporary:
+            save_file(states, temporary)
+            sync_file(temporary)
+
+    def run(self, model: Any, layers: Sequence[torch.nn.Module], notify: Callable[[int, int, float], None]) -> Refinement:
+        """Train a compressed model, held whole on its device, and leave it in its best state.
+
+        Args:
+            notify: called with (look, of how many at most, held-out divergence in nats per token).
+
+        Raises:
+            CheckpointError: a file that an interrupted run left is damaged.
+        """
+        looks = -(-self._settings.steps // self._settings.every)
+        with _opened(self._folder / _TEACHER) as states:
+            device = next(model.parameters()).device
+
+            def teacher(ids: Tensor) -> Tensor:
+                return from_hidden(model, ids.to(device), states.get_tensor(token_hash(ids)).to(device))
+
+            return refine_end_to_end(
+                model, layers, self._train, teacher, self._held, self._settings,
+                notify=lambda look, loss: notify(look, looks, loss),
+                resume=self._read_state(len(trainable(model, self._settings.vectors))),
+                keep=self._write_state,
+            )  # fmt: skip
+
+    def _read_state(self, parameters: int) -> TrainingState | None:
+        path = self._folder / _STATE
+        if not path.is_file():
+            return None
+        with _opened(path) as file:
+            numbers = json.loads(file.metadata()["numbers"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if len(tensors) != 4 * parameters:
+            raise CheckpointError(f"{path} is of another model.", "Start over with --restart.")
+        return TrainingState(**numbers, tensors=tensors)
+
+    def _write_state(self, state: TrainingState) -> None:
+        path = self._folder / _STATE
+        numbers = {key: value for key, value in vars(state).items() if key != "tensors"}
+        with writing(path), replacing(path) as temporary:
+            save_file({k: t.cpu().contiguous() for k, t in state.tensors.items()}, temporary, {"numbers": json.dumps(numbers)})
+            sync_file(temporary)
+
+
+def refine_artifact(
+    artifact: Artifact,
+    config: Mapping[str, Any],
+    view: ModelView,
+    folder: Path,
+    settings: EndToEndSettings,
+    tokens: Tensor,
+    held_out: Tensor,
+    devices: Sequence[torch.device],
+    notify: Callable[[int, int, float], None],
+) -> dict[str, Any]:
+    """Train what the shards of an unfinished artifact hold, and write them again; returns what to record.
+
+    Args:
+        artifact: all of its shards are written.
+        config: what its config.json will hold.
+        view: the original.
+        folder: see `Distillation`.
+        notify: called with (look, of how many at most, held-out divergence in nats per token).
+    """
+    work = Distillation(folder, settings, tokens, held_out)
+    work.watch_original(view, devices)
+    artifact.expose(config)
+    location = Location(str(artifact.folder), artifact.folder, config_file=UNCHECKED)
+    small = ModelView(location, trust_remote_code=view.trust_remote_code, prepare=install_stored)
+    for name in small.layer_names:
+        small.load(name)
+    small.load_outside(small.source_names(""))
+    small.model.tie_weights()
+    small.model.to(devices[0])
+    done = work.run(small.model, small.layers, notify)
+    state = small.model.state_dict()
+    for key, shard in artifact.done.items():
+        # guards (empty tensors under the names of what they guard) have no place in the model
+        refined = {name: state[name].cpu() if name in state else held for name, held in artifact.read(key).items()}
+        artifact.write(key, shard.file, refined, shard.record)
+    return {key: value for key, value in asdict(done).items() if key != "seconds"}  # the same for an interrupted run
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "Start over with --restart.") from error
+
+
+def from_hidden(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The logits that a causal language model makes of its decoder's last hidden states, scaled and capped as it does.
+
+    Args:
+        ids: (samples, length), for the shape only.
+        hidden: (samples, length, hidden), in the place of what the decoder would return.
+    """
+    decoder = model.get_submodule(model.base_model_prefix)
+    own = vars(decoder).get("forward")
+    decoder.forward = lambda *_, **__: _Given(hidden)
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+    return logits
+
+
+class _Given(SimpleNamespace):
+    """A decoder's answer, as an object and as the tuple that older models take apart."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(last_hidden_state=hidden, past_key_values=None, hidden_states=None, attentions=None)
+
+    def __getitem__(self, place: int) -> Tensor:
+        hidden: Tensor = (self.last_hidden_state,)[place]
+        return hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None  # router logits, caches: what a model without labels has no use for

@@ -1,0 +1,188 @@
+"""Two streams: what the original's layers see and put out, and what the compressed layers do, side by side.
+
+Both go through the layers together, so that a compressed layer can be held to the original's output on the same tokens:
+
+* `correct` regresses every matrix on the inputs that it will really see (`propagate: compressed` alone compresses the original
+  matrix on them): R = W (Ĉ + β D)(Ĉ + λ I)⁻¹ with Ĉ = E[x̂ x̂ᵀ] and D = E[(x - x̂) x̂ᵀ], x the original's input and x̂ the
+  compressed model's. β = 1 aims at the original's output, β = 0 at W x̂. The method then compresses R. Which β is taken, or
+  none, is chosen for each layer by its error on held-out tokens. Matrices that stay dense are corrected too, for nothing.
+* `refine_block` (refine.py) trains what the layer stores, its norms and its biases.
+
+Source: the dual-input objective of AA-SVD (arXiv 2604.02119, theorem 3.2) and SAES-SVD (arXiv 2602.03051); choosing by held-out
+block error, and "none" among the choices, is lrc's: independent reproductions saw such refits explode (METHODS 3.9).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .assemble import target_weight
+from .calibrate.stream import Call, hidden_of, run_layer
+from .recipe import CorrectionSpec
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The calls of one layer in both streams, batch by batch; the last `held` of each are held out."""
+
+    original: Sequence[Call]
+    compressed: Sequence[Call]
+    held: int
+
+    @classmethod
+    def of(cls, calls: Sequence[Call], held: int) -> Pair:
+        """From all calls in a row: the original's, then the compressed model's."""
+        half = len(calls) // 2
+        return cls(calls[:half], calls[half:], held)
+
+    @property
+    def trained(self) -> int:
+        """Batches that are not held out."""
+        return len(self.original) - self.held
+
+    def read(self, sequential: bool) -> tuple[Sequence[Call], Sequence[Call]]:
+        """The calls that statistics come from, and the others that the original layer answers."""
+        if sequential:
+            return self.compressed[: self.trained], self.original
+        return self.original[: self.trained], self.original[self.trained :]
+
+    def split(self, goals: Sequence[Tensor]) -> tuple[Sequence[Call], Sequence[Tensor], Sequence[Call], Sequence[Tensor]]:
+        """The compressed model's calls and their goals: those to train on, then those held out."""
+        at = self.trained
+        return self.compressed[:at], goals[:at], self.compressed[at:], goals[at:]
+
+
+def cross_moments(
+    layer: nn.Module, name: str, targets: Sequence[Target], pair: Pair, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Group -> (E[x̂ x̂ᵀ], E[(x - x̂) x̂ᵀ]), both (in, in) float64, over the batches that are not held out.
+
+    Experts are left out: the two streams send different tokens to them.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    tokens = 0
+    with torch.no_grad():
+        for one, two in zip(pair.original[: pair.trained], pair.compressed[: pair.trained], strict=True):
+            with _inputs(layer, name, targets) as seen:
+                run_layer(layer, one.to(device))
+                before = dict(seen)
+                seen.clear()
+                run_layer(layer, two.to(device))
+                after = dict(seen)
+            count = next(iter(after.values())).shape[0] if after else 0
+            for group, x_hat in after.items():
+                gram = (x_hat.T @ x_hat).double()
+                cross = ((before[group] - x_hat).T @ x_hat).double()
+                held = found.get(group)
+                found[group] = (gram, cross) if held is None else (held[0] + gram, held[1] + cross)
+            tokens += count
+    return {group: (gram / tokens, cross / tokens) for group, (gram, cross) in found.items()}
+
+
+@contextmanager
+def _inputs(layer: nn.Module, name: str, targets: Sequence[Target]) -> Iterator[dict[str, Tensor]]:
+    """While the context is open, the input (tokens, in) float32 of every group whose targets are no experts."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        watched: set[str] = set()
+        for target in targets:
+            if target.expert is None and target.group not in watched:
+                watched.add(target.group)
+                module = layer.get_submodule(target.module.removeprefix(name + "."))
+
+                def hook(module: nn.Module, args: tuple[Any, ...], group: str = target.group) -> None:
+                    seen[group] = args[0].reshape(-1, args[0].shape[-1]).float()
+
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield seen
+
+
+def regressed(weight: Tensor, gram: Tensor, cross: Tensor, beta: float, damping: float) -> Tensor:
+    """`W (Ĉ + β D)(Ĉ + λ I)⁻¹` in float64, λ = damping · the mean of Ĉ's diagonal, made so that β = 0 changes nothing.
+
+    With β = 0 the regression of W x̂ on x̂ is W itself wherever x̂ has energy; shrinking it by the ridge would only lose, so the
+    ridge is put on both sides: W + β W D (Ĉ + λ I)⁻¹.
+
+    Args:
+        weight: (out, in).
+        gram, cross: (in, in) float64, Ĉ and D.
+    """
+    ridge = damping * float(gram.diagonal().mean())
+    if ridge <= 0:
+        return weight.double()
+    damped = gram + ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    factor = torch.linalg.cholesky(damped)
+    change = torch.cholesky_solve((weight.double() @ cross).T, factor).T
+    return weight.double() + beta * change
+
+
+Solved = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # specs, stored tensors, record
+
+
+def correct(
+    layer: nn.Module,
+    name: str,
+    targets: Sequence[Target],
+    pair: Pair,
+    goals: Sequence[Tensor],
+    settings: CorrectionSpec | None,
+    compress: Callable[[nn.Module], Solved],
+    device: torch.device,
+) -> tuple[nn.Module, Solved]:
+    """Compress a copy of a layer with and without correction, and keep what is nearest to the goals on held-out tokens.
+
+    Args:
+        layer: the original layer on `device`; not changed.
+        goals: the original layer's hidden states, of all batches.
+        settings: which β to try; None: no correction at all.
+        compress: compresses a layer in place: solves its targets and installs their forms.
+
+    Returns:
+        The compressed layer, and what `compress` returned for it; the record says which β was taken (None: no correction).
+    """
+    if settings is None:
+        small = copy.deepcopy(layer)
+        return small, compress(small)
+    moments = cross_moments(layer, name, targets, pair, device)
+    _, _, calls, wanted = pair.split(goals)
+    best: tuple[float, nn.Module, Solved] | None = None
+    for beta in (None, *settings.betas):
+        tried = copy.deepcopy(layer)
+        if beta is not None:
+            with torch.no_grad():
+                for target in targets:
+                    if target.group in moments:
+                        weight, _ = target_weight(tried, name, target)
+                        weight.copy_(regressed(weight, *moments[target.group], beta, settings.damping))
+        specs, stored, record = compress(tried)
+        error = block_error(tried, calls, wanted, device)
+        if best is None or error < best[0]:
+            best = error, tried, (specs, stored, record | {"correction": {"beta": beta, "held_out_error": error}})
+    assert best is not None
+    return best[1:]
+
+
+@torch.no_grad()
+def block_error(layer: nn.Module, calls: Sequence[Call], goals: Sequence[Tensor], device: torch.device) -> float:
+    """Sum of squared differences between a layer's hidden states and the goals, float64."""
+    outputs = (hidden_of(run_layer(layer, call.to(device))) for call in calls)
+    return math.fsum(float((y.cpu().double() - goal.double()).square().sum()) for y, goal in zip(outputs, goals, strict=True))
+
+
+def restored(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer with its forms in place the stored values of everything else (norms and biases that were refined)."""
+    state = layer.state_dict()
+    with torch.no_grad():
+        for key, value in tensors.items():
+            held = state.get(key.removeprefix(name + "."))
+            if held is not None and held.shape == value.shape:
+                held.copy_(value)

@@ -1,0 +1,113 @@
+"""Refinement as the last step of a run: closer to the original on held-out text, the same bytes, and it survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from pipeline import compress
+from tiny import CONFIGS, tiny_model
+
+from lrc.calibrate.data import load_calibration
+from lrc.distill import from_hidden
+from lrc.errors import RecipeError
+from lrc.load import open_model
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.recipe import load_recipe
+from lrc.run import SURVEY, execute
+from lrc.verify import verify
+
+REFINE = {"end-to-end": {"lr": 1e-3, "steps": 80, "every": 20, "batch_tokens": 96}}
+OPTIONS = {"ratio": 0.5, "samples": 100, "calibration__held_out": 4}
+
+
+def divergence(original, folder, ids) -> float:
+    logs = []
+    for path in (original, folder):
+        with torch.no_grad():
+            logs.append(open_model(str(path))[0](ids).logits.double().log_softmax(-1))
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def hashes(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_from_hidden_states_are_the_models_own(family):
+    model, ids = tiny_model(family), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        decoder = model.get_submodule(model.base_model_prefix)
+        hidden = decoder(input_ids=ids).last_hidden_state
+        assert torch.equal(from_hidden(model, ids, hidden), model(ids).logits)
+        assert torch.equal(model(ids).logits, from_hidden(model, ids, hidden))  # and the decoder is itself again
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_a_refined_model_is_closer_to_the_original_in_the_same_bytes(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    plain = compress(model, tmp_path / "plain", tiny_text_file, **OPTIONS)
+    refined = compress(model, tmp_path / "refined", tiny_text_file, refine=REFINE, **OPTIONS)
+    record = verify(tmp_path / "refined")
+    assert plain.whole_after == refined.whole_after
+    tokens = load_calibration(refined.recipe.calibration, ModelView(locate(str(model))).location.tokenizer()).held_out
+    before, after = (divergence(model, tmp_path / name, tokens) for name in ("plain", "refined"))
+    assert after < 0.9 * before
+    assert record["refinement"]["start"] == pytest.approx(before, rel=1e-3)
+    assert record["refinement"]["best"] == pytest.approx(after, rel=1e-3)
+    assert not (tmp_path / "refined" / SURVEY).exists()
+
+
+def test_quantized_targets_train_their_scales(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("llama", dtype=torch.bfloat16)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: gptq\nsettings: {bits: 2, group_size: 16}\n")
+    options = {key: value for key, value in OPTIONS.items() if key != "ratio"}
+    compress(model, tmp_path / "out", tiny_text_file, str(recipe), refine=REFINE, **options)
+    record = verify(tmp_path / "out")["refinement"]
+    assert record["best"] < 0.95 * record["start"] and record["parameters"] > 0
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("look", [1, 2, 4])
+def test_a_killed_refinement_goes_on_to_the_same_bytes(look, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("llama", dtype=torch.bfloat16)
+    compress(model, tmp_path / "whole", tiny_text_file, refine=REFINE, **OPTIONS)
+    wanted = {"calibration.source": f"text:{tiny_text_file}", "calibration.samples": 100, "calibration.length": 48,
+              "calibration.held_out": 4, "ratio": 0.5, "refine": REFINE}  # fmt: skip
+    view = ModelView(locate(str(model)))
+    plan = make_plan(view, load_recipe("svd-llm", wanted))
+    texts = load_calibration(plan.recipe.calibration, view.location.tokenizer())
+    seen: list[int] = []
+
+    def kill(now: int, looks: int, loss: float) -> None:
+        seen.append(now)
+        assert looks == 4
+        if len(seen) == look:
+            raise Killed
+
+    with pytest.raises(Killed):
+        execute(plan, view, texts, tmp_path / "out", refined=kill)
+    assert not (tmp_path / "out" / "config.json").exists()
+    view = ModelView(locate(str(model)))
+    execute(plan, view, texts, tmp_path / "out", refined=kill)
+    assert seen == [*range(1, look + 1), *range(look, 5)]  # the state is put down after the look that was interrupted
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    one, two = (json.loads((tmp_path / name / "lrc.json").read_text()) for name in ("out", "whole"))
+    assert one["refinement"] == two["refinement"]
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(RecipeError, match=r"calibration\.held_out: 4"):
+        load_recipe("svd-llm", {"refine": "end-to-end"})
+    with pytest.raises(RecipeError, match="stpes"):
+        load_recipe("svd-llm", {"refine": {"end-to-end": {"stpes": 3}}, "calibration.held_out": 2})
+    both = load_recipe("svd-llm", {"refine": ["block", "end-to-end"], "calibration.held_out": 2})
+    assert both.refine.block is not None and both.refine.end_to_end is not None
