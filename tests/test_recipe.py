@@ -53,7 +53,7 @@ def test_a_resolved_recipe_spells_out_everything_and_reads_back_the_same(name, w
     assert set(resolved) - alternatives == set(Recipe.model_fields) - alternatives
     for step in resolved.get("steps", [resolved] if "method" in resolved else []):
         assert set(step["settings"]) == set(methods()[step["method"]].settings.model_fields)
-    assert set(resolved["calibration"]) == {"source", "samples", "length", "seed", "chat"}
+    assert set(resolved["calibration"]) == {"source", "samples", "length", "seed", "held_out", "chat"}
     assert load_recipe(write(yaml.safe_dump(resolved))).resolved() == resolved
 
 
@@ -66,7 +66,7 @@ def test_the_papers_calibration_is_the_default_of_the_papers_recipe():
         "rank_multiple": 1,
         "propagate": "original",
         "keep": [],
-        "calibration": {"source": "wikitext2", "samples": 256, "length": 2048, "seed": 0, "chat": False},
+        "calibration": {"source": "wikitext2", "samples": 256, "length": 2048, "seed": 0, "held_out": 0, "chat": False},
         "gradients": {"labels": "sampled", "clip": [0.1, 10.0], "trim": 0.0, "seed": 0},
     }
 
