@@ -23,7 +23,7 @@ def model_card(plan: Plan) -> str:
     return f"""---
 library_name: transformers
 base_model: "{plan.model["name"]}"
-tags: [lrc, compressed, {method.name}]
+tags: [lrc, compressed, {", ".join(way.name for way in method.ways or (method,))}]
 ---
 
 # {plan.model["name"]}, compressed by lrc
