@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
+_RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # what readers of the record rely on
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -223,10 +225,12 @@ class Artifact:
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
             "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
         }
+        written = dict(files) | {INDEX: _json(index), "config.json": _json(config)}
         whole = dict(record) | {
             "schema": SCHEMA,
             "identity": self.identity,
             "files": sorted(files),
+            "sha256": {name: hashlib.sha256(written[name]).hexdigest() for name in sorted(written)},
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
@@ -234,9 +238,9 @@ class Artifact:
             for name, content in files.items():
                 self._put(name, content)
             self._put("README.md", card.encode())
-            self._put(INDEX, _json(index))
+            self._put(INDEX, written[INDEX])
             self._put(RECORD, _json(whole))
-            self._put(UNCHECKED, _json(config))
+            self._put(UNCHECKED, written["config.json"])
         check()
         with writing(self.folder):
             (self.folder / UNCHECKED).replace(self.folder / "config.json")
@@ -289,7 +293,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
         if record["schema"] > SCHEMA:
             raise CheckpointError(f"{path} has schema {record['schema']}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
-    except (ValueError, KeyError, TypeError) as error:
+        for key in _RECORDED:
+            record[key]
+        record["calibration"]["provenance"]
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}: it is damaged, or not lrc's.", "Write the artifact again.") from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}", "Write the artifact again.") from error
     return record
 
