@@ -5,11 +5,12 @@ torch and transformers are imported where they are needed, so that `lrc --help` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import LrcError, RequestError, did_you_mean
+from .errors import LrcError, OutputError, RequestError, did_you_mean
 
 
 def checked(*checks: Callable[[], Any]) -> list[Any]:
@@ -41,6 +42,33 @@ def require_finished(name: str) -> None:
 
     if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
         raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
+
+
+def require_writable(file: Path) -> None:
+    """Refuse a file that could not be written at the end of hours of work.
+
+    Raises:
+        RequestError: its folder is not there, or it is a folder itself.
+        OutputError: it may not be written.
+    """
+    if not file.parent.is_dir():
+        raise RequestError(f"The folder of --json {file} does not exist.", "Create it first.")
+    if file.is_dir():
+        raise RequestError(f"--json {file} is a folder.", "Name a file in it.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"Cannot write --json {file}: permission denied, or a read-only disk.", "Give another file.")
+
+
+def require_folder(folder: Path) -> None:
+    """Make a folder if need be.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    from .durable import writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def dtype_of(name: str | None) -> Any:

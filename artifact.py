@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
+_RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # what readers of the record rely on
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -232,10 +234,12 @@ class Artifact:
             check: raises if the result is not sound; then it never looks finished.
         """
         shards = sorted(self.done.values(), key=lambda shard: shard.file)
+        written = dict(files) | {INDEX: _json(self._index()), "config.json": _json(config)}
         whole = dict(record) | {
             "schema": SCHEMA,
             "identity": self.identity,
             "files": sorted(files),
+            "sha256": {name: hashlib.sha256(written[name]).hexdigest() for name in sorted(written)},
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
@@ -297,7 +301,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
         if record["schema"] > SCHEMA:
             raise CheckpointError(f"{path} has schema {record['schema']}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
-    except (ValueError, KeyError, TypeError) as error:
+        for key in _RECORDED:
+            record[key]
+        record["calibration"]["provenance"]
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}: it is damaged, or not lrc's.", "Write the artifact again.") from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}", "Write the artifact again.") from error
     return record
 

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import checked, devices_of, dtype_of, located, names_of, quiet, ratio_of, require_finished
-from .errors import LrcError, RequestError
+from .arguments import (
+    checked,
+    devices_of,
+    dtype_of,
+    located,
+    names_of,
+    quiet,
+    ratio_of,
+    require_finished,
+    require_folder,
+    require_writable,
+)
+from .errors import LrcError, OutputError
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -31,7 +42,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 app.add_typer(recipe_app, name="recipe")
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0,cuda:1 (samples are spread over them), or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0,cuda:1 (the work is spread over them), or auto.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
 Recipe = Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")]
@@ -41,7 +52,7 @@ Calibrate = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of calibration samples and sampled labels.")]
 Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
@@ -79,19 +90,22 @@ def compress(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
-    from .report import Progress, print_plan
+    from .report import Progress, print_calibration, print_plan
 
     overrides = _overrides(ratio, propagate, calibration, samples, length, seed)
     view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     print_plan(plan)
     if dry_run:
         return
-    from .calibrate.data import load_calibration
+    from .calibrate.data import NO_TEXT, load_calibration
     from .generate import generator
     from .run import execute, prepare
 
-    tokenizer = view.location.tokenizer(trust_remote_code)
-    texts = load_calibration(plan.recipe.calibration, tokenizer, generator(model, view.dtype, devices[0], trust_remote_code))
+    texts = NO_TEXT
+    if plan.recipe.reads_text:
+        writer = generator(model, view.dtype, devices[0], trust_remote_code)
+        texts = load_calibration(plan.recipe.calibration, view.location.tokenizer(trust_remote_code), writer)
+        print_calibration(texts)
     try:
         with Progress(plan) as progress:
             final, held = prepare(
@@ -164,10 +178,10 @@ def evaluate_command(
     from .report import print_results
     from .tasks import check_positions, prepare
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise RequestError(f"The folder of --json {json_file} does not exist.", "Create it first.")
+    if json_file is not None:
+        require_writable(json_file)
     quiet()
-    models = [model, *([baseline] if baseline else [])]
+    models = [model, *([baseline] if baseline is not None else [])]
     request, *found = checked(
         lambda: prepare(
             names_of(tasks), length=length, bos=bos, max_windows=max_windows, limit=limit, num_fewshot=num_fewshot,
@@ -180,7 +194,7 @@ def evaluate_command(
     if request.texts:
         for location in found[: len(models)]:
             check_positions(location.config(trust_remote_code), length)
-    loader = partial(open_model, dtype=dtype_of(dtype), device=device, trust_remote_code=trust_remote_code)
+    loader = partial(open_model, dtype=dtype_of(dtype), device=device.strip(), trust_remote_code=trust_remote_code)
     measured = {}
     for name in models:
         provenance: list[dict[str, Any]] = []
@@ -192,7 +206,10 @@ def evaluate_command(
     print_results(model, measured[model], baseline, measured.get(baseline or ""))
     if json_file is not None:
         whole = results_json(model, measured[model], measured.get(baseline or ""), baseline)
-        json_file.write_text(json.dumps(whole, indent=2) + "\n")
+        try:
+            json_file.write_text(json.dumps(whole, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
 
 
 @app.command()
@@ -221,11 +238,11 @@ def sweep(
     from .run import shared_statistics
     from .sweep import Job, markdown, run_sweep
 
+    require_folder(out)
     overrides = _overrides(None, None, calibration, samples, length, seed)
     view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, device, dtype, trust_remote_code)
     first = plans[0].recipe.calibration
     tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
-    out.mkdir(parents=True, exist_ok=True)
     shared_statistics(plans, view, tokens, out / "statistics", devices_of(device))
     common = ["--device", device, *(["--dtype", dtype] if dtype else [])]
     common += ["--trust-remote-code"] if trust_remote_code else []
@@ -343,6 +360,7 @@ def _overrides(
         "calibration.samples": samples,
         "calibration.length": length,
         "calibration.seed": seed,
+        "gradients.seed": seed,
     }
 
 

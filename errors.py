@@ -97,6 +97,14 @@ class SweepError(LrcError):
         )
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, on one line: its first line, and what follows a line that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ` Did you mean 'x'?`, or the list of what is known."""
     names = sorted(known)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .load import open_model
+from .model import require_positions
 
 
 def generator(
@@ -21,6 +22,7 @@ def generator(
     def generate(samples: int, length: int, seed: int) -> Tensor:
         """Tokens that the model itself writes."""
         loaded, tokenizer = open_model(model, dtype=dtype, device=str(device), trust_remote_code=trust_remote_code)
+        require_positions(loaded.config, length, "calibration.length")
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         forbidden = [loaded.generation_config.eos_token_id]
         suppressed = [i for entry in forbidden if entry is not None for i in (entry if isinstance(entry, list) else [entry])]

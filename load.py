@@ -7,6 +7,7 @@ a compressed checkpoint are the model's own, so no renaming applies to them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .calibrate.weights import SafetensorsSource
 from .compress import experts
 from .compress.forms import MODULES, Spec, build_module, linear_shape
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, one_line
 from .locate import locate
 
 METHOD = "lrc"
@@ -78,6 +80,10 @@ class LrcQuantizer(HfQuantizer):
 
 def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> None:
     """Swap the named modules of a model on the meta device for empty modules of their forms."""
+    if not isinstance(modules, dict) or not all(isinstance(spec, dict) for spec in modules.values()):
+        raise CheckpointError(
+            "The checkpoint's quantization_config has no readable 'modules'.", "Its config.json was changed; get it again."
+        )
     for name, spec in modules.items():
         parent_name, _, leaf = name.rpartition(".")
         try:
@@ -91,7 +97,7 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
                     if shape is None:
                         raise AttributeError(f"'{name}' is no linear module")
                     setattr(parent, leaf, build_module(spec, shape[1], shape[0], dtype))
-        except (AttributeError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
                 f"Forms known here: experts, {', '.join(MODULES)}.",
@@ -130,7 +136,7 @@ def open_model(
     Args:
         model: a hub id, folder, `.gguf` file, `pkg:PACKAGE/FILE`, or lrc's output folder.
         dtype: None takes the checkpoint's own (float32 for GGUF).
-        device: a torch device, or 'auto' to spread over all GPUs.
+        device: a torch device, several with commas between them to spread the layers over, or 'auto' for all GPUs.
 
     Raises:
         ModelError: nothing is there, or the folder holds an unfinished run.
@@ -141,25 +147,50 @@ def open_model(
 
     location = locate(model)
     config = location.config(trust_remote_code)
+    own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # names a shard that is damaged
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             location.path,
             gguf_file=location.gguf,
-            dtype=dtype or config.dtype or torch.float32,
-            device_map=device if device == "auto" else {"": device},
+            dtype=dtype or config.dtype or own,
+            **_placed(device),
             trust_remote_code=trust_remote_code,
             use_safetensors=None if location.gguf else True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
     except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Get or write it again.") from error
+        raise CheckpointError(f"{model} cannot be loaded: {one_line(error)}", "Get or write it again.") from error
     except OSError as error:
-        raise ModelError(
-            f"{model} cannot be loaded: {str(error).splitlines()[0]}", "Give a folder with safetensors."
-        ) from error
-    missing = sorted(name for name, tensor in loaded.state_dict().items() if tensor.is_meta)
-    if missing:
-        raise CheckpointError(f"{model}: {len(missing)} tensors have no weights, '{missing[0]}' first.", "Get it again.")
+        raise ModelError(f"{model} cannot be loaded: {one_line(error)}", "Give a folder with safetensors.") from error
+    loaded, info = found
+    _require_whole(model, loaded, info)
     return loaded.eval(), location.tokenizer(trust_remote_code)
+
+
+def _placed(device: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that put a model onto these devices."""
+    devices = [torch.device(part.strip()) for part in device.split(",")] if device != "auto" else []
+    if len(devices) == 1:
+        return {"device_map": {"": devices[0]}}
+    room = {each.index: torch.cuda.mem_get_info(each)[0] for each in devices}
+    return {"device_map": "auto"} | ({"max_memory": room} if room else {})
+
+
+def _require_whole(model: str, loaded: Any, info: Mapping[str, Any]) -> None:
+    """transformers draws random weights for what a checkpoint lacks, and says so in a warning only."""
+    if unfitting := sorted(info["mismatched_keys"]):
+        name, got, wanted = unfitting[0]
+        raise CheckpointError(
+            f"{model}: '{name}' has shape {tuple(got)}, the model of config.json wants {tuple(wanted)}.",
+            "Weights and config.json do not belong together.",
+        )
+    bare = (name for name, tensor in loaded.state_dict().items() if tensor.is_meta)
+    if missing := sorted({*info["missing_keys"], *bare}):
+        raise CheckpointError(
+            f"{model}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
+            "The checkpoint is incomplete, or config.json describes another model.",
+        )
 
 
 register()

@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError, did_you_mean
+import torch
+
+from .errors import CheckpointError, ModelError, did_you_mean, one_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
+_HUB_LEFT = [
+    "consolidated*",
+    "*/*.safetensors",
+]  # the same weights once more, in their makers' own layout or for another engine
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
 
@@ -33,16 +40,27 @@ class Location:
 
     def config(self, trust_remote_code: bool = False) -> Any:
         """The model's configuration, read by transformers (from the GGUF header for a GGUF file)."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         other = {} if self.config_file == "config.json" else {"_configuration_file": self.config_file}
         try:
-            return AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code, **other)
-        except (ValueError, OSError, KeyError) as error:
+            config = AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code, **other)
+        except (ValueError, OSError, KeyError, AttributeError, StrictDataclassError, struct.error) as error:
+            if self.gguf:
+                size = (self.path / self.gguf).stat().st_size
+                raise CheckpointError(
+                    f"{self.name} ({size} bytes) cannot be read as GGUF: {one_line(error)}", "Get the file again."
+                ) from error
             raise ModelError(
-                f"{self.name}: transformers cannot read the configuration: {str(error).splitlines()[0]}",
-                "If the model's code comes with the checkpoint and you trust it, add --trust-remote-code.",
+                f"{self.name}: transformers cannot read the configuration: {one_line(error)}",
+                "If the model's code comes with the checkpoint and you trust it, add --trust-remote-code; "
+                "if not, config.json is damaged or newer than this transformers.",
             ) from error
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ModelError(f"{self.name}: config.json has the dtype {config.dtype!r}, which torch does not know.",
+                             "Write float32, bfloat16 or float16 there.")  # fmt: skip
+        return config
 
     def tokenizer(self, trust_remote_code: bool = False) -> Any:
         """The model's tokenizer."""
@@ -74,6 +92,8 @@ def locate(model: str) -> Location:
     Raises:
         ModelError: nothing is there, with the nearest names.
     """
+    if not model.strip():
+        raise ModelError("The name of the model is empty.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id.")
     if model.startswith("pkg:"):
         return _packaged(model)
     path = Path(model).expanduser()
@@ -120,10 +140,21 @@ def _neighbours(path: Path) -> str:
 
 def _from_hub(model: str) -> Location:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
-        folder = snapshot_download(model, allow_patterns=_HUB_FILES)
+        folder = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT)
+    except HFValidationError as error:
+        raise ModelError(
+            f"There is no folder '{model}', and no model on the hub can have that name: {one_line(error)}",
+            _neighbours(Path(model)),
+        ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"There is no folder '{model}', and no such model on the hub (or it is private).",
                          "Check the name; for a gated model log in with `hf auth login`.") from error  # fmt: skip

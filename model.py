@@ -6,6 +6,7 @@ the matrices that they multiply by (targets.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .calibrate.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 from .compress.experts import IMPLEMENTATION, register
-from .errors import CheckpointError, ModelError, NonFiniteError
+from .errors import CalibrationError, CheckpointError, ModelError, NonFiniteError, one_line
 from .locate import Location
 from .targets import Target, watch
 
@@ -53,7 +54,8 @@ class ModelView:
         self.config = location.config(trust_remote_code)
         if prepare is None:
             _refuse(self.config, location.name)
-        self.dtype = dtype or self.config.dtype or torch.float32
+        shards = None if location.gguf else SafetensorsSource(location.path)
+        self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
         self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
         if prepare is not None:
@@ -61,9 +63,7 @@ class ModelView:
         self.layers_path, layers = _find_layers(self.model, location.name)
         self.layers: list[nn.Module] = layers
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
-        self.source: WeightSource = (
-            GgufSource(location.path / location.gguf, self.model) if location.gguf else SafetensorsSource(location.path)
-        )
+        self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
         renamed, self.unused = _renamed(self.model, self.source)
         self._sources = group_by_prefix(renamed, self.layer_names)
         self._renamed = renamed
@@ -117,6 +117,30 @@ class ModelView:
         if not hasattr(self, "_found"):
             self._found = watch(self)
         return self._found
+
+    @cached_property
+    def left_out(self) -> list[Kept]:
+        """What the checkpoint holds and the model of config.json has no place for; the result will not have it."""
+        shapes = {name: self.source.shape(name) for name in self.unused}
+        return [
+            Kept(name, math.prod(shape or (0,)), "the model of config.json has no place for it")
+            for name, shape in shapes.items()
+        ]
+
+    def require_tokens(self, tokens: Tensor) -> None:
+        """Refuse calibration tokens (samples, length) that a forward of this model could not take.
+
+        Raises:
+            CalibrationError: samples longer than the model's positions, or a token that its vocabulary does not hold.
+        """
+        text = self.config.get_text_config()
+        require_positions(self.config, tokens.shape[1], "calibration.length")
+        if (largest := int(tokens.max())) >= text.vocab_size:
+            raise CalibrationError(
+                f"{self.location.name}: the tokenizer gives token {largest}, and the model knows tokens 0 to "
+                f"{text.vocab_size - 1}.",
+                "Tokenizer and model do not belong together; put the model's own tokenizer beside its weights.",
+            )
 
     @cached_property
     def numel(self) -> int:
@@ -266,6 +290,20 @@ class ModelView:
         )
 
 
+def require_positions(config: Any, length: int, what: str) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        CalibrationError: `what`, a flag or a key of the recipe, asks for more.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise CalibrationError(
+            f"{what} {length} is more than the {positions} positions of this model (max_position_embeddings).",
+            f"Give --length {positions} or less.",
+        )
+
+
 def _refuse(config: Any, name: str) -> None:
     """Models that cannot be compressed, and why."""
     quantized = getattr(config, "quantization_config", None)
@@ -286,10 +324,11 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
-            f"transformers cannot build a causal language model of type '{config.model_type}': {str(error).splitlines()[0]}",
-            "If its code comes with the checkpoint and you trust it, add --trust-remote-code.",
+            f"transformers cannot build a causal language model of type '{config.model_type}' from its configuration: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged.",
         ) from error
     model.tie_weights()
     model.eval()

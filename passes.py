@@ -31,6 +31,8 @@ def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit, drop
         visit: returns one output per call; after the last layer what it returns is not used.
         dropped: layers that every batch passes by.
     """
+    for ids in tokens:
+        view.require_tokens(ids)
     view.load_outside()
     last = len(view.layers) - 1
     with Lockstep(view.model, view.layers) as steps:

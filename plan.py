@@ -83,6 +83,7 @@ class Plan:
         layers: of the original model.
         dropped: layers that go.
         dropped_beside: bytes of what is no target in them.
+        left_out: what the checkpoint holds and the model has no place for.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class Plan:
     layers: int
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
+    left_out: tuple[Kept, ...] = ()
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -208,6 +210,7 @@ def make_plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
         Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
         sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving),
+        tuple(view.left_out),
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
@@ -270,7 +273,8 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     element = torch.empty((), dtype=view.dtype).element_size()
     calibration = plan.recipe.calibration
     text = view.config.get_text_config()
-    hidden = calibration.samples * calibration.length * text.hidden_size * element
+    read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
+    hidden = read * text.hidden_size * element
     by_layer: dict[int, list[Step]] = defaultdict(list)
     for step in plan.steps:
         by_layer[step.target.layer].append(step)
@@ -280,7 +284,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         default=0,
     )
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
-    tokens = plan.batch * calibration.length
+    tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
     solve = max((_solve_bytes(s.target) for s in plan.steps if not s.choice.dense), default=0)
     refine = plan.recipe.refine
     both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)

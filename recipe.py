@@ -24,6 +24,9 @@ from .depth.base import scores
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
 from .refine import BlockSettings, EndToEndSettings
 
+# keys that ask for no text by themselves; a key that is not named here counts as one that does
+_BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", "rank_multiple", "propagate", "keep",
+          "calibration", "gradients"}  # fmt: skip
 Allocation = Literal["uniform", "spectrum", "kl", "fisher", "own"]
 
 
@@ -264,6 +267,12 @@ class Recipe(BaseModel):
             raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
         if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
             raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything in this recipe looks at calibration text; where nothing does, none is fetched."""
+        other = any(getattr(self, key) != field.default for key, field in type(self).model_fields.items() if key not in _BLIND)
+        return other or self.allocation not in ("uniform", "own") or bool(self.compression[0].needs)
 
     @property
     def dropping(self) -> DepthSpec | None:

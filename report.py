@@ -19,6 +19,7 @@ from .plan import Plan, Step
 from .run import LayerReport
 
 if TYPE_CHECKING:
+    from .calibrate.data import Calibration
     from .evaluate import TaskResult
 
 
@@ -45,7 +46,11 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
         f"by {plan.recipe.compression[0].name}, "
-        f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
+        + (
+            f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
+            if plan.recipe.reads_text
+            else "no calibration"
+        )
     )
     table = Table(box=None, pad_edge=False)
     for column in ("targets", "shape", "count", "form", "before", "after"):
@@ -133,7 +138,23 @@ def _form(steps: Sequence[Step]) -> str:
     return ", ".join(parts)
 
 
+def print_calibration(calibration: Calibration) -> None:
+    """Warn of a text that is too short for as many samples as were asked for."""
+    for part in calibration.provenance:
+        if part.get("overlap"):
+            plain_or_terminal().print(
+                f"note: {part['source']} is short for {part['samples']} samples: they share tokens, and count for fewer"
+            )
+
+
 def _print_kept(console: Console, plan: Plan, verbose: bool) -> None:
+    if plan.left_out:
+        named = ", ".join(entry.name for entry in (plan.left_out if verbose else plan.left_out[:3]))
+        console.print(
+            f"left out: {len(plan.left_out)} tensors ({sum(entry.numel for entry in plan.left_out):,} parameters) of the "
+            f"checkpoint, for which the model of config.json has no place: {named}"
+            + ("" if verbose or len(plan.left_out) <= 3 else ", …")
+        )
     if verbose:
         for kept in plan.kept:
             console.print(f"kept: {kept.name} ({kept.numel:,} parameters): {kept.reason}")

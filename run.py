@@ -28,7 +28,7 @@ from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
 from .calibrate.stream import Call, hidden_of
 from .card import model_card
-from .compress.base import BACKWARD_NEEDS, TargetStats
+from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .distill import refine_artifact
 from .errors import NonFiniteError
@@ -107,14 +107,14 @@ def prepare(
         dropped = layers_to_drop(view, recipe.dropping, calibration.tokens, devices)
         return make_plan(view, recipe, len(devices), dropped=dropped), None
     needs = recipe.compression[0].needs
-    if recipe.allocation == "uniform" and statistics is None and not needs & BACKWARD_NEEDS:
+    if recipe.allocation == "uniform" and (statistics is None or not recipe.reads_text) and not needs & BACKWARD_NEEDS:
         return plan, None
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact:  # refuses another run before hours of work
         if artifact.finished:
             return plan, None
         if restart:
             shutil.rmtree(out / SURVEY, ignore_errors=True)
-    folder = statistics or out / SURVEY
+    folder = statistics if statistics and recipe.reads_text else out / SURVEY  # a shared folder is of one calibration
     store = collect(view, calibration, needs, folder, devices, recipe.gradients, notify)
     if recipe.allocation != "uniform":
         keep = frozenset(step.target.name for step in plan.steps if step.kept)
@@ -301,7 +301,8 @@ def _compress_layers(
         held = len(apart)
         through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped)
         return
-    if statistics is None or sequential:
+    blind = not plan.recipe.reads_text
+    if not blind and (statistics is None or sequential):
         through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped)
         return
     for index, name in enumerate(view.layer_names):
@@ -309,7 +310,8 @@ def _compress_layers(
         resumed = name in artifact.done
         if not resumed:
             solved = [target.name for target in plan.solved(index)]
-            finish(index, name, view.load(name), statistics.read(name, solved))
+            stats = statistics.read(name, solved) if statistics else dict.fromkeys(solved, NOTHING_SEEN)
+            finish(index, name, view.load(name), stats)
             view.unload(name)
             give_back()
         report(index, name, started, resumed)
@@ -427,6 +429,7 @@ def _finish(
         "dropped_layers": list(plan.dropped),
         "refinement": refinement,
         "kept": [asdict(kept) for kept in plan.kept],
+        "left_out": [asdict(kept) for kept in plan.left_out],
     }
     check = functools.partial(
         verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code

@@ -28,7 +28,18 @@ from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
-from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Choice, Curve, Method, Offer, Shape, Solution, TargetStats
+from .compress.base import (
+    BACKWARD_NEEDS,
+    FORWARD_NEEDS,
+    NOTHING_SEEN,
+    Choice,
+    Curve,
+    Method,
+    Offer,
+    Shape,
+    Solution,
+    TargetStats,
+)
 from .durable import replacing
 from .errors import OutputError
 from .model import ModelView
@@ -131,6 +142,10 @@ def _forward(
             f"{folder} has {free / 1e9:,.1f} GB free; the statistics take {missing / 1e9:,.1f} GB.",
             "Free some space, give --statistics a folder on another disk, or use --set allocation=uniform, which keeps none.",
         )
+    if not store.needs:
+        for name, targets in zip(view.layer_names, by_layer, strict=True):
+            store.write(name, {target.name: NOTHING_SEEN for target in targets})
+        return store
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
@@ -203,6 +218,7 @@ class _Measuring:
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
             "thinned": recipe.allocation != "own",
+            "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from . import harness
 from .calibrate.data import EvaluationText, evaluation_text
 from .errors import RequestError
+from .model import require_positions
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -100,12 +101,7 @@ def metric_name(task: str, length: int) -> str:
 
 def check_positions(config: PreTrainedConfig, length: int) -> None:
     """Refuse windows that are longer than the model's positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise RequestError(
-            f"--length {length} is more than the {positions} positions of this model (max_position_embeddings).",
-            f"Give --length {positions} or less.",
-        )
+    require_positions(config, length, "--length")
 
 
 def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:

@@ -26,7 +26,8 @@ def verify(
 
     Args:
         folder: lrc's output.
-        hashes: recompute every shard's sha256 (reads every byte) instead of comparing sizes only.
+        hashes: recompute the sha256 of every shard, of config.json and of the tokenizer's files (reads every byte) instead of
+            comparing the shards' sizes only.
         config_file: the configuration's name; a run that checks its result has not given it its final one yet.
         trust_remote_code: whether code in the folder may run.
 
@@ -37,9 +38,10 @@ def verify(
     record = read_record(folder)
     _check_files(folder, record, hashes)
     steady_memory()
-    view = ModelView(
-        Location(str(folder), folder, config_file=config_file), trust_remote_code=trust_remote_code, prepare=install_stored
-    )
+    location = Location(str(folder), folder, config_file=config_file)
+    view = ModelView(location, trust_remote_code=trust_remote_code, prepare=install_stored)
+    if hashes:
+        location.tokenizer(trust_remote_code)  # a chat needs it; a run that checks its result has read it from the original
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
         if expected is None:
@@ -64,6 +66,14 @@ def _check_files(folder: Path, record: dict[str, Any], hashes: bool) -> None:
             raise CheckpointError(f"{path} has {size} bytes; {expected['nbytes']} were written.", "Copy it again.")
         if hashes and sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} has the right size, but its content has changed (sha256).", "Copy it again.")
+    for name, expected in record.get("sha256", {}).items() if hashes else ():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.", "Copy it again, or write the artifact again.")
+        if sha256_of(path) != expected:
+            raise CheckpointError(
+                f"{path} has changed since it was written (sha256).", "Copy it again, or undo the change if it is not yours."
+            )
 
 
 def _check_bytes(folder: Path, record: dict[str, Any], view: ModelView) -> None:

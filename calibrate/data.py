@@ -122,6 +122,9 @@ class Calibration:
     held_out: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
+NO_TEXT = Calibration(torch.empty(0, 2, dtype=torch.int64), "", ())  # for recipes that look at none
+
+
 @dataclass(frozen=True)
 class EvaluationText:
     """Text to evaluate on; `protocol` says how it was put together, `provenance` is as in `Calibration`."""

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compress.base import GroupStats, TargetStats
-from ..durable import replacing
-from ..errors import CheckpointError, OutputError
+from ..durable import PARTIAL, replacing, sync_file
+from ..errors import CheckpointError, OutputError, RequestError
 
 MANIFEST = "statistics.json"
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
@@ -31,6 +31,10 @@ class StatsStore:
         folder: created if need be.
         identity: what they are of; a JSON mapping. A folder that holds statistics of something else is emptied of them.
         needs: the statistics that will be written; more than before in a folder means collecting anew.
+
+    Raises:
+        RequestError: the folder holds files and no statistics.
+        OutputError: it cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], needs: frozenset[str]) -> None:
@@ -41,10 +45,17 @@ class StatsStore:
         if held is not None and held["identity"] == wanted["identity"] and needs <= _answered(frozenset(held["needs"])):
             self.needs = frozenset(held["needs"])
             return
+        if held is None and folder.is_dir() and (foreign := _foreign(folder)):
+            raise RequestError(
+                f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
+                "Give --statistics an empty or new folder.",
+            )
+        same = held is not None and held["identity"] == wanted["identity"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.safetensors"):
-                path.unlink()
+            for path in folder.iterdir():  # losses measured on other statistics go with them
+                if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
+                    path.unlink()
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
         except OSError as error:
             raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
@@ -105,6 +116,12 @@ class StatsStore:
     def _put(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
+            sync_file(temporary)
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What lies in a folder beside the leftovers of a collection that was killed at its very start."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:

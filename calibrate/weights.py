@@ -12,7 +12,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAMPLE = 1 << 20
+_FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class WeightSource(ABC):
@@ -49,6 +50,11 @@ class WeightSource(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape in the file's header, None where the file stores the tensor in another layout (GGUF)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype of most of the numbers; float32 where the file holds quantized blocks (GGUF)."""
 
     def fingerprint(self) -> str:
         """sha256 over the files' names, sizes and three samples of 1 MiB (start, middle, end) of each.
@@ -73,7 +79,9 @@ class SafetensorsSource(WeightSource):
         self._where = _locate_shards(folder)
         self.files = tuple(sorted({folder / file for file in self._where.values()}))
         self._folder = folder
-        self._shapes = {name: shape for file in self.files for name, shape in _header(file).items()}
+        headers = {name: entry for file in self.files for name, entry in _header(file).items()}
+        self._shapes = {name: shape for name, (shape, _) in headers.items()}
+        self._dtypes = {name: dtype for name, (_, dtype) in headers.items()}
         lost = sorted(set(self._where) - set(self._shapes))
         if lost:
             raise CheckpointError(
@@ -87,6 +95,14 @@ class SafetensorsSource(WeightSource):
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self._shapes[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        numbers = Counter[torch.dtype]()
+        for name in self._where:
+            if (dtype := _FLOATING.get(self._dtypes[name])) is not None:
+                numbers[dtype] += math.prod(self._shapes[name])
+        return numbers.most_common(1)[0][0] if numbers else torch.float32
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors from their shards, each opened once."""
@@ -112,8 +128,12 @@ def _locate_shards(folder: Path) -> dict[str, str]:
     if index.is_file():
         try:
             where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is not an index of shards: {error!r}", "Download it again.") from error
+            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+                raise TypeError("weight_map must give a file name for each tensor")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{index} is not an index of shards: {type(error).__name__}: {str(error)[:120]}", "Download it again."
+            ) from error
         outside = sorted({file for file in where.values() if Path(file).name != file})
         if outside:
             raise CheckpointError(f"{index} points outside its folder: '{outside[0]}'.", "Do not use this checkpoint.")
@@ -135,11 +155,12 @@ def _locate_shards(folder: Path) -> dict[str, str]:
     raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.", "Give a folder with safetensors shards.")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape for every tensor of a shard; opening it checks the header and the file's length."""
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype as safetensors spells it) of every tensor; opening checks the header and the file's length."""
     try:
         with safe_open(path, framework="pt") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise CheckpointError(
@@ -186,6 +207,10 @@ class GgufSource(WeightSource):
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors dequantized to float32."""

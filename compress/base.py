@@ -161,6 +161,9 @@ class TargetStats:
     fisher_in: Tensor | None = None
 
 
+NOTHING_SEEN = TargetStats(GroupStats(0))  # of methods that need no statistics
+
+
 class Solution(ABC):
     """One target, solved for every budget."""
 

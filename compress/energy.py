@@ -25,15 +25,12 @@ from .base import Choice, TargetStats, break_even, method
 
 
 class EnergySettings(lord.LordSettings):
-    """Settings of `energy`, beside those of `lord`.
+    """Settings of `energy`, beside those of `lord`."""
 
-    Args:
-        keep: part of the outputs' energy (their variance where `centre` is on) that the rank must hold.
-        multiple: the rank is rounded up to a multiple of this.
-    """
-
-    keep: float = Field(0.99, gt=0, le=1)
-    multiple: int = Field(16, ge=1, le=1024)
+    keep: float = Field(
+        0.99, gt=0, le=1, description="part of the outputs' energy (variance where `centre` is on) that the rank must hold"
+    )
+    multiple: int = Field(16, ge=1, le=1024, description="the rank is rounded up to a multiple of this")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ loop of CALDERA's factorization (arXiv 2405.18886, algorithm 2, LPLRFactorize).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -61,6 +62,16 @@ def quantize_form(
     return product.with_bias(form.bias)
 
 
+def _of_one_size(left: Tensor, right: Quantized) -> tuple[Tensor, Quantized, Tensor]:
+    """The same product with the columns of left of nearly one length, and by what (rank,) the rows of right grew.
+
+    These are powers of two, which leave right on its grid.
+    """
+    size = left.norm(dim=0)
+    power = torch.where(size > 0, torch.exp2(torch.log2(size.clamp_min(1e-300)).round()), 1.0)
+    return left / power, replace(right, scales=replace(right.scales, steps=right.scales.steps * power[:, None])), power
+
+
 def quantize_factors(
     target: Tensor,
     left: Tensor,
@@ -92,6 +103,9 @@ def quantize_factors(
         seen = metric.times(values)
         gram = seen @ values.T
         left = left + refit((target - left @ values) @ seen.T, gram)  # where inputs have no energy, left stays what it was
+        # the fit stretches components that the inputs hardly see: their columns would set the steps of their whole groups
+        left, coarse, power = _of_one_size(left, coarse)
+        gram = gram * power[:, None] * power
         fitted = compensator(gram, ready.damping, ready.order is not None) if ready else None
         product = Product(fitted.quantize(left, grid) if fitted else Quantized.nearest(left, grid), coarse, len(right))
         loss = metric.energy(target - product.dense())

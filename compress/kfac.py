@@ -28,15 +28,12 @@ from .linalg import Eigen, OutputDirections, eigh, root
 
 
 class KfacSettings(Settings):
-    """Settings of `kfac`.
+    """Settings of `kfac`."""
 
-    Args:
-        shrink_gram: part of the input gram that is replaced by its mean diagonal, 0 to 1.
-        shrink_grad: the same for the gradients' gram; above 0, so that every output direction has a price.
-    """
-
-    shrink_gram: float = Field(0.0, ge=0, le=1)
-    shrink_grad: float = Field(0.3, gt=0, le=1)
+    shrink_gram: float = Field(0.0, ge=0, le=1, description="part of the input gram that is replaced by its mean diagonal")
+    shrink_grad: float = Field(
+        0.3, gt=0, le=1, description="the same for the gradients' gram; above 0, so that every output direction has a price"
+    )
 
 
 @dataclass(frozen=True)

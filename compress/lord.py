@@ -9,7 +9,8 @@ Stored in groups' own dtype; a target that has no bias gets one, and pays for it
 Cost: that of `svd-llm`. Statistics: a gram (input or output side) and the mean of the inputs.
 
 Source: Kaushal et al., LoRD, arXiv 2309.14021; the same as Atomic Feature Mimicking (Yu and Wu, AAAI 2023) and LiteASR. With
-`centre: false` it is `svd-llm`. LoRAP's variant (arXiv 2404.09695, its code) leaves the bias out; this one never does.
+`centre: false` it is `svd-llm`. Differences from published code: LoRAP's (arXiv 2404.09695) leaves the bias out, this one never
+does; the covariance comes from means over tokens, so that no outputs are held.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .base import Choice, LowRankSolution, Offer, Settings, Shape, TargetStats, balanced, low_rank_offers, method
@@ -25,13 +27,9 @@ from .linalg import OutputDirections, project, root
 
 
 class LordSettings(Settings):
-    """Settings of `lord`.
+    """Settings of `lord`."""
 
-    Args:
-        centre: take the mean of the outputs out and give it back as a bias.
-    """
-
-    centre: bool = True
+    centre: bool = Field(True, description="take the mean of the outputs out and give it back as a bias")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every method on every tiny architecture, through the whole pipeline and back through from_pretrained."""
+"""The whole pipeline: what it promises beside what every method does on every architecture (test_matrix.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 from pipeline import compress
 from safetensors.torch import load_file
-from tiny import CONFIGS
 
-from lrc.compress.base import methods
 from lrc.compress.forms import linear_weight
 from lrc.load import open_model
 from lrc.verify import verify
@@ -39,9 +37,8 @@ def multiplied_out(model, record, tensors) -> torch.Tensor:
         return original(IDS).logits
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_is_compressed_and_loads_back(family, tiny_checkpoints, tiny_text_file, tmp_path):
-    model = tiny_checkpoints(family)
+def test_factored_experts_multiply_as_the_experts_multiplied_out(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints("mixtral")
     plan = compress(model, tmp_path / "out", tiny_text_file, ratio=0.3)
     record = verify(tmp_path / "out")
     # bytes on disk are what the plan said, header aside
@@ -54,15 +51,6 @@ def test_every_family_is_compressed_and_loads_back(family, tiny_checkpoints, tin
     assert not torch.allclose(logits(tmp_path / "out"), logits(model), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
-@pytest.mark.parametrize("propagate", ["original", "compressed"])
-def test_every_method_runs_one_shot_and_sequentially(name, propagate, tiny_checkpoints, tiny_text_file, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"method: {name}\n")
-    compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, str(recipe), ratio=0.3, propagate=propagate)
-    assert torch.isfinite(logits(tmp_path / "out")).all()
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_ratio_zero_is_the_original(family, tiny_checkpoints, tiny_text_file, tmp_path):
     model = tiny_checkpoints(family)
@@ -70,15 +58,6 @@ def test_ratio_zero_is_the_original(family, tiny_checkpoints, tiny_text_file, tm
     assert plan.whole_after == plan.whole_bytes
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert torch.equal(logits(model), logits(tmp_path / "out"))
-
-
-def test_error_falls_with_the_budget(tiny_checkpoints, tiny_text_file, tmp_path):
-    errors = []
-    for ratio in (0.6, 0.4, 0.2):
-        compress(tiny_checkpoints("qwen3"), tmp_path / str(ratio), tiny_text_file, ratio=ratio)
-        record = verify(tmp_path / str(ratio))
-        errors.append({target["name"]: target["error"] for target in record["targets"]})
-    assert all(errors[0][name] > errors[1][name] > errors[2][name] for name in errors[0])
 
 
 def test_sequential_sees_what_the_compressed_layers_put_out(tiny_checkpoints, tiny_text_file, tmp_path):

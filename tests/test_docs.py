@@ -1,0 +1,50 @@
+"""The pages of the methods are those that the methods' files make, and no file lacks a part."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lrc.compress.base import methods
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
+assert spec is not None and spec.loader is not None
+pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pages)
+
+ORDER = [
+    "What it does", "When to use it", "Options", "Statistics", "Cost", "How to run it", "Recipe", "Source",
+    "Differences from the authors' code",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_methods_page_is_up_to_date_and_in_the_fixed_order(name):
+    text = pages.page(methods()[name])
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == ORDER
+    assert (DOCS / "methods" / f"{name}.md").read_text() == text, "run make docs"
+
+
+def test_the_index_names_every_method_and_no_page_is_left_over():
+    text = (DOCS / "methods" / "README.md").read_text()
+    assert text == pages.index(methods()), "run make docs"
+    assert all(f"[`{name}`]({name}.md)" in text for name in methods())
+    assert {path.stem for path in (DOCS / "methods").glob("*.md")} == {"README", *methods()}
+
+
+def test_every_setting_is_in_the_table_with_its_default():
+    table = pages.options(methods()["caldera"])
+    assert "| `bits` | `2` |" in table and "base of" not in table
+    for key in methods()["caldera"].settings.model_fields:
+        assert f"| `{key}` |" in table
+
+
+def test_a_file_that_lacks_a_part_is_named(monkeypatch):
+    method = methods()["svd"]
+    module = importlib.import_module(method.solve.__module__)
+    monkeypatch.setattr(module, "__doc__", "Plain SVD.\n\nSource: Eckart & Young.")
+    with pytest.raises(ValueError, match=r"compress/svd.py does not say: When to use, Cost"):
+        pages.page(method)
