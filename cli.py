@@ -160,6 +160,9 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Windows or requests at a time.")] = 1,
     bos: Annotated[str, typer.Option(help="BOS before each window: auto, always or never.")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="int8 or mxint8: round what the layers' matrices read (of the baseline, too).")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     device: Device = "cpu",
@@ -185,7 +188,7 @@ def evaluate_command(
     request, *found = checked(
         lambda: prepare(
             names_of(tasks), length=length, bos=bos, max_windows=max_windows, limit=limit, num_fewshot=num_fewshot,
-            batch_size=batch_size, include_path=include_path,
+            batch_size=batch_size, include_path=include_path, activations=activations,
         ),
         *(partial(located, name) for name in models),
         lambda: dtype_of(dtype),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import harness
+from .activations import rounded_activations
 from .calibrate.data import same_text
 from .errors import EvaluationError, RequestError
 from .likelihood import window_nll
@@ -35,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 """Called as (task, done, all): windows for perplexity; one unit for a whole lm-eval task."""
 
 # What must be equal for two values of one metric to be comparable.
-_SAME_PROTOCOL = ("length", "windows", "bos", "num_fewshot", "limit", "documents", "task_version")
+_SAME_PROTOCOL = ("length", "windows", "bos", "num_fewshot", "limit", "documents", "task_version", "activations")
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,15 @@ def measure(
     loaded = {task: harness.load(request.manager, task, request.num_fewshot) for task in others}
 
     results: list[TaskResult] = []
-    with _evaluation_mode(model):
+    with _evaluation_mode(model), rounded_activations(model, request.activations) as read:
         lm = harness.wrap(model, tokenizer, prepend, request.bos, request.batch_size) if others else None
         for task in request.tasks:
             if task in prepared:
                 results.append(_token_perplexity(model, prepared[task], request.batch_size, progress))
             else:
                 results.extend(_harness_results(model, lm, task, loaded[task], request, progress))
+    for result in results:
+        result.protocol.update(read)
     return results
 
 

@@ -60,7 +60,7 @@ class ModelView:
         self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
         if prepare is not None:
             prepare(self.model)
-        self.layers_path, layers = _find_layers(self.model, location.name)
+        self.layers_path, layers = find_layers(self.model, location.name)
         self.layers: list[nn.Module] = layers
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
         self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
@@ -104,9 +104,7 @@ class ModelView:
         return f"{parameter.ndim}-D parameter of {type(module).__name__}, which lrc does not know how to multiply by"
 
     def _why_kept(self, target: Target) -> str:
-        experts = getattr(self.config.get_text_config(), "num_experts", None) or getattr(
-            self.config.get_text_config(), "num_local_experts", None
-        )
+        experts = number_of_experts(self.config)
         if experts and target.expert is None and target.out_features == experts:
             return "router: it chooses experts"
         if target.numel < 2 * (target.out_features + target.in_features):
@@ -336,7 +334,14 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return model
 
 
-def _find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
+def number_of_experts(config: Any) -> int | None:
+    """How many experts a router chooses from; None where the model is no mixture."""
+    text = config.get_text_config()
+    return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+
+
+def find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
+    """Path and modules of the decoder layers: the module list that holds most of the parameters."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ModelError(f"{name}: the model has no list of layers.", "lrc compresses stacks of decoder layers.")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import harness
+from .activations import ROUNDINGS
 from .calibrate.data import EvaluationText, evaluation_text
-from .errors import RequestError
+from .errors import RequestError, did_you_mean
 from .model import require_positions
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Request:
     limit: int | float | None
     num_fewshot: int | None
     batch_size: int
+    activations: str | None
     texts: Mapping[str, EvaluationText]
     manager: TaskManager | None
 
@@ -59,6 +61,7 @@ def prepare(
     num_fewshot: int | None = None,
     batch_size: int = 1,
     include_path: str | Path | None = None,
+    activations: str | None = None,
 ) -> Request:
     """Check a request and read its texts.
 
@@ -72,19 +75,22 @@ def prepare(
         num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
         batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
         include_path: lm-eval only: a folder with task files of one's own.
+        activations: `int8` or `mxint8`: what the layers' matrices read is rounded so (activations.py); None: as it is.
 
     Raises:
         RequestError: unknown task, wrong or useless option, two tasks that would be reported by one name.
         CalibrationError: a text cannot be had.
     """
     _check_options(tasks, length, bos, batch_size)
+    if activations is not None and activations not in ROUNDINGS:
+        raise RequestError(f"--activations {activations} is not a choice.", did_you_mean(activations, ROUNDINGS))
     own = [task for task in tasks if is_perplexity_task(task)]
     others = [task for task in tasks if not is_perplexity_task(task)]
     _check_useless_options(own, others, max_windows, limit, num_fewshot, include_path)
     manager = harness.open_tasks(others, include_path, known=PERPLEXITY_TASKS) if others else None
     _check_distinct(own, length)
     texts = {task: evaluation_text(task) for task in own}
-    return Request(tuple(tasks), length, bos, max_windows, limit, num_fewshot, batch_size, texts, manager)
+    return Request(tuple(tasks), length, bos, max_windows, limit, num_fewshot, batch_size, activations, texts, manager)
 
 
 def is_perplexity_task(task: str) -> bool:

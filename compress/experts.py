@@ -19,6 +19,7 @@ IMPLEMENTATION = "lrc"
 _FORMS = "_forms"
 # observer(experts module, parameter name, expert index, input (tokens, in)); one at a time, set by `observe`
 _observers: list[Callable[[nn.Module, str, int, Tensor], None]] = []
+_readings: list[Callable[[Tensor], Tensor]] = []  # what an expert's input goes through before it is multiplied
 
 
 def register() -> None:
@@ -39,6 +40,16 @@ def observe(observer: Callable[[nn.Module, str, int, Tensor], None]) -> Iterator
         _observers.remove(observer)
 
 
+@contextmanager
+def reading_through(function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the context is open, experts multiply `function(input)` in the place of their input (tokens, in)."""
+    _readings.append(function)
+    try:
+        yield
+    finally:
+        _readings.remove(function)
+
+
 def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Parameter name -> (experts, out, in) of the fused weights of an experts module; empty for any other module."""
     if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
@@ -49,6 +60,14 @@ def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
             experts, a, b = parameter.shape
             found[name] = (experts, b, a) if module.is_transposed else (experts, a, b)
     return found
+
+
+def number_of_matrices(module: nn.Module) -> int:
+    """Matrices that an experts module multiplies by, one per expert and parameter, factored or not."""
+    forms = sum(
+        len(child) for name, child in module.named_children() if name.endswith(_FORMS) and isinstance(child, nn.ModuleList)
+    )
+    return forms + sum(experts for experts, _, _ in expert_parameters(module).values())
 
 
 def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:
@@ -76,6 +95,8 @@ def stored_name(parameter: str, expert: int) -> str:
 def _multiply(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor:
     for observer in _observers:
         observer(module, parameter, expert, x)
+    for reading in _readings:
+        x = reading(x)
     forms = getattr(module, parameter + _FORMS, None)
     y: Tensor = forms[expert](x) if forms is not None else nn.functional.linear(x, expert_weight(module, parameter, expert))
     bias = getattr(module, parameter + "_bias", None)
