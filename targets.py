@@ -35,6 +35,7 @@ class Target:
         out_features, in_features: its shape.
         bias: whether its module adds a bias.
         expert: the expert's number in a fused parameter, else None.
+        beside: whether the layer has another vector (a norm, not a bias of a matrix) that is as wide as the target's input.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target:
     in_features: int
     bias: bool
     expert: int | None = None
+    beside: bool = False
 
     @property
     def numel(self) -> int:
@@ -83,6 +85,8 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
     found: list[Target] = []
     readers: dict[int, str] = {}
     inputs: list[Tensor] = []  # kept alive, so that no two tensors share an id
+    others = [module for module in layer.modules() if linear_shape(module) is None]
+    widths = {p.numel() for module in others for p in module.parameters(recurse=False) if p.ndim == 1}
 
     def note(path: str, x: Tensor, shape: tuple[int, int], bias: bool) -> None:
         name = f"{prefix}.{path}"
@@ -90,7 +94,7 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
             return
         inputs.append(x)
         group = readers.setdefault(id(x), name)
-        found.append(Target(name, name, index, path, group, *shape, bias))
+        found.append(Target(name, name, index, path, group, *shape, bias, beside=shape[1] in widths))
 
     def hook(path: str, shape: tuple[int, int]) -> Any:
         return lambda module, args: note(path, args[0], shape, module.bias is not None)

@@ -1,0 +1,122 @@
+"""Targets stacked on top of each other share their right factor: what methods that do so have in common.
+
+For weights W_1 … W_g that read inputs with one gram C, the best factors with one right factor are those of the stack
+[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (linalg.py), the rows of
+the left factor being the members' own. A rank costs in + Σ out numbers instead of Σ (in + out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .base import (
+    Choice,
+    GroupStats,
+    JointOffer,
+    LowRankSolution,
+    Offer,
+    Settings,
+    Shape,
+    TargetStats,
+    balanced,
+    low_rank_offers,
+)
+from .linalg import OutputDirections, project, root
+from .shared import SharedLowRank
+
+
+def stack_shape(shapes: Sequence[Shape]) -> Shape:
+    """The shape of the stack of these targets."""
+    return Shape(sum(shape.out_features for shape in shapes), shapes[0].in_features, shapes[0].element)
+
+
+def shared_offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOffer]:
+    """Every rank at which the stack's factors are smaller than its members; the first one stores the right factor."""
+
+    def member(number: int, shape: Shape, choice: Choice) -> Offer:
+        assert choice.rank is not None
+        rows = shape.out_features + (shape.in_features if number == 0 else 0)
+        return Offer(choice, choice.rank * rows * shape.element)
+
+    return [
+        JointOffer(offer.choice, offer.nbytes, tuple(member(i, shape, offer.choice) for i, shape in enumerate(shapes)))
+        for offer in low_rank_offers(stack_shape(shapes), settings, multiple)
+    ]
+
+
+def mean_gram(statistics: Sequence[TargetStats]) -> Tensor:
+    """The mean of the members' input grams, (in, in) float64; as it is where all read one input."""
+    grams = []
+    for group in {id(each.group): each.group for each in statistics}.values():
+        if group.gram is None:
+            raise ValueError("sharing a factor needs the gram of the targets' inputs")
+        grams.append(group.gram.double())
+    return grams[0] if len(grams) == 1 else torch.stack(grams).mean(0)
+
+
+def set_statistics(statistics: Sequence[TargetStats]) -> GroupStats:
+    """The statistics of the stack's input: a gram over the tokens of the member that saw fewest."""
+    return GroupStats(min(each.group.tokens for each in statistics), mean_gram(statistics))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The stack of a set's weights, solved for every rank.
+
+    Args:
+        weight: (Σ out, in).
+        directions: its leading output directions.
+    """
+
+    weight: Tensor
+    directions: OutputDirections
+    _last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Left (Σ out, rank) and right (rank, in), float64; those of the last rank are held, since every member asks for it."""
+        if rank not in self._last:
+            self._last.clear()
+            basis = self.directions.basis(rank)
+            self._last[rank] = balanced(basis, project(basis, self.weight))
+        return self._last[rank]
+
+
+@dataclass(frozen=True)
+class StackMember(LowRankSolution):
+    """One member of a stack: its rows of the left factor, and the right factor of all.
+
+    Args:
+        stack: of all members.
+        rows: of this one.
+    """
+
+    stack: Stack
+    rows: slice
+
+    def form(self, choice: Choice) -> SharedLowRank:
+        left, right = self.stack.factors(self.rank(choice))
+        return SharedLowRank(left[self.rows], right, lends=self.rows.start == 0)
+
+
+def solve_stack(weights: Sequence[Tensor], statistics: Sequence[TargetStats]) -> list[StackMember]:
+    """The members of a stack, in the metric of the mean of their inputs' grams.
+
+    Args:
+        weights: (out, in) each.
+        statistics: with grams (in, in).
+    """
+    groups = {id(each.group): each.group for each in statistics}
+    only = next(iter(groups.values())) if len(groups) == 1 else None
+    gram_root = only.gram_root if only is not None else root(mean_gram(statistics))
+    stacked = torch.cat(list(weights))
+    stack = Stack(stacked, OutputDirections(stacked, gram_root))
+    members, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        members.append(StackMember(stack.directions.energies(rows), stack, rows))
+        start = rows.stop
+    return members
