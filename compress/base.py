@@ -393,7 +393,7 @@ def method(
     def register(solve: S) -> S:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured, joint)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured, joint=joint)
         return solve
 
     return register

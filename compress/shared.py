@@ -128,14 +128,16 @@ class Borrowing:
         Raises:
             CheckpointError: its lender's weights are not in memory.
         """
-        tensor: Tensor = getattr(self if self.owner is None else self.__dict__["_lender"], self.shared_name)
-        if tensor.device == device:
-            return tensor
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"The factor that a compressed matrix shares with '{self.owner}' is not in memory.",
-                "Load the model without offloading to CPU or disk (a device_map of devices that hold it whole).",
-            )
+        lender = self if self.owner is None else self.__dict__["_lender"]
+        tensor: Tensor = getattr(lender, self.shared_name)
+        if tensor.is_meta:  # accelerate keeps the weights of modules that are not running elsewhere, and knows where
+            kept = getattr(getattr(lender, "_hf_hook", None), "weights_map", None)
+            if kept is None:
+                raise CheckpointError(
+                    f"The factor that a compressed matrix shares with '{self.owner}' is not in memory.",
+                    "Load the whole model: from_pretrained, with a device_map where it is larger than one device.",
+                )
+            tensor = kept[self.shared_name]
         return tensor.to(device)
 
 

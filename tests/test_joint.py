@@ -509,9 +509,10 @@ def test_what_cannot_be_joined_is_refused(overrides, words):
         load_recipe("basis-sharing", overrides)
 
 
-def test_a_joint_method_is_no_step(tmp_path):
-    (tmp_path / "r.yaml").write_text("steps:\n- method: shared-input\n- method: gptq\n  settings: {bits: 4}\n")
-    with pytest.raises(RecipeError, match="several targets at once"):
+@pytest.mark.parametrize("together", ["steps:", "allocation: spectrum\nalternatives:"])
+def test_a_joint_method_is_no_step_and_no_alternative(together, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{together}\n- method: shared-input\n- method: gptq\n  settings: {{bits: 4}}\n")
+    with pytest.raises(RecipeError, match="shared-input solves several targets at once"):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
@@ -546,6 +547,19 @@ def test_a_lender_whose_weights_are_away_says_so(compressed):
     borrower = next(m for m in model.modules() if isinstance(m, Borrowing) and m.owner == sorted(borrowers)[0])
     with pytest.raises(CheckpointError, match="not in memory"):
         borrower(torch.zeros(1, 48))
+
+
+def test_a_factor_is_lent_while_accelerate_keeps_it_elsewhere(compressed):
+    """`device_map` puts what does not fit on the CPU or the disk and brings in one module at a time."""
+    import accelerate
+
+    for name in JOINT:
+        model = AutoModelForCausalLM.from_pretrained(compressed(name, "llama")[1]).eval()
+        with torch.no_grad():
+            expected = model(IDS).logits
+            accelerate.cpu_offload(model, torch.device("cpu"))
+            assert model.model.layers[1].mlp.up_proj.weight.is_meta
+            assert torch.equal(model(IDS).logits, expected)
 
 
 def test_experts_share_nothing(compressed):
