@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.stream import Lockstep, run_layer
-from .compress.experts import expert_parameters
+from .compress.experts import channels_are_free, expert_parameters
 from .compress.forms import linear_shape
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Target:
         out_features, in_features: its shape.
         bias: whether its module adds a bias.
         expert: the expert's number in a fused parameter, else None.
-        beside: whether the layer has another vector (a norm, not a bias of a matrix) that is as wide as the target's input.
+        bound: whether its input channels cannot leave with the rows that make them: a vector of the layer (a norm, not a bias
+            of a matrix) is as wide, or an expert's gate pairs its channels in a way of its own.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Target:
     in_features: int
     bias: bool
     expert: int | None = None
-    beside: bool = False
+    bound: bool = False
 
     @property
     def numel(self) -> int:
@@ -94,7 +95,7 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
             return
         inputs.append(x)
         group = readers.setdefault(id(x), name)
-        found.append(Target(name, name, index, path, group, *shape, bias, beside=shape[1] in widths))
+        found.append(Target(name, name, index, path, group, *shape, bias, bound=shape[1] in widths))
 
     def hook(path: str, shape: tuple[int, int]) -> Any:
         return lambda module, args: note(path, args[0], shape, module.bias is not None)
@@ -119,10 +120,22 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
 
 def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Target]:
     targets = []
+    bound = not channels_are_free(module)
     for parameter, (experts, out_features, in_features) in expert_parameters(module).items():
         for expert in range(experts):
             name = f"{prefix}.{path}.{parameter}.{expert}"
             targets.append(
-                Target(name, f"{prefix}.{path}", layer, f"{path}.{parameter}", name, out_features, in_features, False, expert)
+                Target(
+                    name,
+                    f"{prefix}.{path}",
+                    layer,
+                    f"{path}.{parameter}",
+                    name,
+                    out_features,
+                    in_features,
+                    False,
+                    expert,
+                    bound,
+                )
             )
     return targets

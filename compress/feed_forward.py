@@ -52,24 +52,35 @@ def by_group(targets: Sequence[Joinable]) -> list[list[Joinable]]:
 
 
 def feed_forwards(layer: Sequence[Joinable]) -> list[FeedForward]:
-    """The feed-forwards among the targets of one layer, attention and experts aside.
+    """The feed-forwards among the targets of one layer, attention aside; each expert of a mixture is one.
 
     One is recognised where a group of one or two equal makers is followed by a single reader under the same path, as wide as
-    they make it, which puts out what they read; and where nothing else in the layer is as wide as the inner channels (a norm
-    between them would have to be cut too).
+    they make it, which puts out what they read; and where no channel of it is bound (a norm between them would have to be cut
+    too).
     """
     groups = by_group([target for target in layer if not in_attention(target.role) and target.expert is None])
-    found = []
-    for makers, readers in pairwise(groups):
-        reader, inner = readers[0], makers[0].out_features
-        same_path = {target.role.rpartition(".")[0] for target in (*makers, *readers)}
-        equal = len({target.out_features for target in makers}) == 1 and len(makers) <= 2
-        if len(readers) > 1 or len(same_path) > 1 or not equal or reader.out_features != makers[0].in_features:
-            continue
-        if reader.beside:
-            continue
-        if reader.in_features == inner:
-            found.append(FeedForward(tuple(makers), reader, fused=False))
-        elif 2 * reader.in_features == inner and len(makers) == 1:
-            found.append(FeedForward(tuple(makers), reader, fused=True))
-    return found
+    pairs = [*pairwise(groups), *_experts(layer)]
+    found = (_feed_forward(makers, readers) for makers, readers in pairs)
+    return [each for each in found if each is not None]
+
+
+def _experts(layer: Sequence[Joinable]) -> list[tuple[list[Joinable], list[Joinable]]]:
+    """First and second matrix of each expert, where it has two."""
+    by_expert: dict[tuple[str, int], list[Joinable]] = {}
+    for target in layer:
+        if target.expert is not None:
+            by_expert.setdefault((target.role.rpartition(".")[0], target.expert), []).append(target)
+    return [([pair[0]], [pair[1]]) for pair in by_expert.values() if len(pair) == 2]
+
+
+def _feed_forward(makers: Sequence[Joinable], readers: Sequence[Joinable]) -> FeedForward | None:
+    reader, inner = readers[0], makers[0].out_features
+    same_path = {target.role.rpartition(".")[0] for target in (*makers, *readers)}
+    equal = len({target.out_features for target in makers}) == 1 and len(makers) <= 2
+    if len(readers) > 1 or len(same_path) > 1 or not equal or reader.out_features != makers[0].in_features or reader.bound:
+        return None
+    if reader.in_features == inner:
+        return FeedForward(tuple(makers), reader, fused=False)
+    if 2 * reader.in_features == inner and len(makers) == 1:
+        return FeedForward(tuple(makers), reader, fused=True)
+    return None

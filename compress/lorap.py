@@ -14,7 +14,7 @@ Source: Li et al., LoRAP, arXiv 2404.09695: attention §3.1 with q, k : v, o = 1
 down of the norms of |W| · √E[x²], the least important 1 % protected. Differences from the authors' code: the shares are those
 of each target's own bytes, so grouped-query keys and values keep their own shape; fused q, k, v have the mean share of their
 three parts; feed-forwards are recognised by paths, groups and shapes (feed_forward.py), fused gate and up or no gate included.
-What is not recognised, and every expert of a mixture, is solved by the weighted SVD, and its record says so.
+What is not recognised is solved by the weighted SVD, and its record says so. Each expert of a mixture is a feed-forward.
 """
 
 from __future__ import annotations
@@ -213,6 +213,8 @@ def _energy(weight: Tensor, stats: TargetStats, part: str, inner: int) -> Tensor
     """(inner,) float64: Σ E[x²] W² over what of a target belongs to each channel."""
     assert stats.group.mean_square is not None
     scale = stats.group.mean_square.double()
+    if not scale.any():  # an expert that saw no token: its plain norms, as for the weighted SVD
+        scale = torch.ones_like(scale)
     if part == _READER:
         return weight.double().square().sum(0) * scale
     return (weight.double().square() @ scale).view(-1, inner).sum(0)

@@ -243,12 +243,30 @@ def target(role, group, shape, **more):
 def test_what_is_no_feed_forward_is_not_taken_for_one():
     good = [target("mlp.gate", "g", (30, 12)), target("mlp.up", "g", (30, 12)), target("mlp.down", "d", (12, 30))]
     assert len(feed_forwards(good)) == 1
-    norm_between = [*good[:2], target("mlp.down", "d", (12, 30), beside=True)]
+    norm_between = [*good[:2], target("mlp.down", "d", (12, 30), bound=True)]
     attention = [target("attention.qkv", "q", (24, 12)), target("attention.dense", "o", (12, 12))]  # looks like a fused gate
     other_width = [*good[:2], target("mlp.down", "d", (12, 31))]
     two_paths = [target("fc_in", "g", (30, 12)), target("mlp.down", "d", (12, 30))]
     for targets in (norm_between, attention, other_width, two_paths, good[:2], good[2:], []):
         assert feed_forwards(targets) == []
+
+
+@pytest.mark.parametrize("how", ["halves", "interleaved", "biases", "no gate"])
+def test_channels_of_experts_leave_only_where_nothing_else_hangs_on_them(how):
+    class Experts(torch.nn.Module):
+        has_gate = how != "no gate"
+
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.empty(3, 12, 7))
+            if how == "biases":
+                self.gate_up_proj_bias = torch.nn.Parameter(torch.empty(3, 12))
+
+        def _apply_gate(self, x):
+            gate, up = (x[:, ::2], x[:, 1::2]) if how == "interleaved" else x.chunk(2, -1)
+            return torch.nn.functional.silu(gate) * up
+
+    assert experts.channels_are_free(Experts()) == (how in ("halves", "no gate"))
 
 
 # --- on the real path ----------------------------------------------------------------------------------------------------
@@ -338,12 +356,9 @@ def test_feed_forwards_are_found_in_every_family(compressed):
         targets = verify(compressed("lorap", family)[1], hashes=False)["targets"]
         pruned = [entry for entry in targets if entry["form"]["kind"] == "pruned"]
         unknown = [entry for entry in targets if "neither attention nor a feed-forward" in entry["note"]]
-        if family == "mixtral":  # experts are nobody's feed-forward here, and say so
-            assert not pruned
-            assert {"experts" in entry["name"] for entry in unknown} == {True}
-            continue
         makers = 2 if family in ("llama", "mistral", "qwen3", "gemma3_text") else 1
-        assert len(pruned) == 3 * (makers + 1)
+        experts_here = 4 if family == "mixtral" else 1
+        assert len(pruned) == 3 * (makers + 1) * experts_here
         assert not unknown
         assert not any("another build" in entry["note"] for entry in targets)
 
