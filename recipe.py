@@ -263,15 +263,13 @@ class Recipe(BaseModel):
 
     def _fits_joint(self) -> None:
         joint, name = self.compression[0].joint, self.method
-        if joint is None:
+        if joint is None or not joint.across_layers:
             return
         if self.allocation == "kl":
-            raise ValueError(
-                f"{name} solves several targets at once, which 'allocation: kl' cannot probe; use spectrum or uniform"
-            )
-        if joint.across_layers and self.propagate == "compressed":
+            raise ValueError(f"{name} solves targets of several layers at once, which 'allocation: kl' cannot probe")
+        if self.propagate == "compressed":
             raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
-        if joint.across_layers and self.depth is not None:
+        if self.depth is not None:
             raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
 
     def _fits_depth(self) -> None:

@@ -47,10 +47,27 @@ class Together(Solution):
     def form(self, choice: Choice) -> Form:
         raise ValueError("a set has a form for each of its members, not one")
 
+    def forms(self, choice: Choice) -> list[Form | None]:
+        """Each member's form at a choice of the set, None for one that it leaves dense."""
+        each = zip(self.members, self.shares[choice], strict=True)
+        return [None if offer.choice.dense else member.form(offer.choice) for member, offer in each]
+
     @staticmethod
     def of(members: Sequence[Solution], offers: Sequence[Offer]) -> Together:
         """The members' solutions, with what each gets at every offer of the set."""
         return Together(members, {offer.choice: offer.members for offer in offers if isinstance(offer, JointOffer)})
+
+
+def forms_at(item: Item, solution: Solution, choice: Choice) -> dict[Target, Form]:
+    """The forms of an item's targets at a choice, in float64; a target that it leaves dense has none.
+
+    Args:
+        solution: of the item; `Together` for a set.
+    """
+    if not isinstance(solution, Together):
+        return {item.targets[0]: solution.form(choice)}
+    made = zip(item.targets, solution.forms(choice), strict=True)
+    return {target: form.owned_by(item.name) for target, form in made if form is not None}
 
 
 def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:

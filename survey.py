@@ -251,18 +251,18 @@ class _Measuring:
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 
-        def solve(layer: nn.Module, name: str, target: Target) -> Solution:
-            solution = self._solve(layer, name, Item((target,)))
-            plain[target.name] = self._curve(target.name, solution)
+        def solve(layer: nn.Module, name: str, item: Item) -> Solution:
+            solution = self._solve(layer, name, item)
+            plain[item.name] = self._curve(item.name, solution)
             return solution
 
         started = time.perf_counter()
-        probing = Probing(self._view, tokens, self._offers, self._dense)
+        probing = Probing(self._view, tokens, self._layers, self._offers, self._dense)
         divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
         found: dict[str, Curve] = {}
         for items in self._layers:
-            for unit in units([item.targets[0] for item in items]):
-                found |= scaled({t.name: plain[t.name] for t in unit.targets}, divergences[unit.name])
+            for unit in units(items):
+                found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
         _write(file, found)
         return found
 

@@ -485,6 +485,50 @@ def test_a_set_gets_one_choice_from_the_solver(name, tiny_checkpoints, tiny_text
     assert name != "shared-input" or len(set(joined)) == 1
 
 
+@pytest.mark.parametrize(("name", "family"), [("shared-input", "llama"), ("lorap", "mixtral")])
+def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
+    """The divergences that `kl` measures, against whole models in which one set alone is compressed."""
+    import lrc.probe
+
+    seen, forms = {}, {}
+    told = lrc.probe.Probing.run
+    made = lrc.probe.forms_at
+
+    def run(self, *arguments):
+        seen["probing"], seen["found"] = self, told(self, *arguments)
+        return seen["found"]
+
+    def forms_at(item, solution, choice):
+        forms[item.name, choice] = made(item, solution, choice)
+        return forms[item.name, choice]
+
+    monkeypatch.setattr(lrc.probe.Probing, "run", run)
+    monkeypatch.setattr(lrc.probe, "forms_at", forms_at)
+    model = tiny_checkpoints(family)
+    plan = compress(model, tmp_path / "out", tiny_text_file, name, ratio=0.3, allocation="kl")
+    assert plan.targets_after <= 0.7 * plan.targets_before
+    verify(tmp_path / "out")
+    probing = seen["probing"]
+    original, _ = open_model(str(model))
+    for unit, offer in probing._probes[:2] + probing._probes[-2:]:
+        changed = copy.deepcopy(original)
+        with torch.no_grad():
+            for item in unit.items:
+                for target, form in forms[item.name, probing._offers[item.name][offer].choice].items():
+                    if target.expert is None:
+                        place = changed.get_submodule(target.module).weight
+                    else:
+                        place = changed.get_parameter(target.name.rpartition(".")[0])[target.expert]
+                    place.copy_(form.dense())
+            skip = min(16, probing._tokens.shape[1] // 2)
+            p, q = (torch.log_softmax(m(probing._tokens).logits[:, skip:].double(), -1) for m in (original, changed))
+            expected = float((p.exp() * (p - q)).sum(-1).mean())
+        assert seen["found"][unit.name][offer] == pytest.approx(expected, rel=1e-3)
+    assert {len(item.targets) for unit, _ in probing._probes for item in unit.items} >= (
+        {3, 2} if family == "llama" else {4, 2}
+    )
+
+
 def test_kept_members_leave_the_others_to_share(tiny_checkpoints, tiny_text_file, tmp_path):
     plan = compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "shared-input", ratio=0.3,
                     keep=["*.q_proj", "model.layers.1.mlp.up_proj"])  # fmt: skip
