@@ -27,7 +27,7 @@ from .base import Choice, Joint, JointOffer, Offer, Shape, Solution, TargetStats
 from .dictionary import Dictionary, DictionarySolution, best_atoms, dictionary_offers, nbytes
 from .neighbours import NeighbourSettings, neighbours
 from .shared import SharedDictionary
-from .stacked import set_statistics, stack_shape
+from .stacked import stack_shape, stack_statistics
 
 
 class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):
@@ -87,7 +87,8 @@ def solve_set(
     weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: CospadiGroupSettings
 ) -> list[GroupMember]:
     """One dictionary for the weights (out, in) of a set."""
-    stack = cospadi.solve(torch.cat(list(weights)), TargetStats(set_statistics(statistics)), settings)
+    stacked = torch.cat(list(weights))
+    stack = cospadi.solve(stacked, stack_statistics(stacked, statistics), settings)
     members, start = [], 0
     for weight in weights:
         rows = slice(start, start + len(weight))
@@ -102,4 +103,4 @@ def solve_set(
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
     """A target (out, in) that shares nothing."""
-    return cospadi.solve(weight, stats, settings)
+    return cospadi.solve(weight, stack_statistics(weight, [stats]), settings)

@@ -134,6 +134,15 @@ def outer_rows(weight: Tensor) -> Tensor:
     return total
 
 
+def outputs_of(weight: Tensor, gram: Tensor) -> Tensor:
+    """`W C Wᵀ` in float64, (out, out), the second moment of the outputs from that of the inputs, by slices of the gram."""
+    total = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
+    wide = weight.double()
+    for columns, read in zip(gram.split(_ROWS, dim=1), wide.split(_ROWS, dim=1), strict=True):
+        total.addmm_(wide @ columns.to(wide), read.T)
+    return (total + total.T) / 2
+
+
 def project(basis: Tensor, weight: Tensor) -> Tensor:
     """`basisᵀ weight` in float64, (rank, in), by slices of rows."""
     total = torch.zeros(basis.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)

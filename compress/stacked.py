@@ -25,7 +25,7 @@ from .base import (
     balanced,
     low_rank_offers,
 )
-from .linalg import OutputDirections, project, root
+from .linalg import OutputDirections, outputs_of, project
 from .shared import SharedLowRank
 
 
@@ -48,19 +48,21 @@ def shared_offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Setti
     ]
 
 
-def mean_gram(statistics: Sequence[TargetStats]) -> Tensor:
-    """The mean of the members' input grams, (in, in) float64; as it is where all read one input."""
-    grams = []
-    for group in {id(each.group): each.group for each in statistics}.values():
-        if group.gram is None:
-            raise ValueError("sharing a factor needs the gram of the targets' inputs")
-        grams.append(group.gram.double())
-    return grams[0] if len(grams) == 1 else torch.stack(grams).mean(0)
+def stack_statistics(weight: Tensor, statistics: Sequence[TargetStats]) -> TargetStats:
+    """The statistics of one weight (out, in) whose inputs have the mean of these grams.
 
-
-def set_statistics(statistics: Sequence[TargetStats]) -> GroupStats:
-    """The statistics of the stack's input: a gram over the tokens of the member that saw fewest."""
-    return GroupStats(min(each.group.tokens for each in statistics), mean_gram(statistics))
+    Of a weight that is wider than tall the second moment of its outputs is told from the gram: it says the same, and the
+    decomposition is that of the smaller side. Of targets that read one input the group is the same, its gram's root shared.
+    """
+    groups = list({id(each.group): each.group for each in statistics}.values())
+    grams = [group.gram for group in groups if group.gram is not None]
+    if len(grams) < len(groups):
+        raise ValueError("sharing a factor needs the gram of the targets' inputs")
+    group = groups[0]
+    if len(groups) > 1:
+        group = GroupStats(min(each.tokens for each in groups), torch.stack([gram.double() for gram in grams]).mean(0))
+    assert group.gram is not None
+    return TargetStats(group, outputs_of(weight, group.gram) if len(weight) <= weight.shape[1] else None)
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,10 @@ def solve_stack(weights: Sequence[Tensor], statistics: Sequence[TargetStats]) ->
         weights: (out, in) each.
         statistics: with grams (in, in).
     """
-    groups = {id(each.group): each.group for each in statistics}
-    only = next(iter(groups.values())) if len(groups) == 1 else None
-    gram_root = only.gram_root if only is not None else root(mean_gram(statistics))
     stacked = torch.cat(list(weights))
-    stack = Stack(stacked, OutputDirections(stacked, gram_root))
+    stats = stack_statistics(stacked, statistics)
+    gram_root = None if stats.output_gram is not None else stats.group.gram_root
+    stack = Stack(stacked, OutputDirections(stacked, gram_root, stats.output_gram))
     members, start = [], 0
     for weight in weights:
         rows = slice(start, start + len(weight))
