@@ -461,6 +461,23 @@ def test_sets_within_a_layer_go_with_compressed_inputs(compressed, tiny_checkpoi
     assert not torch.equal(second["model.layers.1.mlp.up_proj.weight"], one_shot[1]["model.layers.1.mlp.up_proj.weight"])
 
 
+def test_devices_change_nothing_but_rounding(compressed, tiny_checkpoints, tiny_text_file, tmp_path):
+    """Each device works on a copy of the layer, whose borrowers read from the copy's own lender."""
+    cpu = torch.device("cpu")
+    arguments = (tiny_checkpoints("llama"), tmp_path / "two", tiny_text_file, "shared-input", [cpu, cpu])
+    compress(*arguments, samples=60, ratio=0.3, propagate="compressed")
+    compress(*arguments[:1], tmp_path / "one", *arguments[2:4], samples=60, ratio=0.3, propagate="compressed")
+    assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["basis-sharing", "lorap"])
+def test_sixteen_bit_checkpoints_stay_sixteen_bit(name, tiny_checkpoints, tiny_text_file, tmp_path):
+    plan = compress(tiny_checkpoints("opt", dtype=torch.bfloat16), tmp_path / "out", tiny_text_file, name, ratio=0.3)
+    shard = load_file(tmp_path / "out" / "model-00001-of-00004.safetensors")
+    assert {tensor.dtype for tensor in shard.values()} == {torch.bfloat16}
+    assert verify(tmp_path / "out")["bytes"]["model_after"] == plan.whole_after
+
+
 @pytest.mark.parametrize("name", ["shared-input", "basis-sharing", "lorap"])
 def test_a_set_gets_one_choice_from_the_solver(name, tiny_checkpoints, tiny_text_file, tmp_path):
     model, kept = tiny_checkpoints("llama", num_hidden_layers=4), tmp_path / "statistics"
