@@ -140,7 +140,10 @@ class Plan:
 
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
-        return wanted(self.solved(layer), self.recipe.compression[0].needs & FORWARD_NEEDS)
+        method = self.recipe.compression[0]
+        joined = {target.name for item in self.items if item.parts is not None for target in item.targets}
+        joint_needs = method.joint.needs if method.joint else frozenset()
+        return wanted(self.solved(layer), method.needs & FORWARD_NEEDS, joined, joint_needs)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""

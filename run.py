@@ -107,7 +107,7 @@ def prepare(
         dropped = layers_to_drop(view, recipe.dropping, calibration.tokens, devices)
         return make_plan(view, recipe, len(devices), dropped=dropped), None
     method = recipe.compression[0]
-    needs, looks_around = method.needs, method.joint is not None and method.joint.across_layers
+    needs, looks_around = method.all_needs, method.joint is not None and method.joint.across_layers
     streamed = recipe.allocation == "uniform" and not looks_around and not needs & BACKWARD_NEEDS
     if streamed and (statistics is None or not recipe.reads_text):
         return plan, None
@@ -132,7 +132,7 @@ def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> Statistics:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
-    needs = frozenset[str]().union(*(plan.recipe.compression[0].needs for plan in plans))
+    needs = frozenset[str]().union(*(plan.recipe.compression[0].all_needs for plan in plans))
     return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
 
 

@@ -318,12 +318,14 @@ class Joint:
         offers: (shapes, parts, settings, rank multiple) -> the ways in which such a set can be stored, ascending in bytes.
         solve: (weights, statistics, parts, settings) -> one solution per member, each answering its own choices; pure.
         across_layers: whether a set may hold targets of several layers. Their statistics then have to lie on disk.
+        needs: the statistics that it reads of members of sets, beside those of the method.
     """
 
     sets: Callable[[Sequence[Joinable], Any], list[TargetSet]]
     offers: Callable[[Sequence[Shape], Sequence[str], Any, int], list[JointOffer]]
     solve: Callable[[Sequence[Tensor], Sequence[TargetStats], Sequence[str], Any], Sequence[Solution]]
     across_layers: bool = False
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,11 @@ class Method:
     measured: Measured | None = None
     ways: tuple[Method, ...] = ()
     joint: Joint | None = None
+
+    @property
+    def all_needs(self) -> frozenset[str]:
+        """The statistics that it reads, of targets alone and in sets."""
+        return self.needs | (self.joint.needs if self.joint else frozenset())
 
     def measured_of(self, way: int | None) -> Measured | None:
         """Which offers are measured, of one alternative where there are several."""

@@ -8,7 +8,8 @@ When to use: in the place of `svd-llm`, at the same bytes, where queries, keys a
 directions of their input. One matrix multiplication with the shared factor serves no member but its own here: each computes it
 for itself, so the number of operations is larger than that of `svd-llm` at the same bytes.
 
-Cost: one symmetric eigenproblem per set on the smaller of (in, Σ out). Statistics: a gram (in, in) per group.
+Cost: one symmetric eigenproblem per set on the smaller of (in, Σ out). Statistics: a gram (in, in) per group that shares, the
+cheaper side for the others.
 
 Source: the projection of SVD-LLM (arXiv 2403.07378 §3.2), applied to the stack; LatentLLM (arXiv 2505.18413) compresses the
 input side of attention jointly in a like manner. Targets that read an input alone (o, down, experts) are solved as by
@@ -43,8 +44,8 @@ def solve_set(
 
 
 @method(
-    "shared-input", source="arXiv 2403.07378; arXiv 2505.18413", needs=["gram"],
-    joint=Joint(sets, shared_offers, solve_set),
+    "shared-input", source="arXiv 2403.07378; arXiv 2505.18413", needs=["output_gram"],
+    joint=Joint(sets, shared_offers, solve_set, needs=frozenset({"gram"})),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> svd_llm.Projected:
     """A target (out, in) that reads its input alone."""

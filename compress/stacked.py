@@ -54,6 +54,8 @@ def stack_statistics(weight: Tensor, statistics: Sequence[TargetStats]) -> Targe
     Of a weight that is wider than tall the second moment of its outputs is told from the gram: it says the same, and the
     decomposition is that of the smaller side. Of targets that read one input the group is the same, its gram's root shared.
     """
+    if len(statistics) == 1 and statistics[0].output_gram is not None:
+        return statistics[0]
     groups = list({id(each.group): each.group for each in statistics}.values())
     grams = [group.gram for group in groups if group.gram is not None]
     if len(grams) < len(groups):

@@ -461,6 +461,20 @@ def test_sets_within_a_layer_go_with_compressed_inputs(compressed, tiny_checkpoi
     assert not torch.equal(second["model.layers.1.mlp.up_proj.weight"], one_shot[1]["model.layers.1.mlp.up_proj.weight"])
 
 
+def test_only_what_is_shared_asks_for_the_dearer_statistics(compressed, tiny_checkpoints, tiny_text_file, tmp_path):
+    """down_proj puts out 48 numbers of 80: alone it is solved from its outputs, and to the same matrix as by svd-llm."""
+    plan, out = compressed("shared-input", "llama")
+    wanted = plan.wanted(0)
+    outputs = {name.rpartition(".")[2] for name in wanted.outputs}
+    assert outputs == {"o_proj", "down_proj"}
+    assert {group.rpartition(".")[2] for group, names in wanted.inputs.items() if "gram" in names} == {"q_proj", "gate_proj"}
+    alone = tmp_path / "alone"
+    compress(tiny_checkpoints("llama"), alone, tiny_text_file, "svd-llm", ratio=0.3)
+    one, two = (load_file(folder / "model-00002-of-00004.safetensors") for folder in (out, alone))
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        assert torch.equal(one[f"model.layers.1.{name}.left"], two[f"model.layers.1.{name}.left"])
+
+
 def test_devices_change_nothing_but_rounding(compressed, tiny_checkpoints, tiny_text_file, tmp_path):
     """Each device works on a copy of the layer, whose borrowers read from the copy's own lender."""
     cpu = torch.device("cpu")
