@@ -269,6 +269,8 @@ class Recipe(BaseModel):
             raise ValueError(f"{name} solves targets of several layers at once, which 'allocation: kl' cannot probe")
         if self.propagate == "compressed":
             raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
+        if self.refine is not None and self.refine.block is not None:
+            raise ValueError(f"{name} shares between layers, which refine: block would train apart; use refine: end-to-end")
         if self.depth is not None:
             raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
 
