@@ -43,18 +43,18 @@ _LEAST = 1e-7  # nats; below this a divergence is rounding
 
 @dataclass(frozen=True)
 class Unit:
-    """Items that are probed together: one target, one set of a layer, or the items of all experts of a layer."""
+    """Items that are probed together: one target, one set, or the items of all experts of a layer."""
 
     items: tuple[Item, ...]
 
     @property
     def layer(self) -> int:
-        """Where its targets are."""
-        return self.items[0].targets[0].layer
+        """The first that it changes."""
+        return min(target.layer for item in self.items for target in item.targets)
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.items[0].targets[0].role}"
+        return f"{self.items[0].targets[0].layer}.{self.items[0].targets[0].role}"
 
 
 def units(items: Sequence[Item]) -> list[Unit]:
@@ -93,7 +93,7 @@ class Probing:
     Args:
         view: the model.
         tokens: (samples, length) token ids; a few hundred in all are enough.
-        items: by layer, those to probe; the targets of each lie in one layer.
+        items: by layer, those to probe; one of several layers with that of its first target.
         offers: item -> what its method offers.
         dense: item -> bytes when dense.
     """
@@ -108,6 +108,7 @@ class Probing:
     ) -> None:
         self._view, self._tokens, self._offers = view, tokens, offers
         self._probes: list[tuple[Unit, int]] = []  # a variant each: the unit, and which of its offers
+        self._later: dict[int, dict[Target, Form]] = {}  # variant -> forms of its targets in layers that are still to come
         for unit in (unit for layer in items for unit in units(layer)):
             first = unit.items[0].name
             self._probes += [(unit, index) for index in probed(offers[first], dense[first])]
@@ -149,15 +150,15 @@ class Probing:
         for number, (unit, offer) in enumerate(self._probes, 1):
             if unit.layer > index:
                 break  # from here on variants are still the original
-            if unit.layer < index:
-                outputs[number] = run_layer(layer, calls[number].to(device))
-                continue
-            forms: dict[Target, Form] = {}
-            for item in unit.items:
+            forms = self._later.pop(number, {})
+            for item in unit.items if unit.layer == index else ():
                 if item.name not in solutions:
                     solutions[item.name] = solve(layer, name, item)
                 forms |= forms_at(item, solutions[item.name], self._offers[item.name][offer].choice)
-            with _in_place_of(layer, name, forms, self._view.dtype):
+            here = {target: form for target, form in forms.items() if target.layer == index}
+            if len(here) < len(forms):
+                self._later[number] = {t: form.stored(self._view.dtype) for t, form in forms.items() if t.layer > index}
+            with _in_place_of(layer, name, here, self._view.dtype):
                 outputs[number] = run_layer(layer, calls[number].to(device))
         return outputs
 
@@ -180,14 +181,16 @@ def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtyp
     """While the context is open, the layer multiplies by these forms."""
     undo: list[Callable[[], object]] = []
     specs: dict[str, Spec] = {}
+    modules = {target.module for target in forms}
     for target, form in forms.items():
         weight, bias = target_weight(layer, name, target)
-        if target.expert is not None:
+        stored = form.with_bias(bias).stored(dtype)
+        # an expert has no module of its own, and what an owner in another layer lends is not here
+        if target.expert is not None or stored.spec().get("owner", target.module) not in modules:
             kept = weight.clone()
-            weight.copy_(form.dense())
+            weight.copy_(stored.dense())
             undo.append(partial(weight.copy_, kept))
             continue
-        stored = form.with_bias(bias).stored(dtype)
         specs[target.module] = stored.spec()
         path, _, leaf = target.module.removeprefix(name + ".").rpartition(".")
         parent = layer.get_submodule(path)

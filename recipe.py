@@ -265,8 +265,6 @@ class Recipe(BaseModel):
         joint, name = self.compression[0].joint, self.method
         if joint is None or not joint.across_layers:
             return
-        if self.allocation == "kl":
-            raise ValueError(f"{name} solves targets of several layers at once, which 'allocation: kl' cannot probe")
         if self.propagate == "compressed":
             raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
         if self.refine is not None and self.refine.block is not None:
