@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .compress import experts
 from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
+from .compress.shared import link
 from .plan import Step
 from .targets import Target
 
@@ -85,3 +86,4 @@ def install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Map
         else:
             weight = linear_weight(getattr(parent, leaf))
             setattr(parent, leaf, module_for(spec, full, (weight.shape[0], weight.shape[1])))
+    link(specs, lambda path: layer.get_submodule(path.removeprefix(name + ".")))

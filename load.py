@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .calibrate.weights import SafetensorsSource
 from .compress import experts
 from .compress.forms import MODULES, Spec, build_module, linear_shape
+from .compress.shared import link
 from .errors import CheckpointError, ModelError, one_line
 from .locate import locate
 
@@ -105,6 +106,7 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
             ) from error
         if spec["kind"] == "experts":
             experts.install(parent, leaf, forms)
+    link(modules, model.get_submodule)
     if any(spec["kind"] == "experts" for spec in modules.values()):
         experts.register()
         model.set_experts_implementation(experts.IMPLEMENTATION)

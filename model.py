@@ -210,6 +210,19 @@ class ModelView:
         self._require_complete(prefix, module)
         return module
 
+    def load_module(self, path: str) -> nn.Module:
+        """Bring the weights of one module inside a layer in, without the rest of its layer.
+
+        Raises:
+            CheckpointError, NonFiniteError: as for `load`.
+        """
+        layer = next(name for name in self.layer_names if path.startswith(name + "."))
+        names = [name for name in self._sources[layer] if self._renamed[name].startswith(path + ".")]
+        module: nn.Module = self.model.get_submodule(path)
+        self._materialise(names)
+        self._require_complete(path, module)
+        return module
+
     def load_outside(self, names: Iterable[str] | None = None) -> None:
         """Bring in weights outside the layers: those of `names` (checkpoint names), or all that a calibration forward reads."""
         if names is None:

@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .errors import RecipeError, did_you_mean
+from .items import Item, items_of, offers_of, shape_of
 from .model import Kept, ModelView
 from .recipe import Recipe, how_many
 from .targets import Target
@@ -84,6 +85,7 @@ class Plan:
         dropped: layers that go.
         dropped_beside: bytes of what is no target in them.
         left_out: what the checkpoint holds and the model has no place for.
+        items: the targets that may be compressed, those that are solved together as one.
     """
 
     recipe: Recipe
@@ -99,6 +101,7 @@ class Plan:
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
+    items: tuple[Item, ...] = ()
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -137,7 +140,10 @@ class Plan:
 
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
-        return wanted(self.solved(layer), self.recipe.compression[0].needs & FORWARD_NEEDS)
+        method = self.recipe.compression[0]
+        joined = {target.name for item in self.items if item.parts is not None for target in item.targets}
+        joint_needs = method.joint.needs if method.joint else frozenset()
+        return wanted(self.solved(layer), method.needs & FORWARD_NEEDS, joined, joint_needs)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""
@@ -172,22 +178,26 @@ def make_plan(
     element = torch.empty((), dtype=view.dtype).element_size()
     kept_dense = _kept_dense(view.targets, recipe.keep)
     method, settings = recipe.compression
-    shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for t in view.targets}
-    known: dict[Shape, list[Offer]] = {}
-    for name, shape in shapes.items():
-        if name not in kept_dense and shape not in known:
-            known[shape] = method.offers(shape, settings, recipe.rank_multiple)
+    shapes = {t.name: shape_of(t, element) for t in view.targets}
     gone = _assumed(view, recipe) if dropped is None else dropped
     leaving = {target.name for target in view.targets if target.layer in gone}
+    items = items_of(method, settings, [t for t in view.targets if t.name not in kept_dense and t.name not in leaving])
+    known = offers_of(items, method, settings, recipe.rank_multiple, element)
+    nbytes = {name: shape.nbytes for name, shape in shapes.items()}
+    dense = {item.name: sum(nbytes[target.name] for target in item.targets) for item in items}
     if curves is None:
-        open_targets = [name for name in shapes if name not in kept_dense and name not in leaving]
-        offers = {name: (shapes[name].nbytes, known[shapes[name]]) for name in open_targets}
+        offers = {name: (whole, known[name]) for name, whole in dense.items()}
         if recipe.allocation == "own":
-            chosen = {name: ways[-1] if ways else Offer(Choice(), dense) for name, (dense, ways) in offers.items()}
+            per_item = {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
         else:
-            chosen = uniform(offers, _of_what_stays(recipe, shapes, leaving))
+            per_item = uniform(offers, _of_what_stays(recipe, shapes, leaving))
     else:
-        chosen = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves)
+        open_targets = {target.name for item in items for target in item.targets}
+        kept_bytes = {name: size for name, size in nbytes.items() if name not in open_targets}
+        per_item = allocate(recipe, kept_bytes | dense, curves)
+    chosen: dict[str, Offer] = {}
+    for item in items:
+        chosen |= item.shared_out(per_item[item.name], known[item.name], nbytes)
     steps = []
     for target in view.targets:
         before = shapes[target.name].nbytes
@@ -211,6 +221,7 @@ def make_plan(
         Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
         sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving),
         tuple(view.left_out),
+        tuple(items),
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
@@ -285,7 +296,8 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     )
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
-    solve = max((_solve_bytes(s.target) for s in plan.steps if not s.choice.dense), default=0)
+    dense = {step.target.name for step in plan.steps if step.choice.dense}
+    solve = max((_solve_bytes([t for t in item.targets if t.name not in dense]) for item in plan.items), default=0)
     refine = plan.recipe.refine
     both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
     if both:  # two streams of everything, and the windows that are held out
@@ -334,7 +346,9 @@ def _whole_bytes(view: ModelView, plan: Plan) -> int:
     )
 
 
-def _solve_bytes(target: Target) -> int:
-    """Workspace of one target in float64: about four copies of the weight and six of the smaller side's square."""
-    small = min(target.out_features, target.in_features)
-    return 8 * (4 * target.numel + 6 * small**2)
+def _solve_bytes(targets: Sequence[Target]) -> int:
+    """Workspace of one item in float64: about four copies of the weights and six of the smaller side's square."""
+    if not targets:
+        return 0
+    small = min(sum(target.out_features for target in targets), max(target.in_features for target in targets))
+    return 8 * (4 * sum(target.numel for target in targets) + 6 * small**2)

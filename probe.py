@@ -27,9 +27,12 @@ from torch import Tensor, nn
 from .assemble import target_weight
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
 from .compress.base import Curve, Offer, Solution, at_sizes, coarsest
-from .compress.forms import Form, build_module, fill_module
+from .compress.forms import Form, Spec, build_module, fill_module
+from .compress.shared import link
+from .items import Item
 from .model import ModelView
 from .passes import give_back
+from .solving import forms_at
 from .targets import Target
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
@@ -40,20 +43,25 @@ _LEAST = 1e-7  # nats; below this a divergence is rounding
 
 @dataclass(frozen=True)
 class Unit:
-    """Targets that are probed together: one target, or all experts of one fused parameter in a layer."""
+    """Items that are probed together: one target, one set, or the items of all experts of a layer."""
 
-    targets: tuple[Target, ...]
+    items: tuple[Item, ...]
+
+    @property
+    def layer(self) -> int:
+        """The first that it changes."""
+        return min(target.layer for item in self.items for target in item.targets)
 
     @property
     def name(self) -> str:
-        return f"{self.targets[0].layer}.{self.targets[0].role}"
+        return f"{self.items[0].targets[0].layer}.{self.items[0].targets[0].role}"
 
 
-def units(targets: Sequence[Target]) -> list[Unit]:
-    """The units of one layer's targets."""
-    roles: dict[str, list[Target]] = {}
-    for target in targets:
-        roles.setdefault(target.role, []).append(target)
+def units(items: Sequence[Item]) -> list[Unit]:
+    """The units of one layer's items."""
+    roles: dict[str, list[Item]] = {}
+    for item in items:
+        roles.setdefault(item.targets[0].role, []).append(item)
     return [Unit(tuple(members)) for members in roles.values()]
 
 
@@ -76,7 +84,7 @@ def probed(offers: Sequence[Offer], dense: int) -> list[int]:
     return sorted(found)
 
 
-SolveTarget = Callable[[nn.Module, str, Target], Solution]
+SolveItem = Callable[[nn.Module, str, Item], Solution]
 
 
 class Probing:
@@ -85,32 +93,34 @@ class Probing:
     Args:
         view: the model.
         tokens: (samples, length) token ids; a few hundred in all are enough.
-        offers: target -> what its method offers; targets without an entry are not probed.
-        dense: target -> bytes when dense.
+        items: by layer, those to probe; one of several layers with that of its first target.
+        offers: item -> what its method offers.
+        dense: item -> bytes when dense.
     """
 
     def __init__(
-        self, view: ModelView, tokens: Tensor, offers: Mapping[str, Sequence[Offer]], dense: Mapping[str, int]
+        self,
+        view: ModelView,
+        tokens: Tensor,
+        items: Sequence[Sequence[Item]],
+        offers: Mapping[str, Sequence[Offer]],
+        dense: Mapping[str, int],
     ) -> None:
         self._view, self._tokens, self._offers = view, tokens, offers
-        by_layer: dict[int, list[Target]] = {}
-        for target in view.targets:
-            if target.name in offers:
-                by_layer.setdefault(target.layer, []).append(target)
         self._probes: list[tuple[Unit, int]] = []  # a variant each: the unit, and which of its offers
-        for layer in range(len(view.layers)):
-            for unit in units(by_layer.get(layer, [])):
-                first = unit.targets[0].name
-                self._probes += [(unit, index) for index in probed(offers[first], dense[first])]
+        self._later: dict[int, dict[Target, Form]] = {}  # variant -> forms of its targets in layers that are still to come
+        for unit in (unit for layer in items for unit in units(layer)):
+            first = unit.items[0].name
+            self._probes += [(unit, index) for index in probed(offers[first], dense[first])]
 
     @torch.no_grad()
     def run(
-        self, solve: SolveTarget, device: torch.device, notify: Callable[[int], None] = lambda layer: None
+        self, solve: SolveItem, device: torch.device, notify: Callable[[int], None] = lambda layer: None
     ) -> dict[str, dict[int, float]]:
         """Unit name -> {offer index: divergence in nats per token}.
 
         Args:
-            solve: (layer, its name, target) -> the target's solution.
+            solve: (layer, its name, item) -> the item's solution.
             device: where layers run.
             notify: called with the number of layers done.
         """
@@ -131,24 +141,24 @@ class Probing:
             return self._divergences(steps.finish(outputs))
 
     def _layer(
-        self, layer: nn.Module, name: str, index: int, calls: Sequence[Call], solve: SolveTarget, device: torch.device
+        self, layer: nn.Module, name: str, index: int, calls: Sequence[Call], solve: SolveItem, device: torch.device
     ) -> list[Any]:
         original = run_layer(layer, calls[0].to(device))
         check_finite(original, name, 0)
         outputs: list[Any] = [original] * len(calls)
         solutions: dict[str, Solution] = {}
         for number, (unit, offer) in enumerate(self._probes, 1):
-            if unit.targets[0].layer > index:
+            if unit.layer > index:
                 break  # from here on variants are still the original
-            if unit.targets[0].layer < index:
-                outputs[number] = run_layer(layer, calls[number].to(device))
-                continue
-            forms = {}
-            for target in unit.targets:
-                if target.name not in solutions:
-                    solutions[target.name] = solve(layer, name, target)
-                forms[target] = solutions[target.name].form(self._offers[target.name][offer].choice)
-            with _in_place_of(layer, name, forms, self._view.dtype):
+            forms = self._later.pop(number, {})
+            for item in unit.items if unit.layer == index else ():
+                if item.name not in solutions:
+                    solutions[item.name] = solve(layer, name, item)
+                forms |= forms_at(item, solutions[item.name], self._offers[item.name][offer].choice)
+            here = {target: form for target, form in forms.items() if target.layer == index}
+            if len(here) < len(forms):
+                self._later[number] = {t: form.stored(self._view.dtype) for t, form in forms.items() if t.layer > index}
+            with _in_place_of(layer, name, here, self._view.dtype):
                 outputs[number] = run_layer(layer, calls[number].to(device))
         return outputs
 
@@ -170,21 +180,26 @@ class Probing:
 def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtype: torch.dtype) -> Iterator[None]:
     """While the context is open, the layer multiplies by these forms."""
     undo: list[Callable[[], object]] = []
+    specs: dict[str, Spec] = {}
+    modules = {target.module for target in forms}
     for target, form in forms.items():
         weight, bias = target_weight(layer, name, target)
-        if target.expert is not None:
+        stored = form.with_bias(bias).stored(dtype)
+        # an expert has no module of its own, and what an owner in another layer lends is not here
+        if target.expert is not None or stored.spec().get("owner", target.module) not in modules:
             kept = weight.clone()
-            weight.copy_(form.dense())
+            weight.copy_(stored.dense())
             undo.append(partial(weight.copy_, kept))
             continue
-        stored = form.with_bias(bias).stored(dtype)
+        specs[target.module] = stored.spec()
         path, _, leaf = target.module.removeprefix(name + ".").rpartition(".")
         parent = layer.get_submodule(path)
         with torch.device("meta"):
-            empty = build_module(stored.spec(), target.in_features, target.out_features)
+            empty = build_module(specs[target.module], target.in_features, target.out_features)
         module = getattr(parent, leaf)
         setattr(parent, leaf, fill_module(empty, stored.tensors()).to(weight.device))
         undo.append(partial(setattr, parent, leaf, module))
+    link(specs, lambda path: layer.get_submodule(path.removeprefix(name + ".")))
     try:
         yield
     finally:
@@ -196,8 +211,8 @@ def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str
     """The curves of one unit with losses in nats per token.
 
     Args:
-        curves: target -> its curve, losses in the method's own metric.
-        points: offer index -> the unit's divergence at it. One target follows the power laws from point to point of each
+        curves: item -> its curve, losses in the method's own metric.
+        points: offer index -> the unit's divergence at it. One item follows the power laws from point to point of each
             alternative; several share the divergence of the smallest form in proportion to their losses.
     """
     found = {}

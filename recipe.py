@@ -258,8 +258,19 @@ class Recipe(BaseModel):
             raise ValueError("correction follows the compressed model's inputs: it goes with propagate: compressed")
         if len(self.steps) > 2:
             raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
-        _ = self.compression
+        self._fits_joint()
         return self
+
+    def _fits_joint(self) -> None:
+        joint, name = self.compression[0].joint, self.method
+        if joint is None or not joint.across_layers:
+            return
+        if self.propagate == "compressed":
+            raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
+        if self.refine is not None and self.refine.block is not None:
+            raise ValueError(f"{name} shares between layers, which refine: block would train apart; use refine: end-to-end")
+        if self.depth is not None:
+            raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
 
     def _fits_depth(self) -> None:
         assert self.depth is not None

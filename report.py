@@ -129,10 +129,13 @@ def _by_role(steps: Iterable[Step], verbose: bool) -> list[tuple[str, tuple[int,
 
 def _form(steps: Sequence[Step]) -> str:
     ranks = sorted({step.choice.rank for step in steps if step.choice.rank is not None})
+    channels = sorted({step.choice.channels for step in steps if step.choice.channels is not None})
     dense = [step for step in steps if step.choice.dense]
     parts = []
     if ranks:
         parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}")
+    if channels:
+        parts.append(f"{channels[0]} channels" if len(channels) == 1 else f"{channels[0]} to {channels[-1]} channels")
     if dense:
         parts.append(f"dense{'' if len(dense) == len(steps) else f' ({len(dense)})'}: {dense[0].why_dense}")
     return ", ".join(parts)

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import UNCHECKED, Artifact
-from .assemble import form_specs, install, stored_tensors, target_weight
+from .assemble import form_specs, install, stored_tensors
 from .calibrate.data import Calibration
 from .calibrate.stream import Call, hidden_of
 from .card import model_card
 from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .distill import refine_artifact
-from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
 from .model import ModelView
@@ -39,6 +38,7 @@ from .passes import full_precision, give_back, peak_rss, run_batches, steady_mem
 from .plan import Plan, make_plan
 from .prune import layers_to_drop
 from .refine import refine_block
+from .solving import SolvedTarget, solved_forms
 from .streams import Pair, Solved, correct, restored
 from .survey import Statistics, collect, measure
 from .verify import verify
@@ -106,8 +106,10 @@ def prepare(
     if recipe.dropping is not None:
         dropped = layers_to_drop(view, recipe.dropping, calibration.tokens, devices)
         return make_plan(view, recipe, len(devices), dropped=dropped), None
-    needs = recipe.compression[0].needs
-    if recipe.allocation == "uniform" and (statistics is None or not recipe.reads_text) and not needs & BACKWARD_NEEDS:
+    method = recipe.compression[0]
+    needs, looks_around = method.all_needs, method.joint is not None and method.joint.across_layers
+    streamed = recipe.allocation == "uniform" and not looks_around and not needs & BACKWARD_NEEDS
+    if streamed and (statistics is None or not recipe.reads_text):
         return plan, None
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact:  # refuses another run before hours of work
         if artifact.finished:
@@ -130,7 +132,7 @@ def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> Statistics:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
-    needs = frozenset[str]().union(*(plan.recipe.compression[0].needs for plan in plans))
+    needs = frozenset[str]().union(*(plan.recipe.compression[0].all_needs for plan in plans))
     return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
 
 
@@ -215,9 +217,10 @@ def _compress_layers(
         return
     sequential = plan.recipe.propagate == "compressed"
     device = devices[0]
+    waiting: dict[str, SolvedTarget] = {}  # of sets across layers, until their layer comes
 
     def compress(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
-        forms, records = _solve_layer(plan, layer, name, index, stats, device)
+        forms, records = _solve_layer(plan, view, layer, index, stats, statistics, waiting, device)
         specs = form_specs(plan.layer_steps(index), forms)
         return specs, stored_tensors(layer, name, forms), {"forms": specs, "targets": [asdict(each) for each in records]}
 
@@ -309,8 +312,8 @@ def _compress_layers(
         started = time.perf_counter()
         resumed = name in artifact.done
         if not resumed:
-            solved = [target.name for target in plan.solved(index)]
-            stats = statistics.read(name, solved) if statistics else dict.fromkeys(solved, NOTHING_SEEN)
+            wanted = [target.name for target in plan.solved(index) if target.name not in waiting]
+            stats = statistics.read(name, wanted) if statistics else dict.fromkeys(wanted, NOTHING_SEEN)
             finish(index, name, view.load(name), stats)
             view.unload(name)
             give_back()
@@ -319,15 +322,25 @@ def _compress_layers(
 
 def _solve_layer(
     plan: Plan,
+    view: ModelView,
     layer: nn.Module,
-    name: str,
     index: int,
     statistics: dict[str, TargetStats],
+    stored: Statistics | None,
+    solved: dict[str, SolvedTarget],
     device: torch.device,
 ) -> tuple[dict[str, Form], list[TargetRecord]]:
-    method, settings = plan.recipe.compression
+    """Forms and records of a layer's targets.
+
+    Args:
+        statistics: of this layer's targets; used up.
+        stored: of all layers, for sets across them.
+        solved: what earlier layers found for members of their sets in this one; what is found here for later ones is added.
+    """
+    method = plan.recipe.compression[0]
     forms: dict[str, Form] = {}
     records = []
+    items = {target.name: item for item in plan.items for target in item.targets}
     for step in plan.layer_steps(index):
         target = step.target
         shape = (target.out_features, target.in_features)
@@ -335,33 +348,25 @@ def _solve_layer(
             spec = {"kind": "dense"}
             records.append(TargetRecord(target.name, spec, shape, step.bytes_before, step.bytes_after, note=step.why_dense))
             continue
-        weight, bias = target_weight(layer, name, target)
-        stats = statistics.pop(target.name)  # what is solved needs its statistics no longer
-        solution = method.solve(weight.to(device), stats, settings)
-        form = solution.form(step.choice).with_bias(bias).stored(plan.dtype)
-        if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
-            raise NonFiniteError(
-                f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32."
-            )
-        forms[target.name] = form
-        error = solution.loss(step.choice) / solution.total if solution.total > 0 else 0.0
-        tokens = stats.group.tokens
-        note = (
-            f"only {tokens} calibration tokens for an input of {target.in_features}"
-            if method.needs and tokens < target.in_features
-            else ""
-        )
+        if target.name not in solved:
+            read = None if stored is None else stored.read
+            solved |= solved_forms(plan, view, items[target.name], layer, index, statistics, read, device)
+        found = solved.pop(target.name)
+        forms[target.name] = found.form
+        notes = [found.note] if found.note else []
+        if method.needs and found.tokens < target.in_features:
+            notes.append(f"only {found.tokens} calibration tokens for an input of {target.in_features}")
         records.append(
             TargetRecord(
                 target.name,
-                form.spec(),
+                found.form.spec(),
                 shape,
                 step.bytes_before,
                 step.bytes_after,
-                error,
-                tokens if method.needs else None,
-                solution.damping,
-                note,
+                found.error,
+                found.tokens if method.needs else None,
+                found.damping,
+                "; ".join(notes),
             )
         )
     return forms, records
@@ -382,7 +387,9 @@ def _config(plan: Plan, view: ModelView, artifact: Artifact) -> dict[str, Any]:
     staying = _staying(view, plan)
     modules: dict[str, Any] = {}
     for name in staying:
-        modules |= _renamed(artifact.done[name].record["forms"], name, staying[name])
+        specs = artifact.done[name].record["forms"]
+        specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in specs.items()}
+        modules |= _renamed(specs, name, staying[name])
     config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
@@ -440,6 +447,12 @@ def _finish(
 def _renamed(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """The same values with one layer's prefix exchanged for another's."""
     return {new + key.removeprefix(old) if key.startswith(old + ".") else key: value for key, value in named.items()}
+
+
+def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:
+    """A form's spec; the module whose factor it shares has moved with its layer."""
+    owner = spec.get("owner", "")
+    return spec | {"owner": new + owner.removeprefix(old)} if owner.startswith(old + ".") else spec
 
 
 def shallower(config: Any, layers: Sequence[int]) -> Any:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .assemble import target_weight
 from .calibrate.backward import collect_gradients
 from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings
@@ -36,17 +35,18 @@ from .compress.base import (
     Curve,
     Method,
     Offer,
-    Shape,
     Solution,
     TargetStats,
 )
 from .durable import replacing
 from .errors import OutputError
+from .items import Item, items_of, offers_of, shape_of
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
+from .solving import Together, solve_item, weight_at
 from .targets import Target
 
 PROBED = (2, 128)  # samples and tokens of each
@@ -206,13 +206,14 @@ class _Measuring:
         self._view, self._store, self._device = view, store, device
         self._method, self._settings = recipe.compression
         element = torch.empty((), dtype=view.dtype).element_size()
-        self._layers = [[t for t in targets if t.name not in keep] for targets in targets_by_layer(view)]
-        shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for layer in self._layers for t in layer}
-        offers = {shape: self._method.offers(shape, self._settings, recipe.rank_multiple) for shape in set(shapes.values())}
+        items = items_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
+        self._layers: list[list[Item]] = [[] for _ in view.layers]  # an item of several layers belongs to that of its first
+        for item in items:
+            self._layers[item.targets[0].layer].append(item)
+        self._offers = offers_of(items, self._method, self._settings, recipe.rank_multiple, element)
         if recipe.allocation != "own":  # which looks for one size that it knows
-            offers = {shape: thinned(ways) for shape, ways in offers.items()}
-        self._offers = {name: offers[shape] for name, shape in shapes.items()}
-        self._dense = {name: shape.nbytes for name, shape in shapes.items()}
+            self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
+        self._dense = {item.name: sum(shape_of(t, element).nbytes for t in item.targets) for item in items}
         asked = {
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
@@ -220,58 +221,65 @@ class _Measuring:
             "thinned": recipe.allocation != "own",
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
+        if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
+            asked["sets"] = [[target.name for target in item.targets] for item in items if item.parts is not None]
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     def curves(self, notify: Callable[[int, float], None]) -> dict[str, Curve]:
         """Losses in the method's own metric."""
         found: dict[str, Curve] = {}
-        for index, targets in enumerate(self._layers):
+        for index, items in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
             held = _read(self._file(name))
-            if any(target.name not in held for target in targets):
+            if any(item.name not in held for item in items):
                 layer = self._view.load(name)
-                for target in targets:
-                    if target.name not in held:
-                        held[target.name] = self._curve(target, self._solve(layer, name, target))
+                for item in items:
+                    if item.name not in held:
+                        held[item.name] = self._curve(item.name, self._solve(layer, name, item))
                 self._view.unload(name)
                 give_back()
                 _write(self._file(name), held)
-            found |= {target.name: held[target.name] for target in targets}
+            found |= {item.name: held[item.name] for item in items}
             notify(index + 1, time.perf_counter() - started)
         return found
 
     def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
         """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
         file = self._store.folder / f"nats-{self._tag}.json"
-        names = {target.name for layer in self._layers for target in layer}
+        names = {item.name for layer in self._layers for item in layer}
         if names <= (held := _read(file)).keys():
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 
-        def solve(layer: nn.Module, name: str, target: Target) -> Solution:
-            solution = self._solve(layer, name, target)
-            plain[target.name] = self._curve(target, solution)
+        def solve(layer: nn.Module, name: str, item: Item) -> Solution:
+            solution = self._solve(layer, name, item)
+            plain[item.name] = self._curve(item.name, solution)
             return solution
 
         started = time.perf_counter()
-        probing = Probing(self._view, tokens, self._offers, self._dense)
+        probing = Probing(self._view, tokens, self._layers, self._offers, self._dense)
         divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
         found: dict[str, Curve] = {}
-        for targets in self._layers:
-            for unit in units(targets):
-                found |= scaled({t.name: plain[t.name] for t in unit.targets}, divergences[unit.name])
+        for items in self._layers:
+            for unit in units(items):
+                found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
         _write(file, found)
         return found
 
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
 
-    def _solve(self, layer: nn.Module, name: str, target: Target) -> Solution:
-        weight = target_weight(layer, name, target)[0].to(self._device)
-        return self._method.solve(weight, self._store.read(name, [target.name])[target.name], self._settings)
+    def _solve(self, layer: nn.Module, name: str, item: Item) -> Solution:
+        weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in item.targets]
+        held: dict[str, TargetStats] = {}
+        for number in dict.fromkeys(target.layer for target in item.targets):
+            names = [target.name for target in item.targets if target.layer == number]
+            held |= self._store.read(self._view.layer_names[number], names)
+        solutions = solve_item(self._method, self._settings, item, weights, [held[t.name] for t in item.targets])
+        return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
 
-    def _curve(self, target: Target, solution: Solution) -> Curve:
-        return _curve(solution, self._offers[target.name], self._method, self._dense[target.name])
+    def _curve(self, name: str, solution: Solution) -> Curve:
+        return _curve(solution, self._offers[name], self._method, self._dense[name])
 
 
 def _curve(solution: Solution, offers: Sequence[Offer], method: Method, dense: int) -> Curve:

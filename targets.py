@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.stream import Lockstep, run_layer
-from .compress.experts import expert_parameters
+from .compress.experts import channels_are_free, expert_parameters
 from .compress.forms import linear_shape
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Target:
         out_features, in_features: its shape.
         bias: whether its module adds a bias.
         expert: the expert's number in a fused parameter, else None.
+        bound: whether its input channels cannot leave with the rows that make them: a vector of the layer (a norm, not a bias
+            of a matrix) is as wide, or an expert's gate pairs its channels in a way of its own.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Target:
     in_features: int
     bias: bool
     expert: int | None = None
+    bound: bool = False
 
     @property
     def numel(self) -> int:
@@ -83,6 +86,8 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
     found: list[Target] = []
     readers: dict[int, str] = {}
     inputs: list[Tensor] = []  # kept alive, so that no two tensors share an id
+    others = [module for module in layer.modules() if linear_shape(module) is None]
+    widths = {p.numel() for module in others for p in module.parameters(recurse=False) if p.ndim == 1}
 
     def note(path: str, x: Tensor, shape: tuple[int, int], bias: bool) -> None:
         name = f"{prefix}.{path}"
@@ -90,7 +95,7 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
             return
         inputs.append(x)
         group = readers.setdefault(id(x), name)
-        found.append(Target(name, name, index, path, group, *shape, bias))
+        found.append(Target(name, name, index, path, group, *shape, bias, bound=shape[1] in widths))
 
     def hook(path: str, shape: tuple[int, int]) -> Any:
         return lambda module, args: note(path, args[0], shape, module.bias is not None)
@@ -115,10 +120,22 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
 
 def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Target]:
     targets = []
+    bound = not channels_are_free(module)
     for parameter, (experts, out_features, in_features) in expert_parameters(module).items():
         for expert in range(experts):
             name = f"{prefix}.{path}.{parameter}.{expert}"
             targets.append(
-                Target(name, f"{prefix}.{path}", layer, f"{path}.{parameter}", name, out_features, in_features, False, expert)
+                Target(
+                    name,
+                    f"{prefix}.{path}",
+                    layer,
+                    f"{path}.{parameter}",
+                    name,
+                    out_features,
+                    in_features,
+                    False,
+                    expert,
+                    bound,
+                )
             )
     return targets

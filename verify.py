@@ -9,6 +9,7 @@ import torch
 
 from .artifact import read_record
 from .calibrate.stream import Lockstep, check_finite, run_layer
+from .compress.shared import lenders
 from .durable import sha256_of
 from .errors import CheckpointError, NonFiniteError
 from .load import install_stored
@@ -92,9 +93,14 @@ def _check_logits(folder: Path, view: ModelView) -> None:
         steps.start([{"input_ids": ids}])
         view.unload()
         for index, name in enumerate(view.layer_names):
-            output = run_layer(view.load(name), steps.calls[0])
+            layer = view.load(name)
+            lent = lenders(layer, name)
+            for path in lent:
+                view.load_module(path)
+            output = run_layer(layer, steps.calls[0])
             check_finite(output, name, 0)
-            view.unload(name)
+            for path in (name, *lent):
+                view.unload(path)
             give_back()
             if index == len(view.layers) - 1:
                 view.load_end()

@@ -9,7 +9,7 @@ gram, or each target's own (out, out) one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -124,8 +124,17 @@ class Wanted:
         return total
 
 
-def wanted(targets: Sequence[TargetLike], needs: frozenset[str]) -> Wanted:
-    """Decide what to collect for targets of one layer so that `needs` is met at the least cost."""
+def wanted(
+    targets: Sequence[TargetLike],
+    needs: frozenset[str],
+    joined: Collection[str] = (),
+    joint_needs: frozenset[str] = frozenset(),
+) -> Wanted:
+    """Decide what to collect for targets of one layer so that `needs` is met at the least cost.
+
+    Args:
+        joined: names of targets that are solved in sets, of whose inputs `joint_needs` are wanted too.
+    """
     groups: dict[str, list[TargetLike]] = defaultdict(list)
     for target in targets:
         groups[target.group].append(target)
@@ -133,6 +142,8 @@ def wanted(targets: Sequence[TargetLike], needs: frozenset[str]) -> Wanted:
     outputs: set[str] = set()
     for group, members in groups.items():
         names = needs - {"output_gram"}
+        if any(target.name in joined for target in members):
+            names = names | joint_needs
         if "output_gram" in needs and "gram" not in names:
             # an expert's outputs are not seen, only its inputs
             if members[0].expert is None and sum(t.out_features**2 for t in members) < members[0].in_features ** 2:

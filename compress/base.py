@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -46,6 +46,7 @@ class Choice:
         atoms: columns of a dictionary.
         nonzeros: coefficients kept in each column of its codes.
         way: number of the alternative that it belongs to, where a recipe names several methods.
+        channels: inner channels of a feed-forward that stay.
     """
 
     rank: int | None = None
@@ -54,6 +55,7 @@ class Choice:
     atoms: int | None = None
     nonzeros: int | None = None
     way: int | None = None
+    channels: int | None = None
 
     @property
     def dense(self) -> bool:
@@ -190,6 +192,11 @@ class Solution(ABC):
         """The ridge that was added to a gram, relative to its mean diagonal."""
         return 0.0
 
+    @property
+    def note(self) -> str:
+        """Anything about this target that a reader of the record should know."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -256,6 +263,71 @@ Offers = Callable[[Shape, Any, int], list[Offer]]
 Measured = Callable[[Sequence[Offer], int], list[int]]
 
 
+class Joinable(Protocol):
+    """What a joint method knows of a target when it says which belong together (targets.Target is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def expert(self) -> int | None: ...
+    @property
+    def bound(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """Targets that are solved together and get one choice.
+
+    Args:
+        names: in the order in which the method gets their weights; the first one keeps what they share.
+        parts: what each is to the method ('query', 'up'); sizes may depend on it.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JointOffer(Offer):
+    """One way to store a set of targets; `choice` and `nbytes` are those of the whole set.
+
+    Args:
+        members: what each one gets, in the set's order. A dense choice leaves a member whole; it is then left out when the
+            others are solved.
+    """
+
+    members: tuple[Offer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How a method treats several targets at once.
+
+    Args:
+        sets: (open targets in the order of a forward, settings) -> the sets; a target in none of them is solved alone.
+        offers: (shapes, parts, settings, rank multiple) -> the ways in which such a set can be stored, ascending in bytes.
+        solve: (weights, statistics, parts, settings) -> one solution per member, each answering its own choices; pure.
+        across_layers: whether a set may hold targets of several layers. Their statistics then have to lie on disk.
+        needs: the statistics that it reads of members of sets, beside those of the method.
+    """
+
+    sets: Callable[[Sequence[Joinable], Any], list[TargetSet]]
+    offers: Callable[[Sequence[Shape], Sequence[str], Any, int], list[JointOffer]]
+    solve: Callable[[Sequence[Tensor], Sequence[TargetStats], Sequence[str], Any], Sequence[Solution]]
+    across_layers: bool = False
+    needs: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method.
@@ -272,6 +344,7 @@ class Method:
         measured: (offers, dense bytes) -> indices, ascending: where a loss costs a whole solve, only these are measured, and
             the losses of the others are interpolated. None where every loss is had at once.
         ways: the alternatives of a mixture, by their numbers.
+        joint: which targets it solves together, and how; None where each is solved by itself.
     """
 
     name: str
@@ -282,6 +355,12 @@ class Method:
     offers: Offers = low_rank_offers
     measured: Measured | None = None
     ways: tuple[Method, ...] = ()
+    joint: Joint | None = None
+
+    @property
+    def all_needs(self) -> frozenset[str]:
+        """The statistics that it reads, of targets alone and in sets."""
+        return self.needs | (self.joint.needs if self.joint else frozenset())
 
     def measured_of(self, way: int | None) -> Measured | None:
         """Which offers are measured, of one alternative where there are several."""
@@ -311,6 +390,7 @@ def method(
     settings: type[Settings] = Settings,
     offers: Offers = low_rank_offers,
     measured: Measured | None = None,
+    joint: Joint | None = None,
 ) -> Callable[[S], S]:
     """Register a function as the method `name`."""
     wanted = frozenset(needs)
@@ -320,7 +400,7 @@ def method(
     def register(solve: S) -> S:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured, joint=joint)
         return solve
 
     return register

@@ -56,7 +56,8 @@ def _most(out_features: int, in_features: int) -> int:
     return out_features  # atoms start as rows of the weight
 
 
-def _offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+def offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+    """Dictionaries of few atoms to as many as the target has rows."""
     return dictionary_offers(shape, settings, multiple, _most)
 
 
@@ -182,7 +183,7 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
     source="arXiv 2509.22075",
     needs=["output_gram"],
     settings=CospadiSettings,
-    offers=_offers,
+    offers=offers,
     measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:

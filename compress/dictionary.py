@@ -364,17 +364,18 @@ class DictionarySolution(Solution):
         return self.problem.total
 
     def loss(self, choice: Choice) -> float:
-        return self._coded(choice).loss
+        return self.coded(choice).loss
 
     def form(self, choice: Choice) -> Dictionary:
-        coded = self._coded(choice)
+        coded = self.coded(choice)
         atoms = best_atoms(coded.codes, self.weight)
         # the scale of each atom shared evenly with its codes, which suits 16-bit storage
         a, b = coded.codes.norm(dim=0), atoms.norm(dim=1)
         scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
         return Dictionary.of(coded.codes * scale, coded.mask, atoms / scale[:, None], self.settings.pattern)
 
-    def _coded(self, choice: Choice) -> Coded:
+    def coded(self, choice: Choice) -> Coded:
+        """The codes that were learned for a choice."""
         if choice.atoms is None or choice.nonzeros is None:
             raise ValueError("a dense target is not solved")
         if choice not in self._last:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 IMPLEMENTATION = "lrc"
 _FORMS = "_forms"
+_TRIED = 5  # channels that a gate is tried on
 # observer(experts module, parameter name, expert index, input (tokens, in)); one at a time, set by `observe`
 _observers: list[Callable[[nn.Module, str, int, Tensor], None]] = []
 _readings: list[Callable[[Tensor], Tensor]] = []  # what an expert's input goes through before it is multiplied
@@ -68,6 +69,22 @@ def number_of_matrices(module: nn.Module) -> int:
         len(child) for name, child in module.named_children() if name.endswith(_FORMS) and isinstance(child, nn.ModuleList)
     )
     return forms + sum(experts for experts, _, _ in expert_parameters(module).values())
+
+
+def channels_are_free(module: Any) -> bool:
+    """Whether an inner channel of an expert may leave with its own rows and column, gate and up being halves of one matrix.
+
+    Biases of the experts would have to be cut too, and a gate may pair rows in another way (gpt-oss interleaves them); the
+    gate is tried on a few channels.
+    """
+    if any(name.endswith("_bias") for name, _ in module.named_parameters(recurse=False)):
+        return False
+    if not module.has_gate:
+        return True
+    x = torch.linspace(-2, 2, 2 * _TRIED).repeat(2, 1)
+    kept = torch.arange(1, _TRIED)
+    with torch.no_grad():
+        return torch.equal(module._apply_gate(x)[:, kept], module._apply_gate(x[:, torch.cat([kept, kept + _TRIED])]))
 
 
 def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:

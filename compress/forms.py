@@ -45,6 +45,10 @@ class Form(ABC):
     def stored(self, dtype: torch.dtype) -> Form:
         """The same form as it goes to disk: floating-point tensors rounded to `dtype`, on the CPU."""
 
+    def owned_by(self, owner: str) -> Form:
+        """The same form as a member of a set whose first target, which keeps what they share, has this module path."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes on disk, without the bias (which is never compressed)."""

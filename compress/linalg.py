@@ -107,6 +107,14 @@ class OutputDirections:
         more = more - kept @ (kept.T @ more)
         return torch.linalg.qr(torch.cat([kept, more], dim=1))[0]
 
+    def energies(self, rows: slice) -> Tensor:
+        """(k,) float64, what of each value lies in these rows of the weight; over all rows they add up to `values`."""
+        if self._vectors is not None:
+            return self.values * self._vectors[rows, : len(self.values)].square().sum(0)
+        assert self._inner is not None
+        parts = (part.double() @ self._inner for part in self._weight[rows].split(_ROWS))
+        return torch.stack([part.square().sum(0) for part in parts]).sum(0)[: len(self.values)]
+
     def _weight_times(self, matrix: Tensor) -> Tensor:
         return torch.cat([rows.double() @ matrix for rows in self._weight.split(_ROWS)])
 
@@ -124,6 +132,15 @@ def outer_rows(weight: Tensor) -> Tensor:
         doubled = rows.double()
         total.addmm_(doubled.T, doubled)
     return total
+
+
+def outputs_of(weight: Tensor, gram: Tensor) -> Tensor:
+    """`W C Wᵀ` in float64, (out, out), the second moment of the outputs from that of the inputs, by slices of the gram."""
+    total = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
+    wide = weight.double()
+    for columns, read in zip(gram.split(_ROWS, dim=1), wide.split(_ROWS, dim=1), strict=True):
+        total.addmm_(wide @ columns.to(wide), read.T)
+    return (total + total.T) / 2
 
 
 def project(basis: Tensor, weight: Tensor) -> Tensor:

@@ -31,7 +31,13 @@ class MixtureSettings(Settings):
 
 
 def mixture(methods: Sequence[Method]) -> Method:
-    """The method that offers what any of `methods` offers."""
+    """The method that offers what any of `methods` offers.
+
+    Raises:
+        ValueError: one of them solves several targets at once.
+    """
+    if joined := [method.name for method in methods if method.joint is not None]:
+        raise ValueError(f"{joined[0]} solves several targets at once and cannot be one of several alternatives")
 
     def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Mixed:
         return Mixed(tuple(methods), settings.parts, weight, stats)

@@ -95,6 +95,9 @@ def chain(first: Method, second: Method) -> Method:
     Raises:
         ValueError: `second` needs statistics that cannot be told for a factor's input.
     """
+    for step in (first, second):
+        if step.joint is not None:
+            raise ValueError(f"{step.name} solves several targets at once and cannot be one of two steps")
     missing = second.needs - DERIVED
     if missing:
         raise ValueError(

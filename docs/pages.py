@@ -149,7 +149,7 @@ def page(method: Method) -> str:
         "What it does": said["what"],
         "When to use it": _capital(said["When to use"]),
         "Options": options(method),
-        "Statistics": "\n".join(f"* {NEEDS.get(need, f'`{need}`')}" for need in sorted(method.needs))
+        "Statistics": "\n".join(f"* {NEEDS.get(need, f'`{need}`')}" for need in sorted(method.all_needs))
         or "None: it looks at the weights only, and no calibration text is read.",
         "Cost": _capital(said["Cost"]),
         "How to run it": "\n".join(f"    {command}" for command in dict.fromkeys(commands)),
@@ -173,7 +173,7 @@ def index(known: dict[str, Method]) -> str:
     for name in sorted(by_family, key=order.index):
         lines += [f"## {name}", "", "| method | what it is | statistics | source |", "|---|---|---|---|"]
         for method in by_family[name]:
-            needs = ", ".join(f"`{need}`" for need in sorted(method.needs)) or "none"
+            needs = ", ".join(f"`{need}`" for need in sorted(method.all_needs)) or "none"
             what = method.summary.partition(": ")[2] or method.summary
             lines.append(f"| [`{method.name}`]({method.name}.md) | {_capital(what)} | {needs} | {method.source} |")
         lines.append("")

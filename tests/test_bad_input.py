@@ -294,7 +294,7 @@ def test_a_sweep_into_a_file(model, tiny_text_file, tmp_path):
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(rank="3"),
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="nonsense"),
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bitz": 3}),
-        lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bits": 5}),
+        lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bits": 7}),
         lambda modules: modules.update({"model.layers.9.mlp.up_proj": {"kind": "low-rank", "rank": 3, "bias": False}}),
     ],
 )

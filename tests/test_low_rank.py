@@ -168,6 +168,33 @@ def test_welore_keeps_what_reaches_the_threshold(threshold):
     assert flat.preferred.dense, "equal singular values are not low rank"
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.999])
+@pytest.mark.parametrize("narrow", ["inputs", "outputs"])
+def test_utilized_rank_is_that_of_the_narrower_subspace(keep, narrow):
+    """Inputs in 5 dimensions, or outputs in 5 (a weight of rank 5); the numbers against NumPy."""
+    chance = np.random.default_rng(2)
+    weight, x = chance.standard_normal((40, 30)), chance.standard_normal((500, 30)) + 1
+    if narrow == "inputs":
+        x = x[:, :5] @ chance.standard_normal((5, 30))
+    else:
+        weight = weight[:, :5] @ chance.standard_normal((5, 30))
+    stats = statistics(weight, x)
+    solution = solve("utilized-rank", weight, stats, keep=keep, multiple=1)
+
+    def needed(energy):
+        parts = np.cumsum(np.sort(energy)[::-1]) / energy.sum()
+        return int(np.argmax(parts >= keep - 1e-12)) + 1
+
+    sizes = [needed(np.linalg.svd(y, compute_uv=False) ** 2) for y in (x, x @ weight.T)]
+    assert [solution.inputs, solution.outputs] == sizes
+    assert solution.preferred.rank == min(sizes) <= 5
+    best = np.linalg.svd((x @ weight.T) / np.sqrt(len(x)), compute_uv=False) ** 2
+    rank = min(sizes)
+    assert affine_error(solution.form(Choice(rank)), weight, x) == pytest.approx(best[rank:].sum(), abs=1e-8 * best.sum())
+    wide = solve("utilized-rank", weight, stats, keep=keep, multiple=16)
+    assert wide.preferred.rank == 16  # rounded up; factors of rank 17 are still smaller than a 40 x 30 matrix
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.9, 0.99, 1.0])
 def test_energy_keeps_its_part_of_the_variance_and_no_more_than_that(keep):
     weight, x = problem(60, 40)
@@ -187,6 +214,7 @@ def test_energy_keeps_its_part_of_the_variance_and_no_more_than_that(keep):
         ("fwsvd", {"ratio": 0.3}),
         ("welore", {"settings.threshold": 0.5}),
         ("energy", {"settings.keep": 0.8, "settings.multiple": 2}),
+        ("utilized-rank", {"settings.keep": 0.9, "settings.multiple": 2}),
     ],
 )
 def test_sizes_of_the_methods_own_and_of_the_budget_through_the_pipeline(

@@ -29,6 +29,7 @@ from lrc.calibrate.data import Calibration, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.compress import experts
 from lrc.compress.base import NEEDS, Choice, GroupStats, LowRankSolution, Method, Settings, Shape, TargetStats, methods
+from lrc.compress.channels import PrunedLinear
 from lrc.compress.forms import linear_weight
 from lrc.load import open_model
 from lrc.locate import locate
@@ -187,8 +188,11 @@ def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(
     )
     small, _ = open_model(str(tmp_path / "out"))
     got = logits(small)
-    whole = multiplied_out(model.original, small, (step.target for step in plan.steps))
-    if all(step.target.expert is None for step in plan.steps):  # rounding before a router may send a token elsewhere
+    pruned = any(isinstance(module, PrunedLinear) for module in small.modules())  # whose channels test_joint.py looks up
+    whole = model.original if pruned else multiplied_out(model.original, small, (step.target for step in plan.steps))
+    if not pruned and all(
+        step.target.expert is None for step in plan.steps
+    ):  # rounding before a router may send a token elsewhere
         assert torch.allclose(got, logits(whole), atol=1e-3 * float(got.abs().max()))
     if family in ("llama", "mixtral"):  # with and without experts; names of tensors are the family's, forms the method's
         small.save_pretrained(tmp_path / "again")
@@ -321,8 +325,10 @@ def test_how_samples_are_batched_changes_nothing_but_rounding(name, surveyed, ti
         out = tmp_path / str(tokens)
         final, held = prepare(plan, model.view, model.calibration, out, statistics=tmp_path / f"statistics-{tokens}")
         execute(final, model.view, model.calibration, out, statistics=held)
-        errors.append({target["name"]: target["error"] for target in json.loads((out / "lrc.json").read_text())["targets"]})
+        targets = json.loads((out / "lrc.json").read_text())["targets"]  # of a set, some may stay dense
+        errors.append({target["name"]: target["error"] for target in targets if target["error"] is not None})
     one, two = errors
+    assert one.keys() == two.keys()
     # a tie between two codes or two atoms may fall either way: of one target some percent, of all together next to nothing
     assert all(one[target] == pytest.approx(two[target], rel=0.1, abs=1e-6) for target in one)
     assert sum(one.values()) == pytest.approx(sum(two.values()), rel=5e-3)

@@ -1,0 +1,107 @@
+"""CoSpaDi across layers: neighbouring layers share a dictionary for each of their reading roles; the codes are their own.
+
+The weights of one role in `layers` neighbouring layers are stacked on their outputs and coded as one matrix, in the metric of
+the mean of the layers' grams: every row of every layer is a sum of s of the same k atoms. What the shared atoms save buys more
+of them.
+
+When to use: as `cospadi`, where its time can be paid; published results are better than those of `cospadi` at the same bytes
+(Llama-2-7B at 0.2: word perplexity 11.7 against 20.2).
+
+Cost: that of `cospadi` on a stack of `layers` targets. Statistics: a gram (in, in) per group, kept on disk.
+
+Source: CoSpaDi, arXiv 2509.22075, the grouped variant: weights concatenated on their outputs, one metric from the mean of the
+grams (an approximation: exact would be a metric per layer). Differences: those of `cospadi`. Targets that share nothing (o,
+down, experts) are solved as by `cospadi`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cospadi
+from .base import Choice, Joint, JointOffer, Offer, Shape, Solution, TargetStats, at_sizes, method
+from .dictionary import Dictionary, DictionarySolution, best_atoms, dictionary_offers, nbytes
+from .neighbours import NeighbourSettings, neighbours
+from .shared import SharedDictionary
+from .stacked import stack_shape, stack_statistics
+
+
+class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):
+    """Settings of `cospadi`, and which layers and roles share."""
+
+
+def offers(
+    shapes: Sequence[Shape], parts: Sequence[str], settings: CospadiGroupSettings, multiple: int = 1
+) -> list[JointOffer]:
+    """What `cospadi` offers for the stack; the first member stores the atoms, each its own codes."""
+    found = []
+    for offer in dictionary_offers(stack_shape(shapes), settings, multiple, lambda out_features, in_features: out_features):
+        atoms, each = offer.choice.atoms, offer.choice.nonzeros
+        assert atoms is not None
+        assert each is not None
+        members = []
+        for number, shape in enumerate(shapes):
+            whole = nbytes(shape, atoms, each * shape.out_features)
+            shared = 0 if number == 0 else atoms * shape.in_features * shape.element
+            members.append(Offer(offer.choice, whole - shared))
+        total = sum(member.nbytes for member in members)
+        if total < sum(shape.nbytes for shape in shapes):  # supports are padded member by member
+            found.append(JointOffer(offer.choice, total, tuple(members)))
+    return found
+
+
+@dataclass(frozen=True)
+class GroupMember(Solution):
+    """One member: its rows of the stack's codes.
+
+    Args:
+        stack: the solution of all members' rows together.
+        rows: of this one.
+    """
+
+    stack: DictionarySolution
+    rows: slice
+
+    @property
+    def total(self) -> float:
+        problem = self.stack.problem
+        return float(problem.points[self.rows, : problem.seen].square().sum())
+
+    def loss(self, choice: Choice) -> float:
+        coded, problem = self.stack.coded(choice), self.stack.problem
+        error = problem.points[self.rows] - coded.codes[self.rows] @ best_atoms(coded.codes, problem.points)
+        return float(error[:, : problem.seen].square().sum())
+
+    def form(self, choice: Choice) -> SharedDictionary:
+        whole = self.stack.form(choice)
+        mask = self.stack.coded(choice).mask[self.rows]
+        own = Dictionary.of(whole.codes()[self.rows], mask, whole.atoms, whole.pattern)
+        return SharedDictionary(own, lends=self.rows.start == 0)
+
+
+def solve_set(
+    weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: CospadiGroupSettings
+) -> list[GroupMember]:
+    """One dictionary for the weights (out, in) of a set."""
+    stacked = torch.cat(list(weights))
+    stack = cospadi.solve(stacked, stack_statistics(stacked, statistics), settings)
+    members, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        members.append(GroupMember(stack, rows))
+        start = rows.stop
+    return members
+
+
+@method(
+    "cospadi-group", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiGroupSettings,
+    offers=cospadi.offers, measured=at_sizes(0.3, 0.6),
+    joint=Joint(neighbours, offers, solve_set, across_layers=True, needs=frozenset({"gram"})),
+)  # fmt: skip
+def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
+    """A target (out, in) that shares nothing."""
+    return cospadi.solve(weight, stack_statistics(weight, [stats]), settings)

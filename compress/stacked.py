@@ -1,0 +1,125 @@
+"""Targets stacked on top of each other share their right factor: what methods that do so have in common.
+
+For weights W_1 … W_g that read inputs with one gram C, the best factors with one right factor are those of the stack
+[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (linalg.py), the rows of
+the left factor being the members' own. A rank costs in + Σ out numbers instead of Σ (in + out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .base import (
+    Choice,
+    GroupStats,
+    JointOffer,
+    LowRankSolution,
+    Offer,
+    Settings,
+    Shape,
+    TargetStats,
+    balanced,
+    low_rank_offers,
+)
+from .linalg import OutputDirections, outputs_of, project
+from .shared import SharedLowRank
+
+
+def stack_shape(shapes: Sequence[Shape]) -> Shape:
+    """The shape of the stack of these targets."""
+    return Shape(sum(shape.out_features for shape in shapes), shapes[0].in_features, shapes[0].element)
+
+
+def shared_offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOffer]:
+    """Every rank at which the stack's factors are smaller than its members; the first one stores the right factor."""
+
+    def member(number: int, shape: Shape, choice: Choice) -> Offer:
+        assert choice.rank is not None
+        rows = shape.out_features + (shape.in_features if number == 0 else 0)
+        return Offer(choice, choice.rank * rows * shape.element)
+
+    return [
+        JointOffer(offer.choice, offer.nbytes, tuple(member(i, shape, offer.choice) for i, shape in enumerate(shapes)))
+        for offer in low_rank_offers(stack_shape(shapes), settings, multiple)
+    ]
+
+
+def stack_statistics(weight: Tensor, statistics: Sequence[TargetStats]) -> TargetStats:
+    """The statistics of one weight (out, in) whose inputs have the mean of these grams.
+
+    Of a weight that is wider than tall the second moment of its outputs is told from the gram: it says the same, and the
+    decomposition is that of the smaller side. Of targets that read one input the group is the same, its gram's root shared.
+    """
+    if len(statistics) == 1 and statistics[0].output_gram is not None:
+        return statistics[0]
+    groups = list({id(each.group): each.group for each in statistics}.values())
+    grams = [group.gram for group in groups if group.gram is not None]
+    if len(grams) < len(groups):
+        raise ValueError("sharing a factor needs the gram of the targets' inputs")
+    group = groups[0]
+    if len(groups) > 1:
+        group = GroupStats(min(each.tokens for each in groups), torch.stack([gram.double() for gram in grams]).mean(0))
+    assert group.gram is not None
+    return TargetStats(group, outputs_of(weight, group.gram) if len(weight) <= weight.shape[1] else None)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The stack of a set's weights, solved for every rank.
+
+    Args:
+        weight: (Σ out, in).
+        directions: its leading output directions.
+    """
+
+    weight: Tensor
+    directions: OutputDirections
+    _last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Left (Σ out, rank) and right (rank, in), float64; those of the last rank are held, since every member asks for it."""
+        if rank not in self._last:
+            self._last.clear()
+            basis = self.directions.basis(rank)
+            self._last[rank] = balanced(basis, project(basis, self.weight))
+        return self._last[rank]
+
+
+@dataclass(frozen=True)
+class StackMember(LowRankSolution):
+    """One member of a stack: its rows of the left factor, and the right factor of all.
+
+    Args:
+        stack: of all members.
+        rows: of this one.
+    """
+
+    stack: Stack
+    rows: slice
+
+    def form(self, choice: Choice) -> SharedLowRank:
+        left, right = self.stack.factors(self.rank(choice))
+        return SharedLowRank(left[self.rows], right, lends=self.rows.start == 0)
+
+
+def solve_stack(weights: Sequence[Tensor], statistics: Sequence[TargetStats]) -> list[StackMember]:
+    """The members of a stack, in the metric of the mean of their inputs' grams.
+
+    Args:
+        weights: (out, in) each.
+        statistics: with grams (in, in).
+    """
+    stacked = torch.cat(list(weights))
+    stats = stack_statistics(stacked, statistics)
+    gram_root = None if stats.output_gram is not None else stats.group.gram_root
+    stack = Stack(stacked, OutputDirections(stacked, gram_root, stats.output_gram))
+    members, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        members.append(StackMember(stack.directions.energies(rows), stack, rows))
+        start = rows.stop
+    return members

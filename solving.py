@@ -1,0 +1,171 @@
+"""Solving the items of the budget: weights and statistics of every member in, a solution for each out.
+
+An item may hold targets of several layers. Those of the layer that is at hand are read there; the weights of others come from
+the source one module at a time, and their statistics from the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .assemble import target_weight
+from .compress.base import Choice, JointOffer, Method, Offer, Settings, Solution, TargetStats
+from .compress.forms import Form
+from .errors import NonFiniteError
+from .items import Item
+from .model import ModelView
+from .plan import Plan
+from .targets import Target
+
+ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
+
+
+@dataclass(frozen=True)
+class Together(Solution):
+    """The solutions of a set's members as one, which answers the set's choices.
+
+    Args:
+        members: in the set's order.
+        shares: choice of the set -> what each member gets.
+    """
+
+    members: Sequence[Solution]
+    shares: Mapping[Choice, Sequence[Offer]]
+
+    def loss(self, choice: Choice) -> float:
+        each = zip(self.members, self.shares[choice], strict=True)
+        return sum(member.loss(offer.choice) for member, offer in each if not offer.choice.dense)
+
+    @property
+    def total(self) -> float:
+        return sum(member.total for member in self.members)
+
+    def form(self, choice: Choice) -> Form:
+        raise ValueError("a set has a form for each of its members, not one")
+
+    def forms(self, choice: Choice) -> list[Form | None]:
+        """Each member's form at a choice of the set, None for one that it leaves dense."""
+        each = zip(self.members, self.shares[choice], strict=True)
+        return [None if offer.choice.dense else member.form(offer.choice) for member, offer in each]
+
+    @staticmethod
+    def of(members: Sequence[Solution], offers: Sequence[Offer]) -> Together:
+        """The members' solutions, with what each gets at every offer of the set."""
+        return Together(members, {offer.choice: offer.members for offer in offers if isinstance(offer, JointOffer)})
+
+
+def forms_at(item: Item, solution: Solution, choice: Choice) -> dict[Target, Form]:
+    """The forms of an item's targets at a choice, in float64; a target that it leaves dense has none.
+
+    Args:
+        solution: of the item; `Together` for a set.
+    """
+    if not isinstance(solution, Together):
+        return {item.targets[0]: solution.form(choice)}
+    made = zip(item.targets, solution.forms(choice), strict=True)
+    return {target: form.owned_by(item.name) for target, form in made if form is not None}
+
+
+def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """A target's weight (out, in) and bias (out,) or None: of the layer at hand (`name`), or from the source."""
+    if view.layer_names[target.layer] == name:
+        return target_weight(layer, name, target)
+    view.load_module(target.module)
+    other = view.layer_names[target.layer]
+    found = target_weight(view.model.get_submodule(other), other, target)
+    view.unload(target.module)  # the tensors live on as long as they are used
+    return found
+
+
+def solve_item(
+    method: Method, settings: Settings, item: Item, weights: Sequence[Tensor], statistics: Sequence[TargetStats]
+) -> Sequence[Solution]:
+    """One solution per target of an item.
+
+    Args:
+        weights: (out, in) each, on the device that is to work.
+        statistics: of the same targets.
+    """
+    if item.parts is None:
+        return [method.solve(weights[0], statistics[0], settings)]
+    assert method.joint is not None
+    return method.joint.solve(weights, statistics, item.parts, settings)
+
+
+@dataclass(frozen=True)
+class SolvedTarget:
+    """What became of one target.
+
+    Args:
+        form: as it is stored, on the CPU.
+        error: its loss, relative to dropping the target altogether.
+        tokens: that its statistics are over.
+        damping: the ridge that was added to a gram, relative to its mean diagonal.
+        note: what the method says of it.
+    """
+
+    form: Form
+    error: float
+    tokens: int
+    damping: float
+    note: str
+
+
+def solved_forms(
+    plan: Plan,
+    view: ModelView,
+    item: Item,
+    layer: nn.Module,
+    index: int,
+    statistics: dict[str, TargetStats],
+    stored: ReadStatistics | None,
+    device: torch.device,
+) -> dict[str, SolvedTarget]:
+    """Solve an item and form those of its targets that lie in this layer or a later one and are not left dense.
+
+    Args:
+        layer: number `index`, its weights loaded.
+        statistics: of this layer's targets; those of the item are taken out.
+        stored: reads those of other layers.
+
+    Raises:
+        NonFiniteError: a form leaves the range of the checkpoint's dtype.
+    """
+    steps = {step.target.name: step for step in plan.steps}
+    item = _without(item, {name for name, step in steps.items() if step.choice.dense})
+    weights, biases, stats = [], [], []
+    for target in item.targets:
+        weight, bias = weight_at(view, target, layer, view.layer_names[index])
+        weights.append(weight.to(device))
+        biases.append(bias)
+        if target.layer == index:
+            stats.append(statistics.pop(target.name))  # what is solved needs its statistics no longer
+            continue
+        if stored is None:
+            raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are on no disk")
+        stats.append(stored(view.layer_names[target.layer], [target.name])[target.name])
+    solutions = solve_item(*plan.recipe.compression, item, weights, stats)
+    found: dict[str, SolvedTarget] = {}
+    for target, solution, bias, each in zip(item.targets, solutions, biases, stats, strict=True):
+        if target.layer < index:
+            continue  # finished by an earlier, interrupted run
+        choice = steps[target.name].choice
+        form = solution.form(choice).owned_by(item.name).with_bias(bias).stored(plan.dtype)
+        if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
+            raise NonFiniteError(
+                f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32."
+            )
+        error = solution.loss(choice) / solution.total if solution.total > 0 else 0.0
+        found[target.name] = SolvedTarget(form, error, each.group.tokens, solution.damping, solution.note)
+    return found
+
+
+def _without(item: Item, dense: Collection[str]) -> Item:
+    """The item without those of its members that are left dense."""
+    kept = [number for number, target in enumerate(item.targets) if target.name not in dense]
+    parts = None if item.parts is None else tuple(item.parts[number] for number in kept)
+    return Item(tuple(item.targets[number] for number in kept), parts)
