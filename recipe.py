@@ -20,7 +20,7 @@ from .calibrate.gradients import GradientSettings
 from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
 from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
-from .depth.base import scores
+from .depth.spec import DepthSpec
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
 from .refine import BlockSettings, EndToEndSettings
 
@@ -265,6 +265,9 @@ class Recipe(BaseModel):
         assert self.depth is not None
         if (self.method or self.steps or self.alternatives) and self.depth.drop is None and self.depth.ratio is None:
             raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
+        counted = self.depth.drop is not None or self.depth.ratio is not None
+        if counted and self.ratio and self.method is None and not self.steps:
+            raise ValueError("depth says how much goes; leave out either that (depth.drop, depth.ratio) or the recipe's ratio")
         if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
             raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
 
@@ -304,22 +307,6 @@ class Recipe(BaseModel):
         if self.method is None and not self.steps:
             return whole
         return Alternative(method=self.method, settings=self.settings, steps=self.steps).resolved() | whole
-
-
-def how_many(spec: DepthSpec, layers: int) -> int:
-    """The number of layers that go; a ratio is rounded up, so that no less than asked for is removed.
-
-    Raises:
-        BudgetError: fewer layers than that are open.
-    """
-    count = spec.drop if spec.drop is not None else -int(-(spec.ratio or 0) * layers // 1)
-    open_layers = layers - spec.protect_first - spec.protect_last
-    if not 0 < count <= open_layers:
-        raise BudgetError(
-            f"depth: {count} of {layers} layers shall go, and {max(open_layers, 0)} are not protected.",
-            "Change depth.drop (or depth.ratio), depth.protect_first or depth.protect_last.",
-        )
-    return count
 
 
 def _known_method(name: str) -> str:

@@ -199,10 +199,12 @@ class Progress:
             print_plan(plan)
 
     def survey(self, what: str, layer: int, seconds: float) -> None:
-        """Print one layer of a pass that precedes the plan."""
+        """Print one layer of a pass that precedes the plan, or with layer 0 something else that was done before it."""
         total = len({step.target.layer for step in self._plan.steps})
-        self._console.print(f"{what} {layer:>3}/{total}  {seconds:.1f} s, peak {size(peak_rss())}")
-        self._bar.update(self._task, completed=layer, total=total)
+        place = f" {layer:>3}/{total}" if layer else ""
+        self._console.print(f"{what}{place}  {seconds:.1f} s, peak {size(peak_rss())}")
+        if layer:
+            self._bar.update(self._task, completed=layer, total=total)
 
     def layer(self, report: LayerReport) -> None:
         """Print one finished layer and move the bar on."""
