@@ -22,6 +22,7 @@ from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .depth.spec import how_many
+from .depth_cost import depth_bytes, depth_lines
 from .errors import RecipeError, did_you_mean
 from .model import Kept, ModelView
 from .parts import enough_branches, open_branches
@@ -58,15 +59,16 @@ class Memory:
     factors: int
     blocks: int = 0
     whole: int = 0
+    depth: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, or a refinement."""
+        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, a refinement, or depth."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(embedding, forward, solve, block, self.whole)
+        return self.process + max(embedding, forward, solve, block, self.whole, self.depth)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Plan:
         dropped_beside: bytes of what is no target in them, less what a repair adds.
         left_out: what the checkpoint holds and the model has no place for.
         surgery: halves of layers that go, and repairs.
+        notes: what depth will take, in words.
     """
 
     recipe: Recipe
@@ -104,6 +107,7 @@ class Plan:
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
     surgery: Surgery = field(default_factory=Surgery)
+    notes: tuple[str, ...] = ()
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -220,6 +224,7 @@ def make_plan(
         + element * (sum(target.out_features for target in surgery.zeroed if target.bias) - surgery.added),
         tuple(view.left_out),
         surgery,
+        depth_lines(view, recipe, surgery),
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
@@ -317,6 +322,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
         blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
         whole=_whole_bytes(view, plan),
+        depth=depth_bytes(view, plan.recipe, plan.surgery),
     )
 
 

@@ -26,6 +26,7 @@ from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, passed_by
 from .compress.forms import linear_weight
 from .depth.base import Fit, Repair, get_repair
 from .depth.spec import DepthSpec
+from .depth_cost import HELD_TOKENS, HELD_WINDOW
 from .edit import LayerEdit, LinearMap
 from .errors import CalibrationError
 from .model import ModelView
@@ -35,7 +36,6 @@ from .retrain import finetune_end, streamline
 from .surgery import Surgery
 from .variants import Variant, losses
 
-HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
 Notify = Callable[[str, int, float], None]
 
 

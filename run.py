@@ -32,7 +32,7 @@ from .compress.absent import ZERO, Guarded
 from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .distill import refine_artifact
-from .edit import NONE
+from .edit import NONE, edited
 from .errors import NonFiniteError
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
@@ -309,17 +309,20 @@ def _compress_layers(
         held = len(apart)
         through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped, plan.surgery.edit)
         return
-    blind = not plan.recipe.reads_text
-    if not blind and (statistics is None or sequential):
+    idle = plan.recipe.depth is not None and not any(plan.solved(index) for index in range(total))
+    if plan.recipe.reads_text and not idle and (statistics is None or sequential):
         through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped, plan.surgery.edit)
         return
     for index, name in enumerate(view.layer_names):
+        if name not in staying:
+            continue
         started = time.perf_counter()
         resumed = name in artifact.done
         if not resumed:
             solved = [target.name for target in plan.solved(index)]
             stats = statistics.read(name, solved) if statistics else dict.fromkeys(solved, NOTHING_SEEN)
-            finish(index, name, view.load(name), stats)
+            with edited(view.load(name), name, plan.surgery.edit(name)) as layer:
+                finish(index, name, layer, stats)
             view.unload(name)
             give_back()
         report(index, name, started, resumed)

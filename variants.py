@@ -18,17 +18,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
 from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
+from .depth_cost import BATCH_TOKENS, COPIES, STATES
 from .edit import LayerEdit, edited
 from .errors import NonFiniteError
 from .model import ModelView
 from .passes import give_back
 
-STATES = 2 << 30
-COPIES = (
-    4  # of a variant's hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
-)
 SKIP = 16  # first tokens of each window, whose predictions have little to go by
-_BATCH = 512  # tokens of one forward, unless one window is longer: logits are held for so many
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def _predictions(
     view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(number of the variant, token ids of a batch, their logits), batch after batch and in each variant after variant."""
-    batches = tokens.split(max(1, _BATCH // tokens.shape[1]))
+    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
     count, last = len(variants), len(view.layers) - 1
     same = [0] * count  # variants of equal numbers have met the same changes so far
     view.load_outside()
