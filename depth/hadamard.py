@@ -26,7 +26,7 @@ def orthogonal(width: int) -> Tensor:
 
 def hadamard(size: int) -> np.ndarray | None:
     """(size, size) float64 of 1 and -1 with orthogonal columns; None where these constructions do not reach."""
-    doubled, base = 1, size
+    doubled, base = 1, size  # a power of two is Sylvester's, as the papers have it
     while True:
         found = _base(base)
         if found is not None:
@@ -37,8 +37,8 @@ def hadamard(size: int) -> np.ndarray | None:
 
 
 def _base(size: int) -> np.ndarray | None:
-    if size in (1, 2):
-        return np.ones((1, 1)) if size == 1 else np.array([[1.0, 1.0], [1.0, -1.0]])
+    if size & (size - 1) == 0:
+        return scipy.linalg.hadamard(size)
     if size % 4 == 0 and _is_prime(size - 1):  # 4 divides the size, so that the prime is 3 modulo 4
         return _paley_one(size - 1)
     if size % 4 == 0 and (size // 2 - 1) % 4 == 1 and _is_prime(size // 2 - 1):

@@ -1,4 +1,4 @@
-"""Repairs of dropped layers and halves of layers: each map against a float64 formulation, and real checkpoints on the real path."""
+"""Repairs and halves of layers: each map against a float64 formulation, and real checkpoints on the real path."""
 
 from __future__ import annotations
 
@@ -93,15 +93,12 @@ def _fitted(fit, x, y, pieces=(70, 131)):
 
 
 def test_linear_patch_is_the_papers_product():
-    x, y = _states(width=12)
-    h = scipy.linalg.hadamard(4)
-    h = np.kron(h, np.ones((1, 1)))  # a width of 4: Sylvester's own matrix
-    x, y = x[:, :4], y[:, :4]
-    matrix, bias = _fitted(Ratios(4), x, y)
-    h = h / 2
+    x, y = _states(width=16)
+    h = scipy.linalg.hadamard(16) / 4  # Sylvester's own
+    matrix, bias = _fitted(Ratios(16), x, y)
     wanted = h @ np.diag(np.abs(y @ h).mean(0) / np.abs(x @ h).mean(0)) @ h.T
     assert bias is None
-    assert np.allclose(np.eye(4) + matrix, wanted, atol=1e-12)
+    assert np.allclose(np.eye(16) + matrix, wanted, atol=1e-12)
 
 
 def test_linear_patch_gives_every_channel_the_size_that_it_had():
@@ -219,9 +216,8 @@ def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_chec
     assert record["depth"]["removed"] == list(removed)
     # the original, its branches' modules putting out zeros by hand
     original = open_model(str(model))[0]
-    tails = {
-        b.name: f"{ModelView(locate(str(model))).layer_names[b.layer]}.{b.tail}" for b in ModelView(locate(str(model))).branches
-    }
+    view = ModelView(locate(str(model)))
+    tails = {branch.name: f"{view.layer_names[branch.layer]}.{branch.tail}" for branch in view.branches}
 
     def nothing(module, args, output):
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
