@@ -96,38 +96,6 @@ class Alternative(BaseModel):
         return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
 
 
-class DepthSpec(BaseModel):
-    """Whole layers that go before anything else happens.
-
-    Args:
-        score: what decides (`lrc recipe scores`).
-        drop: how many layers; or
-        ratio: which fraction of them, rounded up.
-        protect_first, protect_last: layers at either end that stay.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    score: str
-    drop: int | None = Field(None, ge=1)
-    ratio: float | None = Field(None, gt=0, lt=1)
-    protect_first: int = Field(1, ge=0)
-    protect_last: int = Field(1, ge=0)
-
-    @field_validator("score")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in scores():
-            raise ValueError(f"there is no layer score '{name}'. {did_you_mean(name, scores())}")
-        return name
-
-    @model_validator(mode="after")
-    def _one_count(self) -> DepthSpec:
-        if self.drop is not None and self.ratio is not None:
-            raise ValueError("give either 'drop' or 'ratio', not both")
-        return self
-
-
 class RefineSpec(BaseModel):
     """Training of what is stored, against the original; costs no byte.
 
