@@ -49,7 +49,9 @@ def operated(
         spec = plan.recipe.dropping
         assert spec is not None
         chosen = choose_parts(view, spec, calibration.tokens, devices, notify)
-        found = repaired(view, chosen, spec, calibration.tokens, plan.recipe.calibration.seed, devices[0], notify)
+        found = repaired(
+            view, chosen, spec, calibration.tokens, calibration.held_out, plan.recipe.calibration.seed, devices[0], notify
+        )
         shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
             return found.write(folder, identity)

@@ -59,12 +59,20 @@ class Mend:
 
 
 def repaired(
-    view: ModelView, surgery: Surgery, spec: DepthSpec, tokens: Tensor, seed: int, device: torch.device, notify: Notify
+    view: ModelView,
+    surgery: Surgery,
+    spec: DepthSpec,
+    tokens: Tensor,
+    apart: Tensor,
+    seed: int,
+    device: torch.device,
+    notify: Notify,
 ) -> Surgery:
     """The same surgery with the repair that the recipe asks for, as far as it helps.
 
     Args:
-        tokens: (samples, length) calibration tokens; `hold_out` of them decide what is kept.
+        tokens: (samples, length) calibration tokens.
+        apart: (windows, length) held-out ones, which decide what is kept; where there are none, `hold_out` of the tokens do.
         seed: of training.
         notify: called with (what was done, how many, seconds).
 
@@ -74,7 +82,7 @@ def repaired(
     if spec.repair == "none":
         return surgery
     repair = get_repair(spec.repair)
-    train, held = divided(tokens, spec.hold_out)
+    train, held = (tokens, held_windows(apart)) if len(apart) else divided(tokens, spec.hold_out)
     if repair.on == "layer":
         return streamline(view, surgery, repair.make(spec.training), train, held, seed, device, notify)
     if repair.on == "end":
@@ -92,18 +100,24 @@ def repaired(
 
 
 def divided(tokens: Tensor, hold_out: float) -> tuple[Tensor, Tensor]:
-    """(samples to fit to, held-out windows); held-out samples are evenly spread, and cut into windows of `HELD_WINDOW`."""
+    """(samples to fit to, held-out windows); held-out samples are evenly spread."""
     if len(tokens) < 2:
-        raise CalibrationError("A repair needs two calibration samples or more: one is held out.", "Raise --samples.")
+        raise CalibrationError(
+            "A repair needs two calibration samples or more: one is held out.",
+            "Raise --samples, or set calibration.held_out.",
+        )
     count = min(max(1, round(hold_out * len(tokens))), len(tokens) - 1)
     places = [number * len(tokens) // count for number in range(count)]
     rest = [number for number in range(len(tokens)) if number not in set(places)]
-    length = min(HELD_WINDOW, tokens.shape[1])
-    windows = tokens[places][:, : tokens.shape[1] // length * length].reshape(-1, length)
+    return tokens[rest], held_windows(tokens[places])
+
+
+def held_windows(samples: Tensor) -> Tensor:
+    """Held-out samples cut into windows of `HELD_WINDOW`, of which so many stay, evenly spread, that they hold `HELD_TOKENS`."""
+    length = min(HELD_WINDOW, samples.shape[1])
+    windows = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
     most = max(1, HELD_TOKENS // length)
-    return tokens[rest], windows[
-        [number * len(windows) // most for number in range(most)] if len(windows) > most else slice(None)
-    ]
+    return windows[[number * len(windows) // most for number in range(most)]] if len(windows) > most else windows
 
 
 def runs_of(dropped: Collection[int]) -> list[tuple[int, int]]:

@@ -21,7 +21,8 @@ class DepthSpec(BaseModel):
         protect_first, protect_last: layers at either end that stay.
         repair: how to make up for what went (`lrc recipe scores` lists them too).
         damping: of least squares in a repair, relative to the mean diagonal of the gram, towards leaving the state as it is.
-        hold_out: fraction of the calibration samples that a repair is not fitted to and must not lose on.
+        hold_out: fraction of the calibration samples that a repair is not fitted to and must not lose on; not looked at where
+            the calibration has held-out windows of its own (`calibration.held_out`).
         loss_samples, loss_length: calibration samples, and tokens of each, on which a score that asks for losses has them.
         training: of a repair that is trained.
     """
