@@ -113,7 +113,7 @@ def divided(tokens: Tensor, hold_out: float) -> tuple[Tensor, Tensor]:
 
 
 def held_windows(samples: Tensor) -> Tensor:
-    """Held-out samples cut into windows of `HELD_WINDOW`, of which so many stay, evenly spread, that they hold `HELD_TOKENS`."""
+    """Held-out samples cut into windows of `HELD_WINDOW`; evenly spread, as many as hold `HELD_TOKENS`."""
     length = min(HELD_WINDOW, samples.shape[1])
     windows = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
     most = max(1, HELD_TOKENS // length)
