@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .depth.base import get_score
+from .depth.base import get_repair, get_score
 from .plan import Plan
 
 
@@ -10,7 +10,12 @@ def _origin(plan: Plan) -> str:
     method, lines = plan.recipe.compression[0], []
     if plan.recipe.depth is not None:
         score = get_score(plan.recipe.depth.score)
-        lines.append(f"{len(plan.dropped)} of {plan.layers} layers were dropped by {score.name}. Source: {score.source}.")
+        halves = plan.surgery.removed
+        what = f"{len(halves)} halves of layers" if halves else f"{len(plan.dropped)} of {plan.layers} layers"
+        lines.append(f"{what} were dropped by {score.name}. Source: {score.source}.")
+        if plan.recipe.depth.repair != "none":
+            repair = get_repair(plan.recipe.depth.repair)
+            lines.append(f"Repaired by {repair.name}. Source: {repair.source}.")
     if method.source:
         lines.append(f"{method.summary} Source: {method.source}.")
     return " ".join(lines)

@@ -325,12 +325,14 @@ def recipe_methods() -> None:
 
 @recipe_app.command("scores")
 def recipe_scores() -> None:
-    """The scores by which recipes may drop layers."""
-    from .depth.base import scores
+    """The scores by which recipes may drop layers, and the repairs that make up for it."""
+    from .depth.base import repairs, scores
 
-    known = scores()
-    for name, each in known.items():
-        print(f"{name:<{max(map(len, known))}}  {each.summary} [{each.source}]")
+    width = max(map(len, [*scores(), *repairs()]))
+    for title, known in (("scores (depth.score)", scores()), ("repairs (depth.repair)", repairs())):
+        print(title)
+        for name, each in known.items():
+            print(f"  {name:<{width}}  {each.summary} [{each.source}]")
 
 
 @recipe_app.command("show")

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .calibrate.weights import SafetensorsSource
-from .compress import experts
+from .compress import experts, mapped
 from .compress.forms import MODULES, Spec, build_module, linear_shape
 from .compress.shared import link
 from .errors import CheckpointError, ModelError, one_line
@@ -93,6 +93,8 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
                 if spec["kind"] == "experts":
                     _, out_features, in_features = experts.expert_parameters(parent)[leaf]
                     forms = [build_module(form, in_features, out_features, dtype) for form in spec["forms"]]
+                elif spec["kind"] == mapped.KIND:
+                    mapped.install(model.get_submodule(name), spec, dtype)
                 else:
                     shape = linear_shape(getattr(parent, leaf))
                     if shape is None:
@@ -101,7 +103,7 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
-                f"Forms known here: experts, {', '.join(MODULES)}.",
+                f"Forms known here: experts, {mapped.KIND}, {', '.join(MODULES)}.",
                 "Its config.json was changed, or it was written by a newer lrc.",
             ) from error
         if spec["kind"] == "experts":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import Branch, require_branches
 from .calibrate.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 from .compress.experts import IMPLEMENTATION, register
 from .errors import CalibrationError, CheckpointError, ModelError, NonFiniteError, one_line
@@ -73,6 +74,11 @@ class ModelView:
     def targets(self) -> list[Target]:
         """Every matrix that the layers multiply by, in the order in which a forward reaches them."""
         return [target for target in self._matrices() if not self._why_kept(target)]
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """The residual branches of all layers; reads the weights of one layer of each kind (see `require_branches`)."""
+        return require_branches(self)
 
     @cached_property
     def kept(self) -> list[Kept]:

@@ -17,12 +17,19 @@ from torch.utils._pytree import tree_map
 from .calibrate.stats import LayerCollector, TargetLike, Wanted
 from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer
 from .compress.base import TargetStats
+from .edit import LayerEdit, edited
 from .model import ModelView
 
 Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
 
 
-def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit, dropped: Collection[int] = frozenset()) -> None:
+def through_layers(
+    view: ModelView,
+    tokens: Sequence[Tensor],
+    visit: Visit,
+    dropped: Collection[int] = frozenset(),
+    edit: Callable[[str], LayerEdit | None] = lambda name: None,
+) -> None:
     """Bring every layer in, let `visit(index, name, layer, calls)` answer its calls, and send it away again.
 
     Args:
@@ -30,6 +37,7 @@ def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit, drop
         tokens: token ids per batch, (samples, length) each.
         visit: returns one output per call; after the last layer what it returns is not used.
         dropped: layers that every batch passes by.
+        edit: layer name -> what is changed in it while it is here.
     """
     for ids in tokens:
         view.require_tokens(ids)
@@ -43,7 +51,8 @@ def through_layers(view: ModelView, tokens: Sequence[Tensor], visit: Visit, drop
             if index in dropped:
                 outputs: list[Any] | None = [passed_by(view.layers[index], call) for call in steps.calls]
             else:
-                outputs = visit(index, name, view.load(name), steps.calls)
+                with edited(view.load(name), name, edit(name)) as layer:
+                    outputs = visit(index, name, layer, steps.calls)
                 view.unload(name)
                 give_back()
             if index < last:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -21,10 +21,14 @@ from .allocation import allocate
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
+from .depth.spec import how_many
+from .depth_cost import depth_bytes, depth_lines
 from .errors import RecipeError, did_you_mean
 from .items import Item, items_of, offers_of, shape_of
 from .model import Kept, ModelView
-from .recipe import Recipe, how_many
+from .parts import enough_branches, open_branches
+from .recipe import Recipe
+from .surgery import Surgery
 from .targets import Target
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
@@ -56,15 +60,16 @@ class Memory:
     factors: int
     blocks: int = 0
     whole: int = 0
+    depth: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, or a refinement."""
+        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, a refinement, or depth."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(embedding, forward, solve, block, self.whole)
+        return self.process + max(embedding, forward, solve, block, self.whole, self.depth)
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,11 @@ class Plan:
         memory: the prediction.
         layers: of the original model.
         dropped: layers that go.
-        dropped_beside: bytes of what is no target in them.
+        dropped_beside: bytes of what is no target in them, less what a repair adds.
         left_out: what the checkpoint holds and the model has no place for.
         items: the targets that may be compressed, those that are solved together as one.
+        surgery: halves of layers that go, and repairs.
+        notes: what depth will take, in words.
     """
 
     recipe: Recipe
@@ -102,6 +109,8 @@ class Plan:
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
     items: tuple[Item, ...] = ()
+    surgery: Surgery = field(default_factory=Surgery)
+    notes: tuple[str, ...] = ()
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -162,12 +171,12 @@ def make_plan(
     recipe: Recipe,
     devices: int = 1,
     curves: Mapping[str, Curve] | None = None,
-    dropped: tuple[int, ...] | None = None,
+    surgery: Surgery | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
     Args:
-        dropped: the layers that go, once the recipe's score has chosen them; until then the plan assumes the last ones.
+        surgery: what goes and what is changed, once the recipe's score has chosen; until then the plan assumes the last ones.
         curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly, and where
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
 
@@ -179,8 +188,9 @@ def make_plan(
     kept_dense = _kept_dense(view.targets, recipe.keep)
     method, settings = recipe.compression
     shapes = {t.name: shape_of(t, element) for t in view.targets}
-    gone = _assumed(view, recipe) if dropped is None else dropped
-    leaving = {target.name for target in view.targets if target.layer in gone}
+    surgery = assumed(view, recipe) if surgery is None else surgery
+    gone, zeroed = surgery.dropped, {target.name for target in surgery.zeroed}
+    leaving = {target.name for target in view.targets if target.layer in gone or target.name in zeroed}
     items = items_of(method, settings, [t for t in view.targets if t.name not in kept_dense and t.name not in leaving])
     known = offers_of(items, method, settings, recipe.rank_multiple, element)
     nbytes = {name: shape.nbytes for name, shape in shapes.items()}
@@ -202,7 +212,8 @@ def make_plan(
     for target in view.targets:
         before = shapes[target.name].nbytes
         if target.name in leaving:
-            steps.append(Step(target, Choice(), before, 0, "its layer is dropped"))
+            why = "its half of the layer is dropped" if target.name in zeroed else "its layer is dropped"
+            steps.append(Step(target, Choice(), before, 0, why))
             continue
         offer = chosen.get(target.name, Offer(Choice(), before))
         steps.append(
@@ -219,20 +230,30 @@ def make_plan(
     plan = Plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
         Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
-        sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving),
+        sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving - zeroed)
+        + element * (sum(target.out_features for target in surgery.zeroed if target.bias) - surgery.added),
         tuple(view.left_out),
         tuple(items),
+        surgery,
+        depth_lines(view, recipe, surgery),
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
 
-def _assumed(view: ModelView, recipe: Recipe) -> tuple[int, ...]:
-    """As many layers as the recipe drops, before its score has said which."""
+def assumed(view: ModelView, recipe: Recipe) -> Surgery:
+    """As many of the last open layers, or halves of layers, as the recipe drops, before its score has said which."""
     spec = recipe.dropping
     if spec is None:
-        return ()
-    end = len(view.layers) - spec.protect_last
-    return tuple(range(end - how_many(spec, len(view.layers)), end))
+        return Surgery()
+    if spec.granularity == "layer":
+        end = len(view.layers) - spec.protect_last
+        return Surgery(tuple(range(end - how_many(spec, len(view.layers)), end)))
+    gone: list[int] = []
+    parts, enough = open_branches(view.branches, len(view.layers), spec), enough_branches(view.branches, spec)
+    while not enough(gone):
+        gone.append(parts.pop())
+    chosen = [view.branches[part] for part in sorted(gone)]
+    return Surgery((), tuple(each.name for each in chosen), tuple(target for each in chosen for target in each.targets))
 
 
 def _of_what_stays(recipe: Recipe, shapes: Mapping[str, Shape], leaving: Collection[str]) -> float | None:
@@ -313,6 +334,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
         blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
         whole=_whole_bytes(view, plan),
+        depth=depth_bytes(view, plan.recipe, plan.surgery),
     )
 
 

@@ -1,43 +1,117 @@
-"""Which layers go: a score's question to the original model, asked with a few calibration tokens.
+"""Which layers, or which halves of layers, go: a score's question to the original model, asked with a few calibration tokens.
 
-The answer is part of the plan. From there on the model simply has fewer layers: statistics of what stays are taken without
-those that go, and the artifact is renumbered (run.py).
+The answer is part of the plan. From there on the model simply has fewer parts: statistics of what stays are taken without those
+that go, and the artifact is renumbered (run.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .branches import Branch
 from .calibrate.stream import Call, hidden_of
-from .depth.base import get_score
+from .depth.base import get_repair, get_score
+from .depth.spec import DepthSpec, how_many
+from .edit import LayerEdit
 from .model import ModelView
+from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
-from .recipe import DepthSpec, how_many
+from .surgery import Surgery
+from .variants import Variant, divergences, losses
 
 MOST_TOKENS = 8192  # of all boundaries held at once: (layers + 1) × tokens × hidden × 4 bytes
 
 
-def layers_to_drop(view: ModelView, spec: DepthSpec, tokens: Tensor, devices: Sequence[torch.device]) -> tuple[int, ...]:
-    """The layers that go, ascending.
+def choose_parts(
+    view: ModelView,
+    spec: DepthSpec,
+    tokens: Tensor,
+    devices: Sequence[torch.device],
+    notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
+) -> Surgery:
+    """The parts that go; repairs come later (repair.py).
 
     Args:
         tokens: (samples, length) calibration tokens; a part of them is enough.
+        notify: called with (what was done, 0, seconds) after each round of a greedy score.
     """
-    score, total = get_score(spec.score), len(view.layers)
-    count = how_many(spec, total)
-    candidates = range(spec.protect_first, total - spec.protect_last)
+    score = get_score(spec.score)
+    if spec.granularity == "sub-layer":
+        candidates = open_branches(view.branches, len(view.layers), spec)
+        trial = _Trying(view, spec, tokens, devices[0], view.branches, notify)
+        gone = score.choose(trial, candidates, enough_branches(view.branches, spec))
+        chosen = [view.branches[part] for part in gone]
+        return Surgery((), tuple(b.name for b in chosen), tuple(t for b in chosen for t in b.targets), record=trial.record)
+    layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
+    if score.tries:
+        trial = _Trying(view, spec, tokens, devices[0], None, notify)
+        chosen_layers = score.choose(trial, layers, lambda gone: len(gone) >= count)
+        return Surgery(tuple(chosen_layers), record=trial.record)
     boundaries = _boundaries(view, tokens, devices) if score.looks else []
-    return tuple(score.choose(boundaries, candidates, count))
+    return Surgery(tuple(score.choose(boundaries, layers, count)))
+
+
+def layers_chosen(view: ModelView, spec: DepthSpec) -> int:
+    """How many layers a score chooses; one more than go, where one of them is to stand in for all."""
+    return how_many(spec, len(view.layers)) + (spec.repair != "none" and get_repair(spec.repair).on == "layer")
+
+
+class _Trying:
+    """What the model loses without sets of parts, and a record of each round's best."""
+
+    def __init__(
+        self,
+        view: ModelView,
+        spec: DepthSpec,
+        tokens: Tensor,
+        device: torch.device,
+        branches: Sequence[Branch] | None,
+        notify: Callable[[str, int, float], None],
+    ) -> None:
+        self._view, self._device, self._branches, self._notify = view, device, branches, notify
+        self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
+        self._looks = get_score(spec.score).looks
+        self._edits: dict[tuple[int, frozenset[int]], Any] = {}
+        self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
+
+    def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        started = time.perf_counter()
+        measure = losses if self._looks == "loss" else divergences
+        found = measure(self._view, self._tokens, [self._variant(parts) for parts in sets], self._device)
+        best = min(range(len(found)), key=found.__getitem__)
+        self.record["score"]["rounds"].append({"gone": sorted(sets[best]), self._looks: found[best]})
+        line = f"{len(sets[best])} gone, {self._looks} {found[best]:.4f} nats per token"
+        self._notify(line, 0, time.perf_counter() - started)
+        return found
+
+    def _variant(self, parts: frozenset[int]) -> Variant:
+        if self._branches is None:
+            return Variant(parts)
+        edits = {}
+        for layer in {self._branches[part].layer for part in parts}:
+            mine = frozenset(part for part in parts if self._branches[part].layer == layer)
+            if (layer, mine) not in self._edits:  # equal edits are one object, so that variants share what they can
+                zeroed = [self._branches[part].zeroed for part in sorted(mine)]
+                self._edits[layer, mine] = functools.reduce(LayerEdit.with_others, zeroed)
+            edits[layer] = self._edits[layer, mine]
+        return Variant(edits=edits)
+
+
+def spread(tokens: Tensor, samples: int) -> Tensor:
+    """At most so many of the samples, evenly spread."""
+    samples = max(1, min(len(tokens), samples))
+    return tokens[[number * len(tokens) // samples for number in range(samples)]]
 
 
 def _boundaries(view: ModelView, tokens: Tensor, devices: Sequence[torch.device]) -> list[Tensor]:
     """Hidden states (samples, length, hidden) before the first layer and after every layer, float32."""
-    samples = max(1, min(len(tokens), MOST_TOKENS // tokens.shape[1]))
-    chosen = tokens[[number * len(tokens) // samples for number in range(samples)]]
+    chosen = spread(tokens, MOST_TOKENS // tokens.shape[1])
     found: list[Tensor] = []
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:

@@ -20,7 +20,7 @@ from .calibrate.gradients import GradientSettings
 from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
 from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
-from .depth.base import scores
+from .depth.spec import DepthSpec
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
 from .refine import BlockSettings, EndToEndSettings
 
@@ -94,38 +94,6 @@ class Alternative(BaseModel):
             return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
         parts = (step.parsed for step in self.steps)
         return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
-
-
-class DepthSpec(BaseModel):
-    """Whole layers that go before anything else happens.
-
-    Args:
-        score: what decides (`lrc recipe scores`).
-        drop: how many layers; or
-        ratio: which fraction of them, rounded up.
-        protect_first, protect_last: layers at either end that stay.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    score: str
-    drop: int | None = Field(None, ge=1)
-    ratio: float | None = Field(None, gt=0, lt=1)
-    protect_first: int = Field(1, ge=0)
-    protect_last: int = Field(1, ge=0)
-
-    @field_validator("score")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in scores():
-            raise ValueError(f"there is no layer score '{name}'. {did_you_mean(name, scores())}")
-        return name
-
-    @model_validator(mode="after")
-    def _one_count(self) -> DepthSpec:
-        if self.drop is not None and self.ratio is not None:
-            raise ValueError("give either 'drop' or 'ratio', not both")
-        return self
 
 
 class RefineSpec(BaseModel):
@@ -276,6 +244,9 @@ class Recipe(BaseModel):
         assert self.depth is not None
         if (self.method or self.steps or self.alternatives) and self.depth.drop is None and self.depth.ratio is None:
             raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
+        counted = self.depth.drop is not None or self.depth.ratio is not None
+        if counted and self.ratio and self.method is None and not self.steps:
+            raise ValueError("depth says how much goes; leave out either that (depth.drop, depth.ratio) or the recipe's ratio")
         if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
             raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
 
@@ -315,22 +286,6 @@ class Recipe(BaseModel):
         if self.method is None and not self.steps:
             return whole
         return Alternative(method=self.method, settings=self.settings, steps=self.steps).resolved() | whole
-
-
-def how_many(spec: DepthSpec, layers: int) -> int:
-    """The number of layers that go; a ratio is rounded up, so that no less than asked for is removed.
-
-    Raises:
-        BudgetError: fewer layers than that are open.
-    """
-    count = spec.drop if spec.drop is not None else -int(-(spec.ratio or 0) * layers // 1)
-    open_layers = layers - spec.protect_first - spec.protect_last
-    if not 0 < count <= open_layers:
-        raise BudgetError(
-            f"depth: {count} of {layers} layers shall go, and {max(open_layers, 0)} are not protected.",
-            "Change depth.drop (or depth.ratio), depth.protect_first or depth.protect_last.",
-        )
-    return count
 
 
 def _known_method(name: str) -> str:

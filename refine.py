@@ -21,7 +21,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -154,6 +154,15 @@ def trainable(module: nn.Module, vectors: bool) -> dict[str, nn.Parameter]:
             found.update({f"{path}.{name}" if path else name: p for name, p in child.named_parameters()})
     if vectors:
         found.update({name: p for name, p in module.named_parameters() if p.ndim == 1})
+    return checked_dtypes(found)
+
+
+def checked_dtypes(found: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of the parameters that can be trained.
+
+    Raises:
+        RequestError: some are in float16, whose range gradients leave.
+    """
     for name, parameter in found.items():
         if parameter.dtype == torch.float16:
             raise RequestError(f"{name} is in float16, in which gradients underflow.", "Add --dtype bfloat16 or float32.")
@@ -168,6 +177,7 @@ def refine_block(
     held_targets: Sequence[Tensor],
     settings: BlockSettings,
     notify: Callable[[int, float], None] = lambda epoch, loss: None,
+    everything: bool = False,
 ) -> Refinement:
     """Train a compressed layer towards the original layer's outputs; it is left in its best state, without gradients.
 
@@ -177,6 +187,7 @@ def refine_block(
         targets: the original layer's hidden states, (samples, length, hidden) each, as the original model has them.
         held_calls, held_targets: the same of other text, which decides when to stop and what to keep.
         notify: called with (epoch, held-out loss).
+        everything: train dense weights too (a layer that is to stand in for others).
 
     Raises:
         NonFiniteError: the held-out loss is no number before the first step.
@@ -218,7 +229,8 @@ def refine_block(
         return loss.item()
 
     layer.requires_grad_(False)
-    trainer = _Trainer(list(trainable(layer, vectors=True).values()), settings, steps * settings.epochs)
+    found = checked_dtypes(dict(layer.named_parameters())) if everything else trainable(layer, vectors=True)
+    trainer = _Trainer(list(found.values()), settings, steps * settings.epochs)
     return trainer.run(backward, tokens, per_step, steps, held_out, settings.patience, notify, started)
 
 

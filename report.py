@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     if plan.recipe.allocation != "uniform":
         shown = "the most that each may take" if plan.recipe.allocation == "own" else "an even share"
         console.print(f"allocation {plan.recipe.allocation}: who gets what is known after calibration; the table shows {shown}")
-    if plan.dropped:
+    if plan.recipe.depth is not None:
         _print_dropped(console, plan)
     numbers_before = sum(step.target.numel for step in plan.steps)
     numbers_after = numbers_before * plan.targets_after // plan.targets_before
@@ -107,15 +107,34 @@ def _print_dropped(console: Console, plan: Plan) -> None:
     spec = plan.recipe.dropping
     assert spec is not None
     score = get_score(spec.score)
-    console.print(
-        f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))}) "
-        f"by {spec.score} [{score.source}]" + ("; which ones is known after calibration" if score.looks else "")
-    )
+    what = f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))})"
+    if plan.surgery.removed:
+        what = f"halves of layers: {len(plan.surgery.removed)} go ({', '.join(plan.surgery.removed)})"
+    known = not score.looks or plan.surgery.folder is not None
+    console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is known after calibration"))
+    if plan.surgery.folder is not None:
+        _print_repair(console, plan.surgery.record.get("repair", {}))
+    else:
+        for line in plan.notes:
+            console.print(line)
     if score.by_cosine:
         console.print(
             f"note: {spec.score} compares directions of hidden states only, which on some models (Llama 3) breaks them: "
             "evaluate the result (docs/depth.md)"
         )
+
+
+def _print_repair(console: Console, record: Mapping[str, Any]) -> None:
+    """What a repair brought, once it is made."""
+    if not record:
+        return
+    console.print(
+        f"repair {record['repair']}: held-out loss {record['loss_without']:.4f} → {record['loss']:.4f} nats per token "
+        f"({record['held_out_tokens']:,} tokens)"
+    )
+    for run in record.get("runs", ()):
+        took = run["where"] if run["accepted"] else "left out: the held-out loss would rise"
+        console.print(f"  layers {run['layers'][0]} to {run['layers'][-1]}: {took}")
 
 
 def _by_role(steps: Iterable[Step], verbose: bool) -> list[tuple[str, tuple[int, int], list[Step]]]:
@@ -202,10 +221,12 @@ class Progress:
             print_plan(plan)
 
     def survey(self, what: str, layer: int, seconds: float) -> None:
-        """Print one layer of a pass that precedes the plan."""
+        """Print one layer of a pass that precedes the plan, or with layer 0 something else that was done before it."""
         total = len({step.target.layer for step in self._plan.steps})
-        self._console.print(f"{what} {layer:>3}/{total}  {seconds:.1f} s, peak {size(peak_rss())}")
-        self._bar.update(self._task, completed=layer, total=total)
+        place = f" {layer:>3}/{total}" if layer else ""
+        self._console.print(f"{what}{place}  {seconds:.1f} s, peak {size(peak_rss())}")
+        if layer:
+            self._bar.update(self._task, completed=layer, total=total)
 
     def layer(self, report: LayerReport) -> None:
         """Print one finished layer and move the bar on."""

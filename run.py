@@ -24,19 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import UNCHECKED, Artifact
-from .assemble import form_specs, install, stored_tensors
+from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
 from .calibrate.stream import Call, hidden_of
 from .card import model_card
+from .compress.absent import ZERO, Guarded
 from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .distill import refine_artifact
+from .edit import NONE, edited
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
 from .model import ModelView
+from .operate import operated
 from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
 from .plan import Plan, make_plan
-from .prune import layers_to_drop
 from .refine import refine_block
 from .solving import SolvedTarget, solved_forms
 from .streams import Pair, Solved, correct, restored
@@ -104,8 +106,8 @@ def prepare(
     """
     recipe = plan.recipe
     if recipe.dropping is not None:
-        dropped = layers_to_drop(view, recipe.dropping, calibration.tokens, devices)
-        return make_plan(view, recipe, len(devices), dropped=dropped), None
+        surgery = operated(plan, view, calibration, out, SURVEY, devices, restart, notify)
+        return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery)), None
     method = recipe.compression[0]
     needs, looks_around = method.all_needs, method.joint is not None and method.joint.across_layers
     streamed = recipe.allocation == "uniform" and not looks_around and not needs & BACKWARD_NEEDS
@@ -175,11 +177,13 @@ def execute(
         artifact.require_space(plan.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
         names = _shard_names(view, plan)
         _compress_layers(plan, view, calibration, artifact, devices, names, notify, statistics)
+        changed = plan.surgery.outside_tensors()
         for number, part in enumerate(view.outside_parts()):
             key = f"outside.{number}"
             if key not in artifact.done:
                 view.load_outside(part)
-                artifact.write(key, names[key], view.outside_tensors(part), {})
+                held = view.outside_tensors(part)
+                artifact.write(key, names[key], held | {n: t for n, t in changed.items() if n in held}, {})
                 view.unload()
                 give_back()
         config, refinement = _config(plan, view, artifact), None
@@ -221,8 +225,12 @@ def _compress_layers(
 
     def compress(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
         forms, records = _solve_layer(plan, view, layer, index, stats, statistics, waiting, device)
+        edits = plan.surgery.edit(name) or NONE
+        if edits.maps and not forms and not edits.zeroed:
+            forms = _guard(plan, layer, name, index)
         specs = form_specs(plan.layer_steps(index), forms)
-        return specs, stored_tensors(layer, name, forms), {"forms": specs, "targets": [asdict(each) for each in records]}
+        record = {"forms": specs, "edits": edits.specs(name), "targets": [asdict(each) for each in records]}
+        return specs, stored_tensors(layer, name, forms), record
 
     def write(name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         artifact.write(name, names[name], _renamed(stored, name, staying[name]), record)
@@ -302,19 +310,22 @@ def _compress_layers(
     if block is not None or plan.recipe.correction is not None:
         apart = calibration.held_out.split(plan.batch)
         held = len(apart)
-        through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped)
+        through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped, plan.surgery.edit)
         return
-    blind = not plan.recipe.reads_text
-    if not blind and (statistics is None or sequential):
-        through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped)
+    idle = plan.recipe.depth is not None and not any(plan.solved(index) for index in range(total))
+    if plan.recipe.reads_text and not idle and (statistics is None or sequential):
+        through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped, plan.surgery.edit)
         return
     for index, name in enumerate(view.layer_names):
+        if name not in staying:
+            continue
         started = time.perf_counter()
         resumed = name in artifact.done
         if not resumed:
-            wanted = [target.name for target in plan.solved(index) if target.name not in waiting]
-            stats = statistics.read(name, wanted) if statistics else dict.fromkeys(wanted, NOTHING_SEEN)
-            finish(index, name, view.load(name), stats)
+            names_here = [target.name for target in plan.solved(index) if target.name not in waiting]
+            stats = statistics.read(name, names_here) if statistics else dict.fromkeys(names_here, NOTHING_SEEN)
+            with edited(view.load(name), name, plan.surgery.edit(name)) as layer:
+                finish(index, name, layer, stats)
             view.unload(name)
             give_back()
         report(index, name, started, resumed)
@@ -345,7 +356,7 @@ def _solve_layer(
         target = step.target
         shape = (target.out_features, target.in_features)
         if step.choice.dense:
-            spec = {"kind": "dense"}
+            spec = {"kind": "dense" if step.bytes_after else ZERO}
             records.append(TargetRecord(target.name, spec, shape, step.bytes_before, step.bytes_after, note=step.why_dense))
             continue
         if target.name not in solved:
@@ -372,6 +383,13 @@ def _solve_layer(
     return forms, records
 
 
+def _guard(plan: Plan, layer: nn.Module, name: str, index: int) -> dict[str, Form]:
+    """One matrix under another name, so that a reader without lrc does not run the layer without its maps."""
+    target = next(step.target for step in plan.layer_steps(index) if step.target.expert is None)
+    weight, bias = target_weight(layer, name, target)
+    return {target.name: Guarded(weight, bias).stored(plan.dtype)}
+
+
 def _staying(view: ModelView, plan: Plan) -> dict[str, str]:
     """Layer of the original -> its name in the result."""
     return {view.layer_names[old]: view.layer_names[new] for old, new in plan.renumbered.items()}
@@ -387,9 +405,9 @@ def _config(plan: Plan, view: ModelView, artifact: Artifact) -> dict[str, Any]:
     staying = _staying(view, plan)
     modules: dict[str, Any] = {}
     for name in staying:
-        specs = artifact.done[name].record["forms"]
-        specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in specs.items()}
-        modules |= _renamed(specs, name, staying[name])
+        record = artifact.done[name].record
+        specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
+        modules |= _renamed(specs | record["edits"], name, staying[name])
     config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
@@ -430,11 +448,12 @@ def _finish(
         "ratio_of_whole_model": plan.whole_ratio,
         "targets": [target for entry in records for target in entry["targets"]],
         "layers": {
-            name: {key: value for key, value in entry.items() if key not in ("forms", "targets")}
+            name: {key: value for key, value in entry.items() if key not in ("forms", "edits", "targets")}
             for name, entry in zip(_staying(view, plan).values(), records, strict=True)
         },
         "dropped_layers": list(plan.dropped),
         "refinement": refinement,
+        "depth": {"removed": list(plan.surgery.removed), **plan.surgery.record},
         "kept": [asdict(kept) for kept in plan.kept],
         "left_out": [asdict(kept) for kept in plan.left_out],
     }
@@ -446,7 +465,7 @@ def _finish(
 
 def _renamed(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """The same values with one layer's prefix exchanged for another's."""
-    return {new + key.removeprefix(old) if key.startswith(old + ".") else key: value for key, value in named.items()}
+    return {new + key.removeprefix(old) if f"{key}.".startswith(old + ".") else key: value for key, value in named.items()}
 
 
 def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:

@@ -6,6 +6,8 @@ is one and the same tensor form a group, whatever the architecture calls them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,29 +59,35 @@ class Target:
 
 def watch(view: ModelView) -> list[Target]:
     """Run four tokens through the model with its layers on the meta device and note who multiplies what."""
-    model, layers = view.model, view.layers
+    layers = view.layers
+    with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
+        steps.start([start])
+        found: list[Target] = []
+        while steps.index < len(layers):
+            index = steps.index
+            targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
+            found += targets
+            steps.answer([output])
+    return found
+
+
+@contextmanager
+def standing_in(view: ModelView) -> Iterator[dict[str, Tensor]]:
+    """While the context is open, zeros stand for the weights outside the layers; gives what to start a forward of them with."""
+    model = view.model
     outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
                for n, p in m.named_parameters(recurse=False)]  # fmt: skip
     embedding = model.get_input_embeddings()
     for module, name, parameter in outside:
         if module is not embedding and module is not model.get_output_embeddings():
             setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
-    hidden = view.config.get_text_config().hidden_size
-    width = getattr(embedding, "embedding_dim", hidden)
+    width = getattr(embedding, "embedding_dim", view.config.get_text_config().hidden_size)
     try:
-        with torch.no_grad(), Lockstep(model, layers) as steps:
-            steps.start([{"inputs_embeds": torch.zeros(1, TINY, width, dtype=view.dtype)}])
-            found: list[Target] = []
-            while steps.index < len(layers):
-                index = steps.index
-                targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
-                found += targets
-                steps.answer([output])
+        yield {"inputs_embeds": torch.zeros(1, TINY, width, dtype=view.dtype)}
     finally:
         for module, name, parameter in outside:
             setattr(module, name, parameter)
         model.tie_weights()
-    return found
 
 
 def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[list[Target], Any]:

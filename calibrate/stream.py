@@ -120,9 +120,14 @@ def passed_by(layer: nn.Module, call: Call) -> Any:
     """
     with torch.no_grad():
         output = run_layer(layer, call.to(torch.device("meta")))
-    leaves, spec = tree_flatten(output)
+    return with_hidden(output, call.hidden)
+
+
+def with_hidden(value: Any, hidden: Tensor) -> Any:
+    """What a layer takes or returns, with another hidden state in its place."""
+    leaves, spec = tree_flatten(value)
     place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    leaves[place] = call.hidden
+    leaves[place] = hidden
     return tree_unflatten(leaves, spec)
 
 

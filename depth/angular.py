@@ -25,7 +25,7 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float(torch.arccos(cosine.clamp(-1, 1)).mean()) / math.pi
 
 
-@score("angular", source="arXiv 2403.17887", by_cosine=True)
+@score("angular", source="arXiv 2403.17887", by_cosine=True, one_run=True)
 def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
     """The run of `count` neighbouring candidates with the least angular distance across it."""
     open_layers = set(candidates)

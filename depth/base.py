@@ -1,8 +1,17 @@
-"""Dropping whole layers: the contract of a score, and its registry.
+"""Dropping layers or halves of layers, and repairing what is left: contracts and registry of scores and repairs.
 
-A score is one pure function: from the hidden states that a few calibration tokens have before and after every layer, and the
-number of layers that shall go, to the layers that go. The rest of the way (plan, artifact, checks) is that of every recipe, and
-the result is a plain checkpoint of the original architecture with its layers renumbered.
+A score is one pure function that says which parts go. A part is a layer, or one residual branch of a layer (attention, or
+feed-forward); the score knows parts by their numbers only, in the order of a forward. What it is shown is its own choice:
+
+* `states`: the hidden states that a few calibration tokens have before and after every layer;
+* `loss`: a function that says what the model loses (mean negative log likelihood in nats per token) without some parts;
+* `divergence`: the same for the divergence of its predictions from those of the whole model;
+* nothing.
+
+A repair says how to make up for a run of dropped layers, without training (a linear map, fitted to hidden states) or with it.
+
+No state or loss here ever belongs to a padded token, so that scores and repairs need no mask: calibration packs text into full
+windows (calibrate/data.py), and every token of a window is real.
 
 Scores that compare hidden states by cosine alone are cheap and can be badly wrong: on Llama-3-8B a contiguous run of seven
 layers chosen so takes the perplexity from 6.1 to 2288 (LinearPatch, NeurIPS 2025), because few dimensions of very large value
@@ -13,15 +22,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
 
+Looks = Literal["states", "loss", "divergence", ""]
 # boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many go -> the layers that go, ascending
-Choose = Callable[[Sequence[Tensor], Sequence[int], int], list[int]]
+ByStates = Callable[[Sequence[Tensor], Sequence[int], int], list[int]]
+# sets of parts that are taken out -> nats per token of each such model
+Trial = Callable[[Sequence[frozenset[int]]], list[float]]
+# parts -> whether enough is gone when these are
+Enough = Callable[[Collection[int]], bool]
+# trial, candidates, enough -> the parts that go, ascending
+ByTrial = Callable[[Trial, Sequence[int], Enough], list[int]]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -30,43 +49,129 @@ class Score:
 
     Args:
         name: as recipes write it.
-        choose: see `Choose`; candidates are the layers that are not protected.
+        choose: `ByStates` where it looks at states or at nothing, else `ByTrial`; candidates are the parts that are not
+            protected.
         source: the paper it comes from.
         by_cosine: whether it compares directions of hidden states only.
-        looks: whether it looks at hidden states at all.
+        looks: what it is shown; empty for nothing.
+        one_run: whether what it chooses are always neighbours.
     """
 
     name: str
-    choose: Choose
+    choose: Callable[..., list[int]]
     source: str
     by_cosine: bool = False
-    looks: bool = True
+    looks: Looks = "states"
+    one_run: bool = False
+
+    @property
+    def tries(self) -> bool:
+        """Whether it asks what the model loses without some parts."""
+        return self.looks in ("loss", "divergence")
 
     @property
     def summary(self) -> str:
         """The first line of the score's file."""
-        return (importlib.import_module(self.choose.__module__).__doc__ or self.name).strip().splitlines()[0]
+        return _first_line(self.choose, self.name)
+
+
+class Fit(Protocol):
+    """A linear map that is fitted to pairs of states, batch by batch."""
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in states (tokens, width) and what they should become."""
+
+    def change(self) -> tuple[Tensor, Tensor | None]:
+        """(D, b), float64: the map is x + D x + b; D is (width, width), b is (width,) or None."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A registered repair.
+
+    Args:
+        name: as recipes write it.
+        make: (width, damping) -> `Fit` where it is fitted; `Training` -> `Training` with its own defaults where it is trained.
+        source: the paper it comes from.
+        on: what it changes: `stream`: the hidden state where the run was; `branch`: what the last branch before the run
+            adds to it; `layer`: one layer of the run stays and stands in for it; `end`: norm, head and the last layers.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    source: str
+    on: Literal["stream", "branch", "layer", "end"]
+
+    @property
+    def trained(self) -> bool:
+        return self.on in ("layer", "end")
+
+    @property
+    def summary(self) -> str:
+        """The first line of the repair's file."""
+        return _first_line(self.make, self.name)
+
+
+class Training(BaseModel):
+    """How a trained repair is trained; what is left out is the repair's own default (its file says which and why).
+
+    Args:
+        lr: peak of AdamW's learning rate.
+        epochs: over the calibration tokens, at most.
+        batch_tokens: tokens per step.
+        patience: epochs without a better held-out loss before stopping.
+        weight_decay: of AdamW.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lr: float | None = Field(default=None, gt=0)
+    epochs: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+    def filled(self, **defaults: float) -> Training:
+        """The same with defaults where nothing was given."""
+        return Training(**(defaults | self.model_dump(exclude_none=True)))
 
 
 _SCORES: dict[str, Score] = {}
+_REPAIRS: dict[str, Repair] = {}
 
 
-def score(name: str, *, source: str, by_cosine: bool = False, looks: bool = True) -> Callable[[Choose], Choose]:
+def score(
+    name: str, *, source: str, by_cosine: bool = False, looks: Looks = "states", one_run: bool = False
+) -> Callable[[F], F]:
     """Register a function as the score `name`."""
 
-    def register(choose: Choose) -> Choose:
-        _SCORES[name] = Score(name, choose, source, by_cosine, looks)
+    def register(choose: F) -> F:
+        _SCORES[name] = Score(name, choose, source, by_cosine, looks, one_run)
         return choose
+
+    return register
+
+
+def repair(name: str, *, source: str, on: Literal["stream", "branch", "layer", "end"]) -> Callable[[F], F]:
+    """Register a function as the repair `name`."""
+
+    def register(make: F) -> F:
+        _REPAIRS[name] = Repair(name, make, source, on)
+        return make
 
     return register
 
 
 def scores() -> dict[str, Score]:
     """All scores by name: every module of this package registers its own on import."""
-    package = importlib.import_module(__package__ or "lrc.depth")
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+    _import_all()
     return dict(sorted(_SCORES.items()))
+
+
+def repairs() -> dict[str, Repair]:
+    """All repairs by name."""
+    _import_all()
+    return dict(sorted(_REPAIRS.items()))
 
 
 def get_score(name: str) -> Score:
@@ -79,3 +184,34 @@ def get_score(name: str) -> Score:
     if name not in known:
         raise RequestError(f"There is no layer score '{name}'.", did_you_mean(name, known))
     return known[name]
+
+
+def get_repair(name: str) -> Repair:
+    """The repair of that name; as for `get_score`."""
+    known = repairs()
+    if name not in known:
+        raise RequestError(f"There is no repair '{name}'.", did_you_mean(name, known))
+    return known[name]
+
+
+def greedily(trial: Trial, candidates: Sequence[int], enough: Enough) -> list[int]:
+    """Take out, again and again, the part without which the model is best, until enough is gone; ascending.
+
+    Of equal candidates the earlier one goes, so that the result does not depend on their order.
+    """
+    gone: set[int] = set()
+    while not enough(gone):
+        left = [part for part in sorted(candidates) if part not in gone]
+        found = trial([frozenset(gone | {part}) for part in left])
+        gone.add(min(zip(found, left, strict=True))[1])
+    return sorted(gone)
+
+
+def _import_all() -> None:
+    package = importlib.import_module(__package__ or "lrc.depth")
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+
+
+def _first_line(function: Callable[..., Any], name: str) -> str:
+    return (importlib.import_module(function.__module__).__doc__ or name).strip().splitlines()[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import score
 
 
-@score("last", source="arXiv 2411.15558", looks=False)
+@score("last", source="arXiv 2411.15558", looks="", one_run=True)
 def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
     """The last `count` candidates."""
     return sorted(candidates)[-count:]

@@ -1,0 +1,85 @@
+"""Two forms that compress nothing: a matrix that is gone, and a matrix that a reader without lrc must not find.
+
+`zero` stands for a target of a dropped half of a layer: it multiplies to zeros, and holds an empty guard under the target's
+name. `guarded` is a dense matrix whose name is taken by an empty guard: a layer that must not be run without what lrc puts
+into it (mapped.py) has one, so that a reader without lrc fails on its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .forms import MODULES, Form, Spec
+
+ZERO = "zero"
+
+
+class ZeroLinear(nn.Module):
+    """`y = 0` of the right width; `weight` is empty."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@dataclass(frozen=True)
+class Guarded(Form):
+    """A dense weight under another name.
+
+    Args:
+        weight: (out, in).
+        bias: (out,) or None.
+    """
+
+    kind: ClassVar[str] = "guarded"
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.weight.new_empty(0), "dense": self.weight.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "bias": self.bias is not None}
+
+    def with_bias(self, bias: Tensor | None) -> Guarded:
+        if bias is None:
+            return self
+        return Guarded(self.weight, bias if self.bias is None else self.bias + bias.to(self.bias))
+
+    def stored(self, dtype: torch.dtype) -> Guarded:
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        return Guarded(self.weight.to("cpu", dtype).contiguous(), bias)
+
+
+class GuardedLinear(nn.Module):
+    """`y = dense x + bias`; `weight` is empty."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
+        self.dense = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense, self.bias)
+
+
+MODULES[ZERO] = lambda spec, n, m, dtype: ZeroLinear(n, m, dtype)
+MODULES[Guarded.kind] = lambda spec, n, m, dtype: GuardedLinear(n, m, spec["bias"], dtype)

@@ -1,0 +1,70 @@
+"""A module whose hidden state is mapped, h + D h + b, before it goes in or after it comes out.
+
+A decoder has no weight that multiplies its hidden state, so a repair that does (depth/linear_patch.py) is laid around a module
+that is there: the module's class becomes a subclass of itself whose forward maps the first floating-point tensor of what it
+takes or returns. Its own tensors keep their names; the map's are `<module>.stream_map.weight` (D) and `.bias`. D and not 1 + D
+is stored: near the identity, 16 bits hold the difference better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .forms import Spec
+
+KIND = "map"
+NAME = "stream_map"
+
+
+class StreamMap(nn.Module):
+    """`h + D h + b` on the last axis; weight D is (width, width)."""
+
+    def __init__(self, width: int, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype)) if bias else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + nn.functional.linear(h, self.weight, self.bias)
+
+
+def spec(width: int, side: str, bias: bool) -> Spec:
+    """What a loader must know of a map; `side` is 'input' or 'output'."""
+    return {"kind": KIND, "width": width, "side": side, "bias": bias}
+
+
+def install(module: nn.Module, spec: Spec, dtype: torch.dtype | None = None) -> StreamMap:
+    """Lay an empty map around a module; returns the map. `remove` undoes it."""
+    mapped = StreamMap(spec["width"], spec["bias"], dtype)
+    module.add_module(NAME, mapped)
+    module.__class__ = _mapping(type(module), spec["side"])
+    return mapped
+
+
+def remove(module: nn.Module) -> None:
+    """Take a map off again."""
+    module.__class__ = type(module).__mro__[1]
+    delattr(module, NAME)
+
+
+def _mapping(plain: type, side: str) -> type:
+    """A subclass of the module's class, by the same name, which transformers looks at when it spreads layers over devices."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if side == "input":
+            args, kwargs = _mapped(getattr(self, NAME), (args, kwargs))
+            return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return _mapped(getattr(self, NAME), plain.forward(self, *args, **kwargs))  # type: ignore[attr-defined]
+
+    return type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
+
+
+def _mapped(mapping: StreamMap, value: Any) -> Any:
+    leaves, structure = tree_flatten(value)
+    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    leaves[place] = mapping(leaves[place])
+    return tree_unflatten(leaves, structure)

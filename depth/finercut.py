@@ -1,0 +1,22 @@
+"""FinerCut: again and again the attention or feed-forward goes whose absence moves the model's predictions least.
+
+Each round takes out, one at a time, every part that is left, and measures the Kullback-Leibler divergence of the predictions
+from those of the whole model. No label is read: what is kept is the model's own behaviour, on any text.
+
+When to use: with `granularity: sub-layer`, where more of the attention than of the feed-forward can be spared; with whole
+layers too. Cost: as `sleb`, with twice as many parts.
+
+Source: Zhang et al., FinerCut, arXiv 2405.18218 (§3; of its three measures of the outputs' change the divergence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .base import Enough, Trial, greedily, score
+
+
+@score("finercut", source="arXiv 2405.18218", looks="divergence")
+def choose(trial: Trial, candidates: Sequence[int], enough: Enough) -> list[int]:
+    """Greedily by the divergence of the predictions, until enough is gone."""
+    return greedily(trial, candidates, enough)

@@ -1,0 +1,108 @@
+"""What depth costs before it is known what goes: forwards, training and memory, for the plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .depth.base import Training, get_repair, get_score
+from .depth.partial_finetune import LAST_LAYERS
+from .parts import open_branches, open_layers
+from .recipe import Recipe
+from .surgery import Surgery
+
+if TYPE_CHECKING:
+    from .model import ModelView
+
+STATES = 2 << 30  # bytes of hidden states of the variants that go through the layers together
+COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
+BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
+HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
+_GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width
+_TRAINED = 20  # bytes for each trained number: master, gradient, two moments, best state
+
+
+def depth_lines(view: ModelView, recipe: Recipe, surgery: Surgery) -> tuple[str, ...]:
+    """What choosing and repairing will take, and what the result needs to load, in words."""
+    spec = recipe.dropping
+    if spec is None:
+        return ()
+    lines, tokens = [], recipe.calibration.samples * recipe.calibration.length
+    score = get_score(spec.score)
+    if score.tries:
+        halves = spec.granularity == "sub-layer"
+        layers = len(view.layers)
+        candidates = len(open_branches(view.branches, layers, spec) if halves else open_layers(layers, spec))
+        rounds = len(surgery.removed) if halves else len(surgery.dropped)
+        tries = sum(candidates - gone for gone in range(rounds))
+        seen = min(spec.loss_samples, recipe.calibration.samples) * min(spec.loss_length, recipe.calibration.length)
+        lines.append(f"score {spec.score}: some {rounds} rounds, {tries} models, each over {seen:,} tokens")
+    lines += _repair_lines(view, recipe, tokens)
+    if surgery.removed:
+        lines.append("the result needs lrc to load: half a layer is gone")
+    return tuple(lines)
+
+
+def _repair_lines(view: ModelView, recipe: Recipe, tokens: int) -> list[str]:
+    spec = recipe.dropping
+    assert spec is not None
+    if spec.repair == "none":
+        return []
+    repair, width = get_repair(spec.repair), view.config.get_text_config().hidden_size
+    started = f"repair {spec.repair} [{repair.source}]: "
+    if repair.trained:
+        training: Training = repair.make(spec.training)
+        trained = _trained(view, repair.on)
+        what = "one layer" if repair.on == "layer" else f"norm, head and the last {LAST_LAYERS} layers"
+        return [
+            f"{started}trains {what} ({trained:,} numbers) for up to {training.epochs} epochs of {tokens:,} tokens, some "
+            f"{3 * (training.epochs or 1)} forwards of them; the result needs no lrc to load"
+        ]
+    where = (
+        f"into the matrix before each cut, or behind it as {width} × {width} numbers that need lrc to load"
+        if repair.on == "branch"
+        else f"each run of dropped layers adds {width} × {width} numbers, and the result needs lrc to load"
+    )
+    return [f"{started}two forwards over {tokens:,} tokens; {where}; kept where the held-out loss does not rise"]
+
+
+def depth_bytes(view: ModelView, recipe: Recipe, surgery: Surgery) -> int:
+    """Predicted resident memory, beside the process, while depth chooses and repairs; docs/memory.md has the formula."""
+    spec = recipe.dropping
+    if spec is None:
+        return 0
+    element = torch.empty((), dtype=view.dtype).element_size()
+    text = view.config.get_text_config()
+    layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
+    token = text.hidden_size * element
+    calibration = recipe.calibration
+    states = calibration.samples * calibration.length * token
+    logits = 3 * 4 * BATCH_TOKENS * text.vocab_size + view.outside_nbytes()
+    moments = [0]
+    if get_score(spec.score).tries:
+        parts = len(view.branches) if spec.granularity == "sub-layer" else len(view.layers)
+        seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
+        moments.append(layer + min(STATES, parts * COPIES * seen * token) + logits)
+    if spec.repair != "none":
+        repair = get_repair(spec.repair)
+        held = min(HELD_TOKENS, calibration.samples * calibration.length)
+        moments.append(layer + min(STATES, (len(surgery.dropped) + 1) * COPIES * held * token) + logits)
+        if repair.trained:
+            at_once = calibration.length if repair.on == "end" else max(2048, calibration.length)
+            widest = max(max(t.out_features, t.in_features) for t in view.targets)
+            graph = at_once * widest * element * _GRAPH * (LAST_LAYERS if repair.on == "end" else 1)
+            head = 3 * 4 * calibration.length * text.vocab_size + view.outside_nbytes() if repair.on == "end" else 0
+            weights = layer * (LAST_LAYERS if repair.on == "end" else 1)
+            moments.append(weights + COPIES * states + _TRAINED * _trained(view, repair.on) + graph + head)
+        else:
+            moments.append(layer + 2 * COPIES * states + 8 * 6 * text.hidden_size**2)
+    return max(moments)
+
+
+def _trained(view: ModelView, on: str) -> int:
+    layer = max(sum(p.numel() for p in each.parameters()) for each in view.layers)
+    if on == "layer":
+        return layer
+    head = view.untied_head
+    return LAST_LAYERS * layer + (0 if head is None else head.weight.numel())

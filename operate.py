@@ -1,0 +1,57 @@
+"""Depth's part of a run: what goes is chosen, repaired and kept on disk, once, before anything is compressed or stored."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .artifact import Artifact
+from .calibrate.data import Calibration
+from .durable import writing
+from .model import ModelView
+from .passes import full_precision, steady_memory
+from .plan import Plan
+from .prune import choose_parts
+from .repair import repaired
+from .surgery import Surgery, read_surgery
+
+
+def operated(
+    plan: Plan,
+    view: ModelView,
+    calibration: Calibration,
+    out: Path,
+    beside: str,
+    devices: Sequence[torch.device],
+    restart: bool,
+    notify: Callable[[str, int, float], None],
+) -> Surgery | None:
+    """What depth does to the model, found or read from where an interrupted run found it; None where all is finished.
+
+    Args:
+        plan: provisional: of a recipe with depth.
+        out: the output folder.
+        beside: name of the folder in it that keeps what was found until the artifact is finished.
+        notify: called with (what was done, 0, seconds).
+    """
+    identity, folder = plan.identity(calibration.hash), out / beside
+    full_precision()
+    steady_memory()
+    with Artifact(out, identity, restart) as artifact:
+        if artifact.finished:
+            return None
+        held = None if restart else read_surgery(folder, identity, view.targets)
+        if held is not None:
+            return held
+        spec = plan.recipe.dropping
+        assert spec is not None
+        chosen = choose_parts(view, spec, calibration.tokens, devices, notify)
+        found = repaired(
+            view, chosen, spec, calibration.tokens, calibration.held_out, plan.recipe.calibration.seed, devices[0], notify
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        with writing(folder):
+            return found.write(folder, identity)

@@ -1,0 +1,294 @@
+"""Trained repairs: one layer that learns to stand in for a run, or the end of the model that learns to live without one.
+
+Both use refine.py's trainer, which keeps the state that is best on held-out text; both leave plain tensors of layers that stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
+
+from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, passed_by, run_layer, with_hidden
+from .depth.base import Training
+from .depth.partial_finetune import LAST_LAYERS
+from .edit import LayerEdit, edited
+from .model import ModelView
+from .passes import give_back
+from .plan import TOKENS_PER_BATCH
+from .refine import BlockSettings, Refinement, _Trainer, checked_dtypes, refine_block
+from .surgery import Surgery
+from .variants import Variant, losses
+
+Notify = Callable[[str, int, float], None]
+
+
+def block_settings(training: Training, seed: int) -> BlockSettings:
+    """The trainer's settings; hidden states are compared by their plain squared error."""
+    return BlockSettings(**training.model_dump(exclude_none=True), loss="mse", seed=seed)
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[int], Tensor],
+    tokens: Sequence[int],
+    judge: Callable[[], float],
+    settings: BlockSettings,
+    notify: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> Refinement:
+    """Train any parameters on any loss of batches; they are left in their best state, without gradients.
+
+    Args:
+        parameters: as `checked_dtypes` gives them.
+        loss: number of a batch -> the sum of its tokens' losses.
+        tokens: of each batch.
+        judge: the held-out loss.
+        settings: `loss` and `epoch_tokens` have no part in it.
+
+    Raises:
+        NonFiniteError: the held-out loss is no number before the first step.
+    """
+
+    def backward(index: int, total: int) -> float:
+        each = loss(index) / total
+        each.backward()
+        return each.item()
+
+    started, per_step = time.perf_counter(), max(1, round(settings.batch_tokens * len(tokens) / sum(tokens)))
+    steps = max(1, round(len(tokens) / per_step))
+    trainer = _Trainer(list(parameters.values()), settings, steps * settings.epochs)
+    return trainer.run(backward, tokens, per_step, steps, judge, settings.patience, notify, started)
+
+
+def streamline(
+    view: ModelView,
+    surgery: Surgery,
+    training: Training,
+    tokens: Tensor,
+    held: Tensor,
+    seed: int,
+    device: torch.device,
+    notify: Notify,
+) -> Surgery:
+    """The surgery's one run, less its first layer, which is trained to give what the run gave.
+
+    Args:
+        surgery: drops the run whole.
+        training: with its defaults filled in.
+        tokens: (samples, length) to train on.
+        held: (windows, length) to judge by: first the squared error, then the model's loss.
+    """
+    first, *rest = surgery.dropped
+    name, end = view.layer_names[first], surgery.dropped[-1]
+    count = len(batches := tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
+    calls: list[Call] = []
+    with torch.no_grad(), _states(view, [*batches, *held.split(max(1, TOKENS_PER_BATCH // held.shape[1]))]) as steps:
+        while steps.index < first:
+            steps.answer(_outputs(view, steps, device))
+        calls = list(steps.calls)
+        while steps.index < end:
+            steps.answer(_outputs(view, steps, device))
+        goals = [hidden_of(output) for output in _outputs(view, steps, device)]
+    layer = view.load(name).to(device)
+    started = time.perf_counter()
+    report = refine_block(
+        layer, calls[:count], goals[:count], calls[count:], goals[count:], block_settings(training, seed),
+        lambda epoch, loss: notify(f"epoch {epoch}: held-out error {loss:.4g}", 0, time.perf_counter() - started),
+        everything=True,
+    )  # fmt: skip
+    learnt = LayerEdit((), {path: value.detach().to("cpu", copy=True) for path, value in layer.named_parameters()})
+    view.unload(name)
+    del calls, goals
+    give_back()
+    dropped = frozenset(rest)
+    before, after = losses(view, held, [Variant(dropped), Variant(dropped, {first: learnt})], device)
+    keep = after <= before
+    record = {
+        "repair": "streamline", "held_out_tokens": held.numel(), "loss_without": before, "loss": after if keep else before,
+        "runs": [{"layers": list(surgery.dropped), "accepted": keep, "where": name, "tokens": tokens.numel()}],
+        "training": _facts(report),
+    }  # fmt: skip
+    return replace(
+        surgery, dropped=tuple(rest), edits={name: learnt} if keep else {}, record={**surgery.record, "repair": record}
+    )
+
+
+def finetune_end(
+    view: ModelView,
+    surgery: Surgery,
+    training: Training,
+    tokens: Tensor,
+    held: Tensor,
+    seed: int,
+    device: torch.device,
+    notify: Notify,
+) -> Surgery:
+    """The surgery, with the final norm, the output head and the last layers trained on the tokens themselves; as `streamline`.
+
+    A head that is tied to the embedding stays.
+    """
+    stays = [layer for layer in range(len(view.layers)) if layer not in surgery.dropped]
+    last = stays[-LAST_LAYERS:]
+    windows = [*tokens.split(1), *held.split(1)]
+    states: list[Tensor] = []
+    with torch.no_grad(), _states(view, windows) as steps:
+        while steps.index < last[0]:
+            steps.answer(_outputs(view, steps, device, surgery))
+        states = [call.hidden for call in steps.calls]
+    with _End(view, surgery, last, device) as end:
+        parameters = end.parameters()
+
+        def loss(window: int) -> Tensor:
+            ids = windows[window].to(device)
+            logits = end(windows[window], states[window])[:, :-1]
+            return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+        def judge() -> float:
+            with torch.no_grad():
+                found = [float(loss(window)) for window in range(len(tokens), len(windows))]
+            return sum(found) / (len(held) * (held.shape[1] - 1))
+
+        started = time.perf_counter()
+        report = train(
+            parameters, loss, [tokens.shape[1] - 1] * len(tokens), judge, block_settings(training, seed),
+            lambda epoch, value: notify(f"epoch {epoch}: held-out loss {value:.4f}", 0, time.perf_counter() - started),
+        )  # fmt: skip
+        better = report.best < report.start
+        values = {name: value.detach().to("cpu", copy=True) for name, value in parameters.items()} if better else {}
+    edits, outside = _apart(view, values)
+    record = {
+        "repair": "partial-finetune", "held_out_tokens": held.numel(), "loss_without": report.start, "loss": report.best,
+        "layers": last, "accepted": better, "head": "tied, not trained" if view.untied_head is None else "trained",
+        "training": _facts(report),
+    }  # fmt: skip
+    return replace(surgery, edits=edits, outside=outside, record={**surgery.record, "repair": record})
+
+
+def _apart(view: ModelView, values: Mapping[str, Tensor]) -> tuple[dict[str, LayerEdit], dict[str, Tensor]]:
+    """Trained values by layer, and those outside the layers."""
+    outside, inside = {}, dict[str, dict[str, Tensor]]()
+    for full, value in values.items():
+        name = next((layer for layer in view.layer_names if full.startswith(layer + ".")), None)
+        if name is None:
+            outside[full] = value
+        else:
+            inside.setdefault(name, {})[full.removeprefix(name + ".")] = value
+    return {name: LayerEdit((), tensors) for name, tensors in inside.items()}, outside
+
+
+def _facts(report: Refinement) -> dict[str, Any]:
+    return {
+        "parameters": report.parameters, "steps": report.steps, "seconds": round(report.seconds, 1), "stopped": report.stopped,
+        "start": report.start, "best": report.best,
+    }  # fmt: skip
+
+
+@contextmanager
+def _states(view: ModelView, batches: Sequence[Tensor]) -> Iterator[Lockstep]:
+    """Forwards of all batches, standing before the first layer."""
+    view.load_outside()
+    with Lockstep(view.model, view.layers) as steps:
+        steps.start([{"input_ids": ids} for ids in batches])
+        view.unload()
+        give_back()
+        yield steps
+
+
+def _outputs(view: ModelView, steps: Lockstep, device: torch.device, surgery: Surgery | None = None) -> list[Any]:
+    """What the layer that all forwards stand before puts out, with the surgery where there is one."""
+    name = view.layer_names[steps.index]
+    if surgery is not None and steps.index in surgery.dropped:
+        return [passed_by(view.layers[steps.index], call) for call in steps.calls]
+    outputs = []
+    with edited(view.load(name).to(device), name, surgery.edit(name) if surgery else None) as layer:
+        for batch, call in enumerate(steps.calls):
+            output = run_layer(layer, call.to(device))
+            check_finite(output, name, batch)
+            outputs.append(tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output))
+    view.unload(name)
+    give_back()
+    return outputs
+
+
+class _End:
+    """The end of a pruned model, to be run from the states that reach it: the last layers, the final norm and the head.
+
+    The model's own forward runs, so that whatever it does to states and logits is done; its earlier layers hand on the state.
+    """
+
+    def __init__(self, view: ModelView, surgery: Surgery, last: Sequence[int], device: torch.device) -> None:
+        self._view, self._surgery, self._last, self._device = view, surgery, list(last), device
+        self._state = torch.empty(0)
+        self._templates: dict[int, Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> _End:
+        view = self._view
+        view.load_outside()
+        view.load_end()
+        self._open.callback(view.unload)
+        self._open.enter_context(_outside_on(view, self._device))
+        for index, name in enumerate(view.layer_names):
+            layer = view.layers[index]
+            if index in self._last:
+                self._open.callback(view.unload, name)
+                self._open.enter_context(edited(view.load(name).to(self._device), name, self._surgery.edit(name)))
+            else:
+                layer.forward = partial(self._hand_on, index)
+                self._open.callback(delattr, layer, "forward")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Logits of one window, from the state that reaches the first of the last layers."""
+        self._state = state.to(self._device)
+        logits: Tensor = self._view.model(input_ids=ids.to(self._device), use_cache=False).logits
+        return logits
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: all of the last layers, vectors outside the layers (the final norm), a head of its own."""
+        view, head = self._view, self._view.untied_head
+        inside = tuple(f"{view.layer_names[index]}." for index in self._last)
+        layers = f"{view.layers_path}."
+        found = {}
+        for name, parameter in view.model.named_parameters():
+            outer = not name.startswith(layers) and (parameter.ndim == 1 or (head is not None and parameter is head.weight))
+            if name.startswith(inside) or outer:
+                found[name] = parameter
+        return checked_dtypes(found)
+
+    def _hand_on(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        call = Call(args, kwargs)
+        if index not in self._templates:
+            self._templates[index] = passed_by(self._view.layers[index], call)
+        return with_hidden(self._templates[index], self._state if index < self._last[0] else call.hidden)
+
+
+@contextmanager
+def _outside_on(view: ModelView, device: torch.device) -> Iterator[None]:
+    """While the context is open, what lies outside the layers is on the device; buffers go back at its end."""
+    moved: list[tuple[nn.Module, str, Tensor]] = []
+    if device.type != "cpu":
+        for path, module in view.model.named_modules():
+            if path.startswith(view.layers_path):
+                continue
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                moved.append((module, name, buffer))
+                setattr(module, name, buffer.to(device))
+    try:
+        yield
+    finally:
+        for module, name, buffer in moved:
+            setattr(module, name, buffer)

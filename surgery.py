@@ -1,0 +1,130 @@
+"""What depth does to one model: layers and halves of layers that go, edits of those that stay, and why; kept on disk.
+
+Finding it can cost hours, so it lies in a folder beside the unfinished artifact and is read again, layer by layer, by the run
+that stores the result and by one that continues it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .compress.forms import Spec
+from .durable import replacing
+from .edit import LayerEdit, LinearMap
+from .targets import Target
+
+_FILE = "surgery.json"
+_OUTSIDE = "outside"
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What goes, and what is changed.
+
+    Args:
+        dropped: layers that go, ascending.
+        removed: names of the branches that go.
+        zeroed: their targets.
+        edits: layer name -> its edit, where they are held in memory.
+        outside: parameters outside the layers -> new values, where they are held in memory.
+        maps: layer name -> {module path in it: spec} of every map, for the plan's bytes.
+        record: what was found on the way, for `lrc.json`.
+        folder: where edits lie, None where there are none or they are held in memory.
+    """
+
+    dropped: tuple[int, ...] = ()
+    removed: tuple[str, ...] = ()
+    zeroed: tuple[Target, ...] = ()
+    edits: Mapping[str, LayerEdit] = field(default_factory=dict)
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def edit(self, layer: str) -> LayerEdit | None:
+        """What is changed in a layer; reads its file."""
+        gone = tuple(target for target in self.zeroed if target.name.startswith(layer + "."))
+        found = self.edits.get(layer)
+        if self.folder is not None and (self.folder / f"{layer}.safetensors").is_file():
+            found = _edit(load_file(self.folder / f"{layer}.safetensors"), self.maps.get(layer, {}))
+        if gone:
+            found = LayerEdit(gone).with_others(found) if found else LayerEdit(gone)
+        return found
+
+    def outside_tensors(self) -> dict[str, Tensor]:
+        """New values of parameters outside the layers; reads their file."""
+        if self.folder is not None and (self.folder / f"{_OUTSIDE}.safetensors").is_file():
+            return load_file(self.folder / f"{_OUTSIDE}.safetensors")
+        return dict(self.outside)
+
+    @property
+    def added(self) -> int:
+        """Numbers that maps add to the model."""
+        specs = [spec for layer in self.maps.values() for spec in layer.values()]
+        return sum(spec["width"] * (spec["width"] + (1 if spec["bias"] else 0)) for spec in specs)
+
+    def write(self, folder: Path, identity: Mapping[str, Any]) -> Surgery:
+        """Put it into a folder; returns the same, read from there when needed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer, edit in self.edits.items():
+            tensors = {f"tensor:{path}": value.contiguous() for path, value in edit.tensors.items()}
+            for path, each in edit.maps.items():
+                tensors[f"map:{path}:weight"] = each.weight.contiguous()
+                if each.bias is not None:
+                    tensors[f"map:{path}:bias"] = each.bias.contiguous()
+            _save(folder / f"{layer}.safetensors", tensors)
+        if self.outside:
+            _save(folder / f"{_OUTSIDE}.safetensors", {name: value.contiguous() for name, value in self.outside.items()})
+        maps = {layer: {path: each.spec for path, each in edit.maps.items()} for layer, edit in self.edits.items() if edit.maps}
+        content = {
+            "identity": identity,
+            "dropped": self.dropped,
+            "removed": self.removed,
+            "zeroed": [target.name for target in self.zeroed],
+            "maps": maps,
+            "record": self.record,
+        }
+        with replacing(folder / _FILE) as temporary:  # the last to appear: edits without it are written again
+            temporary.write_text(json.dumps(content))
+        return Surgery(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
+
+
+def read_surgery(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> Surgery | None:
+    """What an interrupted run of the same identity found; None where there is nothing of it."""
+    if not (folder / _FILE).is_file():
+        return None
+    held = json.loads((folder / _FILE).read_text())
+    if held["identity"] != json.loads(json.dumps(identity)):
+        return None
+    named = {target.name: target for target in targets}
+    return Surgery(
+        tuple(held["dropped"]),
+        tuple(held["removed"]),
+        tuple(named[name] for name in held["zeroed"]),
+        maps=held["maps"],
+        record=held["record"],
+        folder=folder,
+    )
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with replacing(file) as temporary:
+        save_file(dict(tensors), temporary)
+
+
+def _edit(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> LayerEdit:
+    return LayerEdit(
+        (),
+        {key.removeprefix("tensor:"): value for key, value in tensors.items() if key.startswith("tensor:")},
+        {
+            path: LinearMap(tensors[f"map:{path}:weight"], tensors.get(f"map:{path}:bias"), spec["side"])
+            for path, spec in specs.items()
+        },
+    )

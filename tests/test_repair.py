@@ -1,0 +1,496 @@
+"""Repairs and halves of layers: each map against a float64 formulation, and real checkpoints on the real path."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from commandline import contents, run_lrc
+from test_depth import compress, without
+from transformers import AutoModelForCausalLM
+
+from lrc.branches import branches_of, require_branches
+from lrc.calibrate.data import load_calibration
+from lrc.depth.base import greedily, repairs
+from lrc.depth.hadamard import hadamard, orthogonal
+from lrc.depth.linear_map import LeastSquares
+from lrc.depth.linear_patch import Ratios
+from lrc.errors import BudgetError, CalibrationError, ModelError, RecipeError
+from lrc.generate import generator
+from lrc.load import open_model
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.recipe import load_recipe
+from lrc.repair import divided, runs_of
+from lrc.run import execute, prepare
+from lrc.verify import verify
+
+IDS = torch.arange(3, 15)[None]
+PLAIN = ("import sys; sys.modules['lrc'] = None\n"
+         "import torch; from transformers import AutoModelForCausalLM\n"
+         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+         "torch.save(model(torch.arange(3, 15)[None]).logits, sys.argv[2])\n")  # fmt: skip
+
+
+def without_lrc(folder, file):
+    """Load a checkpoint in a process that has no lrc, and keep its logits in a file; what the process said."""
+    command = [sys.executable, "-c", PLAIN, str(folder), str(file)]
+    return subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
+
+
+def deep(tiny_checkpoints, family="llama", layers=5, **changes):
+    if family == "gemma3_text":
+        changes["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
+    depth = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    return tiny_checkpoints(family, initializer_range=0.2, **depth, **changes)
+
+
+@pytest.fixture(scope="module")
+def operate():
+    """A function (model, out, recipe, overrides) -> (plan, calibration): the pipeline on text that the model itself writes.
+
+    On such text the original predicts best, so that what brings a model nearer to it lowers the loss; on other text a model of
+    random weights has no reason to.
+    """
+    written = {}
+
+    def operate(model, out, recipe="block-influence", notify=lambda report: None, **overrides):
+        wanted = {"calibration.source": "self", "calibration.samples": 64, "calibration.length": 32} | overrides
+
+        def once(samples, length, seed):
+            key = (model, samples, length)
+            if key not in written:
+                written[key] = generator(str(model), torch.float32, torch.device("cpu"))(samples, length, seed)
+            return written[key]
+
+        view = ModelView(locate(str(model)))
+        plan = make_plan(view, load_recipe(recipe, wanted))
+        calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer(), once)
+        plan, _ = prepare(plan, view, calibration, out)
+        execute(plan, view, calibration, out, notify=notify)
+        return plan, calibration
+
+    return operate
+
+
+def logits(folder):
+    with torch.no_grad():
+        return open_model(str(folder))[0](IDS).logits
+
+
+def loss_of(model, windows):
+    """Mean negative log likelihood in float64."""
+    with torch.no_grad():
+        words = model(windows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    return -float(words.gather(-1, windows[:, 1:, None]).mean())
+
+
+# --- mathematics -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 28, 36, 48, 60, 576, 768, 896, 960])
+def test_hadamard_matrices_hold_only_signs_and_are_orthogonal(size):
+    found = hadamard(size)
+    assert np.array_equal(np.abs(found), np.ones((size, size)))
+    assert np.array_equal(found.T @ found, size * np.eye(size))
+
+
+@pytest.mark.parametrize("size", [3, 30, 92, 576, 4096 // 8])
+def test_every_width_has_an_orthogonal_basis_that_spreads_one_large_channel(size):
+    basis = orthogonal(size)
+    assert torch.allclose(basis.T @ basis, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert float(basis[0].abs().max()) <= (2 / size) ** 0.5 + 1e-12
+
+
+def _states(tokens=200, width=12, seed=0):
+    chance = np.random.default_rng(seed)
+    x = chance.standard_normal((tokens, width)) + 0.5
+    y = x @ (np.eye(width) + 0.3 * chance.standard_normal((width, width))) + 1.0 + 0.1 * chance.standard_normal((tokens, width))
+    return x, y
+
+
+def _fitted(fit, x, y, pieces=(70, 131)):
+    for one, other in zip(np.split(x, pieces), np.split(y, pieces), strict=True):
+        fit.add(torch.tensor(one), torch.tensor(other))
+    matrix, bias = fit.change()
+    return matrix.numpy(), None if bias is None else bias.numpy()
+
+
+def test_linear_patch_is_the_papers_product():
+    x, y = _states(width=16)
+    h = scipy.linalg.hadamard(16) / 4  # Sylvester's own
+    matrix, bias = _fitted(Ratios(16), x, y)
+    wanted = h @ np.diag(np.abs(y @ h).mean(0) / np.abs(x @ h).mean(0)) @ h.T
+    assert bias is None
+    assert np.allclose(np.eye(16) + matrix, wanted, atol=1e-12)
+
+
+def test_linear_patch_gives_every_channel_the_size_that_it_had():
+    x, y = _states(width=12)
+    patched = x + x @ _fitted(Ratios(12), x, y)[0].T
+    basis = orthogonal(12).numpy()
+    assert np.allclose(np.abs(patched @ basis).mean(0), np.abs(y @ basis).mean(0), rtol=1e-12)
+    assert np.allclose(_fitted(Ratios(12), np.zeros_like(x), y)[0], 0)  # a channel that no state reaches stays
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_least_squares_is_numpys(bias, damping):
+    x, y = _states()
+    matrix, shift = _fitted(LeastSquares(12, damping, bias), x, y)
+    rows, goal = (x - x.mean(0), (y - x) - (y - x).mean(0)) if bias else (x, y - x)
+    ridge = np.sqrt(damping * np.mean(np.sum(rows**2, 0)))  # rows that pull towards leaving the state as it is
+    stacked = np.vstack([rows, ridge * np.eye(12)]), np.vstack([goal, np.zeros((12, 12))])
+    wanted = np.linalg.lstsq(*stacked, rcond=None)[0].T
+    assert np.allclose(matrix, wanted, atol=1e-9)
+    if bias:
+        assert np.allclose(shift, (y - x).mean(0) - wanted @ x.mean(0), atol=1e-9)
+    else:
+        assert shift is None
+
+
+def test_directions_that_no_state_has_stay_as_they_are():
+    x, y = _states(tokens=5)  # rank 5 of 12
+    matrix, _ = _fitted(LeastSquares(12, 0.0, False), x, y, pieces=(2, 3))
+    unseen = np.linalg.svd(x)[2][5:]
+    assert np.allclose(matrix @ unseen.T, 0, atol=1e-8)
+    assert np.allclose(x + x @ matrix.T, y, atol=1e-7)
+
+
+def test_greedy_choice_sees_what_earlier_removals_did():
+    # alone 0 is cheapest; once it is gone 1, its stand-in, is dear, and 2 goes
+    def trial(sets):
+        return [len(s) + (5.0 if {0, 1} <= s else 0.0) + 0.1 * sum(s) for s in sets]
+
+    assert greedily(trial, [2, 1, 0], lambda gone: len(gone) == 2) == [0, 2]
+
+
+def test_runs_and_held_out_windows():
+    assert runs_of([7, 2, 3, 9, 8]) == [(2, 4), (7, 10)]
+    tokens = torch.arange(16 * 32).reshape(16, 32)
+    train, held = divided(tokens, 0.125)
+    assert train.shape == (14, 32) and held.shape == (2, 32)
+    assert not np.intersect1d(train.numpy(), held.numpy()).size
+    assert sum(part.numel() for part in divided(tokens[:2], 0.9)) == 64  # something is left to fit to
+    assert divided(torch.zeros(64, 2048, dtype=torch.int64), 0.5)[1].shape == (16, 512)
+    with pytest.raises(CalibrationError, match="two calibration samples"):
+        divided(tokens[:1], 0.5)
+
+
+# --- branches ----------------------------------------------------------------------------------------------------------------
+
+BRANCHES = {
+    "llama": (["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
+    "gemma3_text": (["self_attn", "mlp"], [None, None]),
+    "gpt2": (["attn", "mlp"], ["attn.c_proj", "mlp.c_proj"]),
+    "opt": (["self_attn", "fc2"], ["self_attn.out_proj", "fc2"]),
+    "gpt_neox": (["attention", "mlp"], ["attention.dense", "mlp.dense_4h_to_h"]),
+    "mixtral": (["self_attn", "mlp.experts"], ["self_attn.o_proj", None]),
+}
+
+
+@pytest.mark.parametrize("family", BRANCHES)
+def test_branches_are_found_without_names(family, tiny_checkpoints):
+    view = ModelView(locate(str(tiny_checkpoints(family))))
+    found = branches_of(view)
+    assert sorted(found) == [0, 1, 2]
+    for layer, branches in found.items():
+        prefix = f"{view.layer_names[layer]}."
+        assert [branch.name.removeprefix(prefix) for branch in branches] == BRANCHES[family][0]
+        assert [branch.last and branch.last.role for branch in branches] == BRANCHES[family][1]
+        assert [t for branch in branches for t in branch.targets] == [t for t in view.targets if t.layer == layer]
+        assert all(abs(branch.scale - 1) < 1e-5 and branch.vanishes for branch in branches)
+    assert all(p.is_meta for layer in view.layers for p in layer.parameters()), "the layer that was looked at went again"
+
+
+def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
+    model = tiny_checkpoints("llama", num_hidden_layers=2)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.25}
+    other = model.parent / f"{model.name}-granite"
+    other.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        if not (other / file.name).exists():
+            (other / file.name).symlink_to(file)
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps(config))
+    branches = branches_of(ModelView(locate(str(other))))[1]
+    assert [branch.scale for branch in branches] == pytest.approx([0.25, 0.25], rel=1e-4)
+
+
+def test_layers_that_are_no_sum_of_branches_are_refused(tiny_checkpoints):
+    view = ModelView(locate(str(tiny_checkpoints("opt", do_layer_norm_before=False))))
+    with pytest.raises(ModelError, match="granularity: layer"):
+        require_branches(view)
+
+
+# --- halves of layers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", BRANCHES)
+def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    overrides = {"depth.drop": 3, "depth.protect_first": 0, "depth.protect_last": 0}
+    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", **overrides)
+    removed = plan.surgery.removed
+    assert len(removed) == 3 and not plan.dropped
+    gone = sum(step.bytes_before for step in plan.steps if step.target in plan.surgery.zeroed)
+    assert gone == plan.targets_before - plan.targets_after > 0
+    record = verify(tmp_path / "out")  # bytes on disk are what the plan said
+    assert record["depth"]["removed"] == list(removed)
+    # the original, its branches' modules putting out zeros by hand
+    original = open_model(str(model))[0]
+    view = ModelView(locate(str(model)))
+    tails = {branch.name: f"{view.layer_names[branch.layer]}.{branch.tail}" for branch in view.branches}
+
+    def nothing(module, args, output):
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    for name in removed:
+        original.get_submodule(tails[name]).register_forward_hook(nothing)
+    with torch.no_grad():
+        assert torch.allclose(logits(tmp_path / "out"), original(IDS).logits, atol=1e-5)
+
+
+def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = deep(tiny_checkpoints)
+    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", ratio=0.3)
+    most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).branches)
+    assert 0.3 <= plan.ratio < 0.3 + most / sum(step.target.numel for step in plan.steps)
+    both = {"method": "svd-llm", "depth.drop": 2, "ratio": 0.5}
+    plan, _ = compress(model, tmp_path / "both", tiny_text_file, "finercut", **both)
+    assert 0.5 <= plan.ratio < 0.56 and len(plan.surgery.removed) == 2
+    record = json.loads((tmp_path / "both" / "lrc.json").read_text())
+    kinds = {target["name"]: target["form"]["kind"] for target in record["targets"]}
+    assert {name for name, kind in kinds.items() if kind == "zero"} == {t.name for t in plan.surgery.zeroed}
+    assert "low-rank" in kinds.values()
+    assert torch.isfinite(logits(tmp_path / "both")).all()
+
+
+def test_without_lrc_a_model_that_needs_it_fails_aloud(tiny_checkpoints, tiny_text_file, tmp_path):
+    compress(tiny_checkpoints("llama"), tmp_path / "half", tiny_text_file, "finercut", **{"depth.drop": 1})
+    done = without_lrc(tmp_path / "half", tmp_path / "logits.pt")
+    assert done.returncode != 0 and "size" in done.stderr + done.stdout
+
+
+# --- greedy by loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_sleb_takes_the_layer_whose_absence_costs_least(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = deep(tiny_checkpoints)
+    overrides = {"depth.drop": 2, "depth.loss_samples": 8, "depth.loss_length": 32}
+    plan, calibration = compress(model, tmp_path / "out", tiny_text_file, "sleb", **overrides)
+    assert set(plan.dropped) <= {1, 2, 3}
+
+    def loss(dropped):
+        return loss_of(without(AutoModelForCausalLM.from_pretrained(model), dropped), calibration.tokens)
+
+    record = json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["score"]
+    first = {layer: loss({layer}) for layer in (1, 2, 3)}
+    assert record["rounds"][0]["gone"] == [min(first, key=first.get)]
+    assert record["rounds"][0]["loss"] == pytest.approx(min(first.values()), rel=1e-5)
+    second = {layer: loss({*record["rounds"][0]["gone"], layer}) for layer in {1, 2, 3} - set(record["rounds"][0]["gone"])}
+    assert record["rounds"][1]["loss"] == pytest.approx(min(second.values()), rel=1e-5)
+    assert list(plan.dropped) == record["rounds"][1]["gone"]
+
+
+# --- repairs on the real path ------------------------------------------------------------------------------------------------
+
+TRAINING = {"depth.training.lr": 3e-3, "depth.training.batch_tokens": 64, "depth.training.epochs": 3}
+REPAIRS = {
+    "linear-patch": ("block-influence", {}, False),
+    "linear-map": ("block-influence", {}, False),
+    "replace-me": ("block-influence", {}, True),
+    "streamline": ("angular", TRAINING, True),
+    "partial-finetune": ("last", TRAINING | {"depth.training.lr": 1e-3}, True),
+}
+
+
+NEED_LRC = {("replace-me", "gemma3_text"), ("replace-me", "mixtral")}  # a norm, or a mixture, comes behind the matrix
+
+
+def test_every_repair_is_tested():
+    assert set(REPAIRS) == set(repairs())
+
+
+MATRIX = [*((name, "llama") for name in REPAIRS), *(("replace-me", family) for family in ("gpt2", "gemma3_text", "mixtral")),
+          ("linear-map", "gpt2"), ("streamline", "gemma3_text")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family"), MATRIX)
+def test_a_repair_helps_on_text_it_did_not_see(name, family, operate, tiny_checkpoints, tmp_path):
+    score, overrides, plain = REPAIRS[name]
+    model = deep(tiny_checkpoints, family)
+    common = {"depth.score": score, "depth.drop": 2}
+    plan, calibration = operate(model, tmp_path / "out", **common, **overrides, **{"depth.repair": name})
+    assert len(plan.dropped) == 2
+    record = verify(tmp_path / "out")["depth"]["repair"]
+    held = divided(calibration.tokens, 0.125)[1]
+    assert record["repair"] == name and record["held_out_tokens"] == held.numel()
+    assert record["loss"] < record["loss_without"]
+    # both losses again, in float64: of the checkpoint, and of the original without those layers
+    assert record["loss"] == pytest.approx(loss_of(open_model(str(tmp_path / "out"))[0], held), rel=1e-5)
+    plainly = without(AutoModelForCausalLM.from_pretrained(model), plan.dropped)
+    assert record["loss_without"] == pytest.approx(loss_of(plainly, held), rel=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" not in config) == (plain and (name, family) not in NEED_LRC)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()], "nothing of the run's own is left"
+
+
+def test_a_patch_is_laid_where_the_run_was(operate, tiny_checkpoints, tmp_path):
+    """A run at the very end: the checkpoint against the original with the map applied by hand."""
+    model = deep(tiny_checkpoints)
+    overrides = {"depth.score": "angular", "depth.drop": 2, "depth.protect_first": 3, "depth.protect_last": 0}
+    plan, _ = operate(model, tmp_path / "out", **overrides, **{"depth.repair": "linear-map"})
+    assert plan.dropped == (3, 4)
+    record = json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["repair"]
+    assert record["runs"][0]["accepted"]
+    loaded = open_model(str(tmp_path / "out"))[0]
+    patch = loaded.model.layers[2].stream_map
+    original = without(AutoModelForCausalLM.from_pretrained(model), plan.dropped)
+    original.model.layers[2].register_forward_hook(
+        lambda m, args, output: output + torch.nn.functional.linear(output, patch.weight, patch.bias)
+    )
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, original(IDS, use_cache=False).logits, atol=1e-5)
+    done = without_lrc(tmp_path / "out", tmp_path / "logits.pt")
+    assert done.returncode != 0 and "size" in done.stderr + done.stdout
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_replace_me_is_the_papers_least_squares_and_loads_without_lrc(operate, tiny_checkpoints, tmp_path):
+    model = deep(tiny_checkpoints, "gpt2")
+    overrides = {"depth.drop": 2, "depth.protect_first": 2}
+    plan, calibration = operate(model, tmp_path / "out", "replace-me", **overrides)
+    assert plan.dropped == (2, 3)
+    assert json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["repair"]["runs"][0]["accepted"]
+    original = AutoModelForCausalLM.from_pretrained(model).double()
+    seen = {}
+    h = original.transformer.h
+    h[1].mlp.register_forward_hook(lambda m, args, output: seen.update(M=output))
+    h[1].register_forward_hook(lambda m, args, output: seen.update(out=output[0] if isinstance(output, tuple) else output))
+    h[3].register_forward_hook(lambda m, args, output: seen.update(goal=output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        original(divided(calibration.tokens, 0.125)[0])
+    m, out, goal = (seen[key].flatten(0, 1) for key in ("M", "out", "goal"))
+    t = torch.linalg.lstsq(m, goal - (out - m), driver="gelsd").solution
+    c_proj = h[1].mlp.c_proj
+    done = without_lrc(tmp_path / "out", tmp_path / "logits.pt")
+    assert done.returncode == 0, done.stderr
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").transformer.h[1].mlp.c_proj
+    assert torch.allclose(found.weight.double(), c_proj.weight @ t, atol=2e-3)
+    assert torch.allclose(found.bias.double(), c_proj.bias @ t, atol=2e-3)
+
+
+def test_what_is_left_after_a_repair_is_compressed_too(operate, tiny_checkpoints, tmp_path):
+    overrides = {"depth.repair": "linear-map", "depth.drop": 1, "method": "svd-llm"}
+    plan, _ = operate(deep(tiny_checkpoints), tmp_path / "out", ratio=0.5, **overrides)
+    record = verify(tmp_path / "out")
+    assert record["depth"]["repair"]["runs"][0]["accepted"] and 0.5 <= plan.ratio < 0.55
+    modules = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
+    assert sorted({spec["kind"] for spec in modules.values()}) == ["low-rank", "map"]
+
+
+def test_a_killed_run_goes_on_without_choosing_or_training_again(operate, tiny_checkpoints, tmp_path, monkeypatch):
+    model = deep(tiny_checkpoints)
+    wanted = {"depth.drop": 2, "depth.repair": "linear-map", "method": "svd-llm", "ratio": 0.6, "propagate": "compressed"}
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report):
+        if report.index:  # one layer is finished, the next one just now
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        operate(model, tmp_path / "killed", "sleb", notify=kill, **wanted)
+    with monkeypatch.context() as patched:
+        patched.setattr("lrc.operate.choose_parts", lambda *_: pytest.fail("chosen again"))
+        operate(model, tmp_path / "killed", "sleb", **wanted)
+    operate(model, tmp_path / "straight", "sleb", **wanted)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    assert json.loads((tmp_path / "killed" / "lrc.json").read_text())["depth"]["repair"]["runs"][0]["accepted"]
+
+
+def test_a_repair_that_only_hurts_is_left_out_and_the_record_says_so(operate, tiny_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(LeastSquares, "change", lambda self: (50 * torch.eye(48, dtype=torch.float64), None))
+    model = deep(tiny_checkpoints)
+    operate(model, tmp_path / "none", **{"depth.drop": 2})
+    operate(model, tmp_path / "out", **{"depth.drop": 2, "depth.repair": "replace-me"})
+    record = json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["repair"]
+    assert not any(run["accepted"] for run in record["runs"]) and record["loss"] == record["loss_without"]
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "none"))
+
+
+def test_streamline_trains_one_layer_and_leaves_all_others(operate, tiny_checkpoints, tmp_path):
+    model = deep(tiny_checkpoints)
+    plan, _ = operate(model, tmp_path / "out", "streamline", **{"depth.drop": 2}, **TRAINING)
+    first = plan.dropped[0] - 1
+    record = json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["repair"]
+    assert record["runs"][0]["layers"] == [first, *plan.dropped]
+    assert record["training"]["best"] < 0.9 * record["training"]["start"]
+    old, new = (AutoModelForCausalLM.from_pretrained(folder).model for folder in (model, tmp_path / "out"))
+    for before, after in plan.renumbered.items():
+        same = torch.equal(old.layers[before].mlp.down_proj.weight, new.layers[after].mlp.down_proj.weight)
+        assert same == (before != first)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_partial_finetuning_trains_the_end_and_nothing_else(tied, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = deep(tiny_checkpoints, tie_word_embeddings=tied)
+    overrides = {"depth.drop": 1, "calibration.samples": 32, **TRAINING}
+    compress(model, tmp_path / "out", tiny_text_file, "partial-finetune", **overrides)
+    record = json.loads((tmp_path / "out" / "lrc.json").read_text())["depth"]["repair"]
+    assert record["accepted"] and record["loss"] < 0.9 * record["loss_without"] and record["layers"] == [1, 2, 3]
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "out"))
+    assert torch.equal(old.model.embed_tokens.weight, new.model.embed_tokens.weight)
+    assert torch.equal(old.model.layers[0].mlp.up_proj.weight, new.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(old.model.layers[3].mlp.up_proj.weight, new.model.layers[3].mlp.up_proj.weight)
+    assert not torch.equal(old.model.norm.weight, new.model.norm.weight)
+    assert torch.equal(old.lm_head.weight, new.lm_head.weight) == tied
+
+
+# --- what is asked wrongly, and what is said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"depth.repair": "linear-pach"}, RecipeError, "Did you mean 'linear-patch'"),
+        ({"depth.granularity": "sub-layer"}, RecipeError, "goes with finercut, sleb"),
+        ({"depth.granularity": "sub-layer", "depth.score": "sleb", "depth.repair": "linear-map"}, RecipeError, "whole layers"),
+        ({"depth.repair": "streamline"}, RecipeError, "take score angular, last"),
+        ({"depth.damping": 0.1}, RecipeError, "damping is of a fitted repair"),
+        ({"depth.repair": "linear-map", "depth.training.lr": 1e-3}, RecipeError, "training is of a trained repair"),
+        ({"depth.drop": 1, "ratio": 0.3}, RecipeError, "leave out either"),
+        ({"depth.score": "sleb", "depth.granularity": "sub-layer", "depth.ratio": 0.5}, BudgetError, r"2 of 6 halves \(33%\)"),
+        ({"depth.score": "last", "depth.repair": "streamline", "depth.drop": 1}, BudgetError, "one of which is to stand in"),
+    ],
+)
+def test_mistakes_are_named(overrides, error, message, tiny_checkpoints):
+    with pytest.raises(error, match=message):
+        make_plan(ModelView(locate(str(tiny_checkpoints("llama")))), load_recipe("block-influence", overrides))
+
+
+def test_the_plan_says_what_it_will_take_and_the_result_what_it_brought(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = deep(tiny_checkpoints)
+    source = ["--calibration", f"text:{tiny_text_file}", "--samples", "32", "--length", "32"]
+    plan = run_lrc("plan", model, "--recipe", "sleb", "--ratio", "0.3", *source).out
+    assert "some 2 rounds, 5 models, each over 256 tokens" in plan
+    plan = run_lrc("plan", model, "--recipe", "streamline", "--ratio", "0.3", *source).out
+    assert "trains one layer (20,832 numbers) for up to 4 epochs of 1,024 tokens" in plan
+    plan = run_lrc("plan", model, "--recipe", "finercut", "--ratio", "0.3", *source).out
+    assert "the result needs lrc to load" in plan and "halves of layers:" in plan
+    made = run_lrc("compress", model, "--recipe", "replace-me", "--ratio", "0.3", *source, "--out", tmp_path / "out")
+    assert made.code == 0, made.err
+    assert "repair replace-me: held-out loss" in made.out
+    assert "linear-patch" in run_lrc("recipe", "scores").out

@@ -1,0 +1,150 @@
+"""What a model loses with some layers or halves of layers gone or changed: many such variants in one pass over the weights.
+
+Every variant is the model with its own layers dropped and edited. Variants go through the layers in lockstep, each layer's
+weights are read once for all of them, and as long as two variants have met the same changes they are one computation. Only so
+many go through together that their hidden states stay within `STATES` bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
+
+from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
+from .depth_cost import BATCH_TOKENS, COPIES, STATES
+from .edit import LayerEdit, edited
+from .errors import NonFiniteError
+from .model import ModelView
+from .passes import give_back
+
+SKIP = 16  # first tokens of each window, whose predictions have little to go by
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model with something changed.
+
+    Args:
+        dropped: layers that are passed by.
+        edits: layer -> what is changed in it.
+    """
+
+    dropped: frozenset[int] = frozenset()
+    edits: Mapping[int, LayerEdit] = field(default_factory=dict)
+
+    def at(self, layer: int) -> LayerEdit | str | None:
+        """What a layer is in this variant; equal for two variants that treat it alike."""
+        return "dropped" if layer in self.dropped else self.edits.get(layer)
+
+
+def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
+    """Mean negative log likelihood of the tokens under each variant, in nats per predicted token.
+
+    Args:
+        tokens: (windows, length) token ids, without padding; each but a window's first is predicted.
+        device: where layers run.
+    """
+    found = [0.0] * len(variants)
+    for chunk in _chunks(len(variants), _together(view, tokens)):
+        for number, ids, logits in _predictions(view, tokens, [variants[i] for i in chunk], device):
+            nll = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            found[chunk[number]] += float(nll)
+    return _finite([total / (tokens.shape[0] * (tokens.shape[1] - 1)) for total in found])
+
+
+def divergences(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
+    """Kullback-Leibler divergence of each variant's predictions from the whole model's, in nats per token; as `losses`."""
+    found = [0.0] * len(variants)
+    skip = min(SKIP, tokens.shape[1] // 2)
+    for chunk in _chunks(len(variants), _together(view, tokens) - 1):
+        chances, entropy = torch.empty(0), torch.empty(0)
+        for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device):
+            words = logits[:, skip:].float().flatten(0, 1).log_softmax(-1)
+            if number == 0:
+                chances = words.exp()
+                entropy = (chances * words).sum()
+            else:
+                found[chunk[number - 1]] += float(entropy - chances.flatten() @ words.flatten())
+    return _finite([max(total / (tokens.shape[0] * (tokens.shape[1] - skip)), 0.0) for total in found])
+
+
+def _chunks(count: int, most: int) -> list[range]:
+    return [range(first, min(first + most, count)) for first in range(0, count, most)]
+
+
+def _finite(found: list[float]) -> list[float]:
+    if not all(math.isfinite(each) for each in found):
+        raise NonFiniteError(
+            f"The loss of {sum(not math.isfinite(each) for each in found)} of {len(found)} models with parts taken out is no "
+            "number.",
+            "In float16 logits can overflow: try --dtype bfloat16 or float32.",
+        )
+    return found
+
+
+def _together(view: ModelView, tokens: Tensor) -> int:
+    hidden = view.config.get_text_config().hidden_size
+    return max(2, STATES // (COPIES * tokens.numel() * hidden * torch.empty((), dtype=view.dtype).element_size()))
+
+
+@torch.no_grad()
+def _predictions(
+    view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number of the variant, token ids of a batch, their logits), batch after batch and in each variant after variant."""
+    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    count, last = len(variants), len(view.layers) - 1
+    same = [0] * count  # variants of equal numbers have met the same changes so far
+    view.load_outside()
+    with Lockstep(view.model, view.layers) as steps:
+        steps.start([{"input_ids": ids} for ids in batches for _ in variants])
+        view.unload()
+        give_back()
+        for index, name in enumerate(view.layer_names):
+            kinds = list(dict.fromkeys((same[number], variant.at(index)) for number, variant in enumerate(variants)))
+            leaders = [next(n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind) for kind in kinds]
+            template = passed_by(view.layers[index], steps.calls[0])
+            outputs: list[Any] = [None] * len(steps.calls)
+            if any(kind[1] != "dropped" for kind in kinds):
+                view.load(name).to(device)
+            for kind, leader in zip(kinds, leaders, strict=True):
+                members = [n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind]
+                calls = [steps.calls[batch * count + leader] for batch in range(len(batches))]
+                for batch, output in enumerate(_through(view.layers[index], name, kind[1], calls, template, device)):
+                    for number in members:
+                        outputs[batch * count + number] = output
+            same = [kinds.index((same[number], variant.at(index))) for number, variant in enumerate(variants)]
+            view.unload(name)
+            give_back()
+            if index < last:
+                steps.answer(outputs)
+                del outputs
+        view.load_end()
+        for place, result in enumerate(steps.finish(outputs)):
+            yield place % count, batches[place // count], result.logits
+    view.unload()
+
+
+def _through(
+    layer: nn.Module,
+    name: str,
+    how: LayerEdit | str | None,
+    calls: Sequence[Call],
+    template: Any,
+    device: torch.device,
+) -> Iterator[Any]:
+    if isinstance(how, str):
+        yield from (with_hidden(template, call.hidden) for call in calls)
+        return
+    with edited(layer, name, how):
+        for batch, call in enumerate(calls):
+            output = run_layer(layer, call.to(device))
+            check_finite(output, name, batch)
+            yield tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
