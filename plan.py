@@ -6,7 +6,6 @@ must agree with; the estimates are for people.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections import defaultdict
@@ -17,11 +16,14 @@ from typing import Any
 import psutil
 import torch
 
+from . import amount
 from .allocation import allocate
+from .amount import Footprint, Found
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError
+from .limits import bounds_of, even, matches, unmatched, within
 from .model import Kept, ModelView
 from .recipe import Recipe, how_many
 from .targets import Target
@@ -84,6 +86,8 @@ class Plan:
         dropped: layers that go.
         dropped_beside: bytes of what is no target in them.
         left_out: what the checkpoint holds and the model has no place for.
+        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+        found: what the search for a size has found; None where the recipe says the size, and before the search.
     """
 
     recipe: Recipe
@@ -99,6 +103,8 @@ class Plan:
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
+    gap: float | None = None
+    found: Found | None = None
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -157,6 +163,7 @@ def make_plan(
     devices: int = 1,
     curves: Mapping[str, Curve] | None = None,
     dropped: tuple[int, ...] | None = None,
+    found: Found | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
@@ -164,13 +171,18 @@ def make_plan(
         dropped: the layers that go, once the recipe's score has chosen them; until then the plan assumes the last ones.
         curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly, and where
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
+        found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
+            `amount.ASSUMED`.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
-        RecipeError: a `keep` pattern matches no target.
+        RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
+    recipe = _counted(view, recipe)
     element = torch.empty((), dtype=view.dtype).element_size()
-    kept_dense = _kept_dense(view.targets, recipe.keep)
+    kept_dense = _kept_dense(view.targets, recipe.keep, len(view.layers))
+    bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
+    kept_dense |= {name: each.why_min for name, each in bounds.items() if each.dense and name not in kept_dense}
     method, settings = recipe.compression
     shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for t in view.targets}
     known: dict[Shape, list[Offer]] = {}
@@ -179,15 +191,28 @@ def make_plan(
             known[shape] = method.offers(shape, settings, recipe.rank_multiple)
     gone = _assumed(view, recipe) if dropped is None else dropped
     leaving = {target.name for target in view.targets if target.layer in gone}
+    open_targets = [name for name in shapes if name not in kept_dense and name not in leaving]
+    offers = {n: (shapes[n].nbytes, within(n, bounds.get(n), shapes[n], known[shapes[n]])) for n in open_targets}
+    tight = [name for name, (_, ways) in offers.items() if name in bounds and not ways]  # and so dense, by a floor
+    kept_dense |= {name: bounds[name].why_min for name in tight}
+    offers = {name: each for name, each in offers.items() if name not in kept_dense}
+    bounded = frozenset(name for name in offers if name in bounds and not bounds[name].may_be_dense)
+    footprint = _footprint(view, shapes, gone, kept_dense.keys() - leaving)
+    amounts = recipe.amounts
+    if recipe.max_ppl_increase is not None:
+        amounts["ratio"] = amount.ASSUMED if found is None else found.ratio
+    gap = None
     if curves is None:
-        open_targets = [name for name in shapes if name not in kept_dense and name not in leaving]
-        offers = {name: (shapes[name].nbytes, known[shapes[name]]) for name in open_targets}
         if recipe.allocation == "own":
             chosen = {name: ways[-1] if ways else Offer(Choice(), dense) for name, (dense, ways) in offers.items()}
+        elif recipe.limits:
+            chosen = _even(offers, bounded, amounts, footprint)
         else:
-            chosen = uniform(offers, _of_what_stays(recipe, shapes, leaving))
+            chosen = uniform(offers, _share(amounts, footprint))
     else:
-        chosen = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves)
+        budget = amount.targets_bytes(amounts, footprint)
+        shared = allocate(recipe, {n: s.nbytes for n, s in shapes.items()}, curves, budget, view.targets, bounded)
+        chosen, gap = shared.offers, shared.gap
     steps = []
     for target in view.targets:
         before = shapes[target.name].nbytes
@@ -210,7 +235,7 @@ def make_plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
         Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
         sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving),
-        tuple(view.left_out),
+        tuple(view.left_out), gap, found,
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
@@ -224,25 +249,77 @@ def _assumed(view: ModelView, recipe: Recipe) -> tuple[int, ...]:
     return tuple(range(end - how_many(spec, len(view.layers)), end))
 
 
-def _of_what_stays(recipe: Recipe, shapes: Mapping[str, Shape], leaving: Collection[str]) -> float | None:
-    """The ratio that is left to remove from the targets that stay, so that all steps together meet the recipe's."""
-    if recipe.ratio is None or not leaving:
-        return recipe.ratio
-    whole = sum(shape.nbytes for shape in shapes.values())
-    stay = whole - sum(shapes[name].nbytes for name in leaving)
-    return max(0.0, 1 - (1 - recipe.ratio) * whole / stay)
+def _counted(view: ModelView, recipe: Recipe) -> Recipe:
+    """The recipe with a number of layers where it says by bits or by a size how many shall go.
+
+    As many as are enough whichever the score will choose: the smallest ones are counted.
+    """
+    if recipe.depth is None or recipe.depth.drop is not None or recipe.depth.ratio is not None:
+        return recipe
+    if recipe.bits is None and recipe.size is None:
+        return recipe
+    element = torch.empty((), dtype=view.dtype).element_size()
+    of_layer = [0] * len(view.layers)
+    for target in view.targets:
+        of_layer[target.layer] += target.numel * element
+    first, last = recipe.depth.protect_first, len(view.layers) - recipe.depth.protect_last
+    footprint = _footprint(view, {t.name: Shape(t.out_features, t.in_features, element, t.bias) for t in view.targets}, (), ())
+    if recipe.size is not None:  # whole layers go, what is no target in them too
+        sizes = sorted(view.layer_nbytes(layer) for layer in range(first, last))
+        excess = footprint.whole + footprint.headers - (recipe.amounts["size"] or 0)
+    else:
+        sizes, excess = sorted(of_layer[first:last]), footprint.targets - (amount.targets_bytes(recipe.amounts, footprint) or 0)
+    count = next((n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= excess), len(sizes) + 1)
+    return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"drop": count})})
 
 
-def _kept_dense(targets: list[Target], patterns: tuple[str, ...]) -> dict[str, str]:
+def _footprint(view: ModelView, shapes: Mapping[str, Shape], gone: Collection[int], kept: Collection[str]) -> Footprint:
+    """What the model's bytes consist of; `gone` are layers that are dropped, `kept` targets that stay dense."""
+    layer_of = {target.name: target.layer for target in view.targets}
+    tensors = dict.fromkeys((name for name, _ in view.model.named_parameters()), False) | dict.fromkeys(shapes, True)
+    return Footprint(
+        sum(shape.nbytes for shape in shapes.values()),
+        sum(shape.out_features * shape.in_features for shape in shapes.values()),
+        torch.empty((), dtype=view.dtype).element_size(),
+        view.nbytes,
+        sum(view.layer_nbytes(layer) for layer in gone),
+        sum(shape.nbytes for name, shape in shapes.items() if layer_of[name] in gone),
+        sum(shapes[name].nbytes for name in kept),
+        amount.header_bytes(tensors, len(view.layers) + len(view.outside_parts())),
+    )
+
+
+def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
+    """The fraction of its bytes that every open target loses, so that all steps together meet the recipe's budget.
+
+    A ratio is that of every target that is not kept, as published; bits and sizes hold for all targets together.
+    """
+    ratio: float | None = amounts["ratio"]
+    if ratio is not None:
+        stay = footprint.targets - footprint.gone_targets
+        return max(0.0, 1 - (1 - ratio) * footprint.targets / stay) if footprint.gone_targets else ratio
+    budget = amount.targets_bytes(amounts, footprint)
+    return None if budget is None else amount.share_of(budget, footprint)
+
+
+def _even(
+    offers: Mapping[str, tuple[int, list[Offer]]], bounded: frozenset[str], amounts: Mapping[str, Any], footprint: Footprint
+) -> dict[str, Offer]:
+    """An even share inside limits; with no budget, each target as large as its limits let it."""
+    share = _share(amounts, footprint)
+    budget = None if share is None else int((1 - share) * footprint.open + 1e-6)
+    found = even(offers, offers.keys() - bounded, budget)
+    return {name: offer or Offer(Choice(), offers[name][0]) for name, offer in found.items()}
+
+
+def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -> dict[str, str]:
     """Target -> the pattern that keeps it; patterns match full names and roles."""
     found: dict[str, str] = {}
     problems = []
     for pattern in patterns:
-        hits = [t.name for t in targets if fnmatch.fnmatch(t.name, pattern) or fnmatch.fnmatch(t.role, pattern)]
+        hits = [target.name for target in targets if matches(target, pattern, layers)]
         if not hits:
-            roles = {t.role for t in targets}
-            known = roles | {f"*.{role.rpartition('.')[2]}" for role in roles}
-            problems.append(f"keep: '{pattern}' matches no target. {did_you_mean(pattern, known)}")
+            problems.append(unmatched("keep", pattern, targets))
         found.update(dict.fromkeys(hits, pattern))
     if problems:
         raise RecipeError("recipe", problems)

@@ -42,11 +42,13 @@ from .compress.base import (
 )
 from .durable import replacing
 from .errors import OutputError
+from .limits import bounds_of, within
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
+from .signals import layer_angles, of_target
 from .targets import Target
 
 PROBED = (2, 128)  # samples and tokens of each
@@ -74,7 +76,12 @@ class Statistics:
             return found
         gradients = self.backward.read(layer, list(found))
         return {
-            name: replace(stats, grad_gram=gradients[name].grad_gram, fisher_in=gradients[name].fisher_in)
+            name: replace(
+                stats,
+                grad_gram=gradients[name].grad_gram,
+                fisher_in=gradients[name].fisher_in,
+                weight_grad=gradients[name].weight_grad,
+            )
             for name, stats in found.items()
         }
 
@@ -190,7 +197,7 @@ def measure(
     work = _Measuring(view, recipe, store, keep, device)
     if recipe.allocation == "kl":
         return work.in_nats(_probe_tokens(tokens), notify)
-    return work.curves(notify)
+    return work.curves(notify, tokens)
 
 
 def _probe_tokens(tokens: Tensor) -> Tensor:
@@ -209,22 +216,31 @@ class _Measuring:
         self._layers = [[t for t in targets if t.name not in keep] for targets in targets_by_layer(view)]
         shapes = {t.name: Shape(t.out_features, t.in_features, element, t.bias) for layer in self._layers for t in layer}
         offers = {shape: self._method.offers(shape, self._settings, recipe.rank_multiple) for shape in set(shapes.values())}
-        if recipe.allocation != "own":  # which looks for one size that it knows
-            offers = {shape: thinned(ways) for shape, ways in offers.items()}
-        self._offers = {name: offers[shape] for name, shape in shapes.items()}
+        bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
+        self._offers = {name: within(name, bounds.get(name), shape, offers[shape]) for name, shape in shapes.items()}
+        self._signal = recipe.rule.signal if recipe.rule is not None else ""
+        exact = recipe.allocation == "own" or self._signal != ""  # looks for one size that it knows, or at every rank
+        if not exact:
+            self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
         self._dense = {name: shape.nbytes for name, shape in shapes.items()}
         asked = {
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
-            "thinned": recipe.allocation != "own",
+            "thinned": not exact,
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
+        if self._signal:
+            asked["signal"] = self._signal
+        if recipe.limits:
+            asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
-    def curves(self, notify: Callable[[int, float], None]) -> dict[str, Curve]:
-        """Losses in the method's own metric."""
+    def curves(self, notify: Callable[[int, float], None], tokens: Tensor) -> dict[str, Curve]:
+        """Losses in the method's own metric, with the signals that the recipe's rule reads."""
         found: dict[str, Curve] = {}
+        if self._signal == "angular":
+            self._angles = layer_angles(self._view, tokens, self._device)
         for index, targets in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
             held = _read(self._file(name))
@@ -232,7 +248,7 @@ class _Measuring:
                 layer = self._view.load(name)
                 for target in targets:
                     if target.name not in held:
-                        held[target.name] = self._curve(target, self._solve(layer, name, target))
+                        held[target.name] = self._with_signals(target, name, self._solve(layer, name, target))
                 self._view.unload(name)
                 give_back()
                 _write(self._file(name), held)
@@ -262,6 +278,15 @@ class _Measuring:
                 found |= scaled({t.name: plain[t.name] for t in unit.targets}, divergences[unit.name])
         _write(file, found)
         return found
+
+    def _with_signals(self, target: Target, layer: str, solution: Solution) -> Curve:
+        curve = self._curve(target, solution)
+        if not self._signal:
+            return curve
+        stats = self._store.read(layer, [target.name])[target.name]
+        angle = self._angles[target.layer] if self._signal == "angular" else 0.0
+        shape = (target.out_features, target.in_features)
+        return replace(curve, signals=of_target(self._signal, solution, stats, shape, angle))
 
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
@@ -311,6 +336,7 @@ def _read(file: Path) -> dict[str, Curve]:
             tuple(Offer(Choice(**choice), nbytes) for choice, nbytes in entry["offers"]),
             tuple(entry["losses"]),
             None if entry["preferred"] is None else Choice(**entry["preferred"]),
+            tuple(entry.get("signals", ())),
         )
         for name, entry in json.loads(file.read_text()).items()
     }
@@ -327,6 +353,7 @@ def _write(file: Path, curves: Mapping[str, Curve]) -> None:
             "losses": curve.losses,
             "preferred": None if curve.preferred is None else plain(curve.preferred),
         }
+        | ({"signals": curve.signals} if curve.signals else {})
         for name, curve in curves.items()
     }
     with replacing(file) as temporary:
