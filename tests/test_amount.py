@@ -163,7 +163,8 @@ def test_whole_layers_go_until_the_budget_is_met(way, tiny_checkpoints, tiny_tex
     whole = ModelView(locate(str(model)), torch.bfloat16).nbytes
     amounts = {"bits": {"bits": 11}, "size": {"size": f"{int(0.8 * whole)}B"}, "ratio": {"ratio": 0.3}}[way]
     plan = compress(model, tmp_path / "out", tiny_text_file, "block-influence", dtype=torch.bfloat16, **amounts)
-    assert len(plan.dropped) == 2, "a third of six is enough, a sixth is not"
+    # a third of six is enough, a sixth is not; of so small a model the headers' reserve is a layer
+    assert len(plan.dropped) == 2 or (way == "size" and len(plan.dropped) == 3)
     assert all(step.choice.dense for step in plan.steps)
     if way == "size":
         assert weights_on_disk(tmp_path / "out") <= 0.8 * whole
