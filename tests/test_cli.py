@@ -33,7 +33,9 @@ def finished(model, tiny_text_file, tmp_path_factory) -> tuple[Path, str]:
     """A finished result, and what the command that made it printed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     sizes = ["--samples", 8, "--length", 48]
-    return out, lrc_ok("compress", model, "--out", out, "--ratio", 0.3, "--calibration", f"text:{tiny_text_file}", *sizes)
+    return out, lrc_ok(
+        "compress", model, "--recipe", "svd-llm", "--out", out, "--ratio", 0.3, "--calibration", f"text:{tiny_text_file}", *sizes
+    )  # fmt: skip
 
 
 # ---- help
