@@ -34,7 +34,8 @@ def finished(model, tiny_text_file, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("finished") / "out"
     sizes = ["--samples", 8, "--length", 48]
     return out, lrc_ok(
-        "compress", model, "--recipe", "svd-llm", "--out", out, "--ratio", 0.3, "--calibration", f"text:{tiny_text_file}", *sizes
+        "compress", model, "--recipe", "svd-llm", "--out", out, "--ratio", 0.3,
+        "--calibration", f"text:{tiny_text_file}", *sizes,
     )  # fmt: skip
 
 
