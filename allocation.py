@@ -2,43 +2,113 @@
 
 Losses of different targets can be weighed against each other only on a common scale. `spectrum` takes each loss relative to
 the target's own output energy; `kl` and `fisher` take losses that are in nats already; `own` asks no solver and takes what
-the method itself would choose. Comparing plain energies across targets is known to be fatal and is not offered: a target whose
-outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848, ablation: perplexity 32750 against 11.4).
+the method itself would choose. Rules with a formula of their own lie in `rules/`. Comparing plain energies across targets is
+known to be fatal and is not offered: a target whose outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848,
+ablation: perplexity 32750 against 11.4; docs/allocation.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from .budget import Option, require_ratio, solve
+from .budget import Option, solve
 from .compress.base import Choice, Curve, Offer
 from .errors import BudgetError
 from .recipe import Recipe
+from .rules.base import Open, rules
+from .targets import Target
 
 
-def allocate(recipe: Recipe, dense: Mapping[str, int], curves: Mapping[str, Curve]) -> dict[str, Offer]:
+@dataclass(frozen=True)
+class Shared:
+    """What every target gets.
+
+    Args:
+        offers: target -> its offer; a dense one has an empty `Choice`.
+        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+    """
+
+    offers: dict[str, Offer]
+    gap: float | None = None
+
+
+_SOLVED = {
+    "uniform": "The same fraction of every target's bytes.",
+    "spectrum": "The solver, with each target's discarded energy relative to that of its outputs.",
+    "kl": "The solver, with losses in nats, measured by compressing one target at a time (probe.py).",
+    "fisher": "The solver, with losses that the method itself gives in nats (kfac).",
+    "own": "No budget: what the method's settings ask for.",
+}
+
+
+def described() -> dict[str, str]:
+    """Every rule with a line that says what it does."""
+    return _SOLVED | {name: f"{each.summary} [{each.source}]" for name, each in rules().items()}
+
+
+def allocate(
+    recipe: Recipe,
+    dense: Mapping[str, int],
+    curves: Mapping[str, Curve],
+    budget: int | None,
+    targets: Sequence[Target] = (),
+    bounded: frozenset[str] = frozenset(),
+) -> Shared:
     """One offer per target that has a curve.
 
     Args:
-        recipe: its ratio and its rule.
+        recipe: its rule.
         dense: bytes of every target when dense, those that the recipe keeps included.
         curves: of the targets that may be compressed.
+        budget: bytes for all of `dense`; may be None where the method decides.
+        targets: all of the model, for rules that look at roles and groups.
+        bounded: targets whose limits do not leave them dense.
 
     Raises:
-        BudgetError: no ratio where the rule needs one, or one that cannot be reached.
+        BudgetError: the budget cannot be met.
     """
     if recipe.allocation == "own":
-        return {name: _own(name, curve, dense[name]) for name, curve in curves.items()}
-    if recipe.ratio is None:
+        return Shared({name: _own(name, curve, dense[name]) for name, curve in curves.items()})
+    if budget is None:
+        raise ValueError(f"allocation {recipe.allocation} needs a budget")
+    left = budget - sum(nbytes for name, nbytes in dense.items() if name not in curves)
+    places = {target.name: target for target in targets}
+    if (rule := rules().get(recipe.allocation)) is not None:
+        opened = [
+            Open(name, places[name].role, places[name].group, dense[name], curve, name not in bounded)
+            for name, curve in curves.items()
+        ]
+        return Shared(rule.share(opened, left, recipe.rule_settings)) if opened else Shared({})
+    options = {name: _options(recipe.allocation, curve, dense[name], name not in bounded) for name, curve in curves.items()}
+    if recipe.uniform_within is None:
+        found = solve(options, left)
+        return Shared({name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}, found.gap)
+    roles: dict[str, list[str]] = {}
+    for name in options:
+        roles.setdefault(places[name].role, []).append(name)
+    found = solve({role: _together(role, [options[name] for name in names]) for role, names in roles.items()}, left)
+    offers: dict[str, Offer] = {}
+    for role, names in roles.items():
+        for name in names:
+            choice = found.options[role].choice
+            offers[name] = next(Offer(way.choice, way.nbytes) for way in options[name] if way.choice == choice)
+    return Shared(offers, found.gap)
+
+
+def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:
+    """The choices that all members have, their bytes and losses added up."""
+    by_choice = [{way.choice: way for way in ways} for ways in members]
+    common = [choice for choice in by_choice[0] if all(choice in ways for ways in by_choice)]
+    if not common:
         raise BudgetError(
-            "How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes)."
+            f"uniform_within: no form fits all {len(members)} targets of role {role}.",
+            "Give all layers the same limits, or leave uniform_within out.",
         )
-    require_ratio(recipe.ratio)
-    options = {name: _options(recipe.allocation, curve, dense[name]) for name, curve in curves.items()}
-    kept = sum(nbytes for name, nbytes in dense.items() if name not in curves)
-    budget = int((1 - recipe.ratio) * sum(dense.values()) + 1e-6) - kept
-    found = solve(options, budget)
-    return {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
+    return [
+        Option(choice, sum(ways[choice].nbytes for ways in by_choice), sum(ways[choice].loss for ways in by_choice))
+        for choice in common
+    ]
 
 
 def _own(name: str, curve: Curve, dense: int) -> Offer:
@@ -50,7 +120,7 @@ def _own(name: str, curve: Curve, dense: int) -> Offer:
     return Offer(Choice(), dense)
 
 
-def _options(rule: str, curve: Curve, dense: int) -> list[Option]:
+def _options(rule: str, curve: Curve, dense: int, may_be_dense: bool = True) -> list[Option]:
     scale = 1 / curve.total if rule == "spectrum" and curve.total > 0 else 1.0
     ways = [Option(offer.choice, offer.nbytes, scale * loss) for offer, loss in zip(curve.offers, curve.losses, strict=True)]
-    return [*ways, Option(Choice(), dense, 0.0)]
+    return [*ways, Option(Choice(), dense, 0.0)] if may_be_dense else ways

@@ -21,6 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from . import amount
 from .compress.base import Choice, Offer
 from .errors import BudgetError
 
@@ -36,9 +37,10 @@ class Option:
 
 def require_ratio(ratio: float) -> None:
     """Refuse a ratio outside [0, 1)."""
-    if not 0 <= ratio < 1:
-        hint = f"Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else "0.4 removes 40 % of the targets' bytes."
-        raise BudgetError(f"The ratio must lie in [0, 1), not {ratio:g}.", hint)
+    try:
+        amount.checked_ratio(ratio)
+    except ValueError as error:
+        raise BudgetError(f"The ratio {error} (got {ratio:g})") from None
 
 
 def uniform(offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | None) -> dict[str, Offer]:
@@ -62,9 +64,7 @@ def uniform(offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | No
     for name, (dense, ways) in offers.items():
         if ratio is None:
             if len(ways) > 1:
-                raise BudgetError(
-                    "How much should go? The recipe names no ratio.", "Add --ratio 0.2 (removes 20 % of the targets' bytes)."
-                )
+                raise BudgetError("How much should go? The recipe names no ratio.", amount.ASK)
             chosen[name] = ways[0] if ways and ways[0].nbytes < dense else Offer(Choice(), dense)
             continue
         # guards against 0.6 * 100 = 59.99999: a rank must not depend on how a decimal is rounded

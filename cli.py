@@ -47,6 +47,11 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; t
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
 Recipe = Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")]
 Ratio = Annotated[float | None, typer.Option(help="Fraction of the compressed matrices' bytes to remove, 0 to below 1.")]
+Bits = Annotated[float | None, typer.Option(help="In place of --ratio: mean bits per compressed weight, everything counted.")]
+Rise = Annotated[
+    str | None, typer.Option(help="In place of --ratio: how far perplexity on held-out calibration text may rise, such as 5%.")
+]
+Size = Annotated[str | None, typer.Option(help="In place of --ratio: of the files with the weights, such as 300MB or 1.5GiB.")]
 Calibrate = Annotated[
     str | None, typer.Option("--calibration", help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")
 ]
@@ -72,8 +77,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the result; the same command continues an interrupted run in it.")],
-    recipe: Recipe = "svd-llm",
+    recipe: Recipe = "lrc-fast",
     ratio: Ratio = None,
+    bits: Bits = None,
+    size: Size = None,
+    max_ppl_increase: Rise = None,
     calibration: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
@@ -92,7 +100,8 @@ def compress(
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
     from .report import Progress, print_calibration, print_plan
 
-    overrides = _overrides(ratio, propagate, calibration, samples, length, seed)
+    amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
+    overrides = amounts | _overrides(propagate, calibration, samples, length, seed)
     view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     print_plan(plan)
     if dry_run:
@@ -108,6 +117,13 @@ def compress(
         print_calibration(texts)
     try:
         with Progress(plan) as progress:
+            if plan.recipe.max_ppl_increase is not None:
+                from .search import search
+
+                plan = progress.plan = search(
+                    plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
+                )
+                restart = False  # the search has done it
             final, held = prepare(
                 plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
             )
@@ -128,8 +144,10 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    recipe: Recipe = "svd-llm",
+    recipe: Recipe = "lrc-fast",
     ratio: Ratio = None,
+    bits: Bits = None,
+    size: Size = None,
     calibration: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
@@ -144,7 +162,8 @@ def plan(
     """Print what `lrc compress` would do; reads headers only."""
     from .report import print_plan
 
-    overrides = _overrides(ratio, propagate, calibration, samples, length, seed)
+    amounts = {"ratio": ratio, "bits": bits, "size": size}
+    overrides = amounts | _overrides(propagate, calibration, samples, length, seed)
     _, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
     print_plan(made, verbose=verbose)
 
@@ -242,7 +261,7 @@ def sweep(
     from .sweep import Job, markdown, run_sweep
 
     require_folder(out)
-    overrides = _overrides(None, None, calibration, samples, length, seed)
+    overrides = _overrides(None, calibration, samples, length, seed)
     view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, device, dtype, trust_remote_code)
     first = plans[0].recipe.calibration
     tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
@@ -335,6 +354,16 @@ def recipe_scores() -> None:
             print(f"  {name:<{width}}  {each.summary} [{each.source}]")
 
 
+@recipe_app.command("rules")
+def recipe_rules() -> None:
+    """The rules by which recipes may share the budget out."""
+    from .allocation import described
+
+    known = described()
+    for name, line in known.items():
+        print(f"{name:<{max(map(len, known))}}  {line}")
+
+
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
     """Print a recipe; redirect it into a file to make your own."""
@@ -356,10 +385,9 @@ def recipe_check(
 
 
 def _overrides(
-    ratio: float | None, propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
+    propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
     return {
-        "ratio": ratio,
         "propagate": propagate,
         "calibration.source": source,
         "calibration.samples": samples,

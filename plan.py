@@ -6,7 +6,6 @@ must agree with; the estimates are for people.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections import defaultdict
@@ -17,14 +16,17 @@ from typing import Any
 import psutil
 import torch
 
+from . import amount
 from .allocation import allocate
+from .amount import Footprint, Found
 from .budget import uniform
 from .calibrate.stats import Wanted, wanted
 from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
 from .depth.spec import how_many
 from .depth_cost import depth_bytes, depth_lines
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError
 from .items import Item, items_of, offers_of, shape_of
+from .limits import bounds_of, even, matches, unmatched, within
 from .model import Kept, ModelView
 from .parts import enough_branches, open_branches
 from .recipe import Recipe
@@ -93,6 +95,8 @@ class Plan:
         items: the targets that may be compressed, those that are solved together as one.
         surgery: halves of layers that go, and repairs.
         notes: what depth will take, in words.
+        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+        found: what the search for a size has found; None where the recipe says the size, and before the search.
     """
 
     recipe: Recipe
@@ -111,6 +115,8 @@ class Plan:
     items: tuple[Item, ...] = ()
     surgery: Surgery = field(default_factory=Surgery)
     notes: tuple[str, ...] = ()
+    gap: float | None = None
+    found: Found | None = None
 
     @property
     def renumbered(self) -> dict[int, int]:
@@ -172,6 +178,7 @@ def make_plan(
     devices: int = 1,
     curves: Mapping[str, Curve] | None = None,
     surgery: Surgery | None = None,
+    found: Found | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
@@ -179,32 +186,54 @@ def make_plan(
         surgery: what goes and what is changed, once the recipe's score has chosen; until then the plan assumes the last ones.
         curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly, and where
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
+        found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
+            `amount.ASSUMED`.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
-        RecipeError: a `keep` pattern matches no target.
+        RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
+    recipe = _counted(view, recipe)
     element = torch.empty((), dtype=view.dtype).element_size()
-    kept_dense = _kept_dense(view.targets, recipe.keep)
+    kept_dense = _kept_dense(view.targets, recipe.keep, len(view.layers))
+    bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
+    kept_dense |= {name: each.why_min for name, each in bounds.items() if each.dense and name not in kept_dense}
     method, settings = recipe.compression
     shapes = {t.name: shape_of(t, element) for t in view.targets}
+    nbytes = {name: shape.nbytes for name, shape in shapes.items()}
     surgery = assumed(view, recipe) if surgery is None else surgery
     gone, zeroed = surgery.dropped, {target.name for target in surgery.zeroed}
     leaving = {target.name for target in view.targets if target.layer in gone or target.name in zeroed}
     items = items_of(method, settings, [t for t in view.targets if t.name not in kept_dense and t.name not in leaving])
     known = offers_of(items, method, settings, recipe.rank_multiple, element)
-    nbytes = {name: shape.nbytes for name, shape in shapes.items()}
+    known |= {name: within(name, bounds[name], shapes[name], ways) for name, ways in known.items() if name in bounds}
+    kept_dense |= {name: bounds[name].why_min for name, ways in known.items() if name in bounds and not ways}
+    items = [item for item in items if item.name not in kept_dense]
+    bounded = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_be_dense)
     dense = {item.name: sum(nbytes[target.name] for target in item.targets) for item in items}
+    beside = (
+        sum(view.layer_nbytes(layer) for layer in gone) - sum(nbytes[name] for name in leaving - zeroed)
+        + element * (sum(target.out_features for target in surgery.zeroed if target.bias) - surgery.added)
+    )  # fmt: skip
+    footprint = _footprint(view, shapes, leaving, beside, kept_dense.keys() - leaving)
+    amounts = recipe.amounts
+    if recipe.max_ppl_increase is not None:
+        amounts["ratio"] = amount.ASSUMED if found is None else found.ratio
+    gap = None
     if curves is None:
         offers = {name: (whole, known[name]) for name, whole in dense.items()}
         if recipe.allocation == "own":
             per_item = {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
+        elif recipe.limits:
+            per_item = _even(offers, bounded, amounts, footprint)
         else:
-            per_item = uniform(offers, _of_what_stays(recipe, shapes, leaving))
+            per_item = uniform(offers, _share(amounts, footprint))
     else:
         open_targets = {target.name for item in items for target in item.targets}
         kept_bytes = {name: size for name, size in nbytes.items() if name not in open_targets}
-        per_item = allocate(recipe, kept_bytes | dense, curves)
+        budget = amount.targets_bytes(amounts, footprint)
+        shared = allocate(recipe, kept_bytes | dense, curves, budget, view.targets, bounded)
+        per_item, gap = shared.offers, shared.gap
     chosen: dict[str, Offer] = {}
     for item in items:
         chosen |= item.shared_out(per_item[item.name], known[item.name], nbytes)
@@ -230,12 +259,13 @@ def make_plan(
     plan = Plan(
         recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
         Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
-        sum(view.layer_nbytes(layer) for layer in gone) - sum(shapes[name].nbytes for name in leaving - zeroed)
-        + element * (sum(target.out_features for target in surgery.zeroed if target.bias) - surgery.added),
+        beside,
         tuple(view.left_out),
         tuple(items),
         surgery,
         depth_lines(view, recipe, surgery),
+        gap,
+        found,
     )  # fmt: skip
     return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
 
@@ -256,25 +286,88 @@ def assumed(view: ModelView, recipe: Recipe) -> Surgery:
     return Surgery((), tuple(each.name for each in chosen), tuple(target for each in chosen for target in each.targets))
 
 
-def _of_what_stays(recipe: Recipe, shapes: Mapping[str, Shape], leaving: Collection[str]) -> float | None:
-    """The ratio that is left to remove from the targets that stay, so that all steps together meet the recipe's."""
-    if recipe.ratio is None or not leaving:
-        return recipe.ratio
-    whole = sum(shape.nbytes for shape in shapes.values())
-    stay = whole - sum(shapes[name].nbytes for name in leaving)
-    return max(0.0, 1 - (1 - recipe.ratio) * whole / stay)
+def _counted(view: ModelView, recipe: Recipe) -> Recipe:
+    """The recipe with a number of layers where it says by bits or by a size how many shall go.
+
+    As many as are enough whichever the score will choose: the smallest ones are counted.
+    """
+    if recipe.depth is None or recipe.depth.drop is not None or recipe.depth.ratio is not None:
+        return recipe
+    if recipe.bits is None and recipe.size is None:
+        return recipe
+    element = torch.empty((), dtype=view.dtype).element_size()
+    shapes = {target.name: shape_of(target, element) for target in view.targets}
+    first, last = recipe.depth.protect_first, len(view.layers) - recipe.depth.protect_last
+    footprint = _footprint(view, shapes, (), 0, ())
+    if recipe.depth.granularity != "layer":  # halves are counted by the bytes of their targets
+        excess = footprint.targets - (amount.targets_bytes(recipe.amounts, footprint) or 0)
+        ratio = min(1.0, max(excess, 0) / footprint.targets)
+        return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"ratio": ratio})})
+    if recipe.size is not None:  # whole layers go, what is no target in them too
+        sizes = sorted(view.layer_nbytes(layer) for layer in range(first, last))
+        excess = footprint.whole + footprint.headers - (recipe.amounts["size"] or 0)
+    else:
+        of_layer = [sum(shapes[t.name].nbytes for t in view.targets if t.layer == layer) for layer in range(first, last)]
+        sizes, excess = sorted(of_layer), footprint.targets - (amount.targets_bytes(recipe.amounts, footprint) or 0)
+    count = next((n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= excess), len(sizes) + 1)
+    return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"drop": count})})
 
 
-def _kept_dense(targets: list[Target], patterns: tuple[str, ...]) -> dict[str, str]:
+def _footprint(
+    view: ModelView, shapes: Mapping[str, Shape], leaving: Collection[str], beside: int, kept: Collection[str]
+) -> Footprint:
+    """What the model's bytes consist of.
+
+    Args:
+        leaving: targets that are dropped.
+        beside: bytes of what goes with them.
+        kept: targets that stay dense.
+    """
+    tensors = dict.fromkeys((name for name, _ in view.model.named_parameters()), False) | dict.fromkeys(shapes, True)
+    gone = sum(shapes[name].nbytes for name in leaving)
+    return Footprint(
+        sum(shape.nbytes for shape in shapes.values()),
+        sum(shape.out_features * shape.in_features for shape in shapes.values()),
+        torch.empty((), dtype=view.dtype).element_size(),
+        view.nbytes,
+        gone + beside,
+        gone,
+        sum(shapes[name].nbytes for name in kept),
+        amount.header_bytes(tensors, len(view.layers) + len(view.outside_parts())),
+    )
+
+
+def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
+    """The fraction of its bytes that every open target loses, so that all steps together meet the recipe's budget.
+
+    A ratio is that of every target that is not kept, as published; bits and sizes hold for all targets together.
+    """
+    ratio: float | None = amounts["ratio"]
+    if ratio is not None:
+        stay = footprint.targets - footprint.gone_targets
+        return max(0.0, 1 - (1 - ratio) * footprint.targets / stay) if footprint.gone_targets else ratio
+    budget = amount.targets_bytes(amounts, footprint)
+    return None if budget is None else amount.share_of(budget, footprint)
+
+
+def _even(
+    offers: Mapping[str, tuple[int, Sequence[Offer]]], bounded: frozenset[str], amounts: Mapping[str, Any], footprint: Footprint
+) -> dict[str, Offer]:
+    """An even share inside limits; with no budget, each target as large as its limits let it."""
+    share = _share(amounts, footprint)
+    budget = None if share is None else int((1 - share) * footprint.open + 1e-6)
+    found = even(offers, offers.keys() - bounded, budget)
+    return {name: offer or Offer(Choice(), offers[name][0]) for name, offer in found.items()}
+
+
+def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -> dict[str, str]:
     """Target -> the pattern that keeps it; patterns match full names and roles."""
     found: dict[str, str] = {}
     problems = []
     for pattern in patterns:
-        hits = [t.name for t in targets if fnmatch.fnmatch(t.name, pattern) or fnmatch.fnmatch(t.role, pattern)]
+        hits = [target.name for target in targets if matches(target, pattern, layers)]
         if not hits:
-            roles = {t.role for t in targets}
-            known = roles | {f"*.{role.rpartition('.')[2]}" for role in roles}
-            problems.append(f"keep: '{pattern}' matches no target. {did_you_mean(pattern, known)}")
+            problems.append(unmatched("keep", pattern, targets))
         found.update(dict.fromkeys(hits, pattern))
     if problems:
         raise RecipeError("recipe", problems)

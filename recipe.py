@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from . import amount
 from .calibrate.data import CalibrationSpec
 from .calibrate.gradients import GradientSettings
 from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
@@ -22,12 +24,17 @@ from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
 from .depth.spec import DepthSpec
 from .errors import BudgetError, LrcError, RecipeError, did_you_mean
+from .limits import Limit
 from .refine import BlockSettings, EndToEndSettings
+from .rules.base import Rule, rules
 
+_HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
 _BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", "rank_multiple", "propagate", "keep",
-          "calibration", "gradients"}  # fmt: skip
-Allocation = Literal["uniform", "spectrum", "kl", "fisher", "own"]
+          "calibration", "gradients", "bits", "size", "allocation_settings", "limits",
+          "uniform_within"}  # fmt: skip
+
+SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
 
 
 class MethodStep(BaseModel):
@@ -73,6 +80,16 @@ class Alternative(BaseModel):
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         return _fitting_settings(settings, info.data.get("method"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _windows_to_search_by(cls, data: Any) -> Any:
+        """A search needs held-out windows: as many as are usual here, where the recipe does not say."""
+        if isinstance(data, dict) and data.get("max_ppl_increase") is not None:
+            calibration = data.get("calibration", {"source": "wikitext2"})
+            if isinstance(calibration, dict) and "held_out" not in calibration:
+                return data | {"calibration": calibration | {"held_out": _HELD_OUT}}
+        return data
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Alternative:
@@ -154,14 +171,21 @@ class Recipe(BaseModel):
         depth: layers to drop first; alone, or before `method` or `steps` compress what stays.
         ratio: fraction of the targets' bytes to remove, 0 to below 1; may come from the command line. Not needed where the
             settings fix every size. With `depth` alone and no count of layers there, the fraction of layers.
+        bits: in the place of `ratio`: mean bits per weight of the targets, everything that their forms hold counted.
+        size: in the place of `ratio`: of the files with the model's weights ('300MB').
+        max_ppl_increase: in the place of `ratio`: how far perplexity on held-out calibration tokens may rise ('5%'); the size
+            is searched (search.py).
         allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
-            each target would lose (allocate.py).
+            each target would lose (docs/allocation.md).
+        allocation_settings: of a rule that has some (`lrc recipe rules`).
         rank_multiple: ranks are rounded down to a multiple of this.
         propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
             compressed (sequential).
         correction: of the matrices for the inputs that they will see; with `propagate: compressed`.
         refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
+        limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (limits.py).
+        uniform_within: 'role': all layers store one role in one way, for engines that want it.
         calibration: what statistics are taken on.
         gradients: how the backward pass is made, for methods that need one.
     """
@@ -174,12 +198,18 @@ class Recipe(BaseModel):
     alternatives: tuple[Alternative, ...] = ()
     depth: DepthSpec | None = None
     ratio: float | None = None
-    allocation: Allocation = "uniform"
+    bits: float | None = None
+    size: str | None = None
+    max_ppl_increase: float | None = None
+    allocation: str = "uniform"
+    allocation_settings: dict[str, Any] = Field(default_factory=dict)
     rank_multiple: int = Field(1, ge=1, le=1024)
     propagate: Literal["original", "compressed"] = "original"
     correction: CorrectionSpec | None = None
     refine: RefineSpec | None = None
     keep: tuple[str, ...] = ()
+    limits: dict[str, Limit] = Field(default_factory=dict)
+    uniform_within: Literal["role"] | None = None
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
     gradients: GradientSettings = GradientSettings()
 
@@ -196,10 +226,36 @@ class Recipe(BaseModel):
     @field_validator("ratio")
     @classmethod
     def _a_fraction(cls, ratio: float | None) -> float | None:
-        if ratio is not None and not 0 <= ratio < 1:
-            hint = f"Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else "0.4 removes 40 % of the targets' bytes."
-            raise ValueError(f"must lie in [0, 1). {hint}")
-        return ratio
+        return None if ratio is None else amount.checked_ratio(ratio)
+
+    @field_validator("allocation")
+    @classmethod
+    def _a_rule(cls, name: str) -> str:
+        if name not in SOLVED and name not in rules():
+            raise ValueError(f"there is no rule of that name. {did_you_mean(name, [*SOLVED, *rules()])}")
+        return name
+
+    @field_validator("allocation_settings")
+    @classmethod
+    def _rule_settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if (name := info.data.get("allocation")) is not None:  # absent where it is wrong itself
+            _fitting(settings, rules()[name].settings if name in rules() else Settings, "allocation_settings.")
+        return settings
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_of_a_weight(cls, bits: float | None) -> float | None:
+        return None if bits is None else amount.checked_bits(bits)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _a_size(cls, size: Any) -> str | None:
+        return None if size is None else f"{amount.bytes_of(str(size))}B"
+
+    @field_validator("max_ppl_increase", mode="before")
+    @classmethod
+    def _a_rise(cls, rise: Any) -> float | None:
+        return None if rise is None else amount.rise_of(rise)
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -207,6 +263,16 @@ class Recipe(BaseModel):
         if isinstance(keep, str):
             raise ValueError(f"write a list of patterns: ['{keep}']")
         return keep
+
+    @model_validator(mode="before")
+    @classmethod
+    def _windows_to_search_by(cls, data: Any) -> Any:
+        """A search needs held-out windows: as many as are usual here, where the recipe does not say."""
+        if isinstance(data, dict) and data.get("max_ppl_increase") is not None:
+            calibration = data.get("calibration", {"source": "wikitext2"})
+            if isinstance(calibration, dict) and "held_out" not in calibration:
+                return data | {"calibration": calibration | {"held_out": _HELD_OUT}}
+        return data
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Recipe:
@@ -219,19 +285,72 @@ class Recipe(BaseModel):
             raise ValueError(f"allocation: {self.allocation} cannot choose between alternatives; take kl or spectrum")
         if self.depth is not None:
             self._fits_depth()
-        for key in ("refine", "correction"):
+        for key in ("refine", "correction", "max_ppl_increase"):
             if getattr(self, key) is not None and not self.calibration.held_out:
                 raise ValueError(f"{key} is judged by held-out windows: say how many (calibration.held_out: 4)")
         if self.correction is not None and self.propagate != "compressed":
             raise ValueError("correction follows the compressed model's inputs: it goes with propagate: compressed")
+        self._one_budget()
         if len(self.steps) > 2:
             raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
+        _ = self.compression
+        self._fits_rule()
         self._fits_joint()
         return self
 
+    def _one_budget(self) -> None:
+        said = [way for way in amount.WAYS if getattr(self, way) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} say the budget {len(said)} times; give one of them")
+        if self.allocation == "own" and said and said != ["ratio"]:
+            raise ValueError(f"allocation: own lets the method's settings decide every size; leave out {said[0]}")
+        if self.allocation == "own" and (self.limits or self.uniform_within):
+            raise ValueError("allocation: own lets the method's settings decide every size; leave out limits, uniform_within")
+        if self.max_ppl_increase is not None and not (self.method or self.steps or self.alternatives):
+            raise ValueError("max_ppl_increase: the search goes by ratios, and whole layers have none; say depth.drop or ratio")
+
+    def _fits_rule(self) -> None:
+        method, rule = self.compression[0], self.rule
+        if self.uniform_within and (rule is not None or self.allocation == "own"):
+            raise ValueError(
+                f"uniform_within goes with uniform and with rules that a solver follows, not with {self.allocation}"
+            )
+        if self.allocation == "fisher" and "grad_gram" not in method.needs:
+            raise ValueError(f"allocation: fisher takes losses that are in nats, and {method.name}'s are not; use kl or kfac")
+        if rule is None:
+            return
+        if why := rule.why_not(method):
+            raise ValueError(why)
+        if self.limits and not rule.limits:
+            raise ValueError(f"allocation: {rule.name} cannot be held to limits; keep: leaves targets dense")
+        if "weight_grad" in rule.needs and self.gradients.labels != "data":
+            raise ValueError(
+                f"allocation: {rule.name} reads the mean gradient, which is zero for labels drawn from the model; "
+                "set gradients.labels to data"
+            )
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule of `rules/` that shares the budget out; None where the solver or the method does."""
+        return rules().get(self.allocation)
+
+    @property
+    def rule_settings(self) -> Settings:
+        """The rule's settings as its own class, defaults filled in."""
+        return (self.rule.settings if self.rule else Settings)(**self.allocation_settings)
+
+    @property
+    def amounts(self) -> dict[str, Any]:
+        """How much may stay, as amount.py takes it."""
+        return {"ratio": self.ratio, "bits": self.bits, "size": None if self.size is None else int(self.size[:-1])}
+
     def _fits_joint(self) -> None:
         joint, name = self.compression[0].joint, self.method
-        if joint is None or not joint.across_layers:
+        if joint is None:
+            return
+        if self.limits or self.uniform_within:
+            raise ValueError(f"{name} solves several targets at once, and limits and uniform_within hold for single ones")
+        if not joint.across_layers:
             return
         if self.propagate == "compressed":
             raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
@@ -267,7 +386,16 @@ class Recipe(BaseModel):
 
     @property
     def compression(self) -> tuple[Method, Settings]:
-        """The method of all steps together, and its settings with defaults filled in."""
+        """The method of all steps together, and its settings with defaults filled in.
+
+        What the rule of sharing out needs to know is among the needs of the method that is returned.
+        """
+        method, settings = self._compression
+        more = self.rule.needs if self.rule else frozenset[str]()
+        return (method if more <= method.needs else replace(method, needs=method.needs | more)), settings
+
+    @property
+    def _compression(self) -> tuple[Method, Settings]:
         if self.alternatives:
             methods_, settings = zip(*(each.parsed for each in self.alternatives), strict=True)
             return mixture(methods_), MixtureSettings(parts=settings)
@@ -278,14 +406,29 @@ class Recipe(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
         whole = self.model_dump(mode="json", by_alias=True, exclude={"method", "settings", "steps", "alternatives"})
-        for key in ("depth", "correction", "refine"):
-            if getattr(self, key) is None:
+        for key in _ABSENT:  # not there at all where nothing is said: runs of before these keys go on
+            if whole[key] is None or whole[key] == {}:
                 del whole[key]
+        if self.rule is not None and self.rule.settings.model_fields:
+            whole["allocation_settings"] = self.rule_settings.model_dump(mode="json")
         if self.alternatives:
             return {"alternatives": [each.resolved() for each in self.alternatives]} | whole
         if self.method is None and not self.steps:
             return whole
         return Alternative(method=self.method, settings=self.settings, steps=self.steps).resolved() | whole
+
+
+_ABSENT = (
+    "depth",
+    "correction",
+    "refine",
+    "allocation_settings",
+    "bits",
+    "size",
+    "max_ppl_increase",
+    "limits",
+    "uniform_within",
+)
 
 
 def _known_method(name: str) -> str:
@@ -296,13 +439,16 @@ def _known_method(name: str) -> str:
 
 def _fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
     if name is not None:  # absent where it is wrong itself
-        method = get_method(name)
-        try:
-            method.settings(**settings)
-        except ValidationError as error:
-            problems = _problems(error, method.settings, "settings.")
-            raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
+        _fitting(settings, get_method(name).settings, "settings.")
     return settings
+
+
+def _fitting(settings: dict[str, Any], known: type[Settings], prefix: str) -> None:
+    try:
+        known(**settings)
+    except ValidationError as error:
+        problems = _problems(error, known, prefix)
+        raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
 
 
 def shipped() -> dict[str, str]:
@@ -346,6 +492,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     for key, value in (overrides or {}).items():
         if value is not None:
             problems += _put(data, key, value)
+    asked = {item.partition("=")[0] for item in settings} | {k for k, value in (overrides or {}).items() if value is not None}
+    if asked & set(amount.WAYS):  # a budget on the command line takes the place of the file's, however that says it
+        for way in set(amount.WAYS) - asked:
+            data.pop(way, None)
     try:
         recipe = Recipe(**data)
     except ValidationError as error:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from .amount import readable as size
 from .depth.base import get_score
 from .passes import peak_rss
 from .plan import Plan, Step
@@ -29,15 +30,6 @@ def plain_or_terminal() -> Console:
     if not console.is_terminal:
         console.width = 10_000
     return console
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people read them: '269.1 MB' (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def print_plan(plan: Plan, verbose: bool = False) -> None:
@@ -64,6 +56,15 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     if plan.recipe.allocation != "uniform":
         shown = "the most that each may take" if plan.recipe.allocation == "own" else "an even share"
         console.print(f"allocation {plan.recipe.allocation}: who gets what is known after calibration; the table shows {shown}")
+    if (found := plan.found) is not None:
+        console.print(
+            f"searched: ratio {found.ratio:.4f}, held-out perplexity {found.before:.3f} → {found.after:.3f} "
+            f"(+{found.increase:.2%}, {found.tokens:,} tokens, {found.evaluations} models measured)"
+        )
+    elif (rise := plan.recipe.max_ppl_increase) is not None:
+        console.print(f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a guess")
+    if plan.gap is not None:
+        console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
         _print_dropped(console, plan)
     numbers_before = sum(step.target.numel for step in plan.steps)

@@ -33,6 +33,7 @@ from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .distill import refine_artifact
 from .edit import NONE, edited
+from .errors import BudgetError
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
 from .model import ModelView
@@ -46,6 +47,7 @@ from .survey import Statistics, collect, measure
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
+SEARCHED = ".lrc-search"  # trials of a search for a size, beside the artifact until it is finished
 DISTILLATION = "distillation"  # inside it
 
 
@@ -105,9 +107,13 @@ def prepare(
         The final plan, and the statistics that `execute` can work from (None where it has to collect its own).
     """
     recipe = plan.recipe
+    if recipe.max_ppl_increase is not None and plan.found is None and not _finished(plan, calibration, out):
+        raise BudgetError(
+            "A size for max_ppl_increase is searched by lrc compress alone.", "Say --ratio, --bits or --size here."
+        )
     if recipe.dropping is not None:
         surgery = operated(plan, view, calibration, out, SURVEY, devices, restart, notify)
-        return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery)), None
+        return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery, found=plan.found)), None
     method = recipe.compression[0]
     needs, looks_around = method.all_needs, method.joint is not None and method.joint.across_layers
     streamed = recipe.allocation == "uniform" and not looks_around and not needs & BACKWARD_NEEDS
@@ -126,8 +132,13 @@ def prepare(
             view, recipe, store, keep, calibration.tokens, devices[0],
             lambda layer, seconds: notify("losses", layer, seconds),
         )  # fmt: skip
-        plan = make_plan(view, recipe, len(devices), curves)
+        plan = make_plan(view, recipe, len(devices), curves, found=plan.found)
     return plan, store
+
+
+def _finished(plan: Plan, calibration: Calibration, out: Path) -> bool:
+    with Artifact(out, plan.identity(calibration.hash), False) as artifact:
+        return artifact.finished
 
 
 def shared_statistics(
@@ -201,7 +212,8 @@ def execute(
                 refined,
             )
         _finish(plan, view, calibration, artifact, config, refinement)
-    shutil.rmtree(out / SURVEY, ignore_errors=True)
+    for leftover in (SURVEY, SEARCHED):
+        shutil.rmtree(out / leftover, ignore_errors=True)
     return True
 
 
@@ -445,6 +457,7 @@ def _finish(
             "model_after": plan.whole_after,
         },
         "ratio": plan.ratio,
+        "searched": None if plan.found is None else asdict(plan.found),
         "ratio_of_whole_model": plan.whole_ratio,
         "targets": [target for entry in records for target in entry["targets"]],
         "layers": {

@@ -41,11 +41,13 @@ from .compress.base import (
 from .durable import replacing
 from .errors import OutputError
 from .items import Item, items_of, offers_of, shape_of
+from .limits import bounds_of, within
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
+from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
 from .targets import Target
 
@@ -74,7 +76,12 @@ class Statistics:
             return found
         gradients = self.backward.read(layer, list(found))
         return {
-            name: replace(stats, grad_gram=gradients[name].grad_gram, fisher_in=gradients[name].fisher_in)
+            name: replace(
+                stats,
+                grad_gram=gradients[name].grad_gram,
+                fisher_in=gradients[name].fisher_in,
+                weight_grad=gradients[name].weight_grad,
+            )
             for name, stats in found.items()
         }
 
@@ -190,7 +197,7 @@ def measure(
     work = _Measuring(view, recipe, store, keep, device)
     if recipe.allocation == "kl":
         return work.in_nats(_probe_tokens(tokens), notify)
-    return work.curves(notify)
+    return work.curves(notify, tokens)
 
 
 def _probe_tokens(tokens: Tensor) -> Tensor:
@@ -211,23 +218,36 @@ class _Measuring:
         for item in items:
             self._layers[item.targets[0].layer].append(item)
         self._offers = offers_of(items, self._method, self._settings, recipe.rank_multiple, element)
-        if recipe.allocation != "own":  # which looks for one size that it knows
+        bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
+        shapes = {target.name: shape_of(target, element) for target in view.targets if target.name in bounds}
+        self._offers |= {
+            name: within(name, bounds[name], shapes[name], ways) for name, ways in self._offers.items() if name in bounds
+        }
+        self._signal = recipe.rule.signal if recipe.rule is not None else ""
+        exact = recipe.allocation == "own" or self._signal != ""  # looks for one size that it knows, or at every rank
+        if not exact:
             self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
         self._dense = {item.name: sum(shape_of(t, element).nbytes for t in item.targets) for item in items}
         asked = {
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
-            "thinned": recipe.allocation != "own",
+            "thinned": not exact,
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
             asked["sets"] = [[target.name for target in item.targets] for item in items if item.parts is not None]
+        if self._signal:
+            asked["signal"] = self._signal
+        if recipe.limits:
+            asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
-    def curves(self, notify: Callable[[int, float], None]) -> dict[str, Curve]:
-        """Losses in the method's own metric."""
+    def curves(self, notify: Callable[[int, float], None], tokens: Tensor) -> dict[str, Curve]:
+        """Losses in the method's own metric, with the signals that the recipe's rule reads."""
         found: dict[str, Curve] = {}
+        if self._signal == "angular":
+            self._angles = layer_angles(self._view, tokens, self._device)
         for index, items in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
             held = _read(self._file(name))
@@ -235,7 +255,7 @@ class _Measuring:
                 layer = self._view.load(name)
                 for item in items:
                     if item.name not in held:
-                        held[item.name] = self._curve(item.name, self._solve(layer, name, item))
+                        held[item.name] = self._with_signals(item, name, self._solve(layer, name, item))
                 self._view.unload(name)
                 give_back()
                 _write(self._file(name), held)
@@ -265,6 +285,16 @@ class _Measuring:
                 found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
         _write(file, found)
         return found
+
+    def _with_signals(self, item: Item, layer: str, solution: Solution) -> Curve:
+        curve = self._curve(item.name, solution)
+        if not self._signal:
+            return curve
+        (target,) = item.targets  # rules go with methods that solve targets alone
+        stats = self._store.read(layer, [target.name])[target.name]
+        angle = self._angles[target.layer] if self._signal == "angular" else 0.0
+        shape = (target.out_features, target.in_features)
+        return replace(curve, signals=of_target(self._signal, solution, stats, shape, angle))
 
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
@@ -319,6 +349,7 @@ def _read(file: Path) -> dict[str, Curve]:
             tuple(Offer(Choice(**choice), nbytes) for choice, nbytes in entry["offers"]),
             tuple(entry["losses"]),
             None if entry["preferred"] is None else Choice(**entry["preferred"]),
+            tuple(entry.get("signals", ())),
         )
         for name, entry in json.loads(file.read_text()).items()
     }
@@ -335,6 +366,7 @@ def _write(file: Path, curves: Mapping[str, Curve]) -> None:
             "losses": curve.losses,
             "preferred": None if curve.preferred is None else plain(curve.preferred),
         }
+        | ({"signals": curve.signals} if curve.signals else {})
         for name, curve in curves.items()
     }
     with replacing(file) as temporary:

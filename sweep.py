@@ -74,6 +74,8 @@ def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequenc
             plans.append(make_plan(view, recipe))
             jobs.append(Job(name, recipe.ratio))
         except BudgetError:
+            if any(each is not None for each in recipe.amounts.values()):
+                raise  # the size is said, and cannot be met
             for ratio in ratios:
                 plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
                 jobs.append(Job(name, ratio))

@@ -1,6 +1,7 @@
 """Statistics of gradients: one backward pass over a model that is never held whole.
 
-What it gives: `grad_gram`, the output side of the two-sided metric tr(ΔWᵀ G ΔW C), and `fisher_in`, the weights of FWSVD.
+What it gives: `grad_gram`, the output side of the two-sided metric tr(ΔWᵀ G ΔW C), `fisher_in`, the weights of FWSVD, and
+`weight_grad`, the mean gradient of the weight itself (for first-order changes of the loss).
 Sources: token-wise Kronecker factors as in KFAC-SVD (LEMS, ICML'26); Fisher-weighted SVD (ICLR'22); labels drawn from the model
 itself make it the true Fisher (Martens, arXiv:1412.1193), with which ½ tr(ΔWᵀ G ΔW C) is in nats per token.
 
@@ -11,9 +12,10 @@ carries gradients from layer to layer; whatever else a model passes to its layer
 earlier hidden states) counts as constant.
 
 Memory: the largest layer + 3 × samples × length × hidden in the model's dtype, as in the forward pass + one batch's autograd
-graph of one layer per device + 8 bytes × Σ out² over a layer's targets, per device (with `grad_gram`). At the tail: final norm,
+graph of one layer per device + 8 bytes × Σ out² over a layer's targets, per device (with `grad_gram`) + 4 bytes × Σ out · in of
+them, per device (with `weight_grad`). At the tail: final norm,
 head, and two to three times one batch's logits. Disk: layers × samples × length × hidden in the model's dtype until the layers
-are done, and 4 bytes × Σ out² over all targets for good.
+are done, and 4 bytes × Σ out² (`grad_gram`) and 4 × Σ out · in (`weight_grad`) over all targets for good.
 """
 
 from __future__ import annotations

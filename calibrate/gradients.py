@@ -74,6 +74,9 @@ class GradientCollector:
         self._grams = {t.name: MeanOuter(t.out_features, device) for t in targets} if "grad_gram" in needs else {}
         summed = [t for t in targets if "fisher_in" in needs]
         self._fishers = {t.name: torch.zeros(t.in_features, dtype=torch.float64, device=device) for t in summed}
+        averaged = [t for t in targets if "weight_grad" in needs]
+        self._weights = {t.name: torch.zeros(t.out_features, t.in_features, device=device) for t in averaged}
+        self._tokens = 0
         self._reached: set[str] = set()
         self._routes: dict[int, Tensor] = {}  # experts module -> the experts of each token
         self.samples = 0
@@ -83,6 +86,7 @@ class GradientCollector:
         """Say what the next forward's batch is."""
         self._batch = (samples, length)
         self.samples += samples
+        self._tokens += samples * length
 
     def __enter__(self) -> GradientCollector:
         self._stack = ExitStack()
@@ -121,7 +125,7 @@ class GradientCollector:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            x = args[0].detach() if self._fishers else None
+            x = args[0].detach() if self._fishers or self._weights else None
             rows = None
             if routed is not None:
                 rows = (self._routes[id(routed)] == expert).nonzero(as_tuple=True)[0]
@@ -137,20 +141,24 @@ class GradientCollector:
             if len(flat) != samples * length:
                 raise ModelError(
                     f"{name} multiplies {len(flat)} rows for {samples * length} tokens; whose gradients they are is not known.",
-                    f"Leave it as it is (keep: ['{name}']), or use a method without grad_gram and fisher_in.",
+                    f"Leave it as it is (keep: ['{name}']), or use a method without statistics of gradients.",
                 )
             rows = torch.arange(len(flat), device=flat.device)
         self._reached.add(name)
         sample = rows // length
         if x is not None:
-            self._fishers[name] += _squared_gradients(flat, x.reshape(len(flat), -1).float(), sample, samples)
+            inputs = x.reshape(len(flat), -1).float()
+            if name in self._fishers:
+                self._fishers[name] += _squared_gradients(flat, inputs, sample, samples)
+            if name in self._weights:
+                self._weights[name].addmm_(flat.T, inputs)
         if name in self._grams:
             kept, sample = _trimmed(flat, sample, rows % length, length, self._settings.trim)
             if len(kept):
                 self._grams[name].add(_clipped(kept, sample, samples, self._settings.clip))
 
     def result(self, others: Sequence[GradientCollector] = ()) -> dict[str, TargetStats]:
-        """Target name -> its `grad_gram` and `fisher_in`, merged with those of `others` (other devices' shares of the batches).
+        """Target name -> its statistics of gradients, merged with those of `others` (other devices' shares of the batches).
 
         `group.tokens` is the number of tokens under `grad_gram`; an expert that no token reached has zeros, over 0 tokens.
 
@@ -165,22 +173,25 @@ class GradientCollector:
             if target.expert is None and not any(name in worker._reached for worker in workers):
                 raise ModelError(
                     f"{name}: no gradient of the loss reaches its output through the hidden state.",
-                    f"Leave it as it is (keep: ['{name}']), or use a method without grad_gram and fisher_in.",
+                    f"Leave it as it is (keep: ['{name}']), or use a method without statistics of gradients.",
                 )
             tokens = sum(worker._grams[name].tokens for worker in workers) if self._grams else 0
-            gram = fisher = None
+            gram = fisher = mean = None
             if self._grams:
                 gram = _mean_of([worker._grams[name] for worker in workers], tokens)
             if self._fishers:
                 total = torch.stack([worker._fishers[name].cpu() for worker in workers]).sum(0)
                 fisher = (total / max(1, sum(worker.samples for worker in workers))).float()
-            for statistic, value in (("grad_gram", gram), ("fisher_in", fisher)):
+            if self._weights:
+                summed = torch.stack([worker._weights[name].cpu() for worker in workers]).sum(0)
+                mean = summed / max(1, sum(worker._tokens for worker in workers))
+            for statistic, value in (("grad_gram", gram), ("fisher_in", fisher), ("weight_grad", mean)):
                 if value is not None and not torch.isfinite(value).all():
                     raise NonFiniteError(
                         f"{name}: its {statistic} is not finite.",
                         "Gradients overflow: try --dtype bfloat16 or --dtype float32.",
                     )
-            found[name] = TargetStats(GroupStats(tokens), grad_gram=gram, fisher_in=fisher)
+            found[name] = TargetStats(GroupStats(tokens), grad_gram=gram, fisher_in=fisher, weight_grad=mean)
         return found
 
 

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, OutputError, RequestError
 
 MANIFEST = "statistics.json"
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
-_TARGET = ("output_gram", "grad_gram", "fisher_in")
+_TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
 
 class StatsStore:

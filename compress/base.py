@@ -25,7 +25,7 @@ from .linalg import root
 
 # the statistics that a method may ask for; calibrate/stats.py collects those of a forward, calibrate/backward.py the gradients'
 FORWARD_NEEDS = frozenset({"gram", "output_gram", "mean", "abs_mean", "mean_square", "peak_abs_mean"})
-BACKWARD_NEEDS = frozenset({"grad_gram", "fisher_in"})
+BACKWARD_NEEDS = frozenset({"grad_gram", "fisher_in", "weight_grad"})
 NEEDS = FORWARD_NEEDS | BACKWARD_NEEDS
 
 
@@ -155,12 +155,14 @@ class TargetStats:
         output_gram: (out, out) float32, mean over tokens of y yᵀ with y = W x (no bias), or None; then `group.gram` is there.
         grad_gram: (out, out) float32, mean over tokens of g gᵀ with g = ∂loss/∂y, the loss summed over a sample's tokens.
         fisher_in: (in,) float32, mean over samples of Σ_out (∂loss/∂W)².
+        weight_grad: (out, in) float32, ∂loss/∂W per token: summed over all samples, divided by their tokens.
     """
 
     group: GroupStats
     output_gram: Tensor | None = None
     grad_gram: Tensor | None = None
     fisher_in: Tensor | None = None
+    weight_grad: Tensor | None = None
 
 
 NOTHING_SEEN = TargetStats(GroupStats(0))  # of methods that need no statistics
@@ -207,12 +209,14 @@ class Curve:
         offers: ascending in bytes; the dense form is not among them.
         losses: one per offer, in the same metric.
         preferred: the choice that the method itself would make, None where it leaves that to the budget.
+        signals: what the recipe's rule reads beside the losses (signals.py); empty for most.
     """
 
     total: float
     offers: tuple[Offer, ...]
     losses: tuple[float, ...]
     preferred: Choice | None = None
+    signals: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,17 @@ def test_streamed_statistics_are_those_of_autograd_through_the_whole_model(
         assert close(mine.fisher_in, whole.fisher_in(name)), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_mean_gradient_of_a_weight_is_that_of_autograd_per_token(family, tiny_checkpoints, tmp_path, monkeypatch):
+    whole = Whole(tiny_checkpoints(family), torch.float64, monkeypatch)
+    stats = collect(tiny_checkpoints(family), tmp_path / "out", needs=frozenset({"weight_grad"}))
+    two = collect(tiny_checkpoints(family), tmp_path / "two", needs=frozenset({"weight_grad"}), devices=[CPU, CPU])
+    for name, mine in stats.items():
+        expected = torch.stack(whole.weights[name]).sum(0) / (SAMPLES * LENGTH)
+        assert mine.weight_grad.shape == expected.shape and close(mine.weight_grad, expected), name
+        assert close(two[name].weight_grad, expected), name
+
+
 def test_labels_drawn_from_the_model_are_a_seeds_and_a_samples_own(tiny_checkpoints, tmp_path, monkeypatch):
     whole = Whole(tiny_checkpoints("llama"), torch.float64, monkeypatch, seed=7)
     settings = GradientSettings(labels="sampled", clip=None, seed=7)

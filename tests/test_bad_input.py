@@ -60,7 +60,8 @@ def finished(whole, tmp_path) -> Path:
 
 def compression(model: Path, out: Path, text: Path, *more: object, length: int = 48) -> list[object]:
     sizes = ["--samples", 4, "--length", length]
-    return ["compress", model, "--out", out, "--ratio", 0.3, "--calibration", f"text:{text}", *sizes, *more]
+    told = ["--recipe", "svd-llm", "--ratio", 0.3, "--calibration", f"text:{text}"]
+    return ["compress", model, "--out", out, *told, *sizes, *more]
 
 
 def evaluation(model: Path, text: Path, *more: object) -> list[object]:
@@ -192,8 +193,8 @@ def test_evaluating_a_truncated_shard_names_it(copied, other_text):
 def test_samples_longer_than_the_positions(family, source, tiny_checkpoints, tiny_text_file, tmp_path):
     text = f"text:{tiny_text_file}" if source == "text" else "self"
     result = run_lrc(
-        "compress", tiny_checkpoints(family), "--out", tmp_path / "out", "--ratio", 0.3, "--calibration", text,
-        "--samples", 1, "--length", 300,
+        "compress", tiny_checkpoints(family), "--out", tmp_path / "out", "--recipe", "svd-llm", "--ratio", 0.3,
+        "--calibration", text, "--samples", 1, "--length", 300,
     )  # fmt: skip
     assert result.code == 2
     assert "calibration.length 300 is more than the 256 positions" in result.err
@@ -294,7 +295,7 @@ def test_a_sweep_into_a_file(model, tiny_text_file, tmp_path):
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(rank="3"),
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="nonsense"),
         lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bitz": 3}),
-        lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bits": 7}),
+        lambda modules: modules["model.layers.0.mlp.up_proj"].update(kind="quantized", grid={"bits": 9}),
         lambda modules: modules.update({"model.layers.9.mlp.up_proj": {"kind": "low-rank", "rank": 3, "bias": False}}),
     ],
 )

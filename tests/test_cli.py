@@ -33,7 +33,10 @@ def finished(model, tiny_text_file, tmp_path_factory) -> tuple[Path, str]:
     """A finished result, and what the command that made it printed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     sizes = ["--samples", 8, "--length", 48]
-    return out, lrc_ok("compress", model, "--out", out, "--ratio", 0.3, "--calibration", f"text:{tiny_text_file}", *sizes)
+    return out, lrc_ok(
+        "compress", model, "--recipe", "svd-llm", "--out", out, "--ratio", 0.3,
+        "--calibration", f"text:{tiny_text_file}", *sizes,
+    )  # fmt: skip
 
 
 # ---- help
@@ -277,7 +280,7 @@ def test_the_bytes_of_the_plan_are_the_bytes_on_disk(finished):
     for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as shard:
             nbytes += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
-    promised = re.search(r"of the whole model \((.*) → (.*)\)", printed)
+    promised = list(re.finditer(r"of the whole model \((.*) → (.*)\)", printed))[-1]  # the plan after the survey
     assert size(nbytes) == promised[2]
     assert f"{nbytes:,} of" in lrc_ok("verify", out)
     record = json.loads((out / "lrc.json").read_text())
@@ -332,7 +335,7 @@ def test_without_a_terminal_lines_are_plain_and_whole(finished, model, tiny_text
     assert "\x1b" not in printed
     first = printed.splitlines()[0]
     assert first.startswith(f"{long} (llama, float32) by svd-llm") and first.endswith("256 × 2048 tokens")
-    starts = ("targets ", "self_attn.", "mlp.", "removed: ", "kept: ", "memory: ")
+    starts = ("targets ", "self_attn.", "mlp.", "allocation kl: ", "removed: ", "kept: ", "memory: ")
     assert all(line.startswith(starts) for line in printed.splitlines()[1:])
     layers = [line for line in finished[1].splitlines() if line.startswith("layer ")]
     assert [line.split()[1] for line in layers] == ["1/3", "2/3", "3/3"]

@@ -47,7 +47,8 @@ def request_for(tiny_text_file) -> Callable[..., list[object]]:
 
     def request(model: Path, out: Path, *more: object, text: Path = tiny_text_file) -> list[object]:
         sizes = ["--samples", 8, "--length", 48]
-        return ["compress", model, "--out", out, "--ratio", 0.3, "--calibration", f"text:{text}", *sizes, *more]
+        told = ["--recipe", "svd-llm", "--ratio", 0.3, "--calibration", f"text:{text}"]
+        return ["compress", model, "--out", out, *told, *sizes, *more]
 
     return request
 

@@ -49,7 +49,21 @@ def test_every_shipped_recipe_is_sound_and_says_what_it_is(name):
 def test_a_resolved_recipe_spells_out_everything_and_reads_back_the_same(name, write):
     recipe = load_recipe(name)
     resolved = recipe.resolved()
-    alternatives = {"method", "settings", "steps", "alternatives", "depth", "correction", "refine"}
+    alternatives = {
+        "method",
+        "settings",
+        "steps",
+        "alternatives",
+        "depth",
+        "correction",
+        "refine",
+        "bits",
+        "size",
+        "max_ppl_increase",
+        "allocation_settings",
+        "limits",
+        "uniform_within",
+    }
     assert set(resolved) - alternatives == set(Recipe.model_fields) - alternatives
     for step in resolved.get("steps", [resolved] if "method" in resolved else []):
         assert set(step["settings"]) == set(methods()[step["method"]].settings.model_fields)

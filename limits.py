@@ -1,0 +1,221 @@
+"""Limits: what the budget may do with some of the targets.
+
+A recipe's `limits` are patterns with floors, caps or fixed ranks:
+
+    limits:
+      "*.down_proj": {min: 0.5}            # keeps at least half of its bytes
+      "*.q_proj": {max: 0.4}               # keeps at most 0.4 of them
+      "*.layers.-1.mlp.up_proj": {rank: 0.01}   # this rank, here a fraction of the full one, whatever the budget
+
+Patterns match full names and roles, as those of `keep` do; a layer may be counted from the end (-1 is the last one). Where
+several match one target, all of them hold.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .compress.base import Offer, Shape
+from .errors import BudgetError, RecipeError, did_you_mean
+from .targets import Target
+
+
+class Limit(BaseModel):
+    """What one pattern asks for.
+
+    Args:
+        min: fraction of its dense bytes that a target keeps at least; 1 leaves it dense.
+        max: fraction that it keeps at most; below 1 it cannot stay dense.
+        rank: the rank that it gets, a whole number or a fraction of the full rank; rounded to the nearest, at least 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: float | None = Field(None, gt=0, le=1)
+    max: float | None = Field(None, gt=0, le=1)
+    rank: int | float | None = None
+
+    @field_validator("rank")
+    @classmethod
+    def _a_rank(cls, rank: int | float | None) -> int | float | None:
+        if rank is not None and (rank <= 0 or (isinstance(rank, float) and rank >= 1)):
+            raise ValueError("must be a whole number from 1 on, or a fraction of the full rank between 0 and 1")
+        return rank
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Limit:
+        if self.min is None and self.max is None and self.rank is None:
+            raise ValueError("give min, max or rank")
+        if self.rank is not None and (self.min is not None or self.max is not None):
+            raise ValueError("a rank fixes the size; leave out min and max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The limits of one target, and the patterns that they come from."""
+
+    min: float = 0.0
+    max: float = 1.0
+    rank: int | None = None
+    why_min: str = ""
+    why_max: str = ""
+    why_rank: str = ""
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing but the dense form is left."""
+        return self.min >= 1
+
+    @property
+    def may_be_dense(self) -> bool:
+        return self.max >= 1 and self.rank is None
+
+
+def matches(target: Target, pattern: str, layers: int) -> bool:
+    """Whether a pattern is this target's name or role; layers may be counted from the end.
+
+    Args:
+        layers: of the model.
+    """
+    from_end = target.name.replace(f".{target.layer}.", f".{target.layer - layers}.", 1)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (target.name, target.role, from_end))
+
+
+def unmatched(key: str, pattern: str, targets: Iterable[Target]) -> str:
+    """The line that refuses a pattern which matches nothing."""
+    roles = {target.role for target in targets}
+    known = roles | {f"*.{role.rpartition('.')[2]}" for role in roles}
+    return f"{key}: '{pattern}' matches no target. {did_you_mean(pattern, known)}"
+
+
+def bounds_of(targets: Sequence[Target], limits: Mapping[str, Limit], layers: int) -> dict[str, Bounds]:
+    """The bounds of every target that some pattern matches.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or two of them contradict each other.
+    """
+    found: dict[str, Bounds] = {}
+    problems: list[str] = []
+    for pattern, limit in limits.items():
+        hits = [target for target in targets if matches(target, pattern, layers)]
+        if not hits:
+            problems.append(unmatched("limits", pattern, targets))
+        for target in hits:
+            before = found.get(target.name, Bounds())
+            found[target.name] = now = _both(before, limit, pattern, target)
+            if (problem := _contradiction(target.name, before, now, limit, pattern)) and len(problems) < _SHOWN:
+                problems.append(problem)
+    if problems:
+        raise RecipeError("recipe", problems)
+    return found
+
+
+_SHOWN = 8  # contradictions are often those of every layer
+
+
+def _both(bounds: Bounds, limit: Limit, pattern: str, target: Target) -> Bounds:
+    if limit.min is not None and limit.min > bounds.min:
+        bounds = replace(bounds, min=limit.min, why_min=pattern)
+    if limit.max is not None and limit.max < bounds.max:
+        bounds = replace(bounds, max=limit.max, why_max=pattern)
+    if limit.rank is not None:
+        bounds = replace(bounds, rank=_rank(limit.rank, target), why_rank=pattern)
+    return bounds
+
+
+def _rank(rank: int | float, target: Target) -> int:
+    return rank if isinstance(rank, int) else max(1, round(rank * min(target.out_features, target.in_features)))
+
+
+def _contradiction(name: str, before: Bounds, now: Bounds, limit: Limit, pattern: str) -> str:
+    if limit.rank is not None and before.rank is not None and before.rank != now.rank:
+        return f"limits: '{before.why_rank}' gives {name} rank {before.rank}, '{pattern}' rank {now.rank}"
+    if now.rank is not None and (now.min > 0 or now.max < 1):
+        other = now.why_min or now.why_max
+        return f"limits: '{now.why_rank}' fixes the rank of {name} at {now.rank}, and '{other}' bounds its bytes"
+    if now.min > now.max:
+        return f"limits: {name} keeps at least {now.min:g} by '{now.why_min}' and at most {now.max:g} by '{now.why_max}'"
+    return ""
+
+
+def within(name: str, bounds: Bounds | None, shape: Shape, offers: Sequence[Offer]) -> list[Offer]:
+    """The offers that the bounds allow; the dense form is no offer, and `Bounds.may_be_dense` speaks for it.
+
+    Raises:
+        BudgetError: nothing is left and the target may not stay dense either; says what the method offers.
+    """
+    if bounds is None:
+        return list(offers)
+    if bounds.rank is not None:
+        left = [offer for offer in offers if offer.choice.rank == bounds.rank]
+        if not left:
+            ranks = [offer.choice.rank for offer in offers if offer.choice.rank is not None]
+            has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method offers it no ranks"
+            raise BudgetError(
+                f"limits: '{bounds.why_rank}' gives {name} ({shape.out_features} × {shape.in_features}) rank {bounds.rank}; "
+                f"{has} (at larger ones factors save nothing).",
+                "Change that rank, or rank_multiple, which ranks are multiples of.",
+            )
+        return left
+    low, high = bounds.min * shape.nbytes, bounds.max * shape.nbytes * (1 + 1e-12)
+    left = [offer for offer in offers if low <= offer.nbytes <= high]
+    if not left and not bounds.may_be_dense:
+        sizes = [offer.nbytes / shape.nbytes for offer in offers]
+        has = f"the method's forms keep {min(sizes):.3f} to {max(sizes):.3f}" if sizes else "the method has no form for it"
+        raise BudgetError(
+            f"limits: {name} may keep {bounds.min:g} to {bounds.max:g} of its bytes ('{bounds.why_max}'); {has}.",
+            "Widen the limits, or lower rank_multiple.",
+        )
+    return left
+
+
+def even(
+    offers: Mapping[str, tuple[int, Sequence[Offer]]], whole: Collection[str], budget: int | None
+) -> dict[str, Offer | None]:
+    """The same share for every target as far as its limits allow, and the largest one that the budget holds.
+
+    Args:
+        offers: target -> (its bytes when dense, the offers within its limits, ascending in bytes).
+        whole: targets that may stay dense.
+        budget: bytes of all of them; None lets each be as large as its limits allow.
+
+    Returns:
+        target -> its offer, None for dense.
+
+    Raises:
+        BudgetError: the floors alone exceed the budget.
+    """
+
+    def at(share: float) -> dict[str, Offer | None]:
+        found: dict[str, Offer | None] = {}
+        for name, (dense, ways) in offers.items():
+            allowed = int(share * dense + 1e-6)
+            if name in whole and (allowed >= dense or not ways):
+                found[name] = None
+            else:
+                found[name] = max((way for way in ways if way.nbytes <= allowed), key=lambda way: way.nbytes, default=ways[0])
+        return found
+
+    def nbytes(chosen: Mapping[str, Offer | None]) -> int:
+        return sum(offers[name][0] if offer is None else offer.nbytes for name, offer in chosen.items())
+
+    if budget is None or nbytes(at(1.0)) <= budget:
+        return at(1.0)
+    if (least := nbytes(at(0.0))) > budget:
+        raise BudgetError(
+            f"The budget allows {budget:,} bytes for the targets that are not kept; with these limits they take {least:,} at "
+            "least.",
+            "Ask for more, or lower the limits (min, rank).",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):  # down to one part in 2^60 of a share
+        middle = (low + high) / 2
+        low, high = (middle, high) if nbytes(at(middle)) <= budget else (low, middle)
+    return at(low)

@@ -1,0 +1,209 @@
+"""Searching a size: the smallest model whose perplexity on held-out calibration windows rises by no more than was allowed.
+
+A trial is a run of the recipe at one ratio in a folder beside the artifact, measured and deleted. Ratios are bisected, since
+perplexity rises with the ratio but for noise: the answer is one of the ratios that were measured, and the next larger one on
+a grid of `STEPS` was too large. What was measured lies on disk, so that an interrupted search goes on. Trials leave out
+`refine: end-to-end`, which takes longer than everything else; what that gains comes on top, and the report of the refinement
+says how much it is.
+
+The windows are `calibration.held_out`: no statistic has seen them, and no evaluation text is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .amount import Found
+from .artifact import Artifact
+from .calibrate.data import Calibration
+from .calibrate.stream import Lockstep
+from .compress.shared import lenders
+from .distill import from_hidden
+from .durable import replacing, writing
+from .errors import BudgetError, NonFiniteError
+from .load import install_stored
+from .locate import Location
+from .model import ModelView
+from .passes import full_precision, give_back, run_batches, steady_memory
+from .plan import Plan, make_plan
+from .recipe import Recipe
+from .run import SEARCHED, SURVEY, execute, prepare
+
+STEPS = 128  # ratios lie on this grid: the answer is within 1 / 128 of the targets' bytes of the largest that would do
+_AT_ONCE = 2**24  # logits made at a time, in numbers
+
+
+def search(
+    plan: Plan,
+    view: ModelView,
+    calibration: Calibration,
+    out: Path,
+    *,
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    statistics: Path | None = None,
+    restart: bool = False,
+    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+) -> Plan:
+    """The plan at the largest ratio whose perplexity stays within the recipe's `max_ppl_increase`.
+
+    Args:
+        plan: from `make_plan`, of a recipe with `max_ppl_increase`.
+        calibration: with held-out windows.
+        out: the output folder; trials and their statistics lie in it until the run that follows is finished.
+        statistics: as `run.prepare` takes them.
+        restart: delete an earlier run in `out`.
+        notify: called with (what was done, 0, seconds) after every trial.
+
+    Raises:
+        BudgetError: even the smallest step costs more than is allowed.
+        LrcError: as `run.execute`.
+    """
+    allowed = plan.recipe.max_ppl_increase
+    assert allowed is not None
+    with Artifact(out, plan.identity(calibration.hash), restart) as artifact:
+        if artifact.finished:
+            return plan
+        if restart:
+            for leftover in (SURVEY, SEARCHED):
+                shutil.rmtree(out / leftover, ignore_errors=True)
+    work = _Search(plan.recipe, view, calibration, out / SEARCHED, devices, statistics or out / SURVEY, notify)
+    before = work.original()
+    low, high = 0, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if work.at(middle) <= before * (1 + allowed) else (low, middle)
+    if low == 0:
+        raise BudgetError(
+            f"Removing {1 / STEPS:.2%} of the targets' bytes lets perplexity rise from {before:.3f} to {work.at(1):.3f}, and "
+            f"{allowed:.2%} is allowed.",
+            "Allow more (max_ppl_increase), or take a recipe that loses less (lrc recipe list).",
+        )
+    tokens = calibration.held_out.numel() - len(calibration.held_out)
+    found = Found(low / STEPS, before, work.at(low), tokens, work.evaluations)
+    return make_plan(view, plan.recipe, len(devices), found=found)
+
+
+class _Search:
+    """What was measured, on disk."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        view: ModelView,
+        calibration: Calibration,
+        folder: Path,
+        devices: Sequence[torch.device],
+        statistics: Path,
+        notify: Callable[[str, int, float], None],
+    ) -> None:
+        self._recipe, self._view, self._calibration, self._devices = recipe, view, calibration, devices
+        self._folder, self._statistics, self._notify = folder, statistics, notify
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._folder / "perplexities.json"
+        self._known: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+
+    @property
+    def evaluations(self) -> int:
+        """Compressed models that were measured."""
+        return sum(key != "original" for key in self._known)
+
+    def original(self) -> float:
+        """Perplexity of the original on the held-out windows."""
+        return self._measured("original", lambda: self._perplexity(self._fresh()))
+
+    def at(self, step: int) -> float:
+        """Perplexity at a ratio of step / STEPS; infinite where no form is that small."""
+        return self._measured(str(step), lambda: self._trial(step / STEPS))
+
+    def _measured(self, key: str, measure: Callable[[], float]) -> float:
+        if key not in self._known:
+            started = time.perf_counter()
+            self._known[key] = measure()
+            with writing(self._file), replacing(self._file) as temporary:
+                temporary.write_text(json.dumps(self._known))
+            what = "the original" if key == "original" else f"ratio {int(key) / STEPS:.4f}"
+            said = f"perplexity {self._known[key]:.4f}" if math.isfinite(self._known[key]) else "cannot be met"
+            self._notify(f"{what}: held-out {said}", 0, time.perf_counter() - started)
+        return self._known[key]
+
+    def _trial(self, ratio: float) -> float:
+        refine = self._recipe.refine
+        if refine is not None:  # blocks are trained as they are compressed; the whole would be trained once per trial
+            refine = None if refine.block is None else refine.model_copy(update={"end_to_end": None})
+        recipe = self._recipe.model_copy(update={"max_ppl_increase": None, "ratio": ratio, "refine": refine})
+        out, view = self._folder / f"{ratio:.6f}", self._fresh()
+        try:
+            plan, held = prepare(
+                make_plan(view, recipe, len(self._devices)), view, self._calibration, out,
+                devices=self._devices, statistics=self._statistics,
+            )  # fmt: skip
+            execute(plan, view, self._calibration, out, devices=self._devices, statistics=held)
+        except (BudgetError, NonFiniteError):
+            shutil.rmtree(out, ignore_errors=True)
+            return math.inf
+        small = ModelView(Location(str(out), out), trust_remote_code=self._view.trust_remote_code, prepare=install_stored)
+        found = self._perplexity(small)
+        shutil.rmtree(out)
+        return found
+
+    def _fresh(self) -> ModelView:
+        """The original; a run leaves forms behind in the skeleton that it worked on."""
+        return ModelView(self._view.location, self._view.dtype, self._view.trust_remote_code)
+
+    def _perplexity(self, view: ModelView) -> float:
+        return perplexity(view, self._calibration.held_out, self._devices)
+
+
+def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]) -> float:
+    """Token perplexity over windows, the model streamed layer by layer; infinite where its logits are not finite.
+
+    Args:
+        view: any model that lrc reads, compressed or not.
+        windows: (windows, length) int64; every token but a window's first is predicted from those before it.
+    """
+    full_precision()
+    steady_memory()
+    decoder, parts = view.model.get_submodule(view.model.base_model_prefix), list(windows.split(1))
+    with torch.no_grad(), Lockstep(decoder, view.layers) as steps:
+        view.load_outside()
+        steps.start([{"input_ids": ids} for ids in parts])
+        view.unload()
+        for index, name in enumerate(view.layer_names):
+            layer = view.load(name)
+            lent = lenders(layer, name)
+            for path in lent:
+                view.load_module(path)
+            outputs = run_batches(layer, name, steps.calls, devices)[0]
+            for path in (name, *lent):
+                view.unload(path)
+            give_back()
+            if index < len(view.layers) - 1:
+                steps.answer(outputs)
+        view.load_end()
+        states = [result.last_hidden_state for result in steps.finish(outputs)]
+        total = sum(_nll(view, ids, state) for ids, state in zip(parts, states, strict=True))
+    view.unload()
+    mean = total / (windows.numel() - len(windows))
+    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf
+
+
+def _nll(view: ModelView, ids: Tensor, states: Tensor) -> float:
+    """Nats of one window: (1, length) ids, (1, length, hidden) states."""
+    length = ids.shape[1]
+    count = max(1, _AT_ONCE // view.config.get_text_config().vocab_size)
+    total = 0.0
+    for start in range(0, length - 1, count):
+        stop = min(start + count, length - 1)
+        logits = from_hidden(view.model, ids[:, start:stop], states[:, start:stop])[0].float()
+        lost = torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="none")
+        total += float(lost.double().sum())
+    return total

@@ -1,0 +1,87 @@
+"""Signals: what some rules of sharing the budget read of a target beside its losses.
+
+components      ΔL_i = -⟨∂L/∂W, component i⟩ for every component of the factors, in descending order of σ, nats per token
+effective-rank  exp(H(p)), p the shares of the components in the target's output energy
+angular         the mean angle by which the target's layer turns the hidden state, in half turns; calibration tokens
+tokens          0; calibration tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate.stream import Call, hidden_of
+from .compress.base import Choice, LowRankSolution, Solution, TargetStats
+from .compress.forms import LowRank
+from .model import ModelView
+from .passes import run_batches, through_layers
+
+_LOOKED_AT = 8192  # tokens by which layers are compared
+
+
+def of_target(signal: str, solution: Solution, stats: TargetStats, shape: tuple[int, int], angle: float) -> tuple[float, ...]:
+    """The signals of one target.
+
+    Args:
+        signal: see above; '' for none.
+        stats: with `weight_grad` for 'components'.
+        shape: (out, in) of its weight.
+        angle: of its layer.
+    """
+    if signal == "components":
+        if stats.weight_grad is None:
+            raise ValueError("first-order changes need the mean gradient of the weight")
+        form = solution.form(Choice(rank=min(shape)))
+        assert isinstance(form, LowRank)
+        return tuple(first_order(form.left, form.right, stats.weight_grad).tolist())
+    if signal == "effective-rank":
+        assert isinstance(solution, LowRankSolution)
+        return (effective_rank(solution.energy),)
+    return (angle, float(stats.group.tokens)) if signal in ("angular", "tokens") else ()
+
+
+def first_order(left: Tensor, right: Tensor, gradient: Tensor) -> Tensor:
+    """-leftᵢᵀ G rightᵢ for every i: the first-order change of the loss when component i goes, (k,) float64.
+
+    Args:
+        left: (out, k); right: (k, in); gradient: (out, in) ∂loss/∂W.
+    """
+    return -((left.double().T @ gradient.double()) * right.double()).sum(1)
+
+
+def effective_rank(energy: Tensor) -> float:
+    """exp of the entropy of energy (k,) as shares; 1 where there is none at all (Roy and Vetterli 2007; D-Rank)."""
+    total = float(energy.sum())
+    if total <= 0:
+        return 1.0
+    shares = energy.double() / total
+    return math.exp(float(-torch.special.xlogy(shares, shares).sum()))
+
+
+def layer_angles(view: ModelView, tokens: Tensor, device: torch.device) -> list[float]:
+    """Mean angle between the hidden states before and after each layer, over all tokens, as a part of half a turn.
+
+    Args:
+        tokens: (samples, length); evenly spread samples of at most some 8,000 tokens are looked at.
+    """
+    samples = max(1, min(len(tokens), _LOOKED_AT // tokens.shape[1]))
+    chosen = tokens[[number * len(tokens) // samples for number in range(samples)]]
+    found: list[float] = []
+
+    def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
+        outputs = run_batches(layer, name, calls, [device])[0]
+        angles = [
+            torch.arccos(torch.cosine_similarity(call.hidden.double().cpu(), hidden_of(output).double(), dim=-1).clamp(-1, 1))
+            for call, output in zip(calls, outputs, strict=True)
+        ]
+        found.append(float(torch.cat([angle.flatten() for angle in angles]).mean()) / math.pi)
+        return outputs
+
+    with torch.no_grad():
+        through_layers(view, chosen.split(1), visit)
+    return found
