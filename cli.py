@@ -245,6 +245,7 @@ def sweep(
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
+    set_: Set = None,
     max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False,
@@ -262,13 +263,16 @@ def sweep(
 
     require_folder(out)
     overrides = _overrides(None, calibration, samples, length, seed)
-    view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, device, dtype, trust_remote_code)
-    first = plans[0].recipe.calibration
+    view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, set_ or [], device, dtype, trust_remote_code)
+    # one calibration for all rows: the first recipe's, with as many windows held out as any of them needs
+    held_out = max(plan.recipe.calibration.held_out for plan in plans)
+    first = plans[0].recipe.calibration.model_copy(update={"held_out": held_out})
     tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
     shared_statistics(plans, view, tokens, out / "statistics", devices_of(device))
     common = ["--device", device, *(["--dtype", dtype] if dtype else [])]
     common += ["--trust-remote-code"] if trust_remote_code else []
-    compress = [*common, "--statistics", str(out / "statistics"), "--set", f"calibration={json.dumps(first.model_dump())}"]
+    settings = [*(set_ or []), f"calibration={json.dumps(first.model_dump())}"]
+    compress = [*common, "--statistics", str(out / "statistics"), *(word for each in settings for word in ("--set", each))]
     evaluate = [*common, "--tasks", tasks, *(["--max-windows", str(max_windows)] if max_windows else [])]
     console = plain_or_terminal()
     rows = run_sweep(
@@ -287,14 +291,15 @@ def sweep(
 
 
 def _sweep_jobs(
-    model: str, recipes: str, ratios: str, overrides: dict[str, Any], device: str, dtype: str | None, trust: bool
-) -> tuple[Any, list[Job], list[Plan]]:
+    model: str, recipes: str, ratios: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None,
+    trust: bool,
+) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
     from .recipe import load_recipe, shipped
 
     names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
     numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]
-    readers = [partial(load_recipe, name, overrides) for name in names]
+    readers = [partial(load_recipe, name, overrides, settings) for name in names]
     loaded = checked(*readers, lambda: dtype_of(dtype), lambda: devices_of(device))
     quiet()
     from .model import ModelView
