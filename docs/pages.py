@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compress.base import Method, Shape, methods
-from lrc.recipe import load_recipe, shipped, summary
+from lrc.reading import load_recipe, shipped, summary
 
 FOLDER = Path(__file__).resolve().parent / "methods"
 NEEDS = {

@@ -12,7 +12,7 @@ from lrc.calibrate.data import load_calibration
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import Plan, make_plan
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 
 

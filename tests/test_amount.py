@@ -16,7 +16,7 @@ from lrc.errors import BudgetError, RecipeError
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.verify import verify
 
 KL = {"allocation": "kl"}

@@ -247,7 +247,7 @@ def test_an_evaluation_that_cannot_be_done(more, said, model, tiny_text_file, tm
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("lrc.recipe.shipped", lambda: 1 / 0)
+    monkeypatch.setattr("lrc.reading.shipped", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_lrc("recipe", "list")
 

@@ -27,7 +27,7 @@ from lrc.compress.shared import Borrowing
 from lrc.compress.stacked import stack_statistics
 from lrc.errors import BudgetError, CheckpointError, RecipeError
 from lrc.load import open_model
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.run import Artifact
 from lrc.targets import Target
 from lrc.verify import verify

@@ -35,7 +35,7 @@ from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import Plan, make_plan
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 from lrc.survey import Statistics, collect
 from lrc.targets import Target

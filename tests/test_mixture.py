@@ -17,7 +17,7 @@ from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.probe import probed, scaled
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.survey import Curve, thinned
 from lrc.verify import verify
 

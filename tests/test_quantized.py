@@ -25,7 +25,7 @@ from lrc.compress.grids import BITS, Grid, pack, packed_width, unpack
 from lrc.compress.quantized import Quantized, QuantizedLowRank, bits_per_weight
 from lrc.errors import LrcError, NonFiniteError, RecipeError
 from lrc.load import open_model
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.verify import verify
 
 GRIDS = [

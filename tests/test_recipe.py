@@ -14,7 +14,8 @@ from lrc.errors import RecipeError
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
-from lrc.recipe import Recipe, load_recipe, shipped, summary
+from lrc.reading import load_recipe, shipped, summary
+from lrc.recipe import Recipe
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pipeline import compress
 
 from lrc.compress.base import Choice, Curve, GroupStats, Offer, TargetStats, get_method
 from lrc.errors import BudgetError, RecipeError
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.rules.base import Open, in_proportion, rules
 from lrc.signals import effective_rank, first_order
 from lrc.verify import verify

@@ -20,7 +20,7 @@ from lrc.errors import RecipeError
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 
 

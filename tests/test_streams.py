@@ -15,7 +15,7 @@ from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
-from lrc.recipe import load_recipe
+from lrc.reading import load_recipe
 from lrc.run import execute
 from lrc.streams import regressed
 from lrc.verify import verify

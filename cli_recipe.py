@@ -1,0 +1,74 @@
+"""The commands of `lrc recipe`: what is shipped, what may be named in a recipe, whether one is right."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
+]
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The shipped recipes."""
+    from .reading import shipped, summary
+
+    recipes = shipped()
+    for name, text in recipes.items():
+        print(f"{name:<{max(map(len, recipes))}}  {summary(text)}")
+
+
+@recipe_app.command("methods")
+def recipe_methods() -> None:
+    """The methods that recipes may name."""
+    from .compress.base import methods
+
+    known = methods()
+    for name, method in known.items():
+        print(f"{name:<{max(map(len, known))}}  {method.summary} [{method.source}]")
+
+
+@recipe_app.command("scores")
+def recipe_scores() -> None:
+    """The scores by which recipes may drop layers, and the repairs that make up for it."""
+    from .depth.base import repairs, scores
+
+    width = max(map(len, [*scores(), *repairs()]))
+    for title, known in (("scores (depth.score)", scores()), ("repairs (depth.repair)", repairs())):
+        print(title)
+        for name, each in known.items():
+            print(f"  {name:<{width}}  {each.summary} [{each.source}]")
+
+
+@recipe_app.command("rules")
+def recipe_rules() -> None:
+    """The rules by which recipes may share the budget out."""
+    from .allocation import described
+
+    known = described()
+    for name, line in known.items():
+        print(f"{name:<{max(map(len, known))}}  {line}")
+
+
+@recipe_app.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+    """Print a recipe; redirect it into a file to make your own."""
+    from .reading import read_recipe
+
+    print(read_recipe(name)[1], end="")
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Settings = None
+) -> None:
+    """Check a recipe and print it with every default spelled out."""
+    import yaml
+
+    from .reading import load_recipe
+
+    print(yaml.safe_dump(load_recipe(file, settings=set_ or []).resolved(), sort_keys=False), end="")

@@ -1,0 +1,99 @@
+"""The steps and alternatives of a recipe: methods by name, each with settings that fit it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from .compress.base import Method, Settings, get_method, methods
+from .compress.product import combine
+from .errors import did_you_mean
+from .mistakes import problems_of
+
+
+class MethodStep(BaseModel):
+    """One step of a recipe: a method and its settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_method(name)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return fitting_settings(settings, info.data.get("method"))
+
+    @property
+    def parsed(self) -> tuple[Method, Settings]:
+        """The method, and its settings as its own class, defaults filled in."""
+        method = get_method(self.method)
+        return method, method.settings(**self.settings)
+
+
+class Alternative(BaseModel):
+    """One of several ways to store a target: a method, or two as steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    steps: tuple[MethodStep, ...] = ()
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else known_method(name)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return fitting_settings(settings, info.data.get("method"))
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Alternative:
+        if (self.method is None) == (not self.steps):
+            raise ValueError("give either 'method' or 'steps'")
+        _ = self.parsed
+        return self
+
+    @property
+    def parsed(self) -> tuple[Method, Settings]:
+        """Its method, and the settings with defaults filled in."""
+        if self.method is not None:
+            return MethodStep(method=self.method, settings=self.settings).parsed
+        return combine([step.parsed for step in self.steps])
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything spelled out, defaults included."""
+        if self.method is not None:
+            return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
+        parts = (step.parsed for step in self.steps)
+        return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
+
+
+def known_method(name: str) -> str:
+    if name not in methods():
+        raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
+    return name
+
+
+def fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
+    if name is not None:  # absent where it is wrong itself
+        fitting(settings, get_method(name).settings, "settings.")
+    return settings
+
+
+def fitting(settings: dict[str, Any], known: type[Settings], prefix: str) -> None:
+    try:
+        known(**settings)
+    except ValidationError as error:
+        problems = problems_of(error, known, prefix)
+        raise PydanticCustomError("settings", "{problems}", {"problems": problems}) from None
