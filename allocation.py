@@ -9,12 +9,14 @@ ablation: perplexity 32750 against 11.4; docs/allocation.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .budget import Option, solve
+from .branches import Branch
+from .budget import Bundle, Option, solve
 from .compress.base import Choice, Curve, Offer
 from .errors import BudgetError
+from .items import Item
 from .recipe import Recipe
 from .rules.base import Open, rules
 from .targets import Target
@@ -27,10 +29,12 @@ class Shared:
     Args:
         offers: target -> its offer; a dense one has an empty `Choice`.
         gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+        dropped: the bundles of targets that go altogether; their targets have no offer.
     """
 
     offers: dict[str, Offer]
     gap: float | None = None
+    dropped: tuple[str, ...] = ()
 
 
 _SOLVED = {
@@ -54,6 +58,7 @@ def allocate(
     budget: int | None,
     targets: Sequence[Target] = (),
     bounded: frozenset[str] = frozenset(),
+    bundles: Mapping[str, Bundle] | None = None,
 ) -> Shared:
     """One offer per target that has a curve.
 
@@ -64,6 +69,7 @@ def allocate(
         budget: bytes for all of `dense`; may be None where the method decides.
         targets: all of the model, for rules that look at roles and groups.
         bounded: targets whose limits do not leave them dense.
+        bundles: targets that the solver may drop together, their losses on the scale of the curves.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -82,18 +88,40 @@ def allocate(
         return Shared(rule.share(opened, left, recipe.rule_settings)) if opened else Shared({})
     options = {name: _options(recipe.allocation, curve, dense[name], name not in bounded) for name, curve in curves.items()}
     if recipe.uniform_within is None:
-        found = solve(options, left)
-        return Shared({name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}, found.gap)
+        found = solve(options, left, bundles)
+        offers = {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
+        return Shared(offers, found.gap, found.dropped)
     roles: dict[str, list[str]] = {}
     for name in options:
         roles.setdefault(places[name].role, []).append(name)
     found = solve({role: _together(role, [options[name] for name in names]) for role, names in roles.items()}, left)
-    offers: dict[str, Offer] = {}
+    offers = {}
     for role, names in roles.items():
         for name in names:
             choice = found.options[role].choice
             offers[name] = next(Offer(way.choice, way.nbytes) for way in options[name] if way.choice == choice)
     return Shared(offers, found.gap)
+
+
+def bundles_of(
+    halves: Iterable[Branch], losses: Mapping[str, float], items: Sequence[Item], bounded: Collection[str]
+) -> dict[str, Bundle]:
+    """The halves of layers that the solver may drop: those all of whose targets may be compressed, and by any amount.
+
+    Args:
+        losses: half -> what is lost without it, in nats per token.
+        items: of the budget.
+        bounded: items whose limits do not let everything happen to them.
+    """
+    item_of = {target.name: item for item in items for target in item.targets}
+    found = {}
+    for half in halves:
+        inside = {target.name for target in half.targets}
+        mine = dict.fromkeys(item_of[name].name for name in sorted(inside) if name in item_of)
+        whole = all(name in item_of and {target.name for target in item_of[name].targets} <= inside for name in inside)
+        if whole and not mine.keys() & set(bounded):
+            found[half.name] = Bundle(tuple(mine), losses[half.name])
+    return found
 
 
 def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:

@@ -28,7 +28,7 @@ _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
 _BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", "rank_multiple", "propagate", "keep",
           "calibration", "gradients", "bits", "size", "allocation_settings", "limits",
-          "uniform_within"}  # fmt: skip
+          "uniform_within", "droppable"}  # fmt: skip
 
 SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
 
@@ -106,6 +106,7 @@ class Recipe(BaseModel):
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
         limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (limits.py).
         uniform_within: 'role': all layers store one role in one way, for engines that want it.
+        droppable: 'sub-layer': the solver may also drop the attention or the feed-forward of a layer as a whole; with `kl`.
         calibration: what statistics are taken on.
         gradients: how the backward pass is made, for methods that need one.
     """
@@ -130,6 +131,7 @@ class Recipe(BaseModel):
     keep: tuple[str, ...] = ()
     limits: dict[str, Limit] = Field(default_factory=dict)
     uniform_within: Literal["role"] | None = None
+    droppable: Literal["sub-layer"] | None = None
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
     gradients: GradientSettings = GradientSettings()
 
@@ -216,6 +218,8 @@ class Recipe(BaseModel):
         _ = self.compression
         self._fits_rule()
         self._fits_joint()
+        if self.droppable is not None:
+            self._fits_droppable()
         return self
 
     def _one_budget(self) -> None:
@@ -278,6 +282,20 @@ class Recipe(BaseModel):
             raise ValueError(f"{name} shares between layers, which refine: block would train apart; use refine: end-to-end")
         if self.depth is not None:
             raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
+
+    def _fits_droppable(self) -> None:
+        if self.allocation != "kl":
+            raise ValueError(
+                f"droppable: what a half of a layer costs is known in nats: take allocation: kl, not {self.allocation}"
+            )
+        if self.uniform_within or self.depth is not None:
+            other = "uniform_within" if self.uniform_within else "depth"
+            raise ValueError(f"droppable lets the solver drop halves of single layers; leave out {other}")
+        joint = self.compression[0].joint
+        if joint is not None and joint.across_layers:
+            raise ValueError(f"{self.method} solves targets of several layers at once; leave out droppable")
+        if self.correction is not None or (self.refine is not None and self.refine.block is not None):
+            raise ValueError("droppable: correction and refine: block follow whole layers; take refine: end-to-end")
 
     def _fits_depth(self) -> None:
         assert self.depth is not None
@@ -348,4 +366,5 @@ _ABSENT = (
     "max_ppl_increase",
     "limits",
     "uniform_within",
+    "droppable",
 )

@@ -50,6 +50,7 @@ from .recipe import Recipe
 from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
 from .targets import Target
+from .variants import Variant, divergences
 
 PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
@@ -198,6 +199,32 @@ def measure(
     if recipe.allocation == "kl":
         return work.in_nats(_probe_tokens(tokens), notify)
     return work.curves(notify, tokens)
+
+
+def measure_halves(
+    view: ModelView, store: Statistics, tokens: Tensor, device: torch.device, notify: Callable[[float], None] = lambda s: None
+) -> dict[str, float]:
+    """Half of a layer -> what the model's predictions lose without it, in nats per token; on the targets' own probes.
+
+    Args:
+        tokens: (samples, length) calibration tokens.
+        notify: called with the seconds that it took.
+
+    Raises:
+        ModelError: halves of layers cannot be told apart in this model.
+    """
+    file = store.folder / "halves.json"
+    if file.is_file():
+        held: dict[str, float] = json.loads(file.read_text())
+        return held
+    started, halves = time.perf_counter(), view.branches
+    variants = [Variant(edits={half.layer: half.zeroed}) for half in halves]
+    lost = divergences(view, _probe_tokens(tokens), variants, device)
+    found = dict(zip((half.name for half in halves), lost, strict=True))
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(found))
+    notify(time.perf_counter() - started)
+    return found
 
 
 def _probe_tokens(tokens: Tensor) -> Tensor:
