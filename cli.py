@@ -28,7 +28,7 @@ from .arguments import (
 from .errors import LrcError, OutputError
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .planned import Plan
     from .sweep import Job
 
 app = typer.Typer(

@@ -25,7 +25,7 @@ from .compress.forms import Form, Spec
 from .edit import NONE, edited
 from .model import ModelView
 from .passes import Visit, give_back, peak_rss, run_batches, through_layers
-from .plan import Plan, Step
+from .planned import Plan, Step
 from .refine import refine_block
 from .solving import SolvedTarget, solved_forms
 from .streams import Pair, Solved, correct, restored

@@ -33,7 +33,8 @@ from .locate import Location
 from .model import ModelView
 from .operate import operated
 from .passes import full_precision, give_back, steady_memory
-from .plan import Plan, make_plan
+from .plan import make_plan
+from .planned import Plan
 from .survey import Statistics, collect, measure
 from .verify import verify
 
