@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .compress import experts
 from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
 from .compress.shared import link
-from .plan import Step
+from .planned import Step
 from .targets import Target
 
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -162,6 +163,15 @@ def solve(
     chosen = {name: problem.hulls[name][answer.indices[name]] for name in options if name in answer.indices}
     dropped = tuple(name for name in problem.bundles if name in answer.dropped)
     return Solved(chosen, sum(way.nbytes for way in chosen.values()), loss, bound, exact, dropped)
+
+
+class _Costed(Protocol):
+    """Something with bytes and a predicted loss."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
 
 
 def _useful(name: str, ways: Sequence[Option]) -> list[Option]:
@@ -361,7 +371,7 @@ def _steps(name: str, ways: Sequence[Option]) -> list[_Step]:
     return found
 
 
-def _corners(ways: Sequence[Option] | Sequence[_Corner]) -> list[int]:
+def _corners(ways: Sequence[_Costed]) -> list[int]:
     """Indices of the lower convex hull of (bytes, loss)."""
     hull: list[int] = []
     for index, way in enumerate(ways):

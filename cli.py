@@ -29,7 +29,7 @@ from .cli_recipe import recipe_app
 from .errors import LrcError, OutputError
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .planned import Plan
     from .sweep import Job
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ from .calibrate.data import Calibration
 from .durable import writing
 from .model import ModelView
 from .passes import full_precision, steady_memory
-from .plan import Plan
+from .planned import Plan
 from .prune import choose_parts
 from .repair import repaired
 from .surgery import Surgery, read_surgery

@@ -1,175 +1,37 @@
-"""What will happen: every target's form and bytes, what stays and why, and the memory that it takes.
+"""What will happen: a recipe and a model in, a plan out (planned.py).
 
-A plan is a value, made from the configuration and the files' headers before anything runs. `identity` is what a resumed run
-must agree with; the estimates are for people.
+It is made from the configuration and the files' headers before anything runs, and anew once a survey has measured losses.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from . import amount
-from .allocation import allocate
+from .allocation import Shared, allocate
 from .amount import Footprint, Found
 from .budget import uniform
-from .calibrate.stats import Wanted, wanted
-from .compress.base import FORWARD_NEEDS, Choice, Curve, Offer, Shape
+from .compress.base import Choice, Curve, Offer, Shape
 from .depth.spec import how_many
-from .depth_cost import depth_bytes, depth_lines
+from .depth_cost import depth_lines
 from .errors import RecipeError
 from .items import Item, items_of, offers_of, shape_of
-from .limits import bounds_of, even, matches, unmatched, within
-from .model import Kept, ModelView
+from .limits import Bounds, bounds_of, even, matches, unmatched, within
+from .memory import predict_memory
+from .model import ModelView
 from .parts import enough_branches, open_branches
+from .planned import Memory, Plan, Step
 from .recipe import Recipe
 from .surgery import Surgery
 from .targets import Target
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
-
-
-@dataclass(frozen=True)
-class Step:
-    """One target and what becomes of it."""
-
-    target: Target
-    choice: Choice
-    bytes_before: int
-    bytes_after: int
-    why_dense: str = ""
-    kept: bool = False
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted peak of resident memory in bytes, by part; docs/memory.md states the formula."""
-
-    process: int
-    outside: int
-    layer: int
-    activations: int
-    statistics: int
-    forward: int
-    solve: int
-    factors: int
-    blocks: int = 0
-    whole: int = 0
-    depth: int = 0
-
-    @property
-    def peak(self) -> int:
-        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, a refinement, or depth."""
-        embedding = self.outside + self.activations
-        forward = self.layer + self.activations + self.statistics + self.forward
-        solve = self.layer + self.activations + self.statistics + self.solve + self.factors
-        block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(embedding, forward, solve, block, self.whole, self.depth)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A resolved compression.
-
-    Args:
-        recipe: with every default filled in.
-        steps: one per target, in the order in which a forward reaches them.
-        kept: everything that is not a target, with reasons.
-        dtype: of the stored tensors.
-        model: name, fingerprint of the files, configuration hash.
-        whole_bytes: the model's bytes before (tied tensors counted once).
-        whole_numel: its parameters before.
-        batch: calibration samples that go through a layer at once.
-        memory: the prediction.
-        layers: of the original model.
-        dropped: layers that go.
-        dropped_beside: bytes of what is no target in them, less what a repair adds.
-        left_out: what the checkpoint holds and the model has no place for.
-        items: the targets that may be compressed, those that are solved together as one.
-        surgery: halves of layers that go, and repairs.
-        notes: what depth will take, in words.
-        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
-        found: what the search for a size has found; None where the recipe says the size, and before the search.
-    """
-
-    recipe: Recipe
-    steps: tuple[Step, ...]
-    kept: tuple[Kept, ...]
-    dtype: torch.dtype
-    model: dict[str, Any]
-    whole_bytes: int
-    whole_numel: int
-    batch: int
-    memory: Memory
-    layers: int
-    dropped: tuple[int, ...] = ()
-    dropped_beside: int = 0
-    left_out: tuple[Kept, ...] = ()
-    items: tuple[Item, ...] = ()
-    surgery: Surgery = field(default_factory=Surgery)
-    notes: tuple[str, ...] = ()
-    gap: float | None = None
-    found: Found | None = None
-
-    @property
-    def renumbered(self) -> dict[int, int]:
-        """Layer of the original -> its number in the result, for those that stay."""
-        stay = [layer for layer in range(self.layers) if layer not in self.dropped]
-        return {old: new for new, old in enumerate(stay)}
-
-    @property
-    def targets_before(self) -> int:
-        return sum(step.bytes_before for step in self.steps)
-
-    @property
-    def targets_after(self) -> int:
-        return sum(step.bytes_after for step in self.steps)
-
-    @property
-    def ratio(self) -> float:
-        """Fraction of the targets' bytes that is removed."""
-        return 1 - self.targets_after / self.targets_before
-
-    @property
-    def whole_after(self) -> int:
-        return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
-
-    @property
-    def whole_ratio(self) -> float:
-        """Fraction of the whole model's bytes that is removed."""
-        return 1 - self.whole_after / self.whole_bytes
-
-    def layer_steps(self, layer: int) -> list[Step]:
-        return [step for step in self.steps if step.target.layer == layer]
-
-    def solved(self, layer: int) -> list[Target]:
-        """The targets of a layer that are not left dense."""
-        return [step.target for step in self.layer_steps(layer) if not step.choice.dense]
-
-    def wanted(self, layer: int) -> Wanted:
-        """The statistics to collect in a layer: those of the targets that are not left dense."""
-        method = self.recipe.compression[0]
-        joined = {target.name for item in self.items if item.parts is not None for target in item.targets}
-        joint_needs = method.joint.needs if method.joint else frozenset()
-        return wanted(self.solved(layer), method.needs & FORWARD_NEEDS, joined, joint_needs)
-
-    def identity(self, calibration_hash: str) -> dict[str, Any]:
-        """What a run is of; equal identities give equal bytes on one machine."""
-        recipe = self.recipe.resolved()
-        recipe["calibration"] |= {"tokens": calibration_hash}
-        return {
-            "recipe": recipe,
-            "model": {key: value for key, value in self.model.items() if key != "name"},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "batch": self.batch,
-        }
 
 
 def make_plan(
@@ -194,80 +56,126 @@ def make_plan(
         RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
     recipe = _counted(view, recipe)
-    element = torch.empty((), dtype=view.dtype).element_size()
-    kept_dense = _kept_dense(view.targets, recipe.keep, len(view.layers))
+    kept = _kept_dense(view.targets, recipe.keep, len(view.layers))
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
-    kept_dense |= {name: each.why_min for name, each in bounds.items() if each.dense and name not in kept_dense}
-    method, settings = recipe.compression
-    shapes = {t.name: shape_of(t, element) for t in view.targets}
-    nbytes = {name: shape.nbytes for name, shape in shapes.items()}
     surgery = assumed(view, recipe) if surgery is None else surgery
-    gone, zeroed = surgery.dropped, {target.name for target in surgery.zeroed}
-    leaving = {target.name for target in view.targets if target.layer in gone or target.name in zeroed}
-    items = items_of(method, settings, [t for t in view.targets if t.name not in kept_dense and t.name not in leaving])
-    known = offers_of(items, method, settings, recipe.rank_multiple, element)
-    known |= {name: within(name, bounds[name], shapes[name], ways) for name, ways in known.items() if name in bounds}
-    kept_dense |= {name: bounds[name].why_min for name, ways in known.items() if name in bounds and not ways}
-    items = [item for item in items if item.name not in kept_dense]
-    bounded = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_be_dense)
-    dense = {item.name: sum(nbytes[target.name] for target in item.targets) for item in items}
-    beside = (
-        sum(view.layer_nbytes(layer) for layer in gone) - sum(nbytes[name] for name in leaving - zeroed)
-        + element * (sum(target.out_features for target in surgery.zeroed if target.bias) - surgery.added)
-    )  # fmt: skip
-    footprint = _footprint(view, shapes, leaving, beside, kept_dense.keys() - leaving)
+    scope = _scope(view, recipe, surgery, kept, bounds)
+    footprint = _footprint(view, scope.shapes, scope.leaving, scope.beside, scope.kept.keys() - scope.leaving)
     amounts = recipe.amounts
     if recipe.max_ppl_increase is not None:
         amounts["ratio"] = amount.ASSUMED if found is None else found.ratio
-    gap = None
     if curves is None:
-        offers = {name: (whole, known[name]) for name, whole in dense.items()}
-        if recipe.allocation == "own":
-            per_item = {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
-        elif recipe.limits:
-            per_item = _even(offers, bounded, amounts, footprint)
-        else:
-            per_item = uniform(offers, _share(amounts, footprint))
+        shared = Shared(_evenly(recipe, scope, amounts, footprint))
     else:
-        open_targets = {target.name for item in items for target in item.targets}
-        kept_bytes = {name: size for name, size in nbytes.items() if name not in open_targets}
-        budget = amount.targets_bytes(amounts, footprint)
-        shared = allocate(recipe, kept_bytes | dense, curves, budget, view.targets, bounded)
-        per_item, gap = shared.offers, shared.gap
-    chosen: dict[str, Offer] = {}
-    for item in items:
-        chosen |= item.shared_out(per_item[item.name], known[item.name], nbytes)
-    steps = []
-    for target in view.targets:
-        before = shapes[target.name].nbytes
-        if target.name in leaving:
-            why = "its half of the layer is dropped" if target.name in zeroed else "its layer is dropped"
-            steps.append(Step(target, Choice(), before, 0, why))
-            continue
-        offer = chosen.get(target.name, Offer(Choice(), before))
-        steps.append(
-            Step(
-                target,
-                offer.choice,
-                before,
-                offer.nbytes,
-                _why_dense(target, offer.choice, kept_dense),
-                target.name in kept_dense,
-            )
-        )
-    batch = max(1, TOKENS_PER_BATCH // recipe.calibration.length)
+        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint))
     plan = Plan(
-        recipe, tuple(steps), tuple(view.kept), view.dtype, _identify(view), view.nbytes, view.numel, batch,
-        Memory(0, 0, 0, 0, 0, 0, 0, 0), len(view.layers), gone,
-        beside,
+        recipe,
+        _steps(view.targets, scope, shared.offers),
+        tuple(view.kept),
+        view.dtype,
+        _identify(view),
+        view.nbytes,
+        view.numel,
+        max(1, TOKENS_PER_BATCH // recipe.calibration.length),
+        Memory(),
+        len(view.layers),
+        surgery.dropped,
+        scope.beside,
         tuple(view.left_out),
-        tuple(items),
+        scope.items,
         surgery,
         depth_lines(view, recipe, surgery),
-        gap,
+        shared.gap,
         found,
-    )  # fmt: skip
-    return Plan(**{**plan.__dict__, "memory": predict_memory(view, plan, devices)})
+    )
+    return replace(plan, memory=predict_memory(view, plan, devices))
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What is settled before the budget is asked, and what it decides on.
+
+    Args:
+        shapes: of all targets.
+        kept: targets that stay dense whatever the budget -> why.
+        leaving: targets that are dropped -> why.
+        beside: bytes of what goes with them, less what a repair adds.
+        items: what the budget decides on.
+        offers: item -> the ways in which the method can store it.
+        bounded: items whose limits do not leave them dense.
+    """
+
+    shapes: Mapping[str, Shape]
+    kept: Mapping[str, str]
+    leaving: Mapping[str, str]
+    beside: int
+    items: tuple[Item, ...]
+    offers: Mapping[str, Sequence[Offer]]
+    bounded: frozenset[str]
+
+    @property
+    def dense(self) -> dict[str, int]:
+        """Item -> bytes when dense."""
+        return {item.name: sum(self.shapes[target.name].nbytes for target in item.targets) for item in self.items}
+
+
+def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, str], bounds: Mapping[str, Bounds]) -> _Scope:
+    element = torch.empty((), dtype=view.dtype).element_size()
+    shapes = {target.name: shape_of(target, element) for target in view.targets}
+    zeroed = {target.name for target in surgery.zeroed}
+    leaving = {
+        target.name: "its half of the layer is dropped" if target.name in zeroed else "its layer is dropped"
+        for target in view.targets
+        if target.layer in surgery.dropped or target.name in zeroed
+    }
+    kept = {name: each.why_min for name, each in bounds.items() if each.dense} | kept
+    method, settings = recipe.compression
+    free = [target for target in view.targets if target.name not in kept and target.name not in leaving]
+    items = items_of(method, settings, free)
+    offers = offers_of(items, method, settings, recipe.rank_multiple, element)
+    offers |= {name: within(name, bounds[name], shapes[name], ways) for name, ways in offers.items() if name in bounds}
+    kept |= {name: bounds[name].why_min for name, ways in offers.items() if name in bounds and not ways}
+    items = [item for item in items if item.name not in kept]
+    bounded = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_be_dense)
+    targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
+    biases = sum(target.out_features for target in surgery.zeroed if target.bias)
+    beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)
+    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded)
+
+
+def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Offer]:
+    """What every item gets while no losses are known: the same share for all, or where the method decides the most."""
+    offers = {name: (whole, scope.offers[name]) for name, whole in scope.dense.items()}
+    if recipe.allocation == "own":
+        return {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
+    if recipe.limits:
+        return _even(offers, scope.bounded, amounts, footprint)
+    return uniform(offers, _share(amounts, footprint))
+
+
+def _by_losses(view: ModelView, recipe: Recipe, scope: _Scope, curves: Mapping[str, Curve], budget: int | None) -> Shared:
+    """What every item gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
+    in_items = {target.name for item in scope.items for target in item.targets}
+    settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_items}
+    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded)
+
+
+def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]) -> tuple[Step, ...]:
+    """One step per target, in the targets' order, where the items got these offers."""
+    nbytes = {name: shape.nbytes for name, shape in scope.shapes.items()}
+    chosen: dict[str, Offer] = {}
+    for item in scope.items:
+        chosen |= item.shared_out(offers[item.name], scope.offers[item.name], nbytes)
+
+    def step(target: Target) -> Step:
+        before = nbytes[target.name]
+        if target.name in scope.leaving:
+            return Step(target, Choice(), before, 0, scope.leaving[target.name])
+        offer = chosen.get(target.name, Offer(Choice(), before))
+        why = _why_dense(target, offer.choice, scope.kept)
+        return Step(target, offer.choice, before, offer.nbytes, why, target.name in scope.kept)
+
+    return tuple(map(step, targets))
 
 
 def assumed(view: ModelView, recipe: Recipe) -> Surgery:
@@ -374,7 +282,7 @@ def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -
     return found
 
 
-def _why_dense(target: Target, choice: Choice, kept: dict[str, str]) -> str:
+def _why_dense(target: Target, choice: Choice, kept: Mapping[str, str]) -> str:
     if target.name in kept:
         return f"kept by '{kept[target.name]}'"
     if choice.dense:
@@ -391,79 +299,3 @@ def _identify(view: ModelView) -> dict[str, Any]:
         "fingerprint": view.source.fingerprint(),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
     }
-
-
-def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
-    """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
-    element = torch.empty((), dtype=view.dtype).element_size()
-    calibration = plan.recipe.calibration
-    text = view.config.get_text_config()
-    read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
-    hidden = read * text.hidden_size * element
-    by_layer: dict[int, list[Step]] = defaultdict(list)
-    for step in plan.steps:
-        by_layer[step.target.layer].append(step)
-    weights = max(view.layer_nbytes(layer) for layer in range(len(view.layers)))
-    statistics = max(
-        (plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()),
-        default=0,
-    )
-    widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
-    tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
-    dense = {step.target.name for step in plan.steps if step.choice.dense}
-    solve = max((_solve_bytes([t for t in item.targets if t.name not in dense]) for item in plan.items), default=0)
-    refine = plan.recipe.refine
-    both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
-    if both:  # two streams of everything, and the windows that are held out
-        hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
-    return Memory(
-        process=psutil.Process().memory_info().rss,
-        outside=view.outside_nbytes(for_calibration=True),
-        layer=weights,
-        activations=3 * hidden,
-        statistics=2 * statistics * devices,
-        forward=tokens * widest * (2 * element + 8),
-        solve=solve,
-        factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
-        blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
-        whole=_whole_bytes(view, plan),
-        depth=depth_bytes(view, plan.recipe, plan.surgery),
-    )
-
-
-def _trained_bytes(steps: Iterable[Step]) -> int:
-    """Gradient, two moments, a float32 master and the best values of the numbers that forms train: at most what they store."""
-    return 20 * sum(_trained(step) for step in steps)
-
-
-def _trained(step: Step) -> int:
-    """Numbers of a form that gradients reach: all of a factor's, and of a quantized matrix the steps of its groups."""
-    numbers = step.bytes_after * step.target.numel // step.bytes_before
-    return 0 if step.choice.dense else numbers // 8 if step.choice.bits is not None else numbers
-
-
-def _graph(view: ModelView, plan: Plan) -> int:
-    """Bytes that autograd keeps of a token in one layer: what its matrices read and put out, twice for what lies between."""
-    widths = [s.target.in_features + s.target.out_features for s in plan.steps if s.target.layer == plan.steps[0].target.layer]
-    return 2 * 4 * sum(widths)
-
-
-def _whole_bytes(view: ModelView, plan: Plan) -> int:
-    """An end-to-end refinement: the compressed model, its training, the activations and three times the logits of a step."""
-    settings = plan.recipe.refine.end_to_end if plan.recipe.refine is not None else None
-    if settings is None:
-        return 0
-    length = plan.recipe.calibration.length  # windows that are held out are not cut
-    layers = 1 if settings.gradient_checkpointing else len(view.layers)
-    activations = min(length, settings.length or length) * layers * _graph(view, plan)
-    return (
-        plan.whole_after + _trained_bytes(plan.steps) + activations + 3 * 4 * length * view.config.get_text_config().vocab_size
-    )
-
-
-def _solve_bytes(targets: Sequence[Target]) -> int:
-    """Workspace of one item in float64: about four copies of the weights and six of the smaller side's square."""
-    if not targets:
-        return 0
-    small = min(sum(target.out_features for target in targets), max(target.in_features for target in targets))
-    return 8 * (4 * sum(target.numel for target in targets) + 6 * small**2)

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from .amount import readable as size
 from .depth.base import get_score
+from .layers import LayerReport
 from .passes import peak_rss
-from .plan import Plan, Step
-from .run import LayerReport
+from .planned import Plan, Step
 
 if TYPE_CHECKING:
     from .calibrate.data import Calibration

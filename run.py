@@ -1,8 +1,7 @@
-"""The one loop: layer by layer, weights in, statistics, solve, shard out, activations on.
+"""The steps of a run: what is measured before it, the layers, what lies outside them, a refinement of the whole, the end.
 
 `execute` asks a method only for solutions and never which method it is; it is given a plan and calibration tokens, and leaves a
-finished artifact. What an earlier, killed run finished is not done again: its layers are replayed (forward only), so that the
-activations that reach the first unfinished layer are the very same.
+finished artifact. What an earlier, killed run finished is not done again.
 """
 
 from __future__ import annotations
@@ -13,76 +12,35 @@ import json
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .artifact import UNCHECKED, Artifact
-from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
-from .calibrate.stream import Call, hidden_of
 from .card import model_card
-from .compress.absent import ZERO, Guarded
-from .compress.base import BACKWARD_NEEDS, NOTHING_SEEN, TargetStats
-from .compress.forms import Form, Spec
+from .compress.base import BACKWARD_NEEDS
+from .compress.forms import Spec
 from .distill import refine_artifact
-from .edit import NONE, edited
 from .errors import BudgetError
+from .layers import LayerLoop, LayerReport, renamed, staying_layers
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
 from .model import ModelView
 from .operate import operated
-from .passes import full_precision, give_back, peak_rss, run_batches, steady_memory, through_layers
-from .plan import Plan, make_plan
-from .refine import refine_block
-from .solving import SolvedTarget, solved_forms
-from .streams import Pair, Solved, correct, restored
+from .passes import full_precision, give_back, steady_memory
+from .plan import make_plan
+from .planned import Plan
 from .survey import Statistics, collect, measure
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
 SEARCHED = ".lrc-search"  # trials of a search for a size, beside the artifact until it is finished
 DISTILLATION = "distillation"  # inside it
-
-
-@dataclass(frozen=True)
-class TargetRecord:
-    """What became of one target; kept in lrc.json.
-
-    Args:
-        error: the loss in the method's own metric, relative to dropping the target altogether.
-        tokens: how many tokens its statistics are over.
-        damping: the ridge that was added to a gram, relative to its mean diagonal.
-        note: anything a reader should know.
-    """
-
-    name: str
-    form: Spec
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
-    error: float | None = None
-    tokens: int | None = None
-    damping: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One finished layer, for whoever watches."""
-
-    index: int
-    layers: int
-    records: tuple[TargetRecord, ...]
-    seconds: float
-    peak_bytes: int
-    resumed: bool = False
 
 
 def prepare(
@@ -186,240 +144,63 @@ def execute(
         if restart:
             shutil.rmtree(out / SURVEY / DISTILLATION, ignore_errors=True)
         artifact.require_space(plan.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
-        names = _shard_names(view, plan)
-        _compress_layers(plan, view, calibration, artifact, devices, names, notify, statistics)
-        changed = plan.surgery.outside_tensors()
-        for number, part in enumerate(view.outside_parts()):
-            key = f"outside.{number}"
-            if key not in artifact.done:
-                view.load_outside(part)
-                held = view.outside_tensors(part)
-                artifact.write(key, names[key], held | {n: t for n, t in changed.items() if n in held}, {})
-                view.unload()
-                give_back()
-        config, refinement = _config(plan, view, artifact), None
-        if plan.recipe.refine is not None and plan.recipe.refine.end_to_end is not None:
-            original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
-            refinement = refine_artifact(
-                artifact,
-                config,
-                original,
-                out / SURVEY / DISTILLATION,
-                plan.recipe.refine.end_to_end,
-                calibration.tokens,
-                calibration.held_out,
-                devices,
-                refined,
-            )
+        shards = _shard_names(view, plan)
+        LayerLoop(plan, view, calibration, artifact, shards, devices, statistics, notify).run()
+        _write_outside(plan, view, artifact, shards)
+        config = _config(plan, view, artifact)
+        refinement = _refine_whole(plan, view, calibration, artifact, config, devices, refined)
         _finish(plan, view, calibration, artifact, config, refinement)
     for leftover in (SURVEY, SEARCHED):
         shutil.rmtree(out / leftover, ignore_errors=True)
     return True
 
 
-def _compress_layers(
+def _shard_names(view: ModelView, plan: Plan) -> dict[str, str]:
+    keys = [*staying_layers(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
+    return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
+
+
+def _write_outside(plan: Plan, view: ModelView, artifact: Artifact, shards: Mapping[str, str]) -> None:
+    """Leave what lies outside the layers in the artifact, part by part."""
+    changed = plan.surgery.outside_tensors()
+    for number, part in enumerate(view.outside_parts()):
+        key = f"outside.{number}"
+        if key not in artifact.done:
+            view.load_outside(part)
+            held = view.outside_tensors(part)
+            artifact.write(key, shards[key], held | {n: t for n, t in changed.items() if n in held}, {})
+            view.unload()
+            give_back()
+
+
+def _refine_whole(
     plan: Plan,
     view: ModelView,
     calibration: Calibration,
     artifact: Artifact,
+    config: Mapping[str, Any],
     devices: Sequence[torch.device],
-    names: Mapping[str, str],
-    notify: Callable[[LayerReport], None],
-    statistics: Statistics | None,
-) -> None:
-    total = len(view.layers)
-    staying = _staying(view, plan)
-    if all(name in artifact.done for name in staying):
-        return
-    sequential = plan.recipe.propagate == "compressed"
-    device = devices[0]
-    waiting: dict[str, SolvedTarget] = {}  # of sets across layers, until their layer comes
-
-    def compress(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
-        forms, records = _solve_layer(plan, view, layer, index, stats, statistics, waiting, device)
-        edits = plan.surgery.edit(name) or NONE
-        if edits.maps and not forms and not edits.zeroed:
-            forms = _guard(plan, layer, name, index)
-        specs = form_specs(plan.layer_steps(index), forms)
-        record = {"forms": specs, "edits": edits.specs(name), "targets": [asdict(each) for each in records]}
-        return specs, stored_tensors(layer, name, forms), record
-
-    def write(name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        artifact.write(name, names[name], _renamed(stored, name, staying[name]), record)
-
-    def finish(index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
-        solved = compress(index, name, layer, stats)
-        write(name, *solved[1:])
-        return solved
-
-    def put_back(layer: nn.Module, name: str) -> None:
-        """The forms of a finished layer."""
-        held = _renamed(artifact.read(name), staying[name], name)
-        install(layer, name, artifact.done[name].record["forms"], held)
-        restored(layer, name, held)
-
-    def report(index: int, name: str, started: float, resumed: bool) -> None:
-        records = tuple(TargetRecord(**record) for record in artifact.done[name].record["targets"])
-        notify(LayerReport(index, total, records, time.perf_counter() - started, peak_rss(), resumed))
-
-    def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
-        """Compress a layer, or answer for one that is finished."""
-        started = time.perf_counter()
-        last, resumed = index == total - 1, name in artifact.done
-        outputs: list[Any] | None = None
-        if resumed:
-            if sequential:
-                put_back(layer, name)
-            outputs = None if last else run_batches(layer, name, calls, devices)[0]
-        else:
-            outputs, stats = run_batches(layer, name, calls, devices, plan.solved(index), plan.wanted(index))
-            if statistics is not None:
-                stats = statistics.with_gradients(name, stats)
-            specs, stored, _ = finish(index, name, layer, stats)
-            if sequential and not last:
-                install(layer, name, specs, stored)
-                del stored
-                outputs = run_batches(layer, name, calls, devices)[0]
-        report(index, name, started, resumed)
-        return outputs
-
-    def visit_both(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
-        """The same with the original's activations beside those of the compressed model."""
-        started, pair = time.perf_counter(), Pair.of(calls, held)
-        resumed = name in artifact.done
-        if resumed:
-            goals, small = run_batches(layer, name, pair.original, devices)[0], copy.deepcopy(layer)
-            put_back(small, name)
-        else:
-            seen, unseen = pair.read(sequential)
-            outputs, stats = run_batches(layer, name, seen, devices, plan.solved(index), plan.wanted(index))
-            others = run_batches(layer, name, unseen, devices)[0]
-            goals = others if sequential else outputs + others
-            if statistics is not None:
-                stats = statistics.with_gradients(name, stats)
-
-            def in_place(tried: nn.Module) -> Solved:
-                solved = compress(index, name, tried, dict(stats))
-                install(tried, name, *solved[:2])
-                return solved
-
-            targets = [step.target for step in plan.layer_steps(index)]
-            wanted_states = [hidden_of(goal) for goal in goals]
-            small, (_, stored, record) = correct(
-                layer, name, targets, pair, wanted_states, plan.recipe.correction, in_place, device
-            )  # fmt: skip
-            if block is not None:
-                done = refine_block(small, *pair.split(wanted_states), block)
-                trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
-                stored = {key: trained.get(key, value).to("cpu") for key, value in stored.items()}
-                record |= {"refinement": {key: value for key, value in asdict(done).items() if key != "seconds"}}
-            write(name, stored, record)
-        report(index, name, started, resumed)
-        return goals if index == total - 1 else goals + run_batches(small, name, pair.compressed, devices)[0]
-
-    refine = plan.recipe.refine
-    block = None if refine is None else refine.block
-    if block is not None or plan.recipe.correction is not None:
-        apart = calibration.held_out.split(plan.batch)
-        held = len(apart)
-        through_layers(view, [*calibration.tokens.split(plan.batch), *apart] * 2, visit_both, plan.dropped, plan.surgery.edit)
-        return
-    idle = plan.recipe.depth is not None and not any(plan.solved(index) for index in range(total))
-    if plan.recipe.reads_text and not idle and (statistics is None or sequential):
-        through_layers(view, calibration.tokens.split(plan.batch), visit, plan.dropped, plan.surgery.edit)
-        return
-    for index, name in enumerate(view.layer_names):
-        if name not in staying:
-            continue
-        started = time.perf_counter()
-        resumed = name in artifact.done
-        if not resumed:
-            names_here = [target.name for target in plan.solved(index) if target.name not in waiting]
-            stats = statistics.read(name, names_here) if statistics else dict.fromkeys(names_here, NOTHING_SEEN)
-            with edited(view.load(name), name, plan.surgery.edit(name)) as layer:
-                finish(index, name, layer, stats)
-            view.unload(name)
-            give_back()
-        report(index, name, started, resumed)
-
-
-def _solve_layer(
-    plan: Plan,
-    view: ModelView,
-    layer: nn.Module,
-    index: int,
-    statistics: dict[str, TargetStats],
-    stored: Statistics | None,
-    solved: dict[str, SolvedTarget],
-    device: torch.device,
-) -> tuple[dict[str, Form], list[TargetRecord]]:
-    """Forms and records of a layer's targets.
-
-    Args:
-        statistics: of this layer's targets; used up.
-        stored: of all layers, for sets across them.
-        solved: what earlier layers found for members of their sets in this one; what is found here for later ones is added.
-    """
-    method = plan.recipe.compression[0]
-    forms: dict[str, Form] = {}
-    records = []
-    items = {target.name: item for item in plan.items for target in item.targets}
-    for step in plan.layer_steps(index):
-        target = step.target
-        shape = (target.out_features, target.in_features)
-        if step.choice.dense:
-            spec = {"kind": "dense" if step.bytes_after else ZERO}
-            records.append(TargetRecord(target.name, spec, shape, step.bytes_before, step.bytes_after, note=step.why_dense))
-            continue
-        if target.name not in solved:
-            read = None if stored is None else stored.read
-            solved |= solved_forms(plan, view, items[target.name], layer, index, statistics, read, device)
-        found = solved.pop(target.name)
-        forms[target.name] = found.form
-        notes = [found.note] if found.note else []
-        if method.needs and found.tokens < target.in_features:
-            notes.append(f"only {found.tokens} calibration tokens for an input of {target.in_features}")
-        records.append(
-            TargetRecord(
-                target.name,
-                found.form.spec(),
-                shape,
-                step.bytes_before,
-                step.bytes_after,
-                found.error,
-                found.tokens if method.needs else None,
-                found.damping,
-                "; ".join(notes),
-            )
-        )
-    return forms, records
-
-
-def _guard(plan: Plan, layer: nn.Module, name: str, index: int) -> dict[str, Form]:
-    """One matrix under another name, so that a reader without lrc does not run the layer without its maps."""
-    target = next(step.target for step in plan.layer_steps(index) if step.target.expert is None)
-    weight, bias = target_weight(layer, name, target)
-    return {target.name: Guarded(weight, bias).stored(plan.dtype)}
-
-
-def _staying(view: ModelView, plan: Plan) -> dict[str, str]:
-    """Layer of the original -> its name in the result."""
-    return {view.layer_names[old]: view.layer_names[new] for old, new in plan.renumbered.items()}
-
-
-def _shard_names(view: ModelView, plan: Plan) -> dict[str, str]:
-    keys = [*_staying(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
-    return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
+    notify: Callable[[int, int, float], None],
+) -> dict[str, Any] | None:
+    """Refine what the artifact holds from end to end where the recipe asks for it; the record that lrc.json keeps."""
+    settings = None if plan.recipe.refine is None else plan.recipe.refine.end_to_end
+    if settings is None:
+        return None
+    original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
+    folder = artifact.folder / SURVEY / DISTILLATION
+    return refine_artifact(
+        artifact, config, original, folder, settings, calibration.tokens, calibration.held_out, devices, notify
+    )
 
 
 def _config(plan: Plan, view: ModelView, artifact: Artifact) -> dict[str, Any]:
     """What config.json will hold."""
-    staying = _staying(view, plan)
+    staying = staying_layers(view, plan)
     modules: dict[str, Any] = {}
     for name in staying:
         record = artifact.done[name].record
         specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
-        modules |= _renamed(specs | record["edits"], name, staying[name])
+        modules |= renamed(specs | record["edits"], name, staying[name])
     config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
@@ -443,7 +224,7 @@ def _finish(
     config: Mapping[str, Any],
     refinement: dict[str, Any] | None,
 ) -> None:
-    records = [artifact.done[name].record for name in _staying(view, plan)]
+    records = [artifact.done[name].record for name in staying_layers(view, plan)]
     record = {
         "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
@@ -462,7 +243,7 @@ def _finish(
         "targets": [target for entry in records for target in entry["targets"]],
         "layers": {
             name: {key: value for key, value in entry.items() if key not in ("forms", "edits", "targets")}
-            for name, entry in zip(_staying(view, plan).values(), records, strict=True)
+            for name, entry in zip(staying_layers(view, plan).values(), records, strict=True)
         },
         "dropped_layers": list(plan.dropped),
         "refinement": refinement,
@@ -474,11 +255,6 @@ def _finish(
         verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
     )
     artifact.finish(config, record, model_card(plan), _beside(view), check)
-
-
-def _renamed(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The same values with one layer's prefix exchanged for another's."""
-    return {new + key.removeprefix(old) if f"{key}.".startswith(old + ".") else key: value for key, value in named.items()}
 
 
 def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:

@@ -33,7 +33,8 @@ from .load import install_stored
 from .locate import Location
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory
-from .plan import Plan, make_plan
+from .plan import make_plan
+from .planned import Plan
 from .recipe import Recipe
 from .run import SEARCHED, SURVEY, execute, prepare
 

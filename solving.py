@@ -18,7 +18,7 @@ from .compress.forms import Form
 from .errors import NonFiniteError
 from .items import Item
 from .model import ModelView
-from .plan import Plan
+from .planned import Plan
 from .targets import Target
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics

@@ -22,7 +22,8 @@ from typing import Any
 from .durable import replacing
 from .errors import BudgetError, RequestError, SweepError
 from .model import ModelView
-from .plan import Plan, make_plan
+from .plan import make_plan
+from .planned import Plan
 from .recipe import Recipe
 
 TABLE = "sweep.json"

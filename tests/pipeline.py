@@ -11,7 +11,8 @@ import torch
 from lrc.calibrate.data import load_calibration
 from lrc.locate import locate
 from lrc.model import ModelView
-from lrc.plan import Plan, make_plan
+from lrc.plan import make_plan
+from lrc.planned import Plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 

@@ -34,7 +34,8 @@ from lrc.compress.forms import linear_weight
 from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
-from lrc.plan import Plan, make_plan
+from lrc.plan import make_plan
+from lrc.planned import Plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 from lrc.survey import Statistics, collect

@@ -1,0 +1,90 @@
+"""The memory that a plan will take at its peak, predicted from shapes before anything runs; docs/memory.md has the formula."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import psutil
+import torch
+
+from .depth_cost import depth_bytes
+from .model import ModelView
+from .planned import Memory, Plan, Step
+from .targets import Target
+
+
+def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
+    """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
+    element = torch.empty((), dtype=view.dtype).element_size()
+    calibration = plan.recipe.calibration
+    text = view.config.get_text_config()
+    read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
+    hidden = read * text.hidden_size * element
+    by_layer: dict[int, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        by_layer[step.target.layer].append(step)
+    weights = max(view.layer_nbytes(layer) for layer in range(len(view.layers)))
+    statistics = max(
+        (plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()),
+        default=0,
+    )
+    widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
+    tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
+    dense = {step.target.name for step in plan.steps if step.choice.dense}
+    solve = max((_solve_bytes([t for t in item.targets if t.name not in dense]) for item in plan.items), default=0)
+    refine = plan.recipe.refine
+    both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
+    if both:  # two streams of everything, and the windows that are held out
+        hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
+    return Memory(
+        process=psutil.Process().memory_info().rss,
+        outside=view.outside_nbytes(for_calibration=True),
+        layer=weights,
+        activations=3 * hidden,
+        statistics=2 * statistics * devices,
+        forward=tokens * widest * (2 * element + 8),
+        solve=solve,
+        factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
+        blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
+        whole=_whole_bytes(view, plan),
+        depth=depth_bytes(view, plan.recipe, plan.surgery),
+    )
+
+
+def _trained_bytes(steps: Iterable[Step]) -> int:
+    """Gradient, two moments, a float32 master and the best values of the numbers that forms train: at most what they store."""
+    return 20 * sum(_trained(step) for step in steps)
+
+
+def _trained(step: Step) -> int:
+    """Numbers of a form that gradients reach: all of a factor's, and of a quantized matrix the steps of its groups."""
+    numbers = step.bytes_after * step.target.numel // step.bytes_before
+    return 0 if step.choice.dense else numbers // 8 if step.choice.bits is not None else numbers
+
+
+def _graph(view: ModelView, plan: Plan) -> int:
+    """Bytes that autograd keeps of a token in one layer: what its matrices read and put out, twice for what lies between."""
+    widths = [s.target.in_features + s.target.out_features for s in plan.steps if s.target.layer == plan.steps[0].target.layer]
+    return 2 * 4 * sum(widths)
+
+
+def _whole_bytes(view: ModelView, plan: Plan) -> int:
+    """An end-to-end refinement: the compressed model, its training, the activations and three times the logits of a step."""
+    settings = plan.recipe.refine.end_to_end if plan.recipe.refine is not None else None
+    if settings is None:
+        return 0
+    length = plan.recipe.calibration.length  # windows that are held out are not cut
+    layers = 1 if settings.gradient_checkpointing else len(view.layers)
+    activations = min(length, settings.length or length) * layers * _graph(view, plan)
+    return (
+        plan.whole_after + _trained_bytes(plan.steps) + activations + 3 * 4 * length * view.config.get_text_config().vocab_size
+    )
+
+
+def _solve_bytes(targets: Sequence[Target]) -> int:
+    """Workspace of one item in float64: about four copies of the weights and six of the smaller side's square."""
+    if not targets:
+        return 0
+    small = min(sum(target.out_features for target in targets), max(target.in_features for target in targets))
+    return 8 * (4 * sum(target.numel for target in targets) + 6 * small**2)

@@ -1,0 +1,156 @@
+"""The plan as a value: every target's form and bytes, what stays and why, and the memory that it takes.
+
+`identity` is what a resumed run must agree with; the estimates are for people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .amount import Found
+from .calibrate.stats import Wanted, wanted
+from .compress.base import FORWARD_NEEDS, Choice
+from .items import Item
+from .model import Kept
+from .recipe import Recipe
+from .surgery import Surgery
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target and what becomes of it."""
+
+    target: Target
+    choice: Choice
+    bytes_before: int
+    bytes_after: int
+    why_dense: str = ""
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak of resident memory in bytes, by part; docs/memory.md states the formula."""
+
+    process: int = 0
+    outside: int = 0
+    layer: int = 0
+    activations: int = 0
+    statistics: int = 0
+    forward: int = 0
+    solve: int = 0
+    factors: int = 0
+    blocks: int = 0
+    whole: int = 0
+    depth: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, a refinement, or depth."""
+        embedding = self.outside + self.activations
+        forward = self.layer + self.activations + self.statistics + self.forward
+        solve = self.layer + self.activations + self.statistics + self.solve + self.factors
+        block = self.layer + self.activations + self.blocks if self.blocks else 0
+        return self.process + max(embedding, forward, solve, block, self.whole, self.depth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved compression.
+
+    Args:
+        recipe: with every default filled in.
+        steps: one per target, in the order in which a forward reaches them.
+        kept: everything that is not a target, with reasons.
+        dtype: of the stored tensors.
+        model: name, fingerprint of the files, configuration hash.
+        whole_bytes: the model's bytes before (tied tensors counted once).
+        whole_numel: its parameters before.
+        batch: calibration samples that go through a layer at once.
+        memory: the prediction.
+        layers: of the original model.
+        dropped: layers that go.
+        dropped_beside: bytes of what is no target in them, less what a repair adds.
+        left_out: what the checkpoint holds and the model has no place for.
+        items: the targets that may be compressed, those that are solved together as one.
+        surgery: halves of layers that go, and repairs.
+        notes: what depth will take, in words.
+        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+        found: what the search for a size has found; None where the recipe says the size, and before the search.
+    """
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    kept: tuple[Kept, ...]
+    dtype: torch.dtype
+    model: dict[str, Any]
+    whole_bytes: int
+    whole_numel: int
+    batch: int
+    memory: Memory
+    layers: int
+    dropped: tuple[int, ...] = ()
+    dropped_beside: int = 0
+    left_out: tuple[Kept, ...] = ()
+    items: tuple[Item, ...] = ()
+    surgery: Surgery = field(default_factory=Surgery)
+    notes: tuple[str, ...] = ()
+    gap: float | None = None
+    found: Found | None = None
+
+    @property
+    def renumbered(self) -> dict[int, int]:
+        """Layer of the original -> its number in the result, for those that stay."""
+        stay = [layer for layer in range(self.layers) if layer not in self.dropped]
+        return {old: new for new, old in enumerate(stay)}
+
+    @property
+    def targets_before(self) -> int:
+        return sum(step.bytes_before for step in self.steps)
+
+    @property
+    def targets_after(self) -> int:
+        return sum(step.bytes_after for step in self.steps)
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the targets' bytes that is removed."""
+        return 1 - self.targets_after / self.targets_before
+
+    @property
+    def whole_after(self) -> int:
+        return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
+
+    @property
+    def whole_ratio(self) -> float:
+        """Fraction of the whole model's bytes that is removed."""
+        return 1 - self.whole_after / self.whole_bytes
+
+    def layer_steps(self, layer: int) -> list[Step]:
+        return [step for step in self.steps if step.target.layer == layer]
+
+    def solved(self, layer: int) -> list[Target]:
+        """The targets of a layer that are not left dense."""
+        return [step.target for step in self.layer_steps(layer) if not step.choice.dense]
+
+    def wanted(self, layer: int) -> Wanted:
+        """The statistics to collect in a layer: those of the targets that are not left dense."""
+        method = self.recipe.compression[0]
+        joined = {target.name for item in self.items if item.parts is not None for target in item.targets}
+        joint_needs = method.joint.needs if method.joint else frozenset()
+        return wanted(self.solved(layer), method.needs & FORWARD_NEEDS, joined, joint_needs)
+
+    def identity(self, calibration_hash: str) -> dict[str, Any]:
+        """What a run is of; equal identities give equal bytes on one machine."""
+        recipe = self.recipe.resolved()
+        recipe["calibration"] |= {"tokens": calibration_hash}
+        return {
+            "recipe": recipe,
+            "model": {key: value for key, value in self.model.items() if key != "name"},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+        }
