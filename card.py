@@ -16,6 +16,8 @@ def _origin(plan: Plan) -> str:
         if plan.recipe.depth.repair != "none":
             repair = get_repair(plan.recipe.depth.repair)
             lines.append(f"Repaired by {repair.name}. Source: {repair.source}.")
+    elif plan.surgery.removed:
+        lines.append(f"{len(plan.surgery.removed)} halves of layers were dropped by the solver.")
     if method.source:
         lines.append(f"{method.summary} Source: {method.source}.")
     return " ".join(lines)
@@ -24,6 +26,7 @@ def _origin(plan: Plan) -> str:
 def model_card(plan: Plan) -> str:
     """README.md in Markdown with the hub's YAML header."""
     method = plan.recipe.compression[0]
+    register = "" if plan.plain else "import lrc  # registers the format with transformers\n"
     compressed = sum(not step.choice.dense for step in plan.steps)
     return f"""---
 library_name: transformers
@@ -43,8 +46,7 @@ tags: [lrc, compressed, {", ".join(way.name for way in method.ways or (method,))
 {compressed} of {len(plan.steps)} matrices are stored in another form; `lrc.json` lists every one with its error.
 
 ```python
-import lrc  # registers the format with transformers
-from transformers import AutoModelForCausalLM
+{register}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import amount
-from .allocation import Shared, allocate
+from .allocation import Shared, allocate, bundles_of
 from .amount import Footprint, Found
 from .budget import uniform
 from .compress.base import Choice, Curve, Offer, Shape
@@ -41,6 +41,7 @@ def make_plan(
     curves: Mapping[str, Curve] | None = None,
     surgery: Surgery | None = None,
     found: Found | None = None,
+    halves: Mapping[str, float] | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
@@ -50,6 +51,7 @@ def make_plan(
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
         found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
             `amount.ASSUMED`.
+        halves: half of a layer -> what is lost without it, in nats per token; where the solver may drop them.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
@@ -67,7 +69,10 @@ def make_plan(
     if curves is None:
         shared = Shared(_evenly(recipe, scope, amounts, footprint))
     else:
-        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint))
+        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint), halves)
+    if shared.dropped:
+        surgery = _dropped(view, shared.dropped, halves or {})
+        scope = _scope(view, recipe, surgery, kept, bounds)
     plan = Plan(
         recipe,
         _steps(view.targets, scope, shared.offers),
@@ -153,11 +158,28 @@ def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint
     return uniform(offers, _share(amounts, footprint))
 
 
-def _by_losses(view: ModelView, recipe: Recipe, scope: _Scope, curves: Mapping[str, Curve], budget: int | None) -> Shared:
+def _by_losses(
+    view: ModelView,
+    recipe: Recipe,
+    scope: _Scope,
+    curves: Mapping[str, Curve],
+    budget: int | None,
+    halves: Mapping[str, float] | None,
+) -> Shared:
     """What every item gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
     in_items = {target.name for item in scope.items for target in item.targets}
     settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_items}
-    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded)
+    bundles = bundles_of(view.branches, halves, scope.items, scope.bounded) if halves else {}
+    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded, bundles)
+
+
+def _dropped(view: ModelView, names: Sequence[str], halves: Mapping[str, float]) -> Surgery:
+    """The halves of layers that the solver drops."""
+    chosen = [half for half in view.branches if half.name in names]
+    record = {"solver": {half.name: halves[half.name] for half in chosen}}
+    return Surgery(
+        (), tuple(half.name for half in chosen), tuple(target for half in chosen for target in half.targets), record=record
+    )
 
 
 def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]) -> tuple[Step, ...]:

@@ -67,6 +67,8 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
         _print_dropped(console, plan)
+    elif plan.surgery.removed:
+        console.print(f"the solver drops {len(plan.surgery.removed)} halves of layers: {', '.join(plan.surgery.removed)}")
     numbers_before = sum(step.target.numel for step in plan.steps)
     numbers_after = numbers_before * plan.targets_after // plan.targets_before
     console.print(

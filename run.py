@@ -35,7 +35,7 @@ from .operate import operated
 from .passes import full_precision, give_back, steady_memory
 from .plan import make_plan
 from .planned import Plan
-from .survey import Statistics, collect, measure
+from .survey import Statistics, collect, measure, measure_halves
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
@@ -90,7 +90,12 @@ def prepare(
             view, recipe, store, keep, calibration.tokens, devices[0],
             lambda layer, seconds: notify("losses", layer, seconds),
         )  # fmt: skip
-        plan = make_plan(view, recipe, len(devices), curves, found=plan.found)
+        halves = None
+        if recipe.droppable is not None:
+            halves = measure_halves(
+                view, store, calibration.tokens, devices[0], lambda seconds: notify("halves of layers", 0, seconds)
+            )
+        plan = make_plan(view, recipe, len(devices), curves, found=plan.found, halves=halves)
     return plan, store
 
 

@@ -62,6 +62,7 @@ def test_the_result_is_the_original_without_those_layers_and_needs_no_lrc(family
     overrides = {"depth.drop": 1, "depth.protect_first": 0, "depth.protect_last": 0}
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, **overrides)
     assert len(plan.dropped) == 1 and plan.targets_after < plan.targets_before
+    assert "import lrc" not in (tmp_path / "out" / "README.md").read_text()
     verify(tmp_path / "out")
     expected = without(AutoModelForCausalLM.from_pretrained(model), plan.dropped)(IDS, use_cache=False).logits
     script = (

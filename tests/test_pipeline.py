@@ -121,6 +121,7 @@ def test_a_method_is_two_files(tiny_checkpoints, tiny_text_file, tmp_path, monke
         compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, str(tmp_path / "first.yaml"))
         record = verify(tmp_path / "out")
         assert record["recipe"]["method"] == "first-rows"
-        assert "first-rows" in (tmp_path / "out" / "README.md").read_text()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "first-rows" in card and "import lrc" in card
     finally:
         base._METHODS.pop("first-rows", None)

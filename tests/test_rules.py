@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import compress
 
+from lrc.artifact import read_record
+from lrc.compress.absent import ZeroLinear
 from lrc.compress.base import Choice, Curve, GroupStats, Offer, TargetStats, get_method
 from lrc.errors import BudgetError, RecipeError
+from lrc.load import open_model
 from lrc.reading import load_recipe
 from lrc.rules.base import Open, in_proportion, rules
 from lrc.signals import effective_rank, first_order
@@ -185,3 +188,44 @@ def test_the_published_recipes_run(recipe, tiny_checkpoints, tiny_text_file, tmp
         assert [step.target.name for step in plan.steps if not step.choice.dense] == ["model.layers.1.mlp.up_proj"]
     else:
         assert plan.ratio >= 0.35
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "gemma3_text"])
+def test_the_solver_may_drop_halves_of_layers(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model, out = tiny_checkpoints(family), tmp_path / "out"
+    wish = {"ratio": 0.7, "allocation": "kl", "droppable": "sub-layer"}
+    plan = compress(model, out, tiny_text_file, **wish)
+    verify(out)
+    gone = {target.name for target in plan.surgery.zeroed}
+    assert gone, "nearly nothing is lost without a half of a model of random weights"
+    assert plan.ratio >= 0.7
+    assert {step.target.name for step in plan.steps if step.bytes_after == 0} == gone
+    record = read_record(out)
+    assert set(record["depth"]["removed"]) == set(record["depth"]["solver"]) == set(plan.surgery.removed)
+    assert "halves of layers were dropped by the solver" in (out / "README.md").read_text()
+    loaded = open_model(str(out))[0]
+    found = {name for name, module in loaded.named_modules() if isinstance(module, ZeroLinear)}
+    assert {target.name for target in plan.surgery.zeroed if target.expert is None} <= found
+    again = compress(model, tmp_path / "again", tiny_text_file, **wish)
+    assert [vars(s.choice) for s in again.steps] == [vars(s.choice) for s in plan.steps]
+
+
+def test_halves_with_targets_that_are_kept_or_limited_stay(tiny_checkpoints, tiny_text_file, tmp_path):
+    wish = {"ratio": 0.5, "allocation": "kl", "droppable": "sub-layer", "keep": ["*.0.*q_proj"]}
+    wish["limits"] = {"*.up_proj": {"min": 0.2}}
+    plan = compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, **wish)
+    assert all("mlp" not in name and not name.startswith("model.layers.0.") for name in plan.surgery.removed)
+    assert all(step.bytes_after > 0 for step in plan.steps if "up_proj" in step.target.name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"allocation": "uniform"}, "take allocation: kl"),
+        ({"allocation": "kl", "uniform_within": "role"}, "leave out uniform_within"),
+        ({"recipe": "basis-sharing", "allocation": "kl"}, "leave out droppable"),
+        ({"allocation": "kl", "refine": {"block": {}}, "calibration.held_out": 2}, "take refine: end-to-end"),
+    ],
+)
+def test_what_droppable_does_not_go_with(wrong, says):
+    assert says in told(droppable="sub-layer", **wrong)
