@@ -93,6 +93,7 @@ def _matrices(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     fused: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
+        """Gather what multiplies in this module, from the outside in."""
         if experts.expert_parameters(module):
             fused.append(module)  # it feeds the forms of its experts, too
             return
