@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from .compress.base import (
     TargetStats,
 )
 from .durable import replacing
+from .edit import LayerEdit
 from .errors import OutputError
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
@@ -206,6 +208,9 @@ def measure_halves(
 ) -> dict[str, float]:
     """Half of a layer -> what the model's predictions lose without it, in nats per token; on the targets' own probes.
 
+    Several halves cost far more together than the sum of what each costs alone. Halves are therefore put in the order of their
+    own costs, and what one costs is by how much the model without all cheaper ones gets worse (its own cost at least).
+
     Args:
         tokens: (samples, length) calibration tokens.
         notify: called with the seconds that it took.
@@ -217,10 +222,21 @@ def measure_halves(
     if file.is_file():
         held: dict[str, float] = json.loads(file.read_text())
         return held
-    started, halves = time.perf_counter(), view.branches
-    variants = [Variant(edits={half.layer: half.zeroed}) for half in halves]
-    lost = divergences(view, _probe_tokens(tokens), variants, device)
-    found = dict(zip((half.name for half in halves), lost, strict=True))
+    started, halves, probes = time.perf_counter(), view.branches, _probe_tokens(tokens)
+    alone = divergences(view, probes, [Variant(edits={half.layer: half.zeroed}) for half in halves], device)
+    order = sorted(range(len(halves)), key=alone.__getitem__)
+    edits: dict[int, LayerEdit] = {}
+    nested = []
+    for number in order:
+        half = halves[number]
+        earlier = edits.get(half.layer)
+        edits = edits | {half.layer: half.zeroed if earlier is None else earlier.with_others(half.zeroed)}
+        nested.append(Variant(edits=edits))
+    together = [0.0, *divergences(view, probes, nested, device)]
+    found = {
+        halves[number].name: max(alone[number], after - before)
+        for number, (before, after) in zip(order, pairwise(together), strict=True)
+    }
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(found))
     notify(time.perf_counter() - started)
