@@ -254,7 +254,7 @@ class _Problem:
         if group in self.bundles:
             gone = _Corner(0, self.bundles[group].loss, None)
             corners = [gone, *(corner for corner in corners if corner.loss < gone.loss and corner.nbytes > 0)]
-            corners = [corners[index] for index in _corners(corners)]
+            corners = [corners[index] for index in _lower_hull(corners)]
         return corners
 
     def relaxed(self) -> tuple[_Answer, float, float]:
@@ -365,13 +365,13 @@ class _Problem:
 def _steps(name: str, ways: Sequence[Option]) -> list[_Step]:
     """The steps along an item's convex hull."""
     found = []
-    for before, after in pairwise(_corners(ways)):
+    for before, after in pairwise(_lower_hull(ways)):
         saved, cost = ways[before].loss - ways[after].loss, ways[after].nbytes - ways[before].nbytes
         found.append(_Step(name, after, cost, saved))
     return found
 
 
-def _corners(ways: Sequence[_Costed]) -> list[int]:
+def _lower_hull(ways: Sequence[_Costed]) -> list[int]:
     """Indices of the lower convex hull of (bytes, loss)."""
     hull: list[int] = []
     for index, way in enumerate(ways):

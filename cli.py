@@ -25,7 +25,7 @@ from .arguments import (
     require_folder,
     require_writable,
 )
-from .cli_recipe import recipe_app
+from .cli_recipe import Set, recipe_app
 from .errors import LrcError, OutputError
 
 if TYPE_CHECKING:
@@ -59,9 +59,6 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration samples and sampled labels.")]
 Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
-]
 
 
 @app.callback(invoke_without_command=True)

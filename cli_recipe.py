@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
-Settings = Annotated[
+Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
 ]
 
@@ -64,7 +64,7 @@ def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's nam
 
 @recipe_app.command("check")
 def recipe_check(
-    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Settings = None
+    file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Set = None
 ) -> None:
     """Check a recipe and print it with every default spelled out."""
     import yaml

@@ -14,15 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from . import amount
 from .calibrate.data import CalibrationSpec
 from .calibrate.gradients import GradientSettings
-from .compress.base import BACKWARD_NEEDS, DENSE, Method, Settings
+from .compress.base import BACKWARD_NEEDS, Method, Settings
 from .compress.mixture import MixtureSettings, mixture
-from .compress.product import combine
 from .depth.spec import DepthSpec
 from .errors import BudgetError, did_you_mean
 from .limits import Limit
 from .refine import BlockSettings, EndToEndSettings
 from .rules.base import Rule, rules
-from .steps import Alternative, MethodStep, fitting, fitting_settings, known_method
+from .steps import Alternative, Steps, fitting
 
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
@@ -80,7 +79,7 @@ class CorrectionSpec(BaseModel):
         return betas
 
 
-class Recipe(BaseModel):
+class Recipe(Steps):
     """One compression, as wanted.
 
     Args:
@@ -111,11 +110,6 @@ class Recipe(BaseModel):
         gradients: how the backward pass is made, for methods that need one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    steps: tuple[MethodStep, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     depth: DepthSpec | None = None
     ratio: float | None = None
@@ -134,16 +128,6 @@ class Recipe(BaseModel):
     droppable: Literal["sub-layer"] | None = None
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
     gradients: GradientSettings = GradientSettings()
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        return None if name is None else known_method(name)
-
-    @field_validator("settings")
-    @classmethod
-    def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return fitting_settings(settings, info.data.get("method"))
 
     @field_validator("ratio")
     @classmethod
@@ -337,9 +321,7 @@ class Recipe(BaseModel):
         if self.alternatives:
             methods_, settings = zip(*(each.parsed for each in self.alternatives), strict=True)
             return mixture(methods_), MixtureSettings(parts=settings)
-        if self.method is not None:
-            return MethodStep(method=self.method, settings=self.settings).parsed
-        return combine([step.parsed for step in self.steps]) if self.steps else (DENSE, Settings())
+        return self.parsed
 
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
@@ -350,10 +332,8 @@ class Recipe(BaseModel):
         if self.rule is not None and self.rule.settings.model_fields:
             whole["allocation_settings"] = self.rule_settings.model_dump(mode="json")
         if self.alternatives:
-            return {"alternatives": [each.resolved() for each in self.alternatives]} | whole
-        if self.method is None and not self.steps:
-            return whole
-        return Alternative(method=self.method, settings=self.settings, steps=self.steps).resolved() | whole
+            return {"alternatives": [each.spelled_out() for each in self.alternatives]} | whole
+        return self.spelled_out() | whole
 
 
 _ABSENT = (

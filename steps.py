@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .compress.base import Method, Settings, get_method, methods
+from .compress.base import DENSE, Method, Settings, get_method, methods
 from .compress.product import combine
 from .errors import did_you_mean
 from .mistakes import problems_of
@@ -24,12 +24,12 @@ class MethodStep(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, name: str) -> str:
-        return known_method(name)
+        return _known_method(name)
 
     @field_validator("settings")
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return fitting_settings(settings, info.data.get("method"))
+        return _fitting_settings(settings, info.data.get("method"))
 
     @property
     def parsed(self) -> tuple[Method, Settings]:
@@ -38,8 +38,8 @@ class MethodStep(BaseModel):
         return method, method.settings(**self.settings)
 
 
-class Alternative(BaseModel):
-    """One of several ways to store a target: a method, or two as steps."""
+class Steps(BaseModel):
+    """What a recipe and each of its alternatives say alike: one method with its settings, or two methods as steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,12 +50,30 @@ class Alternative(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        return None if name is None else known_method(name)
+        return None if name is None else _known_method(name)
 
     @field_validator("settings")
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return fitting_settings(settings, info.data.get("method"))
+        return _fitting_settings(settings, info.data.get("method"))
+
+    @property
+    def parsed(self) -> tuple[Method, Settings]:
+        """The method, or that of both steps together, and its settings with defaults filled in; dense where neither is said."""
+        if self.method is not None:
+            return MethodStep(method=self.method, settings=self.settings).parsed
+        return combine([step.parsed for step in self.steps]) if self.steps else (DENSE, Settings())
+
+    def spelled_out(self) -> dict[str, Any]:
+        """Both ways of saying it with every default; nothing where neither is said."""
+        if self.method is not None:
+            return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
+        parts = [step.parsed for step in self.steps]
+        return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]} if parts else {}
+
+
+class Alternative(Steps):
+    """One of several ways to store a target."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Alternative:
@@ -64,34 +82,28 @@ class Alternative(BaseModel):
         _ = self.parsed
         return self
 
-    @property
-    def parsed(self) -> tuple[Method, Settings]:
-        """Its method, and the settings with defaults filled in."""
-        if self.method is not None:
-            return MethodStep(method=self.method, settings=self.settings).parsed
-        return combine([step.parsed for step in self.steps])
 
-    def resolved(self) -> dict[str, Any]:
-        """Everything spelled out, defaults included."""
-        if self.method is not None:
-            return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
-        parts = (step.parsed for step in self.steps)
-        return {"steps": [{"method": m.name, "settings": s.model_dump(mode="json")} for m, s in parts]}
-
-
-def known_method(name: str) -> str:
+def _known_method(name: str) -> str:
     if name not in methods():
         raise ValueError(f"there is no method '{name}'. {did_you_mean(name, methods())}")
     return name
 
 
-def fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
+def _fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
     if name is not None:  # absent where it is wrong itself
         fitting(settings, get_method(name).settings, "settings.")
     return settings
 
 
 def fitting(settings: dict[str, Any], known: type[Settings], prefix: str) -> None:
+    """Refuse settings that a class of settings does not take, in the words of the recipe's writer.
+
+    Args:
+        prefix: of the keys in the message.
+
+    Raises:
+        PydanticCustomError: of type 'settings', with every problem.
+    """
     try:
         known(**settings)
     except ValidationError as error:
