@@ -6,7 +6,6 @@ that go, and the artifact is renumbered (run.py).
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,12 +17,11 @@ from .branches import Branch
 from .calibrate.stream import Call, hidden_of
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
-from .edit import LayerEdit
 from .model import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
 from .surgery import Surgery
-from .variants import Variant, divergences, losses
+from .variants import Variant, WithoutBranches, divergences, losses
 
 MOST_TOKENS = 8192  # of all boundaries held at once: (layers + 1) × tokens × hidden × 4 bytes
 
@@ -46,8 +44,7 @@ def choose_parts(
         candidates = open_branches(view.branches, len(view.layers), spec)
         trial = _Trying(view, spec, tokens, devices[0], view.branches, notify)
         gone = score.choose(trial, candidates, enough_branches(view.branches, spec))
-        chosen = [view.branches[part] for part in gone]
-        return Surgery((), tuple(b.name for b in chosen), tuple(t for b in chosen for t in b.targets), record=trial.record)
+        return Surgery.without([view.branches[part] for part in gone], trial.record)
     layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
     if score.tries:
         trial = _Trying(view, spec, tokens, devices[0], None, notify)
@@ -74,10 +71,10 @@ class _Trying:
         branches: Sequence[Branch] | None,
         notify: Callable[[str, int, float], None],
     ) -> None:
-        self._view, self._device, self._branches, self._notify = view, device, branches, notify
+        self._view, self._device, self._notify = view, device, notify
+        self._variant = Variant if branches is None else WithoutBranches(branches)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
-        self._edits: dict[tuple[int, frozenset[int]], Any] = {}
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
 
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
@@ -89,18 +86,6 @@ class _Trying:
         line = f"{len(sets[best])} gone, {self._looks} {found[best]:.4f} nats per token"
         self._notify(line, 0, time.perf_counter() - started)
         return found
-
-    def _variant(self, parts: frozenset[int]) -> Variant:
-        if self._branches is None:
-            return Variant(parts)
-        edits = {}
-        for layer in {self._branches[part].layer for part in parts}:
-            mine = frozenset(part for part in parts if self._branches[part].layer == layer)
-            if (layer, mine) not in self._edits:  # equal edits are one object, so that variants share what they can
-                zeroed = [self._branches[part].zeroed for part in sorted(mine)]
-                self._edits[layer, mine] = functools.reduce(LayerEdit.with_others, zeroed)
-            edits[layer] = self._edits[layer, mine]
-        return Variant(edits=edits)
 
 
 def spread(tokens: Tensor, samples: int) -> Tensor:

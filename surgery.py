@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .branches import Branch
 from .compress.forms import Spec
 from .durable import replacing
 from .edit import LayerEdit, LinearMap
@@ -47,6 +48,12 @@ class Surgery:
     maps: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+
+    @classmethod
+    def without(cls, branches: Sequence[Branch], record: Mapping[str, Any] | None = None) -> Surgery:
+        """These branches go."""
+        zeroed = tuple(target for branch in branches for target in branch.targets)
+        return cls((), tuple(branch.name for branch in branches), zeroed, record=record or {})
 
     def edit(self, layer: str) -> LayerEdit | None:
         """What is changed in a layer; reads its file."""

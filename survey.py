@@ -40,7 +40,6 @@ from .compress.base import (
     TargetStats,
 )
 from .durable import replacing
-from .edit import LayerEdit
 from .errors import OutputError
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
@@ -52,7 +51,7 @@ from .recipe import Recipe
 from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
 from .targets import Target
-from .variants import Variant, divergences
+from .variants import WithoutBranches, divergences
 
 PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
@@ -223,15 +222,10 @@ def measure_halves(
         held: dict[str, float] = json.loads(file.read_text())
         return held
     started, halves, probes = time.perf_counter(), view.branches, _probe_tokens(tokens)
-    alone = divergences(view, probes, [Variant(edits={half.layer: half.zeroed}) for half in halves], device)
+    without = WithoutBranches(halves)
+    alone = divergences(view, probes, [without([number]) for number in range(len(halves))], device)
     order = sorted(range(len(halves)), key=alone.__getitem__)
-    edits: dict[int, LayerEdit] = {}
-    nested = []
-    for number in order:
-        half = halves[number]
-        earlier = edits.get(half.layer)
-        edits = edits | {half.layer: half.zeroed if earlier is None else earlier.with_others(half.zeroed)}
-        nested.append(Variant(edits=edits))
+    nested = [without(order[:count]) for count in range(1, len(order) + 1)]
     together = [0.0, *divergences(view, probes, nested, device)]
     found = {
         halves[number].name: max(alone[number], after - before)

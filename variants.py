@@ -8,8 +8,9 @@ many go through together that their hidden states stay within `STATES` bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 
+from .branches import Branch
 from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
 from .depth_cost import BATCH_TOKENS, COPIES, STATES
 from .edit import LayerEdit, edited
@@ -42,6 +44,30 @@ class Variant:
     def at(self, layer: int) -> LayerEdit | str | None:
         """What a layer is in this variant; equal for two variants that treat it alike."""
         return "dropped" if layer in self.dropped else self.edits.get(layer)
+
+
+class WithoutBranches:
+    """Variants of a model that lack some of its branches; equal edits are one object, so that variants share what they can.
+
+    Args:
+        branches: of the model, by number.
+    """
+
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        self._branches = branches
+        self._edits: dict[frozenset[int], LayerEdit] = {}
+
+    def __call__(self, parts: Collection[int]) -> Variant:
+        """The model without the branches of these numbers."""
+        by_layer: dict[int, set[int]] = {}
+        for part in parts:
+            by_layer.setdefault(self._branches[part].layer, set()).add(part)
+        return Variant(edits={layer: self._edit(frozenset(mine)) for layer, mine in by_layer.items()})
+
+    def _edit(self, mine: frozenset[int]) -> LayerEdit:
+        if mine not in self._edits:
+            self._edits[mine] = reduce(LayerEdit.with_others, (self._branches[part].zeroed for part in sorted(mine)))
+        return self._edits[mine]
 
 
 def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
