@@ -104,22 +104,24 @@ def allocate(
 
 
 def bundles_of(
-    halves: Iterable[Branch], losses: Mapping[str, float], items: Sequence[Item], bounded: Collection[str]
+    halves: Iterable[Branch], losses: Mapping[str, float], items: Sequence[Item], held: Collection[str]
 ) -> dict[str, Bundle]:
-    """The halves of layers that the solver may drop: those all of whose targets may be compressed, and by any amount.
+    """The halves of layers that the solver may drop: those all of whose targets the budget decides on, and may take away.
 
     Args:
         losses: half -> what is lost without it, in nats per token.
-        items: of the budget.
-        bounded: items whose limits do not let everything happen to them.
+        items: of the budget; one that reaches beyond a half holds it back.
+        held: items of which limits say that a part stays.
     """
     item_of = {target.name: item for item in items for target in item.targets}
     found = {}
     for half in halves:
         inside = {target.name for target in half.targets}
-        mine = dict.fromkeys(item_of[name].name for name in sorted(inside) if name in item_of)
-        whole = all(name in item_of and {target.name for target in item_of[name].targets} <= inside for name in inside)
-        if whole and not mine.keys() & set(bounded):
+        if not inside <= item_of.keys():
+            continue
+        mine = {item.name: item for item in (item_of[target.name] for target in half.targets)}
+        beyond = any(target.name not in inside for item in mine.values() for target in item.targets)
+        if not beyond and not mine.keys() & set(held):
             found[half.name] = Bundle(tuple(mine), losses[half.name])
     return found
 

@@ -77,6 +77,11 @@ class Bounds:
     def may_be_dense(self) -> bool:
         return self.max >= 1 and self.rank is None
 
+    @property
+    def may_go(self) -> bool:
+        """Whether the target may be dropped altogether: nothing says that a part of it stays."""
+        return self.min <= 0 and self.rank is None
+
 
 def matches(target: Target, pattern: str, layers: int) -> bool:
     """Whether a pattern is this target's name or role; layers may be counted from the end.

@@ -108,6 +108,7 @@ class _Scope:
         items: what the budget decides on.
         offers: item -> the ways in which the method can store it.
         bounded: items whose limits do not leave them dense.
+        held: items of which limits say that a part stays.
     """
 
     shapes: Mapping[str, Shape]
@@ -117,6 +118,7 @@ class _Scope:
     items: tuple[Item, ...]
     offers: Mapping[str, Sequence[Offer]]
     bounded: frozenset[str]
+    held: frozenset[str]
 
     @property
     def dense(self) -> dict[str, int]:
@@ -142,10 +144,11 @@ def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, st
     kept |= {name: bounds[name].why_min for name, ways in offers.items() if name in bounds and not ways}
     items = [item for item in items if item.name not in kept]
     bounded = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_be_dense)
+    held = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_go)
     targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
     biases = sum(target.out_features for target in surgery.zeroed if target.bias)
     beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)
-    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded)
+    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, held)
 
 
 def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Offer]:
@@ -169,17 +172,14 @@ def _by_losses(
     """What every item gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
     in_items = {target.name for item in scope.items for target in item.targets}
     settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_items}
-    bundles = bundles_of(view.branches, halves, scope.items, scope.bounded) if halves else {}
+    bundles = bundles_of(view.branches, halves, scope.items, scope.held) if halves else {}
     return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded, bundles)
 
 
 def _dropped(view: ModelView, names: Sequence[str], halves: Mapping[str, float]) -> Surgery:
     """The halves of layers that the solver drops."""
     chosen = [half for half in view.branches if half.name in names]
-    record = {"solver": {half.name: halves[half.name] for half in chosen}}
-    return Surgery(
-        (), tuple(half.name for half in chosen), tuple(target for half in chosen for target in half.targets), record=record
-    )
+    return Surgery.without(chosen, {"solver": {half.name: halves[half.name] for half in chosen}})
 
 
 def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]) -> tuple[Step, ...]:
@@ -212,8 +212,7 @@ def assumed(view: ModelView, recipe: Recipe) -> Surgery:
     parts, enough = open_branches(view.branches, len(view.layers), spec), enough_branches(view.branches, spec)
     while not enough(gone):
         gone.append(parts.pop())
-    chosen = [view.branches[part] for part in sorted(gone)]
-    return Surgery((), tuple(each.name for each in chosen), tuple(target for each in chosen for target in each.targets))
+    return Surgery.without([view.branches[part] for part in sorted(gone)])
 
 
 def _counted(view: ModelView, recipe: Recipe) -> Recipe:

@@ -211,11 +211,18 @@ def test_the_solver_may_drop_halves_of_layers(family, tiny_checkpoints, tiny_tex
 
 
 def test_halves_with_targets_that_are_kept_or_limited_stay(tiny_checkpoints, tiny_text_file, tmp_path):
-    wish = {"ratio": 0.5, "allocation": "kl", "droppable": "sub-layer", "keep": ["*.0.*q_proj"]}
-    wish["limits"] = {"*.up_proj": {"min": 0.2}}
-    plan = compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, **wish)
-    assert all("mlp" not in name and not name.startswith("model.layers.0.") for name in plan.surgery.removed)
-    assert all(step.bytes_after > 0 for step in plan.steps if "up_proj" in step.target.name)
+    wish = {"ratio": 0.8, "allocation": "kl", "droppable": "sub-layer"}
+    model = tiny_checkpoints("llama")
+    removed = set(compress(model, tmp_path / "free", tiny_text_file, **wish).surgery.removed)
+    assert {"model.layers.1.mlp", "model.layers.2.mlp"} <= removed, "they would go"
+    wish["keep"] = ["*.1.mlp.down_proj"]
+    wish["limits"] = {"*.2.mlp.up_proj": {"min": 0.1}}
+    plan = compress(model, tmp_path / "out", tiny_text_file, **wish)
+    assert not removed & set(plan.surgery.removed)
+    assert all(step.bytes_after >= 0.1 * step.bytes_before for step in plan.steps if "2.mlp.up_proj" in step.target.name)
+    wish = {"ratio": 0.8, "allocation": "kl", "droppable": "sub-layer", "limits": {"*.2.mlp.up_proj": {"max": 0.5}}}
+    capped = compress(model, tmp_path / "capped", tiny_text_file, **wish)
+    assert "model.layers.2.mlp" in capped.surgery.removed, "nothing at all is within a cap"
 
 
 @pytest.mark.parametrize(
