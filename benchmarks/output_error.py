@@ -100,14 +100,17 @@ def main() -> None:
                 weight = target_weight(layer, name, target)[0].clone()
                 seen, new = (store.read(name, [target.name])[target.name] for store in stores)
                 shape = shape_of(target, 4)
+                solutions: dict[str, Any] = {}  # of a method with its settings; it answers every rank
                 for block, row, method_name, given, ratio in rows:
-                    method = get_method(method_name)
+                    method, key = get_method(method_name), f"{method_name} {given}"
                     settings = method.settings(**given)
+                    if key not in solutions:
+                        solutions[key] = method.solve(weight, seen, settings)
                     if ratio is None:
                         choice = method.offers(shape, settings, 1)[0].choice
                     else:
                         choice = Choice(rank=int((1 - ratio) * break_even(shape.out_features, shape.in_features)))
-                    form = method.solve(weight, seen, settings).form(choice)
+                    form = solutions[key].form(choice)
                     errors[block, row].append(held_out_error(weight, form, new))
             view.unload(name)
             print(f"{name} done", flush=True)

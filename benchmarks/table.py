@@ -38,7 +38,7 @@ ROUNDED: dict[str, str | None] = {
 OWN_RATIO = {"last": "0.25", "partial-finetune": "0.25"}
 LONG = ("cospadi", "cospadi-group", "lrc-best", "lrc-best-16", "aa-svd")
 
-# Other settings of a recipe, as rows beside it (or, where it is in INSTEAD, in its place): name -> (recipe, settings).
+# Other settings of a recipe, as rows beside it: name -> (recipe, settings).
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     **{
         f"{recipe}-{bits}-bit": (recipe, {"settings.bits": bits})
