@@ -9,14 +9,13 @@ import torch
 from .depth.base import Training, get_repair, get_score
 from .depth.partial_finetune import LAST_LAYERS
 from .parts import open_branches, open_layers
+from .planned import COPIES, STATES
 from .recipe import Recipe
 from .surgery import Surgery
 
 if TYPE_CHECKING:
     from .model import ModelView
 
-STATES = 2 << 30  # bytes of hidden states of the variants that go through the layers together
-COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
 BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
 _GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width

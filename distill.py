@@ -37,7 +37,8 @@ from .load import install_stored
 from .locate import Location
 from .model import ModelView
 from .passes import give_back, run_batches
-from .refine import EndToEndSettings, Refinement, TrainingState, refine_end_to_end, trainable
+from .refine import EndToEndSettings, refine_end_to_end
+from .training import Refinement, TrainingState, trainable
 
 _TEACHER = "teacher.safetensors"
 _STATE = "state.safetensors"

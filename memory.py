@@ -10,7 +10,7 @@ import torch
 
 from .depth_cost import depth_bytes
 from .model import ModelView
-from .planned import Memory, Plan, Step
+from .planned import COPIES, PROBED, PROBES_EACH, STATES, Memory, Plan, Step
 from .targets import Target
 
 
@@ -49,7 +49,21 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
         whole=_whole_bytes(view, plan),
         depth=depth_bytes(view, plan.recipe, plan.surgery),
+        probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
     )
+
+
+def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:
+    """Variants with one target compressed each, side by side in float32: solving there, or the logits at their end."""
+    text, calibration = view.config.get_text_config(), plan.recipe.calibration
+    wide = 4 / torch.empty((), dtype=view.dtype).element_size()
+    tokens = min(PROBED[0], calibration.samples) * min(PROBED[1], calibration.length)
+    units = len({(target.layer, target.role) for item in plan.items for target in item.targets})
+    variants = units * PROBES_EACH * max(1, len(plan.recipe.alternatives))
+    states = min(STATES, (1 + variants) * COPIES * tokens * text.hidden_size * 4)
+    layer = round(wide * max(view.layer_nbytes(index) for index in range(len(view.layers))))
+    end = round(wide * view.outside_nbytes()) + 3 * 4 * tokens * text.vocab_size
+    return states + max(layer + solve, end)
 
 
 def _trained_bytes(steps: Iterable[Step]) -> int:

@@ -70,6 +70,12 @@ class ModelView:
         self._renamed = renamed
         self._check_headers()
 
+    def widened(self) -> ModelView:
+        """The same checkpoint, its weights held in float32 (float64 stays)."""
+        if self.dtype in (torch.float32, torch.float64):
+            return self
+        return ModelView(self.location, torch.float32, self.trust_remote_code)
+
     @cached_property
     def targets(self) -> list[Target]:
         """Every matrix that the layers multiply by, in the order in which a forward reaches them."""

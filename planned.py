@@ -19,6 +19,12 @@ from .recipe import Recipe
 from .surgery import Surgery
 from .targets import Target
 
+# Variants of a model go through the layers side by side, and the plan knows what they take.
+STATES = 2 << 30  # bytes of hidden states of those that go together
+COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
+PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
+PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it
+
 
 @dataclass(frozen=True)
 class Step:
@@ -47,15 +53,16 @@ class Memory:
     blocks: int = 0
     whole: int = 0
     depth: int = 0
+    probes: int = 0
 
     @property
     def peak(self) -> int:
-        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, a refinement, or depth."""
+        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, training, depth, probes."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(embedding, forward, solve, block, self.whole, self.depth)
+        return self.process + max(embedding, forward, solve, block, self.whole, self.depth, self.probes)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 Output errors of different targets have no common scale. A probe gives them one: a few tokens run through the original model,
 and beside them, as variants, through models in which one target alone is compressed; the Kullback-Leibler divergence of each
 variant's predictions from the original's is that form's loss in nats per token. Variants share every layer before their own
-with the original and go through the rest in lockstep, so a layer's weights are read once for all of them. Two probes per
-target, at a small and a middling size, tell how its divergence grows with its output error; the power law through them
-predicts the rest.
+with the original and go through the rest in lockstep, so a layer's weights are read once for as many of them as memory takes.
+Two probes per target, at a small and a middling size, tell how its divergence grows with its output error; the power law
+through them predicts the rest.
+
+Probes run in float32 whatever the checkpoint's dtype is: rounding in 16 bits moves predictions by some 1e-3 nats, which is as
+much as a single target's compression does.
 
 Source: LEMS (ICML 2026, OpenReview IjIgNPFuCt) rescales each matrix' spectrum by its divergence at one reference rank; the
 second point and the power law are ours (docs/LOG.md has what they bring).
@@ -32,8 +35,10 @@ from .compress.shared import link
 from .items import Item
 from .model import ModelView
 from .passes import give_back
+from .planned import PROBES_EACH
 from .solving import forms_at
 from .targets import Target
+from .variants import together
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
 _SKIP = 16  # first tokens of each sample, whose predictions have little to go by
@@ -79,19 +84,33 @@ def probed(offers: Sequence[Offer], dense: int) -> list[int]:
     for indices in by_way(offers).values():
         ways = [offers[index] for index in indices]
         in_bits = all(way.choice.bits is not None for way in ways) and len({way.choice.rank for way in ways}) == 1
-        choose = coarsest(len(SIZES) + 1) if in_bits else at_sizes(*SIZES)
+        choose = coarsest(PROBES_EACH) if in_bits else at_sizes(*SIZES)
         found += [indices[index] for index in choose(ways, dense)]
     return sorted(found)
 
 
+def _in_parts(found: Sequence[Unit], sizes: Sequence[int], most: int) -> list[list[Unit]]:
+    """Neighbouring units, so many together that the sum of their sizes is at most `most` (one unit at least)."""
+    parts: list[list[Unit]] = []
+    room = 0
+    for unit, size in zip(found, sizes, strict=True):
+        if not parts or size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(unit)
+        room -= size
+    return parts
+
+
 SolveItem = Callable[[nn.Module, str, Item], Solution]
+Probe = tuple[Unit, int]  # a variant: the unit that is compressed in it, and to which of its offers
 
 
 class Probing:
     """The tokens and variants of one probing run; see `run`.
 
     Args:
-        view: the model.
+        view: the model; forms are rounded to its dtype, as they would be stored.
         tokens: (samples, length) token ids; a few hundred in all are enough.
         items: by layer, those to probe; one of several layers with that of its first target.
         offers: item -> what its method offers.
@@ -106,12 +125,15 @@ class Probing:
         offers: Mapping[str, Sequence[Offer]],
         dense: Mapping[str, int],
     ) -> None:
-        self._view, self._tokens, self._offers = view, tokens, offers
-        self._probes: list[tuple[Unit, int]] = []  # a variant each: the unit, and which of its offers
-        self._later: dict[int, dict[Target, Form]] = {}  # variant -> forms of its targets in layers that are still to come
-        for unit in (unit for layer in items for unit in units(layer)):
-            first = unit.items[0].name
-            self._probes += [(unit, index) for index in probed(offers[first], dense[first])]
+        self._view, self._stored = view.widened(), view.dtype
+        self._tokens, self._offers, self._dense = tokens, offers, dense
+        found = [unit for layer in items for unit in units(layer)]
+        self._passes = _in_parts(found, [len(self._probed(unit)) for unit in found], together(self._view, tokens) - 1)
+        self._later: dict[tuple[str, int], dict[Target, Form]] = {}  # forms of a variant's targets in layers still to come
+
+    def _probed(self, unit: Unit) -> list[int]:
+        first = unit.items[0].name
+        return probed(self._offers[first], self._dense[first])
 
     @torch.no_grad()
     def run(
@@ -124,51 +146,68 @@ class Probing:
             device: where layers run.
             notify: called with the number of layers done.
         """
-        view, probes = self._view, self._probes
+        found: dict[str, dict[int, float]] = {}
+        for part in self._passes:
+            probes = [(unit, offer) for unit in part for offer in self._probed(unit)]
+            found |= self._pass(probes, solve, device, notify)
+        return found
+
+    def _pass(
+        self, probes: Sequence[Probe], solve: SolveItem, device: torch.device, notify: Callable[[int], None]
+    ) -> dict[str, dict[int, float]]:
+        """One pass over the weights, with a variant per probe beside the original."""
+        view, last = self._view, len(self._view.layers) - 1
         view.load_outside()
         with Lockstep(view.model, view.layers) as steps:
             steps.start([{"input_ids": self._tokens}] * (1 + len(probes)))
             view.unload()
             for index, name in enumerate(view.layer_names):
                 layer = view.load(name).to(device)
-                outputs = self._layer(layer, name, index, steps.calls, solve, device)
+                outputs = self._layer(layer, name, index, probes, steps.calls, solve, device)
                 view.unload(name)
                 give_back()
                 notify(index + 1)
-                if index < len(view.layers) - 1:
+                if index < last:
                     steps.answer(outputs)
             view.load_end()
-            return self._divergences(steps.finish(outputs))
+            return self._divergences(probes, steps.finish(outputs))
 
     def _layer(
-        self, layer: nn.Module, name: str, index: int, calls: Sequence[Call], solve: SolveItem, device: torch.device
+        self,
+        layer: nn.Module,
+        name: str,
+        index: int,
+        probes: Sequence[Probe],
+        calls: Sequence[Call],
+        solve: SolveItem,
+        device: torch.device,
     ) -> list[Any]:
         original = run_layer(layer, calls[0].to(device))
         check_finite(original, name, 0)
         outputs: list[Any] = [original] * len(calls)
         solutions: dict[str, Solution] = {}
-        for number, (unit, offer) in enumerate(self._probes, 1):
+        for number, (unit, offer) in enumerate(probes, 1):
             if unit.layer > index:
                 break  # from here on variants are still the original
-            forms = self._later.pop(number, {})
+            forms = self._later.pop((unit.name, offer), {})
             for item in unit.items if unit.layer == index else ():
                 if item.name not in solutions:
                     solutions[item.name] = solve(layer, name, item)
                 forms |= forms_at(item, solutions[item.name], self._offers[item.name][offer].choice)
             here = {target: form for target, form in forms.items() if target.layer == index}
             if len(here) < len(forms):
-                self._later[number] = {t: form.stored(self._view.dtype) for t, form in forms.items() if t.layer > index}
-            with _in_place_of(layer, name, here, self._view.dtype):
+                self._later[unit.name, offer] = {t: form.stored(self._stored) for t, form in forms.items() if t.layer > index}
+            with _in_place_of(layer, name, here, self._stored):
                 outputs[number] = run_layer(layer, calls[number].to(device))
         return outputs
 
-    def _divergences(self, results: Iterator[Any]) -> dict[str, dict[int, float]]:
+    def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:
         skip = min(_SKIP, self._tokens.shape[1] // 2)
         reference = next(results).logits[:, skip:].float().flatten(0, 1)
         chances = torch.softmax(reference, -1)
         entropy = (chances * torch.log_softmax(reference, -1)).sum()
         found: dict[str, dict[int, float]] = {}
-        for (unit, offer), result in zip(self._probes, results, strict=True):
+        for (unit, offer), result in zip(probes, results, strict=True):
             predicted = result.logits[:, skip:].float().flatten(0, 1)
             # one product and one reduction: vocabularies are large, and there is a variant per target
             divergence = (entropy - chances.flatten() @ predicted.flatten() + predicted.logsumexp(-1).sum()) / len(chances)
@@ -178,13 +217,13 @@ class Probing:
 
 @contextmanager
 def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtype: torch.dtype) -> Iterator[None]:
-    """While the context is open, the layer multiplies by these forms."""
+    """While the context is open, the layer multiplies by these forms as `dtype` stores them, in its own dtype."""
     undo: list[Callable[[], object]] = []
     specs: dict[str, Spec] = {}
     modules = {target.module for target in forms}
     for target, form in forms.items():
         weight, bias = target_weight(layer, name, target)
-        stored = form.with_bias(bias).stored(dtype)
+        stored = form.with_bias(bias).stored(dtype).stored(weight.dtype)
         # an expert has no module of its own, and what an owner in another layer lends is not here
         if target.expert is not None or stored.spec().get("owner", target.module) not in modules:
             kept = weight.clone()

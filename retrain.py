@@ -1,6 +1,7 @@
 """Trained repairs: one layer that learns to stand in for a run, or the end of the model that learns to live without one.
 
-Both use refine.py's trainer, which keeps the state that is best on held-out text; both leave plain tensors of layers that stay.
+Both are trained by training.py, which keeps the state that is best on held-out text; both leave plain tensors of layers that
+stay.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from .edit import LayerEdit, edited
 from .model import ModelView
 from .passes import give_back
 from .plan import TOKENS_PER_BATCH
-from .refine import BlockSettings, Refinement, _Trainer, checked_dtypes, refine_block
+from .refine import BlockSettings, refine_block
 from .surgery import Surgery
+from .training import Course, Refinement, Trainer, checked_dtypes
 from .variants import Variant, losses
 
 Notify = Callable[[str, int, float], None]
@@ -64,8 +66,8 @@ def train(
 
     started, per_step = time.perf_counter(), max(1, round(settings.batch_tokens * len(tokens) / sum(tokens)))
     steps = max(1, round(len(tokens) / per_step))
-    trainer = _Trainer(list(parameters.values()), settings, steps * settings.epochs)
-    return trainer.run(backward, tokens, per_step, steps, judge, settings.patience, notify, started)
+    trainer = Trainer(list(parameters.values()), settings, steps * settings.epochs)
+    return trainer.run(Course(backward, tokens, per_step, steps, judge, started), notify)
 
 
 def streamline(

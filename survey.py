@@ -46,6 +46,7 @@ from .limits import bounds_of, within
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
+from .planned import PROBED
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
 from .signals import layer_angles, of_target
@@ -53,7 +54,6 @@ from .solving import Together, solve_item, weight_at
 from .targets import Target
 from .variants import WithoutBranches, divergences
 
-PROBED = (2, 128)  # samples and tokens of each
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
@@ -223,6 +223,7 @@ def measure_halves(
         return held
     started, halves, probes = time.perf_counter(), view.branches, _probe_tokens(tokens)
     without = WithoutBranches(halves)
+    view = view.widened()  # as probes are, and for their reason
     alone = divergences(view, probes, [without([number]) for number in range(len(halves))], device)
     order = sorted(range(len(halves)), key=alone.__getitem__)
     nested = [without(order[:count]) for count in range(1, len(order) + 1)]
@@ -270,6 +271,7 @@ class _Measuring:
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
             "thinned": not exact,
+            "probes": "float32" if recipe.allocation == "kl" else None,
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves

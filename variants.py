@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_map
 
 from .branches import Branch
 from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
-from .depth_cost import BATCH_TOKENS, COPIES, STATES
+from .depth_cost import BATCH_TOKENS
 from .edit import LayerEdit, edited
 from .errors import NonFiniteError
 from .model import ModelView
 from .passes import give_back
+from .planned import COPIES, STATES
 
 SKIP = 16  # first tokens of each window, whose predictions have little to go by
 
@@ -78,7 +79,7 @@ def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device:
         device: where layers run.
     """
     found = [0.0] * len(variants)
-    for chunk in _chunks(len(variants), _together(view, tokens)):
+    for chunk in _chunks(len(variants), together(view, tokens)):
         for number, ids, logits in _predictions(view, tokens, [variants[i] for i in chunk], device):
             nll = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             found[chunk[number]] += float(nll)
@@ -89,7 +90,7 @@ def divergences(view: ModelView, tokens: Tensor, variants: Sequence[Variant], de
     """Kullback-Leibler divergence of each variant's predictions from the whole model's, in nats per token; as `losses`."""
     found = [0.0] * len(variants)
     skip = min(SKIP, tokens.shape[1] // 2)
-    for chunk in _chunks(len(variants), _together(view, tokens) - 1):
+    for chunk in _chunks(len(variants), together(view, tokens) - 1):
         chances, entropy = torch.empty(0), torch.empty(0)
         for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device):
             words = logits[:, skip:].float().flatten(0, 1).log_softmax(-1)
@@ -115,7 +116,8 @@ def _finite(found: list[float]) -> list[float]:
     return found
 
 
-def _together(view: ModelView, tokens: Tensor) -> int:
+def together(view: ModelView, tokens: Tensor) -> int:
+    """How many variants go through the layers side by side: their hidden states stay within `STATES` bytes."""
     hidden = view.config.get_text_config().hidden_size
     return max(2, STATES // (COPIES * tokens.numel() * hidden * torch.empty((), dtype=view.dtype).element_size()))
 

@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "compot+kl": ("compot", {"allocation": "kl"}),
     "shortgpt+linear-map": ("shortgpt+linear-patch", {"depth.repair": "linear-map"}),
 }
-REDUCED = ("svd-llm", "lord", "lrc-fast", "block-influence", "rtn", "qera")
+REDUCED = ("svd", "svd-llm", "lord", "lrc-fast", "block-influence", "rtn", "lqer", "qera")
 
 
 def second_text(path: Path, characters: int, seed: int = 0) -> Path:

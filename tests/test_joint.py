@@ -558,8 +558,9 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
     assert plan.targets_after <= 0.7 * plan.targets_before
     verify(tmp_path / "out")
     probing = seen["probing"]
+    probes = [(unit, offer) for part in probing._passes for unit in part for offer in probing._probed(unit)]
     original, _ = open_model(str(model))
-    for unit, offer in probing._probes[:2] + probing._probes[-2:]:
+    for unit, offer in probes[:2] + probes[-2:]:
         changed = copy.deepcopy(original)
         with torch.no_grad():
             for item in unit.items:
@@ -573,7 +574,7 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
             p, q = (torch.log_softmax(m(probing._tokens).logits[:, skip:].double(), -1) for m in (original, changed))
             expected = float((p.exp() * (p - q)).sum(-1).mean())
         assert seen["found"][unit.name][offer] == pytest.approx(expected, rel=1e-3, abs=5e-6)  # float32 sums
-    sizes = {len(item.targets) for unit, _ in probing._probes for item in unit.items}
+    sizes = {len(item.targets) for unit, _ in probes for item in unit.items}
     assert sizes >= {"shared-input": {3, 2}, "lorap": {4, 2}, "basis-sharing": {2, 1}}[name]
 
 

@@ -16,7 +16,8 @@ from lrc.calibrate.stream import Call, Lockstep, run_layer
 from lrc.compress.forms import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
 from lrc.load import open_model
-from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end, trainable
+from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
+from lrc.training import trainable
 
 FAST = BlockSettings(lr=3e-3, epochs=4, batch_tokens=96, patience=4)
 
