@@ -62,4 +62,4 @@ def test_a_16_bit_checkpoint_is_probed_in_float32(recipe, tiny_checkpoints, tiny
             p, q = (torch.log_softmax(each(tokens).logits[:, 16:].double(), -1) for each in (original, changed))
         assert watched["found"][unit][offer] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3, abs=5e-6)
         compared += 1
-    assert compared >= 2 * 7 * 3
+    assert compared >= 7 * 3
