@@ -13,6 +13,8 @@ from .model import ModelView
 from .planned import COPIES, PROBED, PROBES_EACH, STATES, Memory, Plan, Step
 from .targets import Target
 
+_STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
+
 
 def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
@@ -38,7 +40,8 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     if both:  # two streams of everything, and the windows that are held out
         hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
     return Memory(
-        process=psutil.Process().memory_info().rss,
+        process=psutil.Process().memory_info().rss + _STILL_TO_COME,
+        reading=view.reading_nbytes(view.outside_nbytes()),
         outside=view.outside_nbytes(for_calibration=True),
         layer=weights,
         activations=3 * hidden,

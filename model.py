@@ -166,6 +166,11 @@ class ModelView:
         """Bytes of one layer's weights."""
         return _nbytes(self.layers[layer].parameters())
 
+    def reading_nbytes(self, nbytes: int) -> int:
+        """Bytes while weights that take `nbytes` come in: the file's pages, a copy, and the weights where they are cast."""
+        stored = nbytes * _element(self.source.dtype) // _element(self.dtype)
+        return 2 * stored + (nbytes if self.source.dtype != self.dtype else 0)
+
     def outside_nbytes(self, for_calibration: bool = False) -> int:
         """Bytes outside the layers; without the output head for calibration, which never reaches it."""
         left_out = {id(p) for layer in self.layers for p in layer.parameters()}
@@ -266,7 +271,8 @@ class ModelView:
 
         tensors = self.source.read(names)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            # aminmax hands on a NaN, and needs no second tensor of this size as isfinite does
+            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
                     f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
@@ -406,6 +412,10 @@ def _changes_shape(model: Any, name: str) -> bool:
     converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     return rename_source_key(name, renamings, converters)[1] is not None
+
+
+def _element(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
 
 
 def _nbytes(parameters: Iterable[Tensor]) -> int:

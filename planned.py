@@ -43,6 +43,7 @@ class Memory:
     """Predicted peak of resident memory in bytes, by part; docs/memory.md states the formula."""
 
     process: int = 0
+    reading: int = 0
     outside: int = 0
     layer: int = 0
     activations: int = 0
@@ -57,12 +58,13 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The largest moment: embedding the tokens, a layer's forward, solving its largest target, training, depth, probes."""
+        """The largest moment: reading or writing what lies outside the layers, embedding the tokens, a layer's forward, solving
+        its largest target, training, depth, probes."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(embedding, forward, solve, block, self.whole, self.depth, self.probes)
+        return self.process + max(self.reading, embedding, forward, solve, block, self.whole, self.depth, self.probes)
 
 
 @dataclass(frozen=True)
