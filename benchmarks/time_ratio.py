@@ -69,7 +69,7 @@ def main() -> None:
         opening, compress = timed(recipe, calibration, dtype)
         first = first or compress
         print(
-            f"{name:20s} {compress:7.1f} s, and {opening:.1f} s to open the model: {compress / forward:.2f} of the forward passes "
+            f"{name:20s} {compress:7.1f} s, and {opening:.1f} s to open the model: {compress / forward:.2f} of the forwards "
             f"({(opening + compress) / forward:.2f} with opening), {compress / first:.2f} of {next(iter(recipes))}"
         )
 
