@@ -32,6 +32,7 @@ from .calibrate.stream import Call, Lockstep, check_finite, run_layer
 from .compress.base import Curve, Offer, Solution, at_sizes, coarsest
 from .compress.forms import Form, Spec, build_module, fill_module
 from .compress.shared import link
+from .divergence import Predictions
 from .items import Item
 from .model import ModelView
 from .passes import give_back
@@ -203,15 +204,11 @@ class Probing:
 
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:
         skip = min(_SKIP, self._tokens.shape[1] // 2)
-        reference = next(results).logits[:, skip:].float().flatten(0, 1)
-        chances = torch.softmax(reference, -1)
-        entropy = (chances * torch.log_softmax(reference, -1)).sum()
+        original = Predictions(next(results).logits[:, skip:].flatten(0, 1))
         found: dict[str, dict[int, float]] = {}
         for (unit, offer), result in zip(probes, results, strict=True):
-            predicted = result.logits[:, skip:].float().flatten(0, 1)
-            # one product and one reduction: vocabularies are large, and there is a variant per target
-            divergence = (entropy - chances.flatten() @ predicted.flatten() + predicted.logsumexp(-1).sum()) / len(chances)
-            found.setdefault(unit.name, {})[offer] = max(float(divergence), _LEAST)
+            nats = original.divergence(result.logits[:, skip:].flatten(0, 1)) / len(original)
+            found.setdefault(unit.name, {})[offer] = max(nats, _LEAST)
         return found
 
 

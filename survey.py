@@ -54,6 +54,7 @@ from .solving import Together, solve_item, weight_at
 from .targets import Target
 from .variants import WithoutBranches, divergences
 
+_PROBED_HOW = "float32, summed by word"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
@@ -271,7 +272,7 @@ class _Measuring:
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
             "thinned": not exact,
-            "probes": "float32" if recipe.allocation == "kl" else None,
+            "probes": _PROBED_HOW if recipe.allocation == "kl" else None,
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves

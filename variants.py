@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from .branches import Branch
 from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
 from .depth_cost import BATCH_TOKENS
+from .divergence import Predictions
 from .edit import LayerEdit, edited
 from .errors import NonFiniteError
 from .model import ModelView
@@ -91,14 +92,13 @@ def divergences(view: ModelView, tokens: Tensor, variants: Sequence[Variant], de
     found = [0.0] * len(variants)
     skip = min(SKIP, tokens.shape[1] // 2)
     for chunk in _chunks(len(variants), together(view, tokens) - 1):
-        chances, entropy = torch.empty(0), torch.empty(0)
+        original: Predictions | None = None
         for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device):
-            words = logits[:, skip:].float().flatten(0, 1).log_softmax(-1)
-            if number == 0:
-                chances = words.exp()
-                entropy = (chances * words).sum()
+            words = logits[:, skip:].flatten(0, 1)
+            if number == 0 or original is None:
+                original = Predictions(words)  # of this batch
             else:
-                found[chunk[number - 1]] += float(entropy - chances.flatten() @ words.flatten())
+                found[chunk[number - 1]] += original.divergence(words)
     return _finite([max(total / (tokens.shape[0] * (tokens.shape[1] - skip)), 0.0) for total in found])
 
 
