@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from .depth.base import Training, get_repair, get_score
 from .depth.partial_finetune import LAST_LAYERS
 from .parts import open_branches, open_layers
@@ -71,7 +69,7 @@ def depth_bytes(view: ModelView, recipe: Recipe, surgery: Surgery) -> int:
     spec = recipe.dropping
     if spec is None:
         return 0
-    element = torch.empty((), dtype=view.dtype).element_size()
+    element = view.dtype.itemsize
     text = view.config.get_text_config()
     layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
     token = text.hidden_size * element

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import psutil
-import torch
 
 from .depth_cost import depth_bytes
 from .model import ModelView
@@ -18,7 +17,7 @@ _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, module
 
 def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
-    element = torch.empty((), dtype=view.dtype).element_size()
+    element = view.dtype.itemsize
     calibration = plan.recipe.calibration
     text = view.config.get_text_config()
     read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
@@ -59,13 +58,13 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
 def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:
     """Variants with one target compressed each, side by side in float32: solving there, or the logits at their end."""
     text, calibration = view.config.get_text_config(), plan.recipe.calibration
-    wide = 4 / torch.empty((), dtype=view.dtype).element_size()
+    wide = max(1, 4 // view.dtype.itemsize)  # float64 stays
     tokens = min(PROBED[0], calibration.samples) * min(PROBED[1], calibration.length)
     units = len({(target.layer, target.role) for item in plan.items for target in item.targets})
     variants = units * PROBES_EACH * max(1, len(plan.recipe.alternatives))
     states = min(STATES, (1 + variants) * COPIES * tokens * text.hidden_size * 4)
-    layer = round(wide * max(view.layer_nbytes(index) for index in range(len(view.layers))))
-    end = round(wide * view.outside_nbytes()) + 3 * 4 * tokens * text.vocab_size
+    layer = wide * max(view.layer_nbytes(index) for index in range(len(view.layers)))
+    end = wide * view.outside_nbytes() + 3 * 4 * tokens * text.vocab_size
     return states + max(layer + solve, end)
 
 

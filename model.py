@@ -168,7 +168,7 @@ class ModelView:
 
     def reading_nbytes(self, nbytes: int) -> int:
         """Bytes while weights that take `nbytes` come in: the file's pages, a copy, and the weights where they are cast."""
-        stored = nbytes * _element(self.source.dtype) // _element(self.dtype)
+        stored = nbytes * self.source.dtype.itemsize // self.dtype.itemsize
         return 2 * stored + (nbytes if self.source.dtype != self.dtype else 0)
 
     def outside_nbytes(self, for_calibration: bool = False) -> int:
@@ -412,10 +412,6 @@ def _changes_shape(model: Any, name: str) -> bool:
     converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     return rename_source_key(name, renamings, converters)[1] is not None
-
-
-def _element(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()
 
 
 def _nbytes(parameters: Iterable[Tensor]) -> int:

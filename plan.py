@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from . import amount
 from .allocation import Shared, allocate, bundles_of
 from .amount import Footprint, Found
@@ -127,7 +125,7 @@ class _Scope:
 
 
 def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, str], bounds: Mapping[str, Bounds]) -> _Scope:
-    element = torch.empty((), dtype=view.dtype).element_size()
+    element = view.dtype.itemsize
     shapes = {target.name: shape_of(target, element) for target in view.targets}
     zeroed = {target.name for target in surgery.zeroed}
     leaving = {
@@ -224,7 +222,7 @@ def _counted(view: ModelView, recipe: Recipe) -> Recipe:
         return recipe
     if recipe.bits is None and recipe.size is None:
         return recipe
-    element = torch.empty((), dtype=view.dtype).element_size()
+    element = view.dtype.itemsize
     shapes = {target.name: shape_of(target, element) for target in view.targets}
     first, last = recipe.depth.protect_first, len(view.layers) - recipe.depth.protect_last
     footprint = _footprint(view, shapes, (), 0, ())
@@ -257,7 +255,7 @@ def _footprint(
     return Footprint(
         sum(shape.nbytes for shape in shapes.values()),
         sum(shape.out_features * shape.in_features for shape in shapes.values()),
-        torch.empty((), dtype=view.dtype).element_size(),
+        view.dtype.itemsize,
         view.nbytes,
         gone + beside,
         gone,

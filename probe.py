@@ -7,8 +7,8 @@ with the original and go through the rest in lockstep, so a layer's weights are 
 Two probes per target, at a small and a middling size, tell how its divergence grows with its output error; the power law
 through them predicts the rest.
 
-Probes run in float32 whatever the checkpoint's dtype is: rounding in 16 bits moves predictions by some 1e-3 nats, which is as
-much as a single target's compression does.
+Probes run in float32 whatever the checkpoint's dtype is: rounding in 16 bits moves predictions too, and no target is to blame
+(docs/LOG.md has what it cost).
 
 Source: LEMS (ICML 2026, OpenReview IjIgNPFuCt) rescales each matrix' spectrum by its divergence at one reference rank; the
 second point and the power law are ours (docs/LOG.md has what they bring).

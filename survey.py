@@ -251,7 +251,7 @@ class _Measuring:
     def __init__(self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], device: torch.device) -> None:
         self._view, self._store, self._device = view, store, device
         self._method, self._settings = recipe.compression
-        element = torch.empty((), dtype=view.dtype).element_size()
+        element = view.dtype.itemsize
         items = items_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
         self._layers: list[list[Item]] = [[] for _ in view.layers]  # an item of several layers belongs to that of its first
         for item in items:

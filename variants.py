@@ -119,7 +119,7 @@ def _finite(found: list[float]) -> list[float]:
 def together(view: ModelView, tokens: Tensor) -> int:
     """How many variants go through the layers side by side: their hidden states stay within `STATES` bytes."""
     hidden = view.config.get_text_config().hidden_size
-    return max(2, STATES // (COPIES * tokens.numel() * hidden * torch.empty((), dtype=view.dtype).element_size()))
+    return max(2, STATES // (COPIES * tokens.numel() * hidden * view.dtype.itemsize))
 
 
 @torch.no_grad()
