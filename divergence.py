@@ -6,6 +6,8 @@ is summed from differences of logarithms, word by word, and never as the differe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ _AT_ONCE = 1 << 24  # logits that are widened together
 
 
 class Predictions:
-    """The original's predictions over some tokens, for others to be compared with.
+    """The original's predictions over some tokens, for several others to be compared with.
 
     Args:
         logits: (tokens, words), any floating dtype.
@@ -27,8 +29,33 @@ class Predictions:
 
     def divergence(self, logits: Tensor) -> float:
         """Σ over tokens of KL(original ‖ changed), nats; `logits` (tokens, words) of the changed model."""
-        total, step = 0.0, max(1, _AT_ONCE // logits.shape[-1])
-        for rows in (slice(start, start + step) for start in range(0, len(logits), step)):
-            true = self._words[rows]
-            total += float((true.exp() * (true - logits[rows].float().log_softmax(-1))).sum(-1).sum(dtype=torch.float64))
-        return max(total, 0.0)
+        return max(0.0, sum(_of_rows(self._words[rows], logits[rows]) for rows in _parts(*logits.shape)))
+
+
+def divergence(original: Tensor, changed: Tensor, slope: Tensor | None = None) -> float:
+    """Σ over tokens of KL(original ‖ changed), nats, without a float32 copy of either.
+
+    Args:
+        original: (tokens, words) logits, any floating dtype.
+        changed: (tokens, words) logits.
+        slope: (tokens, words), filled with the derivative in `changed` where it is given.
+    """
+    total = 0.0
+    for rows in _parts(*changed.shape):
+        words = original[rows].to(changed.device, torch.float32).log_softmax(-1)
+        total += _of_rows(words, changed[rows], None if slope is None else slope[rows])
+    return total
+
+
+def _parts(tokens: int, words: int) -> Iterator[slice]:
+    step = max(1, _AT_ONCE // words)
+    return (slice(start, start + step) for start in range(0, tokens, step))
+
+
+def _of_rows(true: Tensor, logits: Tensor, slope: Tensor | None = None) -> float:
+    """The sum over these tokens; `true` holds the original's logarithms."""
+    mine, p = logits.float().log_softmax(-1), true.exp()
+    total = (p * (true - mine)).sum(-1).sum(dtype=torch.float64)
+    if slope is not None:
+        slope.copy_(mine.exp_().sub_(p))
+    return float(total)

@@ -145,12 +145,17 @@ class Probing:
         Args:
             solve: (layer, its name, item) -> the item's solution.
             device: where layers run.
-            notify: called with the number of layers done.
+            notify: called with the number of layers done; with several passes, of their share.
         """
         found: dict[str, dict[int, float]] = {}
-        for part in self._passes:
+        count, layers = len(self._passes), len(self._view.layers)
+        for number, part in enumerate(self._passes):
             probes = [(unit, offer) for unit in part for offer in self._probed(unit)]
-            found |= self._pass(probes, solve, device, notify)
+
+            def share(done: int, before: int = number * layers) -> None:
+                notify((before + done) // count)
+
+            found |= self._pass(probes, solve, device, share)
         return found
 
     def _pass(

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .calibrate.stream import Call, run_layer
+from .divergence import divergence
 from .training import (
     Course,
     Notify,
@@ -40,8 +41,6 @@ from .training import (
     multiplying_in,
     trainable,
 )
-
-_LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
 
 
 class BlockSettings(TrainingSettings):
@@ -176,20 +175,21 @@ def refine_end_to_end(
         raise ValueError("refinement needs batches to train on and batches to judge by")
     started, device = time.perf_counter(), next(model.parameters()).device
 
-    def divergence(ids: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None, float]:
+    def compared(ids: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None, float]:
         with torch.no_grad():
             wanted = teacher(ids)
         with multiplying_in(settings.precision, device):
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-        total, slope = _divergence(logits.detach(), wanted, gradient)
-        return logits, slope, total
+        slope = torch.empty_like(logits) if gradient else None
+        changed, along = logits.detach().flatten(0, -2), None if slope is None else slope.flatten(0, -2)
+        return logits, slope, divergence(wanted.flatten(0, -2), changed, along)
 
     def judge() -> float:
         with torch.no_grad():
-            return math.fsum(divergence(ids, False)[2] for ids in held_out) / sum(ids.numel() for ids in held_out)
+            return math.fsum(compared(ids, False)[2] for ids in held_out) / sum(ids.numel() for ids in held_out)
 
     def backward(index: int, total: int) -> float:
-        logits, slope, loss = divergence(batches[index], True)
+        logits, slope, loss = compared(batches[index], True)
         assert slope is not None
         logits.backward(slope.div_(total))
         return loss / total
@@ -213,22 +213,6 @@ def _variance(targets: Sequence[Tensor]) -> float:
     width = targets[0].shape[-1]
     variance = (squares - float(total.square().sum()) / tokens) / (tokens * width)
     return max(variance, torch.finfo(torch.float32).tiny)
-
-
-def _divergence(logits: Tensor, wanted: Tensor, gradient: bool) -> tuple[float, Tensor | None]:
-    """Sum over tokens of KL(softmax(wanted) ‖ softmax(logits)) and its slope in the logits; widened a few tokens at a time."""
-    slope = torch.empty_like(logits) if gradient else None
-    rows, theirs = logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
-    flat = None if slope is None else slope.view(rows.shape)
-    total, step = 0.0, max(1, _LOGITS_AT_ONCE // logits.shape[-1])
-    for start in range(0, len(rows), step):
-        mine = rows[start : start + step].float().log_softmax(-1)
-        true = theirs[start : start + step].to(mine).log_softmax(-1)
-        p = true.exp()
-        total += float((p * (true - mine)).sum(dtype=torch.float64))
-        if flat is not None:
-            flat[start : start + step] = mine.exp_().sub_(p)
-    return total, slope
 
 
 @contextlib.contextmanager

@@ -30,12 +30,13 @@ from .errors import BudgetError
 from .layers import LayerLoop, LayerReport, renamed, staying_layers
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
+from .measure import measure, measure_halves
 from .model import ModelView
 from .operate import operated
 from .passes import full_precision, give_back, steady_memory
 from .plan import make_plan
 from .planned import Plan
-from .survey import Statistics, collect, measure, measure_halves
+from .survey import Statistics, collect
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished

@@ -1,26 +1,21 @@
-"""The survey: what every way of storing every target would lose, measured before the budget is shared out.
+"""The survey: statistics of the original model, on disk, before the budget is shared out.
 
-One pass over the calibration tokens collects the statistics of the original model into a `StatsStore`, layer by layer; each
-target is solved once, and the losses of its offers become its curve. Curves are small (numbers, not matrices) and lie beside
-the statistics, so that an interrupted survey goes on where it stopped, and the next ratio needs no survey at all.
+One pass over the calibration tokens collects them into a `StatsStore`, layer by layer; an interrupted survey goes on where it
+stopped. measure.py makes the losses of it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .calibrate.backward import collect_gradients
 from .calibrate.data import Calibration
@@ -28,34 +23,12 @@ from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
 from .calibrate.store import StatsStore
 from .calibrate.stream import Call
-from .compress.base import (
-    BACKWARD_NEEDS,
-    FORWARD_NEEDS,
-    NOTHING_SEEN,
-    Choice,
-    Curve,
-    Method,
-    Offer,
-    Solution,
-    TargetStats,
-)
-from .durable import replacing
+from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .errors import OutputError
-from .items import Item, items_of, offers_of, shape_of
-from .limits import bounds_of, within
 from .model import ModelView
 from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
-from .planned import PROBED
-from .probe import Probing, by_way, scaled, units
-from .recipe import Recipe
-from .signals import layer_angles, of_target
-from .solving import Together, solve_item, weight_at
 from .targets import Target
-from .variants import WithoutBranches, divergences
-
-_PROBED_HOW = "float32, summed by word"  # losses on disk that were measured otherwise are not used
-MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
 @dataclass(frozen=True)
@@ -87,15 +60,6 @@ class Statistics:
             )
             for name, stats in found.items()
         }
-
-
-def thinned(offers: Sequence[Offer], most: int = MOST_OPTIONS) -> list[Offer]:
-    """At most `most` of each alternative's offers, evenly spaced, the smallest and the largest among them."""
-    kept: set[int] = set()
-    for indices in by_way(offers).values():
-        count = min(most, len(indices))
-        kept |= {indices[round(i * (len(indices) - 1) / max(1, count - 1))] for i in range(count)}
-    return [offers[index] for index in sorted(kept)]
 
 
 def collect(
@@ -181,233 +145,3 @@ def targets_by_layer(view: ModelView) -> list[list[Target]]:
     for target in view.targets:
         found[target.layer].append(target)
     return found
-
-
-def measure(
-    view: ModelView,
-    recipe: Recipe,
-    store: Statistics,
-    keep: frozenset[str],
-    tokens: Tensor,
-    device: torch.device,
-    notify: Callable[[int, float], None] = lambda layer, seconds: None,
-) -> dict[str, Curve]:
-    """The curve of every target that is not in `keep`, by the recipe's method, from the statistics in the store.
-
-    Args:
-        tokens: (samples, length) calibration tokens; where the allocation asks for losses in nats, a few of them are probed.
-    """
-    work = _Measuring(view, recipe, store, keep, device)
-    if recipe.allocation == "kl":
-        return work.in_nats(_probe_tokens(tokens), notify)
-    return work.curves(notify, tokens)
-
-
-def measure_halves(
-    view: ModelView, store: Statistics, tokens: Tensor, device: torch.device, notify: Callable[[float], None] = lambda s: None
-) -> dict[str, float]:
-    """Half of a layer -> what the model's predictions lose without it, in nats per token; on the targets' own probes.
-
-    Several halves cost far more together than the sum of what each costs alone. Halves are therefore put in the order of their
-    own costs, and what one costs is by how much the model without all cheaper ones gets worse (its own cost at least).
-
-    Args:
-        tokens: (samples, length) calibration tokens.
-        notify: called with the seconds that it took.
-
-    Raises:
-        ModelError: halves of layers cannot be told apart in this model.
-    """
-    file = store.folder / "halves.json"
-    if file.is_file():
-        held: dict[str, float] = json.loads(file.read_text())
-        return held
-    started, halves, probes = time.perf_counter(), view.branches, _probe_tokens(tokens)
-    without = WithoutBranches(halves)
-    view = view.widened()  # as probes are, and for their reason
-    alone = divergences(view, probes, [without([number]) for number in range(len(halves))], device)
-    order = sorted(range(len(halves)), key=alone.__getitem__)
-    nested = [without(order[:count]) for count in range(1, len(order) + 1)]
-    together = [0.0, *divergences(view, probes, nested, device)]
-    found = {
-        halves[number].name: max(alone[number], after - before)
-        for number, (before, after) in zip(order, pairwise(together), strict=True)
-    }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(found))
-    notify(time.perf_counter() - started)
-    return found
-
-
-def _probe_tokens(tokens: Tensor) -> Tensor:
-    """`PROBED` samples and tokens of each, evenly spread over the calibration samples."""
-    samples, length = min(PROBED[0], len(tokens)), min(PROBED[1], tokens.shape[1])
-    return tokens[[number * len(tokens) // samples for number in range(samples)], :length]
-
-
-class _Measuring:
-    """One measurement of all curves; curves of finished layers lie beside the statistics."""
-
-    def __init__(self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], device: torch.device) -> None:
-        self._view, self._store, self._device = view, store, device
-        self._method, self._settings = recipe.compression
-        element = view.dtype.itemsize
-        items = items_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
-        self._layers: list[list[Item]] = [[] for _ in view.layers]  # an item of several layers belongs to that of its first
-        for item in items:
-            self._layers[item.targets[0].layer].append(item)
-        self._offers = offers_of(items, self._method, self._settings, recipe.rank_multiple, element)
-        bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
-        shapes = {target.name: shape_of(target, element) for target in view.targets if target.name in bounds}
-        self._offers |= {
-            name: within(name, bounds[name], shapes[name], ways) for name, ways in self._offers.items() if name in bounds
-        }
-        self._signal = recipe.rule.signal if recipe.rule is not None else ""
-        exact = recipe.allocation == "own" or self._signal != ""  # looks for one size that it knows, or at every rank
-        if not exact:
-            self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
-        self._dense = {item.name: sum(shape_of(t, element).nbytes for t in item.targets) for item in items}
-        asked = {
-            "method": self._method.name,
-            "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
-            "multiple": recipe.rank_multiple,
-            "thinned": not exact,
-            "probes": _PROBED_HOW if recipe.allocation == "kl" else None,
-            "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
-        }
-        if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
-            asked["sets"] = [[target.name for target in item.targets] for item in items if item.parts is not None]
-        if self._signal:
-            asked["signal"] = self._signal
-        if recipe.limits:
-            asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
-        self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-    def curves(self, notify: Callable[[int, float], None], tokens: Tensor) -> dict[str, Curve]:
-        """Losses in the method's own metric, with the signals that the recipe's rule reads."""
-        found: dict[str, Curve] = {}
-        if self._signal == "angular":
-            self._angles = layer_angles(self._view, tokens, self._device)
-        for index, items in enumerate(self._layers):
-            started, name = time.perf_counter(), self._view.layer_names[index]
-            held = _read(self._file(name))
-            if any(item.name not in held for item in items):
-                layer = self._view.load(name)
-                for item in items:
-                    if item.name not in held:
-                        held[item.name] = self._with_signals(item, name, self._solve(layer, name, item))
-                self._view.unload(name)
-                give_back()
-                _write(self._file(name), held)
-            found |= {item.name: held[item.name] for item in items}
-            notify(index + 1, time.perf_counter() - started)
-        return found
-
-    def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
-        """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
-        file = self._store.folder / f"nats-{self._tag}.json"
-        names = {item.name for layer in self._layers for item in layer}
-        if names <= (held := _read(file)).keys():
-            return {name: held[name] for name in names}
-        plain: dict[str, Curve] = {}
-
-        def solve(layer: nn.Module, name: str, item: Item) -> Solution:
-            solution = self._solve(layer, name, item)
-            plain[item.name] = self._curve(item.name, solution)
-            return solution
-
-        started = time.perf_counter()
-        probing = Probing(self._view, tokens, self._layers, self._offers, self._dense)
-        divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
-        found: dict[str, Curve] = {}
-        for items in self._layers:
-            for unit in units(items):
-                found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
-        _write(file, found)
-        return found
-
-    def _with_signals(self, item: Item, layer: str, solution: Solution) -> Curve:
-        curve = self._curve(item.name, solution)
-        if not self._signal:
-            return curve
-        (target,) = item.targets  # rules go with methods that solve targets alone
-        stats = self._store.read(layer, [target.name])[target.name]
-        angle = self._angles[target.layer] if self._signal == "angular" else 0.0
-        shape = (target.out_features, target.in_features)
-        return replace(curve, signals=of_target(self._signal, solution, stats, shape, angle))
-
-    def _file(self, layer: str) -> Path:
-        return self._store.folder / f"{layer}.curves-{self._tag}.json"
-
-    def _solve(self, layer: nn.Module, name: str, item: Item) -> Solution:
-        weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in item.targets]
-        held: dict[str, TargetStats] = {}
-        for number in dict.fromkeys(target.layer for target in item.targets):
-            names = [target.name for target in item.targets if target.layer == number]
-            held |= self._store.read(self._view.layer_names[number], names)
-        solutions = solve_item(self._method, self._settings, item, weights, [held[t.name] for t in item.targets])
-        return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
-
-    def _curve(self, name: str, solution: Solution) -> Curve:
-        return _curve(solution, self._offers[name], self._method, self._dense[name])
-
-
-def _curve(solution: Solution, offers: Sequence[Offer], method: Method, dense: int) -> Curve:
-    """Losses of all offers: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
-    losses = [0.0] * len(offers)
-    total = solution.total
-    for way, indices in by_way(offers).items():
-        ways = [offers[index] for index in indices]
-        choose = method.measured_of(way)
-        known = range(len(ways)) if choose is None else choose(ways, dense)
-        measured = [solution.loss(ways[index].choice) for index in known]
-        found = measured if choose is None else _between([way.nbytes for way in ways], known, measured, total)
-        for index, loss in zip(indices, found, strict=True):
-            losses[index] = loss
-    return Curve(total, tuple(offers), tuple(losses), solution.preferred)
-
-
-def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float], total: float) -> list[float]:
-    """Losses at all sizes from those at a few of them, ascending; beyond the ends along the nearest two."""
-    every, sizes = np.array(nbytes, dtype=float), np.array([nbytes[index] for index in known], dtype=float)
-    logs = np.log(np.maximum(losses, max(total * 1e-12, 1e-300)))
-    if len(known) > 1:
-        segment = np.clip(np.searchsorted(sizes, every) - 1, 0, len(known) - 2)
-        slope = (logs[segment + 1] - logs[segment]) / (sizes[segment + 1] - sizes[segment])
-        logs = logs[segment] + slope * (every - sizes[segment])
-    else:
-        logs = np.full(len(every), logs[0])
-    return [float(loss) for loss in np.minimum(np.exp(logs), total)]
-
-
-def _read(file: Path) -> dict[str, Curve]:
-    if not file.is_file():
-        return {}
-    return {
-        name: Curve(
-            entry["total"],
-            tuple(Offer(Choice(**choice), nbytes) for choice, nbytes in entry["offers"]),
-            tuple(entry["losses"]),
-            None if entry["preferred"] is None else Choice(**entry["preferred"]),
-            tuple(entry.get("signals", ())),
-        )
-        for name, entry in json.loads(file.read_text()).items()
-    }
-
-
-def _write(file: Path, curves: Mapping[str, Curve]) -> None:
-    def plain(choice: Choice) -> dict[str, int]:
-        return {key: value for key, value in vars(choice).items() if value is not None}
-
-    content = {
-        name: {
-            "total": curve.total,
-            "offers": [(plain(offer.choice), offer.nbytes) for offer in curve.offers],
-            "losses": curve.losses,
-            "preferred": None if curve.preferred is None else plain(curve.preferred),
-        }
-        | ({"signals": curve.signals} if curve.signals else {})
-        for name, curve in curves.items()
-    }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content))

@@ -10,15 +10,15 @@ from pipeline import compress
 from safetensors.torch import load_file
 
 from lrc.calibrate.data import CalibrationSpec, load_calibration
-from lrc.compress.base import Choice, GroupStats, Offer, Shape, TargetStats, get_method
+from lrc.compress.base import Choice, Curve, GroupStats, Offer, Shape, TargetStats, get_method
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.errors import CalibrationError, LrcError, RecipeError
 from lrc.load import open_model
 from lrc.locate import locate
+from lrc.measure import thinned
 from lrc.model import ModelView
 from lrc.probe import probed, scaled
 from lrc.reading import load_recipe
-from lrc.survey import Curve, thinned
 from lrc.verify import verify
 
 BOTH = [{"method": "svd-llm"}, {"method": "gptq", "settings": {"bits": None, "group_size": 16}}]

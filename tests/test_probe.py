@@ -10,21 +10,7 @@ from pipeline import compress
 
 import lrc.probe
 import lrc.variants
-from lrc.divergence import Predictions
 from lrc.load import open_model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", [1e-3, 1e-2, 1.0])
-def test_small_divergences_over_large_vocabularies(change, dtype):
-    """1e-6 nats per token beside entropies of ten: the difference of two float32 sums is off by more than that."""
-    generator = torch.Generator().manual_seed(0)
-    original = (3 * torch.randn(224, 50_000, generator=generator)).to(dtype)
-    changed = (original.float() + change * torch.randn(original.shape, generator=generator)).to(dtype)
-    p, q = (logits.double().log_softmax(-1) for logits in (original, changed))
-    expected = float((p.exp() * (p - q)).sum())
-    assert Predictions(original).divergence(changed) == pytest.approx(expected, rel=1e-2, abs=224 * 1e-7)
-    assert Predictions(original).divergence(original) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.fixture
