@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibrate.data import Calibration
 from .compress.base import BACKWARD_NEEDS, Choice, Curve, Method, Offer, Solution, TargetStats
 from .durable import replacing
 from .items import Item, items_of, offers_of, shape_of
@@ -33,7 +34,7 @@ from .solving import Together, solve_item, weight_at
 from .survey import Statistics
 from .variants import WithoutBranches, divergences
 
-_PROBED_HOW = "float32, summed by word"  # losses on disk that were measured otherwise are not used
+_PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
@@ -51,23 +52,27 @@ def measure(
     recipe: Recipe,
     store: Statistics,
     keep: frozenset[str],
-    tokens: Tensor,
+    calibration: Calibration,
     device: torch.device,
     notify: Callable[[int, float], None] = lambda layer, seconds: None,
 ) -> dict[str, Curve]:
     """The curve of every target that is not in `keep`, by the recipe's method, from the statistics in the store.
 
     Args:
-        tokens: (samples, length) calibration tokens; where the allocation asks for losses in nats, a few of them are probed.
+        calibration: where the allocation asks for losses in nats, a few of its tokens are probed, some of every source.
     """
     work = _Measuring(view, recipe, store, keep, device)
     if recipe.allocation == "kl":
-        return work.in_nats(_probe_tokens(tokens), notify)
-    return work.curves(notify, tokens)
+        return work.in_nats(calibration.few(*PROBED), notify)
+    return work.curves(notify, calibration.tokens)
 
 
 def measure_halves(
-    view: ModelView, store: Statistics, tokens: Tensor, device: torch.device, notify: Callable[[float], None] = lambda s: None
+    view: ModelView,
+    store: Statistics,
+    calibration: Calibration,
+    device: torch.device,
+    notify: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, float]:
     """Half of a layer -> what the model's predictions lose without it, in nats per token; on the targets' own probes.
 
@@ -75,7 +80,6 @@ def measure_halves(
     own costs, and what one costs is by how much the model without all cheaper ones gets worse (its own cost at least).
 
     Args:
-        tokens: (samples, length) calibration tokens.
         notify: called with the seconds that it took.
 
     Raises:
@@ -85,7 +89,7 @@ def measure_halves(
     if file.is_file():
         held: dict[str, float] = json.loads(file.read_text())
         return held
-    started, halves, probes = time.perf_counter(), view.branches, _probe_tokens(tokens)
+    started, halves, probes = time.perf_counter(), view.branches, calibration.few(*PROBED)
     without = WithoutBranches(halves)
     view = view.widened()  # as probes are, and for their reason
     alone = divergences(view, probes, [without([number]) for number in range(len(halves))], device)
@@ -100,12 +104,6 @@ def measure_halves(
         temporary.write_text(json.dumps(found))
     notify(time.perf_counter() - started)
     return found
-
-
-def _probe_tokens(tokens: Tensor) -> Tensor:
-    """`PROBED` samples and tokens of each, evenly spread over the calibration samples."""
-    samples, length = min(PROBED[0], len(tokens)), min(PROBED[1], tokens.shape[1])
-    return tokens[[number * len(tokens) // samples for number in range(samples)], :length]
 
 
 class _Measuring:

@@ -88,13 +88,13 @@ def prepare(
     if recipe.allocation != "uniform":
         keep = frozenset(step.target.name for step in plan.steps if step.kept)
         curves = measure(
-            view, recipe, store, keep, calibration.tokens, devices[0],
+            view, recipe, store, keep, calibration, devices[0],
             lambda layer, seconds: notify("losses", layer, seconds),
         )  # fmt: skip
         halves = None
         if recipe.droppable is not None:
             halves = measure_halves(
-                view, store, calibration.tokens, devices[0], lambda seconds: notify("halves of layers", 0, seconds)
+                view, store, calibration, devices[0], lambda seconds: notify("halves of layers", 0, seconds)
             )
         plan = make_plan(view, recipe, len(devices), curves, found=plan.found, halves=halves)
     return plan, store

@@ -114,12 +114,25 @@ class Calibration:
         provenance: per source: source, split, dataset (of the hub, else absent), sha256 of the text that was read (of the
             whole file for local files), weight, documents, samples, and `overlap`: whether windows may share tokens
             because the text is short.
+        source: of each sample, which entry of `provenance` it is from; empty where there is but one.
     """
 
     tokens: torch.Tensor
     hash: str
     provenance: tuple[dict[str, Any], ...]
     held_out: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    source: tuple[int, ...] = ()
+
+    def few(self, samples: int, length: int) -> torch.Tensor:
+        """(samples, length) first tokens of a few samples, evenly spread: of every source by its share, and one at least."""
+        of = self.source or (0,) * len(self.tokens)
+        members = {source: [index for index, its in enumerate(of) if its == source] for source in sorted(set(of))}
+        more = divide(max(0, samples - len(members)), [len(each) for each in members.values()])
+        taken: list[int] = []
+        for each, extra in zip(members.values(), more, strict=True):
+            count = min(1 + extra, len(each))
+            taken += [each[number * len(each) // count] for number in range(count)]
+        return self.tokens[taken, :length]
 
 
 NO_TEXT = Calibration(torch.empty(0, 2, dtype=torch.int64), "", ())  # for recipes that look at none
@@ -180,9 +193,10 @@ def load_calibration(
         apart.append(windows[count:])
         provenance.append({**source.facts, **facts, "weight": weight, "samples": count})
     result = torch.cat(tokens)
-    if len(parts) > 1:
-        result = result[list(drawn(len(result), derived_seed(spec.seed, "order")))]
-    return Calibration(result.contiguous(), token_hash(result), tuple(provenance), torch.cat(apart))
+    order = list(range(len(result)) if len(parts) == 1 else drawn(len(result), derived_seed(spec.seed, "order")))
+    origin = [i for i, count in enumerate(counts) for _ in range(count)]
+    result = result[order].contiguous()
+    return Calibration(result, token_hash(result), tuple(provenance), torch.cat(apart), tuple(origin[index] for index in order))
 
 
 class _Reader:

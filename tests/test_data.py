@@ -369,6 +369,26 @@ def test_a_mix_divides_and_shuffles_the_samples(plain, tmp_path):
     assert load_calibration(CalibrationSpec(source=listed, samples=12, length=24), plain).hash == calibration.hash
 
 
+def test_a_few_samples_are_of_every_source(plain, tmp_path):
+    """One source's share may be small: what is measured on a few samples must see it all the same."""
+    paths = [tmp_path / f"{name}.txt" for name in "abc"]
+    for path in paths:
+        path.write_text(path.stem * 4000)
+    source = "+".join(f"text:{path}*{weight}" for path, weight in zip(paths, (0.75, 0.125, 0.125), strict=True))
+    calibration = load_calibration(CalibrationSpec(source=source, samples=16, length=8), plain)
+    texts = [decoded(plain, calibration)[i * 8 :][:8] for i in range(16)]
+    assert [text[0] for text in texts] == ["abc"[number] for number in calibration.source]
+    for samples, each in ((1, (1, 1, 1)), (3, (1, 1, 1)), (6, (3, 2, 1)), (40, (12, 2, 2))):
+        found = [plain.decode(row)[0] for row in calibration.few(samples, 4)]
+        assert tuple(found.count(name) for name in "abc") == each
+    assert calibration.few(6, 4).shape == (6, 4)
+
+
+def test_a_few_samples_of_one_source_are_evenly_spread(plain, text_file):
+    calibration = load_calibration(CalibrationSpec(source=f"text:{text_file}", samples=8, length=16), plain)
+    assert calibration.few(4, 5).equal(calibration.tokens[::2, :5])
+
+
 def test_a_source_that_gets_no_sample_is_refused(plain, text_file):
     spec = CalibrationSpec(source=f"text:{text_file}*0.9+pydoc*0.1", samples=4, length=8)
     with pytest.raises(RequestError, match=r"none falls to pydoc(.|\n)*at least 10 samples"):
