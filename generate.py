@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .calibrate.data import WRITTEN_TOGETHER
 from .load import open_model
 from .model import require_positions
 
@@ -29,8 +30,10 @@ def generator(
         rows = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():
             torch.manual_seed(seed)
-            for first in range(0, samples, 8):
-                ids = torch.full((min(8, samples - first), 1), 0 if start is None else start, device=loaded.device)
+            for first in range(0, samples, WRITTEN_TOGETHER):
+                ids = torch.full(
+                    (min(WRITTEN_TOGETHER, samples - first), 1), 0 if start is None else start, device=loaded.device
+                )
                 # a text that ends is no sample of `length` tokens: the end is never drawn
                 rows.append(
                     loaded.generate(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
+from .calibrate.data import WRITTEN_TOGETHER
 from .depth_cost import depth_bytes
 from .model import ModelView
 from .planned import COPIES, PROBED, PROBES_EACH, STATES, Memory, Plan, Step
@@ -52,7 +53,18 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         whole=_whole_bytes(view, plan),
         depth=depth_bytes(view, plan.recipe, plan.surgery),
         probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
+        writing=_writing_bytes(view, plan) if plan.recipe.reads_text else 0,
     )
+
+
+def _writing_bytes(view: ModelView, plan: Plan) -> int:
+    """Calibration text that the model itself writes: the model, and the keys and values of the samples that go together."""
+    calibration, text = plan.recipe.calibration, view.config.get_text_config()
+    own = calibration.self_written
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = 2 * min(own, WRITTEN_TOGETHER) * calibration.length * len(view.layers) * heads * width * view.dtype.itemsize
+    return plan.whole_bytes + cached if own else 0
 
 
 def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:

@@ -55,16 +55,18 @@ class Memory:
     whole: int = 0
     depth: int = 0
     probes: int = 0
+    writing: int = 0
 
     @property
     def peak(self) -> int:
         """The largest moment: reading or writing what lies outside the layers, embedding the tokens, a layer's forward, solving
-        its largest target, training, depth, probes."""
+        its largest target, training, depth, probes, calibration text that the model writes."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
-        return self.process + max(self.reading, embedding, forward, solve, block, self.whole, self.depth, self.probes)
+        apart = (self.reading, self.whole, self.depth, self.probes, self.writing)
+        return self.process + max(embedding, forward, solve, block, *apart)
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,19 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
     _print_kept(console, plan, verbose)
-    _print_refinement(console, plan)
+    _print_cost(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
 
 
-def _print_refinement(console: Console, plan: Plan) -> None:
-    """What training costs: tokens that pass forward and backward, beside those of the calibration."""
+def _print_cost(console: Console, plan: Plan) -> None:
+    """What text of its own and training cost: tokens that pass forward and backward, beside those of the calibration."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
+    if plan.recipe.reads_text and (own := calibration.self_written):
+        console.print(
+            f"calibration: the model, held whole, writes {own} of {calibration.samples} samples, {calibration.length:,} tokens "
+            "each"
+        )
     if plan.recipe.correction is not None:
         tries = 1 + len(plan.recipe.correction.betas)
         console.print(f"correction: every layer is solved {tries} times, and the original runs beside it")

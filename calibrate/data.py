@@ -26,6 +26,7 @@ from .readers import Document, drawn
 from .sources import HELD_OUT, NAMED, SHAPES, STREAMS, Source, open_documents, parse_mix, parse_source, read_stream
 
 Generate = Callable[[int, int, int], torch.Tensor]
+WRITTEN_TOGETHER = 8  # samples that the model writes side by side
 C4_DOCUMENTS = 1100  # documents of C4's first validation shard that the papers evaluate on
 EVALUATION_CHARACTERS = 1 << 25  # of a source made of documents: some 4,000 windows of 2,048 tokens
 
@@ -92,6 +93,13 @@ class CalibrationSpec(pydantic.BaseModel):
             RequestError: a source cannot be read as one; no source; a weight of zero.
         """
         return _parts(self.source)
+
+    @property
+    def self_written(self) -> int:
+        """How many samples the model itself writes."""
+        parts = self.parts()
+        counts = divide(self.samples, [weight for _, weight in parts])
+        return sum(count for (source, _), count in zip(parts, counts, strict=True) if source.kind == "self")
 
 
 def _parts(source: str | tuple[WeightedSource, ...]) -> list[tuple[Source, float]]:

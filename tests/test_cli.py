@@ -20,6 +20,10 @@ from safetensors import safe_open
 
 import lrc
 from lrc.cli import app
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.reading import load_recipe
 from lrc.report import size
 
 
@@ -66,6 +70,17 @@ def test_the_commands_are_these():
     assert {" ".join(words) for words in commands()} >= {
         "compress", "plan", "eval", "verify", "recipe list", "recipe show", "recipe check", "recipe methods",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "count"), [("self", 8), ("*0.75+self*0.25", 2), ("", 0)])
+def test_a_plan_says_what_the_model_has_to_write_itself(share, count, model, tiny_text_file):
+    source = share if share == "self" else f"text:{tiny_text_file}{share}"
+    printed = lrc_ok("plan", model, "--ratio", 0.3, "--calibration", source, "--samples", 8, "--length", 48)
+    assert (f"the model, held whole, writes {count} of 8 samples" in printed) == (count > 0)
+    recipe = load_recipe("svd-llm", {"ratio": 0.3, "calibration.source": source, "calibration.samples": 8})
+    view = ModelView(locate(str(model)), None)
+    memory = make_plan(view, recipe).memory
+    assert (memory.writing > make_plan(view, recipe).whole_bytes) == (count > 0)
 
 
 def test_help_imports_nothing_that_is_slow(tmp_path):
