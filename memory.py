@@ -60,18 +60,21 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
 def _writing_bytes(view: ModelView, plan: Plan) -> int:
     """Calibration text that the model itself writes: the model, and the keys and values of the samples that go together."""
     calibration, text = plan.recipe.calibration, view.config.get_text_config()
-    own = calibration.self_written
+    own = calibration.self_written(calibration.samples) + calibration.self_written(calibration.held_out)
+    if not own:
+        return 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cached = 2 * min(own, WRITTEN_TOGETHER) * calibration.length * len(view.layers) * heads * width * view.dtype.itemsize
-    return plan.whole_bytes + cached if own else 0
+    return plan.whole_bytes + cached
 
 
 def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:
     """Variants with one target compressed each, side by side in float32: solving there, or the logits at their end."""
     text, calibration = view.config.get_text_config(), plan.recipe.calibration
     wide = max(1, 4 // view.dtype.itemsize)  # float64 stays
-    tokens = min(PROBED[0], calibration.samples) * min(PROBED[1], calibration.length)
+    samples = min(max(PROBED[0], len(calibration.parts())), calibration.samples)  # as `Calibration.few` takes them
+    tokens = samples * min(PROBED[1], calibration.length)
     units = len({(target.layer, target.role) for item in plan.items for target in item.targets})
     variants = units * PROBES_EACH * max(1, len(plan.recipe.alternatives))
     states = min(STATES, (1 + variants) * COPIES * tokens * text.hidden_size * 4)

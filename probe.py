@@ -39,10 +39,9 @@ from .passes import give_back
 from .planned import PROBES_EACH
 from .solving import forms_at
 from .targets import Target
-from .variants import together
+from .variants import SKIP, together
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
-_SKIP = 16  # first tokens of each sample, whose predictions have little to go by
 _STEEPEST, _FLATTEST = 2.0, 0.3  # exponents that two noisy points may give
 _LEAST = 1e-7  # nats; below this a divergence is rounding
 
@@ -208,7 +207,7 @@ class Probing:
         return outputs
 
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:
-        skip = min(_SKIP, self._tokens.shape[1] // 2)
+        skip = min(SKIP, self._tokens.shape[1] // 2)
         original = Predictions(next(results).logits[:, skip:].flatten(0, 1))
         found: dict[str, dict[int, float]] = {}
         for (unit, offer), result in zip(probes, results, strict=True):

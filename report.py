@@ -85,7 +85,7 @@ def _print_cost(console: Console, plan: Plan) -> None:
     """What text of its own and training cost: tokens that pass forward and backward, beside those of the calibration."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
-    if plan.recipe.reads_text and (own := calibration.self_written):
+    if plan.recipe.reads_text and (own := calibration.self_written(calibration.samples)):
         console.print(
             f"calibration: the model, held whole, writes {own} of {calibration.samples} samples, {calibration.length:,} tokens "
             "each"

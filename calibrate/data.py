@@ -94,12 +94,14 @@ class CalibrationSpec(pydantic.BaseModel):
         """
         return _parts(self.source)
 
-    @property
-    def self_written(self) -> int:
-        """How many samples the model itself writes."""
-        parts = self.parts()
-        counts = divide(self.samples, [weight for _, weight in parts])
-        return sum(count for (source, _), count in zip(parts, counts, strict=True) if source.kind == "self")
+    def divided(self, windows: int) -> list[int]:
+        """How many of so many windows fall to each source."""
+        return divide(windows, [weight for _, weight in self.parts()])
+
+    def self_written(self, windows: int) -> int:
+        """How many of so many windows the model itself writes."""
+        each = zip(self.parts(), self.divided(windows), strict=True)
+        return sum(count for (source, _), count in each if source.kind == "self")
 
 
 def _parts(source: str | tuple[WeightedSource, ...]) -> list[tuple[Source, float]]:
@@ -122,7 +124,7 @@ class Calibration:
         provenance: per source: source, split, dataset (of the hub, else absent), sha256 of the text that was read (of the
             whole file for local files), weight, documents, samples, and `overlap`: whether windows may share tokens
             because the text is short.
-        source: of each sample, which entry of `provenance` it is from; empty where there is but one.
+        source: of each sample, which entry of `provenance` it is from; empty: all are of one.
     """
 
     tokens: torch.Tensor
@@ -174,7 +176,7 @@ def load_calibration(
         RequestError: a source of the mix would get no sample.
     """
     parts = spec.parts()
-    counts = divide(spec.samples, [weight for _, weight in parts])
+    counts = spec.divided(spec.samples)
     if 0 in counts:
         starved = parts[counts.index(0)]
         share = starved[1] / sum(weight for _, weight in parts)
@@ -182,7 +184,7 @@ def load_calibration(
             f"Of {spec.samples} samples, none falls to {starved[0].text} (share {share:.3g}).",
             f"Take at least {math.ceil(1 / share)} samples, or leave it out.",
         )
-    extra = divide(spec.held_out, [weight for _, weight in parts])
+    extra = spec.divided(spec.held_out)
     reader = _Reader(spec, tokenizer)
     tokens, apart, provenance = [], [], []
     for i, ((source, weight), count, more) in enumerate(zip(parts, counts, extra, strict=True)):

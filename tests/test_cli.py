@@ -78,9 +78,8 @@ def test_a_plan_says_what_the_model_has_to_write_itself(share, count, model, tin
     printed = lrc_ok("plan", model, "--ratio", 0.3, "--calibration", source, "--samples", 8, "--length", 48)
     assert (f"the model, held whole, writes {count} of 8 samples" in printed) == (count > 0)
     recipe = load_recipe("svd-llm", {"ratio": 0.3, "calibration.source": source, "calibration.samples": 8})
-    view = ModelView(locate(str(model)), None)
-    memory = make_plan(view, recipe).memory
-    assert (memory.writing > make_plan(view, recipe).whole_bytes) == (count > 0)
+    plan = make_plan(ModelView(locate(str(model)), None), recipe)
+    assert (plan.memory.writing > plan.whole_bytes) == (count > 0)
 
 
 def test_help_imports_nothing_that_is_slow(tmp_path):
