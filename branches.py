@@ -16,19 +16,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .calibrate.stream import Call, Lockstep, hidden_of, passed_by, run_layer, with_hidden
+from .checkpoint import Checkpoint
 from .edit import LayerEdit, edited
 from .errors import ModelError
 from .targets import Target, standing_in
-
-if TYPE_CHECKING:
-    from .model import ModelView
 
 _EQUAL = 1e-3  # relative; float32 through a layer is far better, and what is no tail is far worse
 
@@ -61,24 +59,27 @@ class Branch:
         return LayerEdit(self.targets)
 
 
-def branches_of(view: ModelView, layers: Sequence[int] | None = None) -> dict[int, tuple[Branch, ...]]:
+def branches_of(
+    view: Checkpoint, targets: Sequence[Target], layers: Sequence[int] | None = None
+) -> dict[int, tuple[Branch, ...]]:
     """Layer -> its branches in the order of a forward; empty where they cannot be told apart.
 
     Reads the weights of one layer of each kind.
 
     Args:
+        targets: of all layers, in the order of a forward.
         layers: those to look at; None takes all.
     """
     found: dict[int, tuple[Branch, ...]] = {}
     alike: dict[Any, tuple[Branch, ...]] = {}
     wanted = range(len(view.layers)) if layers is None else sorted(layers)
-    targets = {index: list(each) for index, each in groupby(view.targets, lambda target: target.layer)}
+    inside = {index: list(each) for index, each in groupby(targets, lambda target: target.layer)}
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, view.layers) as steps:
         steps.start([start])
         while steps.index <= max(wanted, default=-1):
             index, name, call = steps.index, view.layer_names[steps.index], steps.calls[0]
             output = passed_by(view.layers[index], call)
-            mine = targets.get(index, [])
+            mine = inside.get(index, [])
             kind = (type(view.layers[index]), tuple((t.role, t.out_features, t.in_features, t.expert) for t in mine))
             if index in wanted and kind not in alike:
                 view.load(name)
@@ -94,14 +95,14 @@ def branches_of(view: ModelView, layers: Sequence[int] | None = None) -> dict[in
     return found
 
 
-def require_branches(view: ModelView) -> list[Branch]:
+def require_branches(view: Checkpoint, targets: Sequence[Target]) -> list[Branch]:
     """All branches of all layers, numbered by their place in the list.
 
     Raises:
         ModelError: a layer's branches cannot be told apart, or cannot be taken out by zeros.
     """
     everything: list[Branch] = []
-    for index, branches in branches_of(view).items():
+    for index, branches in branches_of(view, targets).items():
         name = view.layer_names[index]
         if not branches:
             raise ModelError(

@@ -1,13 +1,11 @@
 """What a model is made of, whatever its architecture: layers, targets by role, groups, and the rest.
 
-Nothing here knows an architecture by name. The layers are the module list that holds most of the parameters; the targets are
-the matrices that they multiply by (targets.py).
+Nothing here knows an architecture by name. The targets are the matrices that the layers multiply by (targets.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .branches import Branch, require_branches
-from .calibrate.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
-from .compress.experts import IMPLEMENTATION, register
-from .errors import CalibrationError, CheckpointError, ModelError, NonFiniteError, one_line
-from .locate import Location
+from .checkpoint import Checkpoint
+from .errors import CalibrationError
 from .targets import Target, watch
 
 
@@ -32,43 +28,8 @@ class Kept:
     reason: str
 
 
-class ModelView:
-    """A checkpoint seen as layers and targets; weights come in by module prefix and go out again.
-
-    Args:
-        location: where the checkpoint lies.
-        dtype: the dtype to hold and store weights in; None takes the checkpoint's own.
-        trust_remote_code: whether modelling code inside the checkpoint may run.
-        prepare: called with the model on the meta device before anything is read, to change modules (a compressed
-            checkpoint's forms); without it compressed checkpoints are refused.
-    """
-
-    def __init__(
-        self,
-        location: Location,
-        dtype: torch.dtype | None = None,
-        trust_remote_code: bool = False,
-        prepare: Callable[[nn.Module], None] | None = None,
-    ) -> None:
-        self.location = location
-        self.trust_remote_code = trust_remote_code
-        self.config = location.config(trust_remote_code)
-        if prepare is None:
-            _refuse(self.config, location.name)
-        shards = None if location.gguf else SafetensorsSource(location.path)
-        self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
-        register()
-        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
-        if prepare is not None:
-            prepare(self.model)
-        self.layers_path, layers = find_layers(self.model, location.name)
-        self.layers: list[nn.Module] = layers
-        self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
-        self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
-        renamed, self.unused = _renamed(self.model, self.source)
-        self._sources = group_by_prefix(renamed, self.layer_names)
-        self._renamed = renamed
-        self._check_headers()
+class ModelView(Checkpoint):
+    """A checkpoint seen as layers and targets."""
 
     def widened(self) -> ModelView:
         """The same checkpoint, its weights held in float32 (float64 stays)."""
@@ -84,7 +45,7 @@ class ModelView:
     @cached_property
     def branches(self) -> list[Branch]:
         """The residual branches of all layers; reads the weights of one layer of each kind (see `require_branches`)."""
-        return require_branches(self)
+        return require_branches(self, self.targets)
 
     @cached_property
     def kept(self) -> list[Kept]:
@@ -152,172 +113,6 @@ class ModelView:
                 "Tokenizer and model do not belong together; put the model's own tokenizer beside its weights.",
             )
 
-    @cached_property
-    def numel(self) -> int:
-        """Parameters of the whole model, tied tensors counted once."""
-        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if name not in self.tied)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the whole model in `self.dtype`, tied tensors counted once."""
-        return _nbytes(parameter for name, parameter in self.model.named_parameters() if name not in self.tied)
-
-    def layer_nbytes(self, layer: int) -> int:
-        """Bytes of one layer's weights."""
-        return _nbytes(self.layers[layer].parameters())
-
-    def reading_nbytes(self, nbytes: int) -> int:
-        """Bytes while weights that take `nbytes` come in: the file's pages, a copy, and the weights where they are cast."""
-        stored = nbytes * self.source.dtype.itemsize // self.dtype.itemsize
-        return 2 * stored + (nbytes if self.source.dtype != self.dtype else 0)
-
-    def outside_nbytes(self, for_calibration: bool = False) -> int:
-        """Bytes outside the layers; without the output head for calibration, which never reaches it."""
-        left_out = {id(p) for layer in self.layers for p in layer.parameters()}
-        if for_calibration and (head := self.untied_head):
-            left_out.add(id(head.weight))
-        named = self.model.named_parameters()
-        return _nbytes(p for name, p in named if id(p) not in left_out and name not in self.tied)
-
-    @property
-    def untied_head(self) -> Any:
-        """The output head where it has weights of its own, else None."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None or head.weight is embedding.weight:
-            return None
-        return None if any(self.model.get_submodule(name.rpartition(".")[0]) is head for name in self.tied) else head
-
-    @property
-    def tied(self) -> dict[str, str]:
-        """Parameter -> the parameter that it shares its tensor with."""
-        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-
-    def outside_parts(self) -> list[list[str]]:
-        """Checkpoint names outside the layers, in parts of one large tensor or many small ones; tied copies left out."""
-        parts: dict[str, list[str]] = {}
-        for name in self._sources[""]:
-            target = self._renamed[name]
-            if target not in self.tied:
-                large = self.model.get_parameter(target).numel() > 1 << 22 if target in self._parameters else False
-                parts.setdefault(target if large else "", []).append(name)
-        return [parts[key] for key in sorted(parts)]
-
-    @cached_property
-    def _parameters(self) -> set[str]:
-        return {name for name, _ in self.model.named_parameters()}
-
-    def outside_tensors(self, names: list[str]) -> dict[str, Tensor]:
-        """The loaded tensors that these checkpoint names became, by their names in the model."""
-        state = self.model.state_dict()
-        return {target: state[target] for target in dict.fromkeys(self._renamed[name] for name in names)}
-
-    def source_names(self, prefix: str) -> list[str]:
-        """The checkpoint's tensors that make up a layer (its name) or everything outside the layers ('')."""
-        return self._sources[prefix]
-
-    def load(self, prefix: str) -> nn.Module:
-        """Bring one layer's weights in (CPU, `self.dtype`) and return the layer.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape than the model.
-            NonFiniteError: a weight is NaN or infinite.
-        """
-        module = self.model.get_submodule(prefix)
-        self._materialise(self._sources[prefix])
-        self._require_complete(prefix, module)
-        return module
-
-    def load_module(self, path: str) -> nn.Module:
-        """Bring the weights of one module inside a layer in, without the rest of its layer.
-
-        Raises:
-            CheckpointError, NonFiniteError: as for `load`.
-        """
-        layer = next(name for name in self.layer_names if path.startswith(name + "."))
-        names = [name for name in self._sources[layer] if self._renamed[name].startswith(path + ".")]
-        module: nn.Module = self.model.get_submodule(path)
-        self._materialise(names)
-        self._require_complete(path, module)
-        return module
-
-    def load_outside(self, names: Iterable[str] | None = None) -> None:
-        """Bring in weights outside the layers: those of `names` (checkpoint names), or all that a calibration forward reads."""
-        if names is None:
-            head = self.untied_head
-            unread = {name for name, p in self.model.named_parameters() if head is not None and p is head.weight}
-            names = [name for name in self._sources[""] if self._renamed[name] not in unread]
-        self._materialise(list(names))
-
-    def load_end(self) -> None:
-        """Bring in what a forward reads after the last layer: the final norm and the output head."""
-        embedding = self.model.get_input_embeddings().weight
-        unread = set() if self.untied_head is None else {n for n, p in self.model.named_parameters() if p is embedding}
-        self._materialise([name for name in self._sources[""] if self._renamed[name] not in unread])
-        self.model.tie_weights()
-
-    def unload(self, prefix: str = "") -> None:
-        """Send weights back to the meta device: one layer's, or with '' all that lie outside the layers."""
-        if prefix:
-            _to_meta(self.model.get_submodule(prefix))
-            return
-        for name, module in self.model.named_modules():
-            if not name.startswith(self.layers_path + "."):
-                _to_meta(module, recurse=False)
-
-    def _materialise(self, names: list[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        tensors = self.source.read(names)
-        for name, tensor in tensors.items():
-            # aminmax hands on a NaN, and needs no second tensor of this size as isfinite does
-            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise NonFiniteError(
-                    f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
-                    "The checkpoint is damaged; get it again.",
-                )
-        mapping: Any = [] if self.location.gguf else get_model_conversion_mapping(self.model)
-        settings = LoadStateDictConfig(dtype=self.dtype, device_map={"": "cpu"}, weight_mapping=mapping)
-        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
-        if info.mismatched_keys:
-            name, got, expected = sorted(info.mismatched_keys)[0]
-            raise self._unfitting(name, tuple(got), tuple(expected))
-        if info.conversion_errors:
-            name, error = next(iter(info.conversion_errors.items()))
-            raise CheckpointError(f"{self.location.name}: '{name}' cannot be converted: {error}", "Get the checkpoint again.")
-
-    def _require_complete(self, prefix: str, module: nn.Module) -> None:
-        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-        if missing:
-            raise CheckpointError(
-                f"{self.location.name}: {len(missing)} tensors of {prefix} are missing, '{prefix}.{missing[0]}' first.",
-                "The checkpoint is incomplete; get it again.",
-            )
-        module.requires_grad_(False)
-
-    def _check_headers(self) -> None:
-        """Compare the headers with the model, so that a missing or unfitting tensor is known before any work."""
-        have = set(self._renamed.values())
-        missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
-        if missing:
-            raise CheckpointError(
-                f"{self.location.name}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
-                "The checkpoint is incomplete, or config.json describes another model.",
-            )
-        state = self.model.state_dict()
-        for name, target in self._renamed.items():
-            got, expected = self.source.shape(name), tuple(state[target].shape)
-            if got is not None and got != expected and not _changes_shape(self.model, name):
-                raise self._unfitting(name, got, expected)
-
-    def _unfitting(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
-        return CheckpointError(
-            f"{self.location.name}: '{name}' has shape {got}, the model of config.json wants {expected}.",
-            "Weights and config.json do not belong together.",
-        )
-
 
 def require_positions(config: Any, length: int, what: str) -> None:
     """Refuse sequences that are longer than the model's positions.
@@ -333,93 +128,7 @@ def require_positions(config: Any, length: int, what: str) -> None:
         )
 
 
-def _refuse(config: Any, name: str) -> None:
-    """Models that cannot be compressed, and why."""
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "?")
-        remedy = "Compress the original model instead." if method == "lrc" else "Compress the 16-bit original instead."
-        raise ModelError(f"{name} is compressed already (quant_method: {method}).", remedy)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
-
-
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model with parameters on the meta device and buffers (rotary tables) computed for real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config._experts_implementation = IMPLEMENTATION
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers cannot build a causal language model of type '{config.model_type}' from its configuration: "
-            f"{type(error).__name__}: {one_line(error)}",
-            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged.",
-        ) from error
-    model.tie_weights()
-    model.eval()
-    model.requires_grad_(False)
-    return model
-
-
 def number_of_experts(config: Any) -> int | None:
     """How many experts a router chooses from; None where the model is no mixture."""
     text = config.get_text_config()
     return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-
-
-def find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
-    """Path and modules of the decoder layers: the module list that holds most of the parameters."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ModelError(f"{name}: the model has no list of layers.", "lrc compresses stacks of decoder layers.")
-    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return path, list(layers)
-
-
-def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
-    """Checkpoint name -> name in the model, and the checkpoint's names that the model has no place for."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    known = model.state_dict()
-    if source.names() and all(name in known for name in source.names()):
-        return {name: name for name in source.names()}, []
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    renamed, unused = {}, []
-    for name in source.names():
-        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if new not in known and name in known:
-            new = name
-        if new in known:
-            renamed[name] = new
-        else:
-            unused.append(name)
-    return renamed, unused
-
-
-def _changes_shape(model: Any, name: str) -> bool:
-    """Whether transformers fuses, splits or transposes this tensor of the checkpoint as it loads it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    return rename_source_key(name, renamings, converters)[1] is not None
-
-
-def _nbytes(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def _to_meta(module: nn.Module, recurse: bool = True) -> None:
-    for child in module.modules() if recurse else [module]:
-        for name, parameter in child.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

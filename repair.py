@@ -214,7 +214,7 @@ class _Fitting:
         self._runs = [_Run(first, end) for first, end in runs_of(dropped)]
         if repair.on == "branch":
             before = [run.first - 1 for run in self._runs if run.first]
-            found = branches_of(view, before) if before else {}
+            found = branches_of(view, view.targets, before) if before else {}
             for run in self._runs:
                 if branches := found.get(run.first - 1, ()):
                     run.branch = branches[-1]

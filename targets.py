@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibrate.stream import Lockstep, run_layer
+from .checkpoint import Checkpoint
 from .compress.experts import channels_are_free, expert_parameters
 from .compress.forms import linear_shape
-
-if TYPE_CHECKING:
-    from .model import ModelView
 
 TINY = 4  # tokens of the forward that finds the groups
 
@@ -57,7 +55,7 @@ class Target:
         return self.out_features * self.in_features
 
 
-def watch(view: ModelView) -> list[Target]:
+def watch(view: Checkpoint) -> list[Target]:
     """Run four tokens through the model with its layers on the meta device and note who multiplies what."""
     layers = view.layers
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
@@ -72,7 +70,7 @@ def watch(view: ModelView) -> list[Target]:
 
 
 @contextmanager
-def standing_in(view: ModelView) -> Iterator[dict[str, Tensor]]:
+def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
     """While the context is open, zeros stand for the weights outside the layers; gives what to start a forward of them with."""
     model = view.model
     outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")

@@ -16,7 +16,7 @@ Source: COMPOT, arXiv 2602.15200; orthogonal dictionary, hard threshold and Proc
 Differences from the paper: the codes kept are the largest of the whole target, not equally many in each row (`share: row`
 gives that); when the dictionary stands, values and atoms are refitted by least squares in turn (`refits`), after which the
 atoms are no longer orthogonal and the loss is lower; atoms never outnumber min(out, in), and the surplus goes to nonzeros; no
-gram is inverted (dictionary.py).
+gram is inverted (coding.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import TargetStats, at_sizes, method
-from .dictionary import Coded, DictionarySettings, DictionarySolution, Pattern, Problem, dictionary_offers, most_atoms, refined
+from .coding import Coded, DictionarySettings, DictionarySolution, Problem, dictionary_offers, most_atoms, refined
+from .dictionary import Pattern
 
 Share = Literal["target", "row"]
 

@@ -10,7 +10,7 @@ Cost: per iteration and target, OMP reads about out · s² · k / 2 numbers and 
 
 Source: CoSpaDi, arXiv 2509.22075: weighted metric, k/s = 2, exact s per column of the codes, 8 power iterations per atom with
 the support kept, 60 iterations, atoms started at random columns of the weighted weight; `update: mod` is its method of
-optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse (dictionary.py); a row keeps
+optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse (coding.py); a row keeps
 its earlier code where OMP finds none that is better, so the loss never rises; values and atoms are refitted at the end
 (`refits`), support fixed; learning stops early when an iteration gains less than `tolerance`. The random start is drawn from
 `seed` and the weight's own bytes, so it does not depend on the order in which targets are solved.
@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import Offer, Shape, TargetStats, at_sizes, method
-from .dictionary import Coded, DictionarySettings, DictionarySolution, Problem, best_atoms, dictionary_offers, refined
+from .coding import Coded, DictionarySettings, DictionarySolution, Problem, best_atoms, dictionary_offers, refined
 
 _CHUNK_BYTES = 256 * 2**20  # of workspace for the rows that OMP codes at once
 _DEPENDENT = 1e-10  # a squared length below this: the atom lies in the span of those chosen before

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from . import cospadi
 from .base import Choice, Joint, JointOffer, Offer, Shape, Solution, TargetStats, at_sizes, method
-from .dictionary import Dictionary, DictionarySolution, best_atoms, dictionary_offers, nbytes
+from .coding import DictionarySolution, best_atoms, dictionary_offers
+from .dictionary import Dictionary, nbytes
 from .neighbours import NeighbourSettings, neighbours
 from .shared import SharedDictionary
 from .stacked import stack_shape, stack_statistics

@@ -17,16 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.compress import compot, cospadi
 from lrc.compress.base import Choice, Shape, get_method
-from lrc.compress.dictionary import (
-    MOST_OFFERS,
-    Dictionary,
-    DictionaryLinear,
-    Problem,
-    best_atoms,
-    best_values,
-    pack,
-    unpack,
-)
+from lrc.compress.coding import MOST_OFFERS, Problem, best_atoms, best_values
+from lrc.compress.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.forms import build_module, fill_module, linear_weight
 from lrc.load import open_model
 from lrc.verify import verify

@@ -198,7 +198,7 @@ BRANCHES = {
 @pytest.mark.parametrize("family", BRANCHES)
 def test_branches_are_found_without_names(family, tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints(family))))
-    found = branches_of(view)
+    found = branches_of(view, view.targets)
     assert sorted(found) == [0, 1, 2]
     for layer, branches in found.items():
         prefix = f"{view.layer_names[layer]}."
@@ -220,14 +220,15 @@ def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
             (other / file.name).symlink_to(file)
     (other / "config.json").unlink()
     (other / "config.json").write_text(json.dumps(config))
-    branches = branches_of(ModelView(locate(str(other))))[1]
+    view = ModelView(locate(str(other)))
+    branches = branches_of(view, view.targets)[1]
     assert [branch.scale for branch in branches] == pytest.approx([0.25, 0.25], rel=1e-4)
 
 
 def test_layers_that_are_no_sum_of_branches_are_refused(tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints("opt", do_layer_norm_before=False))))
     with pytest.raises(ModelError, match="granularity: layer"):
-        require_branches(view)
+        require_branches(view, view.targets)
 
 
 # --- halves of layers --------------------------------------------------------------------------------------------------------
