@@ -1,4 +1,4 @@
-"""The form of a pruned feed-forward: the same matrix with fewer rows or columns.
+"""Pruned feed-forwards: the form, the same matrix with fewer rows or columns; its sizes; its solution.
 
 The targets of one feed-forward lose the same inner channels: those that make them (gate, up) lose rows and biases, the one that
 reads them (down) loses columns. Which channels stay need not be stored: nobody else sees them.
@@ -6,12 +6,15 @@ reads them (down) loses columns. Which channels stay need not be stored: nobody 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .base import Choice, JointOffer, Offer, Shape, Solution
+from .feed_forward import READER
 from .forms import MODULES, Form, Spec
 
 
@@ -76,3 +79,55 @@ class PrunedLinear(nn.Linear):
 
 
 MODULES[Pruned.kind] = PrunedLinear
+
+
+def channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOffer]:
+    """Every number of inner channels (in steps of `multiple`) of a feed-forward, but all of them; the reader last."""
+    inner = shapes[-1].in_features
+    found = []
+    for channels in range(multiple, inner, multiple):
+        members = []
+        for shape, part in zip(shapes, parts, strict=True):
+            if part == READER:
+                numbers = shape.out_features * channels
+            else:
+                halves = shape.out_features // inner
+                gone = halves * (inner - channels) if shape.bias else 0  # their biases leave with them
+                numbers = halves * channels * shape.in_features - gone
+            members.append(Offer(Choice(channels=channels), numbers * shape.element))
+        nbytes = sum(member.nbytes for member in members)
+        found.append(JointOffer(Choice(channels=channels), nbytes, tuple(members)))
+    return found
+
+
+@dataclass(frozen=True)
+class Channels(Solution):
+    """One target of a pruned feed-forward.
+
+    Args:
+        weight: (out, in).
+        energy: (inner,) float64, what this target loses with each channel: Σ E[x²] W² over what leaves with it.
+        stays: (inner,) channels in the order in which they are kept, the last one leaves first.
+        reads: whether the channels are the target's columns.
+    """
+
+    weight: Tensor
+    energy: Tensor
+    stays: Tensor
+    reads: bool
+
+    def loss(self, choice: Choice) -> float:
+        return float(self.energy[self.stays[choice.channels :]].sum())
+
+    @property
+    def total(self) -> float:
+        return float(self.energy.sum())
+
+    def form(self, choice: Choice) -> Pruned:
+        kept, inner = self.stays[: choice.channels].sort().values, len(self.stays)
+        rows, columns = (torch.arange(n, device=self.weight.device) for n in self.weight.shape)
+        if self.reads:
+            columns = kept
+        else:
+            rows = torch.cat([kept + half * inner for half in range(len(self.weight) // inner)])
+        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .base import Joinable
+from .base import Joinable, TargetSet
+
+# what the targets of a feed-forward are to it
+GATE_UP, MAKER, READER = "gate and up", "up", "down"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class FeedForward:
     makers: tuple[Joinable, ...]
     reader: Joinable
     fused: bool
+
+    def as_set(self) -> TargetSet:
+        """Its targets as one set, the reader last."""
+        names = (*(maker.name for maker in self.makers), self.reader.name)
+        return TargetSet(names, (GATE_UP if self.fused else MAKER,) * len(self.makers) + (READER,))
 
 
 def in_attention(role: str) -> bool:

@@ -44,14 +44,14 @@ from .base import (
     low_rank_offers,
     method,
 )
-from .channels import Pruned
-from .feed_forward import by_group, by_layer, feed_forwards, in_attention
+from .channels import Channels, channel_offers
+from .feed_forward import GATE_UP, MAKER, READER, by_group, by_layer, feed_forwards, in_attention
 from .forms import LowRank
 from .scaled import scaled_svd
 
 # what each part keeps, relative to queries; q, k, v in one matrix keep the mean of their three
 _QUERY, _KEY, _VALUE, _OUTPUT, _FUSED, _PLAIN = "query", "key", "value", "output", "query, key and value", "attention"
-_GATE_UP, _MAKER, _READER, _UNKNOWN = "gate and up", "up", "down", "unknown"
+_UNKNOWN = "unknown"
 _LETTER = re.compile(r"w?_?([qkv])(?:_?proj|_lin|uery|ey|alue|)$")  # q_proj, wq, query; not qkv_proj or q_a_proj
 _NAMES = {"q": _QUERY, "k": _KEY, "v": _VALUE}
 
@@ -72,9 +72,7 @@ def sets(targets: Sequence[Joinable], settings: LorapSettings) -> list[TargetSet
         attention = [target for target in layer if in_attention(target.role) and target.expert is None]
         if attention:
             found.append(TargetSet(tuple(target.name for target in attention), _parts(attention)))
-        for each in feed_forwards(layer):
-            names = (*(maker.name for maker in each.makers), each.reader.name)
-            found.append(TargetSet(names, ((_GATE_UP if each.fused else _MAKER,) * len(each.makers)) + (_READER,)))
+        found += [each.as_set() for each in feed_forwards(layer)]
         taken |= {name for each in found for name in each.names}
         found += [TargetSet((target.name,), (_UNKNOWN,)) for target in layer if target.name not in taken]
     return found
@@ -100,12 +98,11 @@ def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: LorapSetting
     """Of attention: every rank of the first target, the others in proportion; of a feed-forward: every number of channels."""
     if parts[0] == _UNKNOWN:
         return [JointOffer(o.choice, o.nbytes, (o,)) for o in low_rank_offers(shapes[0], settings, multiple)]
-    ways = (
-        _channel_offers(shapes, parts, multiple) if _READER in parts else _attention_offers(shapes, parts, settings, multiple)
-    )
+    if READER in parts:
+        return channel_offers(shapes, parts, multiple)
     dense = sum(shape.nbytes for shape in shapes)
     found: list[JointOffer] = []
-    for choice, members in ways:
+    for choice, members in _attention_offers(shapes, parts, settings, multiple):
         nbytes = sum(member.nbytes for member in members)
         if nbytes < dense and (not found or nbytes > found[-1].nbytes):
             found.append(JointOffer(choice, nbytes, tuple(members)))
@@ -137,23 +134,6 @@ def _low_rank(shape: Shape, kept: float, multiple: int) -> Offer:
     return Offer(Choice(rank=rank), rank * numbers * shape.element)
 
 
-def _channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[tuple[Choice, list[Offer]]]:
-    inner = shapes[-1].in_features
-    found = []
-    for channels in range(multiple, inner, multiple):
-        members = []
-        for shape, part in zip(shapes, parts, strict=True):
-            if part == _READER:
-                numbers = shape.out_features * channels
-            else:
-                halves = shape.out_features // inner
-                gone = halves * (inner - channels) if shape.bias else 0  # their biases leave with them
-                numbers = halves * channels * shape.in_features - gone
-            members.append(Offer(Choice(channels=channels), numbers * shape.element))
-        found.append((Choice(channels=channels), members))
-    return found
-
-
 @dataclass(frozen=True)
 class Weighted(LowRankSolution):
     """A target by the weighted SVD, with a word on why where that needs one."""
@@ -176,46 +156,13 @@ def weighted(weight: Tensor, stats: TargetStats, remark: str = "") -> Weighted:
     return Weighted(factors.energy, factors, remark)
 
 
-@dataclass(frozen=True)
-class Channels(Solution):
-    """One target of a pruned feed-forward.
-
-    Args:
-        weight: (out, in).
-        energy: (inner,) float64, what this target loses with each channel: Σ E[x²] W² over what leaves with it.
-        stays: (inner,) channels in the order in which they are kept, the last one leaves first.
-        reads: whether the channels are the target's columns.
-    """
-
-    weight: Tensor
-    energy: Tensor
-    stays: Tensor
-    reads: bool
-
-    def loss(self, choice: Choice) -> float:
-        return float(self.energy[self.stays[choice.channels :]].sum())
-
-    @property
-    def total(self) -> float:
-        return float(self.energy.sum())
-
-    def form(self, choice: Choice) -> Pruned:
-        kept, inner = self.stays[: choice.channels].sort().values, len(self.stays)
-        rows, columns = (torch.arange(n, device=self.weight.device) for n in self.weight.shape)
-        if self.reads:
-            columns = kept
-        else:
-            rows = torch.cat([kept + half * inner for half in range(len(self.weight) // inner)])
-        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
-
-
 def _energy(weight: Tensor, stats: TargetStats, part: str, inner: int) -> Tensor:
     """(inner,) float64: Σ E[x²] W² over what of a target belongs to each channel."""
     assert stats.group.mean_square is not None
     scale = stats.group.mean_square.double()
     if not scale.any():  # an expert that saw no token: its plain norms, as for the weighted SVD
         scale = torch.ones_like(scale)
-    if part == _READER:
+    if part == READER:
         return weight.double().square().sum(0) * scale
     return (weight.double().square() @ scale).view(-1, inner).sum(0)
 
@@ -232,20 +179,20 @@ def solve_set(
 ) -> Sequence[Solution]:
     """Attention's weights (out, in) each by itself; a feed-forward's by one order of its channels."""
     each = list(zip(weights, statistics, parts, strict=True))
-    if _READER not in parts:
+    if READER not in parts:
         return [weighted(weight, stats, _remark(part)) for weight, stats, part in each]
     inner = weights[-1].shape[1]
     energies = [_energy(weight, stats, part, inner) for weight, stats, part in each]
     # norms are added up, not squares: the paper's importance; a fused gate and up count as the two that they are
     norms = [_norms(weight, stats, part, inner) for weight, stats, part in each]
     stays = order(torch.stack(norms).sum(0), settings.protect)
-    return [Channels(w, energy, stays, part == _READER) for (w, _, part), energy in zip(each, energies, strict=True)]
+    return [Channels(w, energy, stays, part == READER) for (w, _, part), energy in zip(each, energies, strict=True)]
 
 
 def _norms(weight: Tensor, stats: TargetStats, part: str, inner: int) -> Tensor:
-    if part != _GATE_UP:
+    if part != GATE_UP:
         return _energy(weight, stats, part, inner).sqrt()
-    return sum((_energy(half, stats, _MAKER, inner).sqrt() for half in weight.split(inner)), torch.zeros(()))
+    return sum((_energy(half, stats, MAKER, inner).sqrt() for half in weight.split(inner)), torch.zeros(()))
 
 
 def _remark(part: str) -> str:

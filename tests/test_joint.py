@@ -33,7 +33,7 @@ from lrc.targets import Target
 from lrc.verify import verify
 
 IDS = torch.arange(3, 40)[None]
-JOINT = ["shared-input", "basis-sharing", "cospadi-group", "lorap"]
+JOINT = ["shared-input", "basis-sharing", "cospadi-group", "lorap", "nystrom"]
 QUICK = {"cospadi-group": {"settings.iterations": 2, "settings.refits": 1}}
 # rows of the members, width of their input, tokens: tall, wide, a member of one row, an exactly singular gram
 SETS = [((12, 7, 7), 10, 200), ((3, 4), 20, 200), ((1, 9), 6, 200), ((8, 8), 16, 5)]
@@ -129,6 +129,8 @@ PARTS = {
     "lorap": (["query", "key", "value", "output"], [Shape(32, 24, 2), Shape(16, 24, 2), Shape(16, 24, 2), Shape(24, 32, 2)]),
     "lorap ": (["gate and up", "down"], [Shape(60, 24, 2, bias=True), Shape(24, 30, 2)]),
     "lorap  ": (["up", "up", "down"], [Shape(30, 24, 2), Shape(30, 24, 2), Shape(24, 30, 2)]),
+    "nystrom": (["gate and up", "down"], [Shape(60, 24, 2, bias=True), Shape(24, 30, 2)]),
+    "nystrom ": (["up", "up", "down"], [Shape(30, 24, 2), Shape(30, 24, 2), Shape(24, 30, 2)]),
 }
 
 
@@ -238,6 +240,55 @@ def test_channels_leave_in_the_papers_order(fused):
     assert solutions[-1].total == pytest.approx((down**2 * inner**2).sum())
 
 
+@pytest.mark.parametrize(("rows", "inner", "tokens"), [(9, 14, 60), (3, 20, 200), (1, 8, 50), (12, 16, 5)])
+def test_channels_leave_one_by_one_and_the_rest_is_least_squares(rows, inner, tokens):
+    """Against trying every channel at every step, each time with NumPy's least squares for what would be left."""
+    (down,), (h,) = problem((rows,), inner, tokens)
+    gram = h.T @ h / tokens
+    ridge = 1e-3 * np.diag(gram)
+
+    def fit(kept):
+        extended = np.concatenate([h / np.sqrt(tokens), np.diag(np.sqrt(ridge))])
+        found = np.zeros_like(down)
+        found[:, kept] = np.linalg.lstsq(extended[:, kept], extended @ down.T, rcond=None)[0].T
+        return found, float(((extended @ (down - found).T) ** 2).sum())
+
+    up = np.random.default_rng(5).standard_normal((inner, 6))
+    solutions = solve("nystrom", [up, down], [h, h], ["up", "down"], ridge=1e-3)
+    assert solutions[1].total == pytest.approx(fit([])[1], rel=1e-9)
+    kept = list(range(inner))
+    while len(kept) > 1:
+        kept = min(([each for each in kept if each != gone] for gone in kept), key=lambda left: fit(left)[1])
+        choice, (expected, loss) = Choice(channels=len(kept)), fit(kept)
+        form = solutions[1].form(choice)
+        assert form.columns.tolist() == kept
+        assert np.allclose(form.dense().numpy(), expected, atol=1e-7 * np.abs(expected).max())
+        assert solutions[1].loss(choice) == pytest.approx(loss, rel=1e-7)
+        assert np.array_equal(solutions[0].form(choice).weight.numpy(), up[kept])
+        assert solutions[0].loss(choice) == 0
+
+
+def test_losses_of_many_channels_are_exact_for_their_order():
+    """Blocks leave together where there are many channels; what is told is lost all the same."""
+    (down,), (h,) = problem((10,), 150, 400)
+    solutions = solve("nystrom", [down.T.copy(), down], [h, h], ["up", "down"], ridge=0.05)
+    gram = h.T @ h / len(h)
+    gram += 0.05 * np.diag(np.diag(gram))
+    for channels in (149, 120, 60, 10, 1):
+        choice = Choice(channels=channels)
+        assert solutions[1].loss(choice) == pytest.approx(measured(down, solutions[1].form(choice), gram), rel=1e-7)
+
+
+def test_a_feed_forward_that_saw_nothing_keeps_its_largest_channels():
+    chance = np.random.default_rng(2)
+    down = chance.standard_normal((4, 9))
+    solution = solve("nystrom", [down.T.copy(), down], [np.zeros((3, 9))] * 2, ["up", "down"])[1]
+    largest = sorted(np.argsort(np.linalg.norm(down, axis=0))[-5:].tolist())
+    form = solution.form(Choice(channels=5))
+    assert form.columns.tolist() == largest
+    assert np.allclose(form.weight.numpy(), down[:, largest])
+
+
 def target(role, group, shape, **more):
     return Target(f"model.layers.0.{role}", f"model.layers.0.{role}", 0, role, group, *shape, False, **more)
 
@@ -297,8 +348,11 @@ def coded(values, support, atoms, out_features):
     return torch.tensor(codes) @ atoms
 
 
-def dense_of(form, tensors, path, original):
-    """The matrix that a stored target stands for, from the tensors in the files alone."""
+def dense_of(form, tensors, path, original, kept_rows):
+    """The matrix that a stored target stands for, from the tensors in the files alone.
+
+    `kept_rows`: which rows are left of the pruned targets so far, by the last part of their paths; a fitted one reads those.
+    """
     kind, owner = form["kind"], form.get("owner", path)
     if kind == "low-rank":
         return tensors[f"{path}.left"] @ tensors[f"{path}.weight"]
@@ -313,9 +367,11 @@ def dense_of(form, tensors, path, original):
     if kept.shape[0] < len(original):
         rows = (original[:, None] == kept[None]).all(-1).any(1)
         whole[rows] = kept
+        kept_rows[path.rpartition(".")[2]] = rows
     else:
-        columns = (original.T[:, None] == kept.T[None]).all(-1).any(1)
-        whole[:, columns] = kept
+        number = path.rpartition(".")[2]  # of an expert; else the rows are those of the target before
+        rows = kept_rows[number if number.isdigit() else next(reversed(kept_rows))]
+        whole[:, rows[: original.shape[1]]] = kept
     assert int((whole != 0).any(0).sum()) * int((whole != 0).any(1).sum()) == kept.numel()
     return whole
 
@@ -331,7 +387,7 @@ def test_every_family_loads_back_to_what_the_files_say(name, family, compressed,
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == plan.whole_after
     assert 0.29 <= plan.ratio <= 0.36
     original, _ = open_model(str(tiny_checkpoints(family)))
-    together = 0
+    together, kept_rows = 0, {}
     with torch.no_grad():
         for entry in record["targets"]:
             path, _, last = entry["name"].rpartition(".")
@@ -340,12 +396,13 @@ def test_every_family_loads_back_to_what_the_files_say(name, family, compressed,
             else:
                 stored, place = entry["name"], linear_weight(original.get_submodule(entry["name"]))
             if entry["form"]["kind"] != "dense":
-                place.copy_(dense_of(entry["form"], tensors, stored, place.clone()))
+                place.copy_(dense_of(entry["form"], tensors, stored, place.clone(), kept_rows))
             together += entry["form"]["kind"] in ("shared-low-rank", "shared-dictionary", "pruned")
         expected = original(IDS).logits
     # the joint part is really there: one layer of three shares across layers with nobody; gpt2 has one reader per input
     assert together >= 2 or (name, family) in {("shared-input", f) for f in ("phi3", "gpt2", "gpt_neox")} | {
-        ("lorap", "mixtral")
+        ("lorap", "mixtral"),
+        ("nystrom", "mixtral"),
     }
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -533,7 +590,14 @@ def test_a_set_gets_one_choice_from_the_solver(name, tiny_checkpoints, tiny_text
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("shared-input", "llama"), ("lorap", "mixtral"), ("basis-sharing", "llama"), ("basis-sharing", "gpt2")]
+    ("name", "family"),
+    [
+        ("shared-input", "llama"),
+        ("lorap", "mixtral"),
+        ("nystrom", "llama"),
+        ("basis-sharing", "llama"),
+        ("basis-sharing", "gpt2"),
+    ],
 )
 def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
     """The divergences that `kl` measures, against whole models in which one set alone is compressed."""
@@ -575,7 +639,7 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
             expected = float((p.exp() * (p - q)).sum(-1).mean())
         assert seen["found"][unit.name][offer] == pytest.approx(expected, rel=1e-3, abs=5e-6)  # float32 sums
     sizes = {len(item.targets) for unit, _ in probes for item in unit.items}
-    assert sizes >= {"shared-input": {3, 2}, "lorap": {4, 2}, "basis-sharing": {2, 1}}[name]
+    assert sizes >= {"shared-input": {3, 2}, "lorap": {4, 2}, "nystrom": {3, 1}, "basis-sharing": {2, 1}}[name]
 
 
 def test_kept_members_leave_the_others_to_share(tiny_checkpoints, tiny_text_file, tmp_path):
