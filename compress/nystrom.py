@@ -39,7 +39,7 @@ _SEEN = 1e-6  # of the largest root mean square: channels below it count as if t
 class NystromSettings(Settings):
     """Settings of `nystrom`."""
 
-    ridge: float = Field(0.01, ge=1e-8, le=1e3, description="added to each channel's energy, relative to it")
+    ridge: float = Field(0.1, ge=1e-8, le=1e3, description="added to each channel's energy, relative to it")
 
 
 def sets(targets: Sequence[Joinable], settings: NystromSettings) -> list[TargetSet]:

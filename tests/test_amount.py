@@ -184,7 +184,7 @@ def test_the_command_line_says_it_in_each_way(tiny_checkpoints):
     model = tiny_checkpoints("llama", dtype=torch.bfloat16)
     for flags in (["--bits", 9], ["--size", "120kB"], ["--ratio", 0.4]):
         printed = lrc_ok("plan", model, *flags)
-        assert "by svd-llm" in printed and "allocation kl" in printed, "lrc-fast is what nobody names"
+        assert "by nystrom" in printed and "allocation kl" in printed, "lrc-fast is what nobody names"
     refused = run_lrc("plan", model, "--bits", 4, "--ratio", 0.2)
     assert refused.code == 2 and "ratio and bits" in refused.err
     refused = run_lrc("plan", model, "--size", "300")
