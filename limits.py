@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .compress.base import Offer, Shape
+from .compress.base import JointOffer, Offer, Shape
 from .errors import BudgetError, RecipeError, did_you_mean
+from .items import Item
 from .targets import Target
 
 
@@ -150,18 +151,46 @@ def _contradiction(name: str, before: Bounds, now: Bounds, limit: Limit, pattern
     return ""
 
 
-def within(name: str, bounds: Bounds | None, shape: Shape, offers: Sequence[Offer]) -> list[Offer]:
-    """The offers that the bounds allow; the dense form is no offer, and `Bounds.may_be_dense` speaks for it.
+def may_be_dense(item: Item, bounds: Mapping[str, Bounds]) -> bool:
+    """Whether all targets of an item may stay whole."""
+    return all(bounds[target.name].may_be_dense for target in item.targets if target.name in bounds)
+
+
+def may_go(item: Item, bounds: Mapping[str, Bounds]) -> bool:
+    """Whether all targets of an item may be dropped altogether."""
+    return all(bounds[target.name].may_go for target in item.targets if target.name in bounds)
+
+
+def within(item: Item, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape], offers: Sequence[Offer]) -> list[Offer]:
+    """The offers of an item that the bounds of all its targets allow; the dense form is no offer (`may_be_dense`).
+
+    Args:
+        bounds: target -> its bounds, where it has some.
+        shapes: of those targets.
 
     Raises:
-        BudgetError: nothing is left and the target may not stay dense either; says what the method offers.
+        BudgetError: nothing is left and the targets may not stay dense either; says what the method offers.
     """
-    if bounds is None:
-        return list(offers)
+    left, hold = list(offers), [number for number, target in enumerate(item.targets) if target.name in bounds]
+    for number in hold:
+        name = item.targets[number].name
+        left = _within(name, bounds[name], shapes[name], left, number)
+    if hold and not left and not may_be_dense(item, bounds):
+        names = [item.targets[number].name for number in hold]
+        raise BudgetError(
+            f"limits: {' and '.join(names)} are solved together, and no form keeps all of them within their limits.",
+            "Widen the limits of one of them, or take a method that solves every target alone.",
+        )
+    return left
+
+
+def _within(name: str, bounds: Bounds, shape: Shape, offers: Sequence[Offer], number: int) -> list[Offer]:
+    """The offers in which this target, the `number`-th of its item, keeps to its bounds."""
+    own = [offer.members[number] if isinstance(offer, JointOffer) else offer for offer in offers]
     if bounds.rank is not None:
-        left = [offer for offer in offers if offer.choice.rank == bounds.rank]
+        left = [offer for offer, mine in zip(offers, own, strict=True) if mine.choice.rank == bounds.rank]
         if not left:
-            ranks = [offer.choice.rank for offer in offers if offer.choice.rank is not None]
+            ranks = [mine.choice.rank for mine in own if mine.choice.rank is not None]
             has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method offers it no ranks"
             raise BudgetError(
                 f"limits: '{bounds.why_rank}' gives {name} ({shape.out_features} × {shape.in_features}) rank {bounds.rank}; "
@@ -170,9 +199,9 @@ def within(name: str, bounds: Bounds | None, shape: Shape, offers: Sequence[Offe
             )
         return left
     low, high = bounds.min * shape.nbytes, bounds.max * shape.nbytes * (1 + 1e-12)
-    left = [offer for offer in offers if low <= offer.nbytes <= high]
+    left = [offer for offer, mine in zip(offers, own, strict=True) if low <= mine.nbytes <= high]
     if not left and not bounds.may_be_dense:
-        sizes = [offer.nbytes / shape.nbytes for offer in offers]
+        sizes = [mine.nbytes / shape.nbytes for mine in own]
         has = f"the method's forms keep {min(sizes):.3f} to {max(sizes):.3f}" if sizes else "the method has no form for it"
         raise BudgetError(
             f"limits: {name} may keep {bounds.min:g} to {bounds.max:g} of its bytes ('{bounds.why_max}'); {has}.",

@@ -120,9 +120,7 @@ class _Measuring:
         self._offers = offers_of(items, self._method, self._settings, recipe.rank_multiple, element)
         bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
         shapes = {target.name: shape_of(target, element) for target in view.targets if target.name in bounds}
-        self._offers |= {
-            name: within(name, bounds[name], shapes[name], ways) for name, ways in self._offers.items() if name in bounds
-        }
+        self._offers = {item.name: within(item, bounds, shapes, self._offers[item.name]) for item in items}
         self._signal = recipe.rule.signal if recipe.rule is not None else ""
         exact = recipe.allocation == "own" or self._signal != ""  # looks for one size that it knows, or at every rank
         if not exact:

@@ -20,7 +20,7 @@ from .depth.spec import how_many
 from .depth_cost import depth_lines
 from .errors import RecipeError
 from .items import Item, items_of, offers_of, shape_of
-from .limits import Bounds, bounds_of, even, matches, unmatched, within
+from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
 from .memory import predict_memory
 from .model import ModelView
 from .parts import enough_branches, open_branches
@@ -137,12 +137,15 @@ def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, st
     method, settings = recipe.compression
     free = [target for target in view.targets if target.name not in kept and target.name not in leaving]
     items = items_of(method, settings, free)
-    offers = offers_of(items, method, settings, recipe.rank_multiple, element)
-    offers |= {name: within(name, bounds[name], shapes[name], ways) for name, ways in offers.items() if name in bounds}
-    kept |= {name: bounds[name].why_min for name, ways in offers.items() if name in bounds and not ways}
+    ways = offers_of(items, method, settings, recipe.rank_multiple, element)
+    offers = {item.name: within(item, bounds, shapes, ways[item.name]) for item in items}
+    for item in items:  # limits leave nothing but the dense form
+        limited = [bounds[target.name].why_min for target in item.targets if target.name in bounds]
+        if limited and not offers[item.name]:
+            kept |= {target.name: max(limited, key=len) for target in item.targets}
     items = [item for item in items if item.name not in kept]
-    bounded = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_be_dense)
-    held = frozenset(item.name for item in items if item.name in bounds and not bounds[item.name].may_go)
+    bounded = frozenset(item.name for item in items if not may_be_dense(item, bounds))
+    held = frozenset(item.name for item in items if not may_go(item, bounds))
     targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
     biases = sum(target.out_features for target in surgery.zeroed if target.bias)
     beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)

@@ -256,8 +256,6 @@ class Recipe(Steps):
         joint, name = self.compression[0].joint, self.method
         if joint is None:
             return
-        if self.limits or self.uniform_within:
-            raise ValueError(f"{name} solves several targets at once, and limits and uniform_within hold for single ones")
         if not joint.across_layers:
             return
         if self.propagate == "compressed":

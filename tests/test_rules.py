@@ -146,6 +146,32 @@ def test_limits_hold_on_the_real_path(allocation, tiny_checkpoints, tiny_text_fi
             assert step.choice.rank == 12
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "kl"])
+def test_limits_hold_for_members_of_sets(allocation, tiny_checkpoints, tiny_text_file, tmp_path):
+    """A feed-forward that loses channels keeps to the limits of each of its matrices."""
+    limits = {"*.down_proj": {"min": 0.55}, "*.gate_proj": {"max": 0.8}, "*.layers.-1.self_attn.q_proj": {"rank": 7}}
+    limits |= {"*.0.mlp.up_proj": {"min": 0.75}, "*.1.mlp.down_proj": {"min": 1}}  # the feed-forward of layer 1 is no set then
+    plan = compress(
+        tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "nystrom", ratio=0.2, allocation=allocation, limits=limits
+    )
+    verify(tmp_path / "out")
+    assert plan.ratio >= (0.2 if allocation == "kl" else 0.19)  # a uniform ratio is that of what is not kept
+    kept = {step.target.name: step.bytes_after / step.bytes_before for step in plan.steps}
+    for name, share in kept.items():
+        if ".1.mlp" in name:
+            assert share <= 0.8 if name.endswith("gate_proj") else share == 1 or name.endswith("up_proj")
+        elif name.endswith("gate_proj"):
+            assert 0.55 <= share <= 0.8 and share == kept[name.replace("gate", "up")] == kept[name.replace("gate", "down")]
+    assert kept["model.layers.0.mlp.up_proj"] >= 0.75
+    assert next(step.choice.rank for step in plan.steps if step.target.name == "model.layers.2.self_attn.q_proj") == 7
+
+
+def test_limits_that_one_set_cannot_meet_name_its_members(tiny_checkpoints, tiny_text_file, tmp_path):
+    limits = {"*.gate_proj": {"max": 0.4}, "*.down_proj": {"min": 0.6}}
+    with pytest.raises(BudgetError, match=r"gate_proj and model.layers.0.mlp.down_proj are solved together"):
+        compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "nystrom", ratio=0.3, limits=limits)
+
+
 @pytest.mark.parametrize(
     ("limits", "error", "said"),
     [
@@ -169,10 +195,16 @@ def test_without_a_budget_only_what_limits_say_is_compressed(tiny_checkpoints, t
     assert [(s.target.name, s.choice.rank) for s in plan.steps if not s.choice.dense] == [("model.layers.2.mlp.up_proj", 5)]
 
 
-@pytest.mark.parametrize("allocation", ["kl", "spectrum"])
-def test_all_layers_share_one_form_per_role(allocation, tiny_checkpoints, tiny_text_file, tmp_path):
+@pytest.mark.parametrize(("name", "allocation"), [("svd-llm", "kl"), ("svd-llm", "spectrum"), ("nystrom", "kl")])
+def test_all_layers_share_one_form_per_role(name, allocation, tiny_checkpoints, tiny_text_file, tmp_path):
     plan = compress(
-        tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, ratio=0.3, allocation=allocation, uniform_within="role"
+        tiny_checkpoints("llama"),
+        tmp_path / "out",
+        tiny_text_file,
+        name,
+        ratio=0.3,
+        allocation=allocation,
+        uniform_within="role",
     )
     forms = {(step.target.role, step.choice) for step in plan.steps}
     assert len(forms) == len({role for role, _ in forms}) and len({choice for _, choice in forms}) > 1
