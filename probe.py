@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .assemble import target_weight
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
-from .compress.base import Curve, Offer, Solution, at_sizes, coarsest
+from .compress.base import Curve, Offer, Solution, at_shares, at_sizes, coarsest
 from .compress.forms import Form, Spec, build_module, fill_module
 from .compress.shared import link
 from .divergence import Predictions
@@ -42,6 +42,7 @@ from .targets import Target
 from .variants import SKIP, together
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
+SHARES = (0.5, 0.85)  # of the largest form, where that is smaller
 _STEEPEST, _FLATTEST = 2.0, 0.3  # exponents that two noisy points may give
 _LEAST = 1e-7  # nats; below this a divergence is rounding
 
@@ -79,12 +80,16 @@ def by_way(offers: Sequence[Offer]) -> dict[int | None, list[int]]:
 
 
 def probed(offers: Sequence[Offer], dense: int) -> list[int]:
-    """Indices of the offers to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ."""
+    """Indices of the offers to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ.
+
+    Of an alternative whose largest form is smaller than that, those at `SHARES` of it.
+    """
     found: list[int] = []
     for indices in by_way(offers).values():
         ways = [offers[index] for index in indices]
         in_bits = all(way.choice.bits is not None for way in ways) and len({way.choice.rank for way in ways}) == 1
-        choose = coarsest(PROBES_EACH) if in_bits else at_sizes(*SIZES)
+        small = ways[-1].nbytes < max(SIZES) * dense
+        choose = coarsest(PROBES_EACH) if in_bits else at_shares(*SHARES) if small else at_sizes(*SIZES)
         found += [indices[index] for index in choose(ways, dense)]
     return sorted(found)
 

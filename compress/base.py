@@ -113,6 +113,15 @@ def at_sizes(*sizes: float) -> Callable[[Sequence[Offer], int], list[int]]:
     return nearest
 
 
+def at_shares(*shares: float) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the largest offer's bytes."""
+
+    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
+        return at_sizes(*shares)(offers, max((offer.nbytes for offer in offers), default=0))
+
+    return nearest
+
+
 def coarsest(count: int) -> Callable[[Sequence[Offer], int], list[int]]:
     """(offers, dense bytes) -> indices of the `count` smallest offers."""
     return lambda offers, dense: list(range(min(count, len(offers))))
@@ -322,6 +331,7 @@ class Joint:
         offers: (shapes, parts, settings, rank multiple) -> the ways in which such a set can be stored, ascending in bytes.
         solve: (weights, statistics, parts, settings) -> one solution per member, each answering its own choices; pure.
         across_layers: whether a set may hold targets of several layers. Their statistics then have to lie on disk.
+        shares: whether a member's form lends to or borrows from the others'; where none does, a second step may follow.
         needs: the statistics that it reads of members of sets, beside those of the method.
     """
 
@@ -329,6 +339,7 @@ class Joint:
     offers: Callable[[Sequence[Shape], Sequence[str], Any, int], list[JointOffer]]
     solve: Callable[[Sequence[Tensor], Sequence[TargetStats], Sequence[str], Any], Sequence[Solution]]
     across_layers: bool = False
+    shares: bool = True
     needs: frozenset[str] = frozenset()
 
 

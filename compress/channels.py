@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base import Choice, JointOffer, Offer, Shape, Solution
 from .feed_forward import READER
-from .forms import MODULES, Form, Spec
+from .forms import MODULES, Form, Spec, build_module
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,72 @@ class PrunedLinear(nn.Linear):
 MODULES[Pruned.kind] = PrunedLinear
 
 
+@dataclass(frozen=True)
+class PrunedForm(Form):
+    """Some rows and columns of a weight in any form: codes on a grid, say.
+
+    Args:
+        form: of the (rows kept, columns kept) matrix; carries the bias of its rows.
+        rows: (rows kept,) which outputs these are; columns: (columns kept,) which inputs.
+        shape: (out, in) of the whole weight.
+    """
+
+    kind: ClassVar[str] = "pruned-form"
+    form: Form
+    rows: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.form.tensors()
+
+    def dense(self) -> Tensor:
+        """(out, in), zero where rows and columns are gone."""
+        kept = self.form.dense()
+        whole = kept.new_zeros(self.shape)
+        whole[self.rows[:, None], self.columns] = kept
+        return whole
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "rows": len(self.rows), "columns": len(self.columns), "form": self.form.spec()}
+
+    def with_bias(self, bias: Tensor | None) -> PrunedForm:
+        """With the module's own bias (out,), of which the rows that stay are kept."""
+        return self if bias is None else replace(self, form=self.form.with_bias(bias[self.rows]))
+
+    def stored(self, dtype: torch.dtype) -> PrunedForm:
+        return replace(self, form=self.form.stored(dtype), rows=self.rows.cpu(), columns=self.columns.cpu())
+
+    @property
+    def nbytes(self) -> int:
+        return self.form.nbytes
+
+
+MODULES[PrunedForm.kind] = lambda spec, n, m, dtype: build_module(spec["form"], spec["columns"], spec["rows"], dtype)
+
+
 def channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOffer]:
     """Every number of inner channels (in steps of `multiple`) of a feed-forward, but all of them; the reader last."""
     inner = shapes[-1].in_features
     found = []
     for channels in range(multiple, inner, multiple):
-        members = []
-        for shape, part in zip(shapes, parts, strict=True):
-            if part == READER:
-                numbers = shape.out_features * channels
-            else:
-                halves = shape.out_features // inner
-                gone = halves * (inner - channels) if shape.bias else 0  # their biases leave with them
-                numbers = halves * channels * shape.in_features - gone
-            members.append(Offer(Choice(channels=channels), numbers * shape.element))
-        nbytes = sum(member.nbytes for member in members)
-        found.append(JointOffer(Choice(channels=channels), nbytes, tuple(members)))
+        left = [pruned_shape(shape, part, inner, channels) for shape, part in zip(shapes, parts, strict=True)]
+        sizes = [small.nbytes - gone_biases(shape, small) for shape, small in zip(shapes, left, strict=True)]
+        members = tuple(Offer(Choice(channels=channels), size) for size in sizes)
+        found.append(JointOffer(Choice(channels=channels), sum(sizes), members))
     return found
+
+
+def pruned_shape(shape: Shape, part: str, inner: int, channels: int) -> Shape:
+    """What is left of a feed-forward's matrix: columns of the reader, rows of the others (of each half, if there are two)."""
+    if part == READER:
+        return replace(shape, in_features=channels)
+    return replace(shape, out_features=shape.out_features // inner * channels)
+
+
+def gone_biases(shape: Shape, left: Shape) -> int:
+    """Bytes of the biases that leave with their rows, which an offer counts as saved."""
+    return (shape.out_features - left.out_features) * shape.element if shape.bias else 0
 
 
 @dataclass(frozen=True)

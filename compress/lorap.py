@@ -202,7 +202,13 @@ def _remark(part: str) -> str:
     }.get(part, "")
 
 
-@method("lorap", source="arXiv 2404.09695", needs=["mean_square"], settings=LorapSettings, joint=Joint(sets, offers, solve_set))
+@method(
+    "lorap",
+    source="arXiv 2404.09695",
+    needs=["mean_square"],
+    settings=LorapSettings,
+    joint=Joint(sets, offers, solve_set, shares=False),
+)
 def solve(weight: Tensor, stats: TargetStats, settings: LorapSettings) -> Weighted:
     """A target (out, in) by itself: the weighted SVD."""
     return weighted(weight, stats)

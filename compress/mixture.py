@@ -11,14 +11,27 @@ low rank, bits and dictionaries are lrc's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import LrcError
-from .base import Choice, Method, Offer, Settings, Shape, Solution, TargetStats
+from .base import (
+    Choice,
+    Joinable,
+    Joint,
+    JointOffer,
+    Method,
+    Offer,
+    Settings,
+    Shape,
+    Solution,
+    TargetSet,
+    TargetStats,
+)
 from .forms import Form
 
 _SAME_SCALE = 0.05  # totals in one metric differ by rounding (float32 grams), those in two by factors
@@ -33,20 +46,29 @@ class MixtureSettings(Settings):
 def mixture(methods: Sequence[Method]) -> Method:
     """The method that offers what any of `methods` offers.
 
+    Where some of them solve several targets together, the targets of such a set get one alternative; one that solves targets
+    alone is offered with the same choice for all of the set. Targets in no set choose among the alternatives that solve targets
+    alone, or, where there are none, among all.
+
     Raises:
-        ValueError: one of them solves several targets at once.
+        ValueError: forms of one of them share something, or its sets reach over several layers.
     """
-    if joined := [method.name for method in methods if method.joint is not None]:
-        raise ValueError(f"{joined[0]} solves several targets at once and cannot be one of several alternatives")
+    together = [method for method in methods if method.joint is not None]
+    if shared := [method.name for method in together if method.joint is not None and method.joint.shares]:
+        raise ValueError(f"{shared[0]} shares factors among targets and cannot be one of several alternatives")
+    alone = [way for way, method in enumerate(methods) if method.joint is None] or list(range(len(methods)))
 
     def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Mixed:
-        return Mixed(tuple(methods), settings.parts, weight, stats)
+        def solved(way: int) -> Solution:
+            return methods[way].solve(weight, stats, settings.parts[way])
+
+        return Mixed(tuple(methods), solved, alone[0])
 
     def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
         found = [
             replace(offer, choice=replace(offer.choice, way=way))
-            for way, (method, part) in enumerate(zip(methods, settings.parts, strict=True))
-            for offer in method.offers(shape, part, multiple)
+            for way in alone
+            for offer in methods[way].offers(shape, settings.parts[way], multiple)
         ]
         return sorted(found, key=lambda offer: offer.nbytes)
 
@@ -58,17 +80,87 @@ def mixture(methods: Sequence[Method]) -> Method:
         "; ".join(dict.fromkeys(method.source for method in methods)),
         offers,
         ways=tuple(methods),
+        joint=_joint(methods) if together else None,
     )
+
+
+def _joint(methods: Sequence[Method]) -> Joint:
+    """How targets that some of the methods solve together are solved by all of them."""
+
+    def sets(targets: Sequence[Joinable], settings: Any) -> list[TargetSet]:
+        found: dict[str, tuple[TargetSet, str]] = {}
+        for method, part in zip(methods, settings.parts, strict=True):
+            for each in method.joint.sets(targets, part) if method.joint else ():
+                for name in each.names:
+                    known, by = found.setdefault(name, (each, method.name))
+                    if known != each:
+                        raise LrcError(
+                            f"{by} and {method.name} put {name} into different sets, and cannot be alternatives of each other.",
+                            "Take one of them, or two recipes.",
+                        )
+        return list(dict.fromkeys(each for each, _ in found.values()))
+
+    def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+        found = []
+        for way, (method, part) in enumerate(zip(methods, settings.parts, strict=True)):
+            ways = (
+                _alike([method.offers(shape, part, multiple) for shape in shapes])
+                if method.joint is None
+                else method.joint.offers(shapes, parts, part, multiple)
+            )
+            found += [_of_way(offer, way) for offer in ways]
+        return sorted(found, key=lambda offer: offer.nbytes)
+
+    def solve(
+        weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
+    ) -> Sequence[Solution]:
+        @functools.cache
+        def all_of(way: int) -> Sequence[Solution]:
+            method, part = methods[way], settings.parts[way]
+            if method.joint is not None:
+                return method.joint.solve(weights, statistics, parts, part)
+            return [method.solve(weight, stats, part) for weight, stats in zip(weights, statistics, strict=True)]
+
+        def member(number: int) -> Mixed:
+            return Mixed(tuple(methods), lambda way: all_of(way)[number], measure)
+
+        # totals are those of an alternative that measures each target's own output, if there is one
+        measure = next((way for way, method in enumerate(methods) if method.joint is None), 0)
+        return [member(number) for number in range(len(weights))]
+
+    needs = frozenset[str]().union(*(method.joint.needs for method in methods if method.joint))
+    return Joint(sets, offers, solve, shares=False, needs=needs)
+
+
+def _alike(each: Sequence[Sequence[Offer]]) -> list[JointOffer]:
+    """The choices that are offered to all of several targets."""
+    known = [{offer.choice: offer for offer in offers} for offers in each]
+    common = [choice for choice in known[0] if all(choice in ways for ways in known)]
+    members = [tuple(ways[choice] for ways in known) for choice in common]
+    return [JointOffer(c, sum(offer.nbytes for offer in m), m) for c, m in zip(common, members, strict=True)]
+
+
+def _of_way(offer: JointOffer, way: int) -> JointOffer:
+    """The same offer as one of an alternative; a member that it leaves dense stays dense."""
+    members = tuple(
+        member if member.choice.dense else replace(member, choice=replace(member.choice, way=way)) for member in offer.members
+    )
+    return JointOffer(replace(offer.choice, way=way), offer.nbytes, members)
 
 
 @dataclass(frozen=True)
 class Mixed(Solution):
-    """The alternatives' solutions, each made when it is first asked for."""
+    """The alternatives' solutions of one target, each made when it is first asked for.
+
+    Args:
+        methods: the alternatives.
+        solve: number of an alternative -> its solution.
+        measure: the alternative whose total is that of all.
+    """
 
     methods: tuple[Method, ...]
-    settings: tuple[Settings, ...]
-    weight: Tensor
-    stats: TargetStats
+    solve: Callable[[int], Solution]
+    measure: int
     _solved: dict[int, Solution] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, choice: Choice) -> tuple[Solution, Choice]:
@@ -76,13 +168,14 @@ class Mixed(Solution):
         if choice.way is None:
             raise ValueError("a choice of a mixture says which alternative it is of")
         if choice.way not in self._solved:
-            method, settings = self.methods[choice.way], self.settings[choice.way]
-            self._solved[choice.way] = method.solve(self.weight, self.stats, settings)
+            self._solved[choice.way] = self.solve(choice.way)
             self._require_one_scale()
         return self._solved[choice.way], replace(choice, way=None)
 
     def _require_one_scale(self) -> None:
-        totals = {way: solution.total for way, solution in self._solved.items()}
+        totals = {way: each.total for way, each in self._solved.items() if self.methods[way].joint is None}
+        if not totals:
+            return
         least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
         if totals[most] - totals[least] > _SAME_SCALE * totals[most]:
             raise LrcError(
@@ -101,9 +194,7 @@ class Mixed(Solution):
 
     @property
     def total(self) -> float:
-        if not self._solved:
-            self.part(Choice(way=0))
-        return next(iter(self._solved.values())).total
+        return self.part(Choice(way=self.measure))[0].total
 
     @property
     def damping(self) -> float:

@@ -167,7 +167,7 @@ def solve_set(
     source="arXiv 2408.09632",
     needs=["output_gram"],
     settings=NystromSettings,
-    joint=Joint(sets, offers, solve_set, needs=frozenset({"gram"})),
+    joint=Joint(sets, offers, solve_set, shares=False, needs=frozenset({"gram"})),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: NystromSettings) -> Solution:
     """A target (out, in) by itself: as `svd-llm`."""

@@ -1,8 +1,9 @@
-"""Products of forms: what one method factored, another one compresses again.
+"""Products of forms: what one method factored or pruned, another one compresses again.
 
 A recipe of two steps, such as `svd-llm` and then `gptq`, first finds low-rank factors and then treats each factor as a weight
 of its own. The right factor reads the target's input; the left one reads what the compressed right factor puts out, and is
-fitted to it anew before it is compressed, so that it makes up for what the right one lost.
+fitted to it anew before it is compressed, so that it makes up for what the right one lost. Where the first step leaves fewer
+channels (`nystrom`), the smaller matrix is a weight of its own, on the channels that it still reads.
 
 Source: the order (compress right, refit left on its outputs, compress left) is that of SVD-LLM's combination with GPTQ (arXiv
 2403.07378 §4) with the refit of CALDERA (arXiv 2405.18886); the refit is the least-squares solution on the gram's range.
@@ -11,17 +12,31 @@ Source: the order (compress right, refit left on its outputs, compress left) is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Choice, GroupStats, Method, Offer, Settings, Shape, Solution, TargetStats, at_sizes
+from .base import (
+    Choice,
+    GroupStats,
+    Joint,
+    JointOffer,
+    Method,
+    Offer,
+    Settings,
+    Shape,
+    Solution,
+    TargetStats,
+    at_shares,
+)
+from .channels import Pruned, PrunedForm, gone_biases, pruned_shape
 from .forms import MODULES, Form, LowRank, Spec, build_module
 
 # what can be told of a factor's input from the target's own statistics
 DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
+_HELD = 3  # forms of a target that are kept, since a loss is asked for and then the form
 _RANGE = 1e-10  # eigenvalues below this part of the largest one are no information about the input
 
 
@@ -90,14 +105,14 @@ class ChainSettings(Settings):
 
 
 def chain(first: Method, second: Method) -> Method:
-    """The method that applies `second` to both factors that `first` finds.
+    """The method that applies `second` to what `first` leaves: both factors, or the smaller matrices of pruned channels.
 
     Raises:
-        ValueError: `second` needs statistics that cannot be told for a factor's input.
+        ValueError: `second` needs statistics that cannot be told for a factor's input, or forms of `first` share something.
     """
-    for step in (first, second):
-        if step.joint is not None:
-            raise ValueError(f"{step.name} solves several targets at once and cannot be one of two steps")
+    if second.joint is not None or (first.joint is not None and first.joint.shares):
+        name = second.name if second.joint is not None else first.name
+        raise ValueError(f"{name} solves several targets at once and cannot be one of two steps")
     missing = second.needs - DERIVED
     if missing:
         raise ValueError(
@@ -110,19 +125,54 @@ def chain(first: Method, second: Method) -> Method:
 
     def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
         """Every rank of the first step, with both factors at the size that the second gives them."""
-        found = []
-        for offer in first.offers(shape, settings.first, multiple):
-            rank = offer.choice.rank
-            if rank is None:
-                raise ValueError(f"{second.name} cannot follow {first.name}, which leaves no factors to compress")
-            plain = rank * (shape.out_features + shape.in_features) * shape.element
-            parts = [_only(second, part, settings.second) for part in _parts(shape, rank)]
-            found.append(Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts)))
+        found = [
+            _smaller(first, offer, shape, second, settings.second) for offer in first.offers(shape, settings.first, multiple)
+        ]
         return [offer for offer in found if offer.nbytes < shape.nbytes]
 
     needs = first.needs | second.needs | {"gram"}
     source = f"{first.source}; {second.source}"
-    return Method(f"{first.name}+{second.name}", solve, ChainSettings, needs, source, offers, at_sizes(0.1, 0.2, 0.35))
+    name, joint = f"{first.name}+{second.name}", _joint(first, second)
+    measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (probe.py)
+    return Method(name, solve, ChainSettings, needs, source, offers, measured, joint=joint)
+
+
+def _joint(first: Method, second: Method) -> Joint | None:
+    """The sets of the first step, each member's form compressed by the second."""
+    joint = first.joint
+    if joint is None:
+        return None
+
+    def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+        found = []
+        for offer in joint.offers(shapes, parts, settings.first, multiple):
+            members = []
+            for member, shape, part in zip(offer.members, shapes, parts, strict=True):
+                if member.choice.channels is not None:
+                    left = pruned_shape(shape, part, shapes[-1].in_features, member.choice.channels)
+                    nbytes = _only(second, left, settings.second).nbytes - gone_biases(shape, left)
+                    members.append(Offer(member.choice, nbytes))
+                else:
+                    members.append(member if member.choice.dense else _smaller(first, member, shape, second, settings.second))
+            found.append(JointOffer(offer.choice, sum(member.nbytes for member in members), tuple(members)))
+        return found
+
+    def solve(
+        weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
+    ) -> Sequence[Solution]:
+        solved = joint.solve(weights, statistics, parts, settings.first)
+        return [Chained(each, second, settings.second, w, s) for each, w, s in zip(solved, weights, statistics, strict=True)]
+
+    return Joint(lambda targets, settings: joint.sets(targets, settings.first), offers, solve, shares=False, needs=joint.needs)
+
+
+def _smaller(first: Method, offer: Offer, shape: Shape, second: Method, settings: Settings) -> Offer:
+    """An offer of the first step with what it leaves at the size that the second gives it."""
+    if (rank := offer.choice.rank) is not None:
+        plain = rank * (shape.out_features + shape.in_features) * shape.element
+        parts = [_only(second, part, settings) for part in _parts(shape, rank)]
+        return Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts))
+    raise ValueError(f"{second.name} cannot follow {first.name}, which leaves no factors to compress")
 
 
 def _parts(shape: Shape, rank: int) -> tuple[Shape, Shape]:
@@ -139,17 +189,20 @@ def _only(method: Method, shape: Shape, settings: Settings) -> Offer:
 
 @dataclass(frozen=True)
 class Chained(Solution):
-    """Factors by the first solution, each compressed by the second method."""
+    """Factors or a pruned matrix by the first solution, compressed by the second method."""
 
     first: Solution
     second: Method
     settings: Settings
     weight: Tensor
     stats: TargetStats
+    _last: dict[Choice, Form] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def loss(self, choice: Choice) -> float:
-        gram = _gram(self.stats)
-        error = self.weight.double() - self.form(choice).dense().double()
+        form, gram = self.form(choice), _gram(self.stats)
+        error = self.weight.double() - form.dense().double()
+        if isinstance(form, (Pruned, PrunedForm)):
+            error = error[form.rows]  # nobody reads the rows that are gone; the matrix that did answers for them
         return float(((error @ gram) * error).sum())
 
     @property
@@ -157,9 +210,18 @@ class Chained(Solution):
         weight = self.weight.double()
         return float(((weight @ _gram(self.stats)) * weight).sum())
 
-    def form(self, choice: Choice) -> Product:
-        """Both factors by the second step; the left one is fitted to what the stored right one puts out."""
+    def form(self, choice: Choice) -> Form:
+        """Both factors by the second step, or the smaller matrix."""
+        if choice not in self._last:
+            while len(self._last) >= _HELD:
+                del self._last[next(iter(self._last))]
+            self._last[choice] = self._formed(choice)
+        return self._last[choice]
+
+    def _formed(self, choice: Choice) -> Form:
         low = self.first.form(choice)
+        if isinstance(low, Pruned):
+            return self._of_pruned(low)
         if not isinstance(low, LowRank):
             raise ValueError(f"{self.second.name} compresses low-rank factors, not a {low.kind} form")
         group, element = self.stats.group, self.weight.element_size()
@@ -173,6 +235,14 @@ class Chained(Solution):
         return Product(
             self._compress(left, GroupStats(group.tokens, gram, mean), left_shape).with_bias(low.bias), right, z.shape[0]
         )
+
+    def _of_pruned(self, left: Pruned) -> Form:
+        group, reads = self.stats.group, left.columns
+        seen = GroupStats(
+            group.tokens, _gram(self.stats)[reads[:, None], reads], None if group.mean is None else group.mean[reads]
+        )
+        form = self._compress(left.weight, seen, Shape(*left.weight.shape, self.weight.element_size()))  # type: ignore[call-arg]
+        return left if isinstance(form, _Dense) else PrunedForm(form, left.rows, left.columns, left.shape)
 
     def _compress(self, factor: Tensor, group: GroupStats, shape: Shape) -> Form:
         offer = _only(self.second, shape, self.settings)

@@ -681,10 +681,13 @@ def test_what_cannot_be_joined_is_refused(overrides, words):
         load_recipe("basis-sharing", overrides)
 
 
-@pytest.mark.parametrize("together", ["steps:", "allocation: spectrum\nalternatives:"])
-def test_a_joint_method_is_no_step_and_no_alternative(together, tmp_path):
+@pytest.mark.parametrize(
+    ("together", "words"),
+    [("steps:", "solves several targets at once"), ("allocation: spectrum\nalternatives:", "shares factors among targets")],
+)
+def test_what_shares_factors_is_no_step_and_no_alternative(together, words, tmp_path):
     (tmp_path / "r.yaml").write_text(f"{together}\n- method: shared-input\n- method: gptq\n  settings: {{bits: 4}}\n")
-    with pytest.raises(RecipeError, match="shared-input solves several targets at once"):
+    with pytest.raises(RecipeError, match=f"shared-input {words}"):
         load_recipe(str(tmp_path / "r.yaml"))
 
 

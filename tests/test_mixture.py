@@ -50,6 +50,32 @@ def test_one_budget_over_ranks_and_bits(family, recipe, tiny_checkpoints, tiny_t
     assert torch.isfinite(logits).all()
 
 
+CHANNELS = [
+    *BOTH,
+    {"method": "nystrom"},
+    {"steps": [{"method": "nystrom"}, {"method": "gptq", "settings": {"bits": 4, "group_size": 16}}]},
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "mixtral"])
+@pytest.mark.parametrize("propagate", ["original", "compressed"])
+def test_one_budget_over_channels_ranks_and_bits(family, propagate, recipe, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    wish = recipe(alternatives=CHANNELS, propagate=propagate)
+    plan = compress(model, tmp_path / "out", tiny_text_file, wish, ratio=0.8, dtype=torch.bfloat16)
+    record = verify(tmp_path / "out")
+    held = {name: t for shard in record["shards"] for name, t in load_file(tmp_path / "out" / shard).items()}
+    assert sum(t.numel() * t.element_size() for t in held.values()) == plan.whole_after
+    assert plan.targets_after <= 0.2 * plan.targets_before
+    forms = {target["name"]: target["form"]["kind"] for target in record["targets"]}
+    assert "pruned-form" in forms.values()
+    assert set(forms.values()) <= {"quantized", "low-rank", "dense", "pruned", "pruned-form"}
+    ways = [{step.choice.way for step in plan.steps if step.target in item.targets} for item in plan.items if item.parts]
+    assert ways and all(len(way) == 1 for way in ways), "a set gets one alternative"
+    logits = open_model(str(tmp_path / "out"))[0](torch.arange(3, 40)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
 def test_more_bytes_never_predict_more_loss(recipe, tiny_checkpoints, tiny_text_file, tmp_path):
     divergences = []
     ids = torch.arange(3, 40)[None]

@@ -70,6 +70,52 @@ def test_a_second_step_compresses_both_factors_and_refits_the_left_one():
     assert torch.allclose(module(x), x @ form.dense().T)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_second_step_compresses_what_pruned_channels_leave(fused):
+    """Each smaller matrix as a weight of its own, the reader's on the channels that it still reads; bytes as offered."""
+    generator = torch.Generator().manual_seed(3)
+    halves, inner, width = 2 if fused else 1, 40, 24
+    shapes = [Shape(halves * inner, width, 2, True), Shape(width, inner, 2)]
+    parts = ["gate and up" if fused else "up", "down"]
+    weights = [torch.randn(shape.out_features, shape.in_features, generator=generator) for shape in shapes]
+    x, h = torch.randn(200, width, generator=generator), torch.randn(200, inner, generator=generator).cumsum(1)
+    stats = [TargetStats(GroupStats(200, each.T @ each / 200)) for each in (x, h)]
+    first, second = get_method("nystrom"), get_method("gptq")
+    both = chain(first, second)
+    grid = second.settings(bits=4, group_size=8)
+    settings = both.settings(first=first.settings(), second=grid)
+    offer = next(o for o in both.joint.offers(shapes, parts, settings, 1) if o.choice.channels == 20)
+    forms = [each.form(offer.choice) for each in both.joint.solve(weights, stats, parts, settings)]
+    plain = [each.form(offer.choice) for each in first.joint.solve(weights, stats, parts, first.settings())]
+    kept = plain[1].columns
+    grams = [stats[0].group.gram, h[:, kept].T @ h[:, kept] / 200]
+    for form, before, gram, shape, member in zip(forms, plain, grams, shapes, offer.members, strict=True):
+        expected = second.solve(before.weight, TargetStats(GroupStats(200, gram)), grid).form(Choice(bits=4)).dense()
+        assert torch.allclose(form.dense()[form.rows[:, None], form.columns].double(), expected.double(), atol=1e-5)
+        assert int(form.dense().ne(0).any(1).sum()) <= len(form.rows) and int(form.dense().ne(0).any(0).sum()) <= len(
+            form.columns
+        )
+        stored = form.with_bias(torch.ones(shape.out_features) if shape.bias else None).stored(torch.bfloat16)
+        gone = (shape.out_features - len(form.rows)) * 2 if shape.bias else 0
+        assert stored.nbytes - gone == member.nbytes
+        module = fill_module(
+            build_module(json.loads(json.dumps(stored.spec())), shape.in_features, shape.out_features), stored.tensors()
+        )
+        y = module(torch.eye(len(form.columns), dtype=torch.bfloat16)) - (1 if shape.bias else 0)
+        assert torch.allclose(y.T, stored.dense()[form.rows[:, None], form.columns], atol=0.03)
+    assert offer.nbytes == sum(member.nbytes for member in offer.members)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_channels_then_bits_on_the_real_path(family, tiny_checkpoints, text, tmp_path):
+    wish = {"steps": [{"method": "nystrom"}, {"method": "gptq", "settings": {"bits": 4, "group_size": 16}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(wish))
+    plan = compress(tiny_checkpoints(family), tmp_path / "out", text, str(tmp_path / "recipe.yaml"), ratio=0.85)
+    assert 0.85 <= plan.ratio < 0.88
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(6)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_a_refit_is_least_squares_and_takes_singular_inputs(tokens):
     weight, x = _problem(tokens)
