@@ -27,6 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import LrcError
 from . import svd_llm
 from .base import Choice, Joinable, Joint, JointOffer, Settings, Shape, Solution, TargetSet, TargetStats, method
 from .channels import Channels, Pruned, channel_offers
@@ -60,11 +61,13 @@ class Reading:
         weight: (out, inner) float64, its columns times `scale`.
         gram: (inner, inner) float64 with ones on the diagonal, the ridge added.
         scale: (inner,) float64, each channel's root mean square.
+        ridge: what was added.
     """
 
     weight: Tensor
     gram: Tensor
     scale: Tensor
+    ridge: float
 
     @staticmethod
     def of(weight: Tensor, gram: Tensor, ridge: float) -> Reading:
@@ -75,7 +78,7 @@ class Reading:
         scale = scale.clamp_min(_SEEN * largest) if largest > 0 else torch.ones_like(scale)  # an expert that saw no token
         equal = wide / scale / scale[:, None]
         equal.diagonal().add_(ridge)
-        return Reading(weight.double() * scale, equal, scale)
+        return Reading(weight.double() * scale, equal, scale, ridge)
 
     def eliminated(self) -> tuple[Tensor, Tensor]:
         """(channels in the order in which they leave, what each adds to the loss), both (inner,).
@@ -83,7 +86,7 @@ class Reading:
         A block of the cheapest leaves at a time, in it one after the other; then the inverse and the weight are brought up to
         date, as by Gaussian elimination. The losses are exact for the order.
         """
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram))
+        inverse = torch.cholesky_inverse(self._factor(self.gram))
         weight, left = self.weight, torch.arange(len(self.scale), device=self.scale.device)
         order, lost = [], []
         while len(left):
@@ -92,23 +95,41 @@ class Reading:
             inside, losses = _one_by_one(weight[:, block], inverse[block[:, None], block])
             order.append(left[block[inside]])
             lost.append(losses)
-            stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-            stays[block] = False
-            corner = torch.linalg.cholesky(inverse[block[:, None], block])
-            across = inverse[block][:, stays]
-            solved = torch.cholesky_solve(across, corner)
+            stays = _others(len(left), block)
+            across = inverse[block[:, None], stays]
+            solved = torch.cholesky_solve(across, torch.linalg.cholesky(inverse[block[:, None], block]))
             weight = weight[:, stays] - weight[:, block] @ solved
-            inverse = inverse[stays][:, stays].addmm_(across.T, solved, alpha=-1)
+            inverse = inverse[stays[:, None], stays].addmm_(across.T, solved, alpha=-1)
             left = left[stays]
         return torch.cat(order), torch.cat(lost)
 
     def fitted(self, kept: Tensor) -> Tensor:
         """The weight (out, kept) in the channels' own units, made up for those that are gone."""
-        gone = torch.ones(len(self.scale), dtype=torch.bool, device=kept.device)
-        gone[kept] = False
-        factor = torch.linalg.cholesky(self.gram[kept[:, None], kept])
-        more = torch.cholesky_solve(self.gram[kept][:, gone] @ self.weight[:, gone].T, factor).T
+        gone = _others(len(self.scale), kept)
+        factor = self._factor(self.gram[kept[:, None], kept])
+        more = torch.cholesky_solve(self.gram[kept[:, None], gone] @ self.weight[:, gone].T, factor).T
         return (self.weight[:, kept] + more) / self.scale[kept]
+
+    def _factor(self, gram: Tensor) -> Tensor:
+        """The Cholesky factor of a part of the gram.
+
+        Raises:
+            LrcError: rounding in the statistics (float32) is larger than the ridge.
+        """
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise LrcError(
+                f"The gram of {len(gram)} channels has no Cholesky factor with a ridge of {self.ridge:g}.",
+                "Raise settings.ridge; 0.1 is the default.",
+            )
+        return factor
+
+
+def _others(count: int, some: Tensor) -> Tensor:
+    """Indices below `count` that are not among some, ascending."""
+    others = torch.ones(count, dtype=torch.bool, device=some.device)
+    others[some] = False
+    return others.nonzero()[:, 0]
 
 
 def _one_by_one(weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +164,10 @@ class Fitted(Channels):
     """
 
     reading: Reading
+
+    @property
+    def damping(self) -> float:
+        return self.reading.ridge
 
     def form(self, choice: Choice) -> Pruned:
         pruned = super().form(choice)

@@ -25,7 +25,7 @@ from lrc.compress.feed_forward import feed_forwards
 from lrc.compress.forms import build_module, fill_module, linear_weight
 from lrc.compress.shared import Borrowing
 from lrc.compress.stacked import stack_statistics
-from lrc.errors import BudgetError, CheckpointError, RecipeError
+from lrc.errors import BudgetError, CheckpointError, LrcError, RecipeError
 from lrc.load import open_model
 from lrc.reading import load_recipe
 from lrc.run import Artifact
@@ -277,6 +277,18 @@ def test_losses_of_many_channels_are_exact_for_their_order():
     for channels in (149, 120, 60, 10, 1):
         choice = Choice(channels=channels)
         assert solutions[1].loss(choice) == pytest.approx(measured(down, solutions[1].form(choice), gram), rel=1e-7)
+
+
+def test_a_ridge_below_what_rounding_leaves_says_so():
+    (down,), (h,) = problem((4,), 40, 3)
+    gram = (h.T @ h).astype(np.float32)
+    gram[0, 1] = gram[1, 0] = 1.001 * np.sqrt(gram[0, 0] * gram[1, 1])  # no gram, by more than the ridge
+    stats = TargetStats(GroupStats(3, torch.tensor(gram)))
+    nystrom = get_method("nystrom")
+    with pytest.raises(LrcError, match="Raise settings.ridge"):
+        nystrom.joint.solve(
+            [torch.tensor(down.T.copy()), torch.tensor(down)], [stats] * 2, ["up", "down"], nystrom.settings(ridge=1e-8)
+        )
 
 
 def test_a_feed_forward_that_saw_nothing_keeps_its_largest_channels():
