@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     },
     "cospadi-1-iteration": ("cospadi", {"settings.iterations": 1, "settings.update": "mod"}),
     "aa-svd-1-epoch": ("aa-svd", {"refine.block.epochs": 1, "refine.block.batch_tokens": 8192}),
+    "svd-llm+kl": ("svd-llm", {"allocation": "kl"}),
     "compot+kl": ("compot", {"allocation": "kl"}),
     "shortgpt+linear-map": ("shortgpt+linear-patch", {"depth.repair": "linear-map"}),
 }
