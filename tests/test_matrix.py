@@ -189,7 +189,7 @@ def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(
     )
     small, _ = open_model(str(tmp_path / "out"))
     got = logits(small)
-    pruned = any(isinstance(module, PrunedLinear) for module in small.modules())  # whose channels test_joint.py looks up
+    pruned = any(isinstance(module, PrunedLinear) for module in small.modules())  # whose channels test_joint_models.py looks up
     whole = model.original if pruned else multiplied_out(model.original, small, (step.target for step in plan.steps))
     if not pruned and all(
         step.target.expert is None for step in plan.steps
@@ -197,7 +197,12 @@ def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(
         assert torch.allclose(got, logits(whole), atol=1e-3 * float(got.abs().max()))
     if family in ("llama", "mixtral"):  # with and without experts; names of tensors are the family's, forms the method's
         small.save_pretrained(tmp_path / "again")
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()), got)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+        held = small.state_dict()
+        assert again.state_dict().keys() == held.keys()
+        assert all(torch.equal(tensor, held[key]) for key, tensor in again.state_dict().items())
+        # where tensors lie in a file decides which instructions multiply them: the last digit of a sum is not the file's
+        assert torch.allclose(logits(again), got, atol=1e-5 * float(got.abs().max()))
     if getattr(plan.recipe.compression[0], "joint", None):
         return
     # a target solved anew by itself, after all others: neither order nor company has a part in it
