@@ -155,7 +155,7 @@ class Mixed(Solution):
     Args:
         methods: the alternatives.
         solve: number of an alternative -> its solution.
-        measure: the alternative whose total is that of all.
+        measure: the alternative whose total is that of all while none has been asked for.
     """
 
     methods: tuple[Method, ...]
@@ -194,7 +194,9 @@ class Mixed(Solution):
 
     @property
     def total(self) -> float:
-        return self.part(Choice(way=self.measure))[0].total
+        if not self._solved:
+            self.part(Choice(way=self.measure))
+        return next(iter(self._solved.values())).total
 
     @property
     def damping(self) -> float:
