@@ -88,6 +88,7 @@ def _joint(methods: Sequence[Method]) -> Joint:
     """How targets that some of the methods solve together are solved by all of them."""
 
     def sets(targets: Sequence[Joinable], settings: Any) -> list[TargetSet]:
+        """The sets of all methods that have some; one target is in one set, whoever asks for it."""
         found: dict[str, tuple[TargetSet, str]] = {}
         for method, part in zip(methods, settings.parts, strict=True):
             for each in method.joint.sets(targets, part) if method.joint else ():
@@ -101,6 +102,7 @@ def _joint(methods: Sequence[Method]) -> Joint:
         return list(dict.fromkeys(each for each, _ in found.values()))
 
     def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+        """Every method's ways to store the set."""
         found = []
         for way, (method, part) in enumerate(zip(methods, settings.parts, strict=True)):
             ways = (
@@ -114,6 +116,8 @@ def _joint(methods: Sequence[Method]) -> Joint:
     def solve(
         weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
     ) -> Sequence[Solution]:
+        """The members, each answering for every method; a method solves them when one of them is first asked."""
+
         @functools.cache
         def all_of(way: int) -> Sequence[Solution]:
             method, part = methods[way], settings.parts[way]

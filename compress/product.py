@@ -144,6 +144,7 @@ def _joint(first: Method, second: Method) -> Joint | None:
         return None
 
     def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+        """Those of the first step, each member at the size that the second gives it."""
         found = []
         for offer in joint.offers(shapes, parts, settings.first, multiple):
             members = []
