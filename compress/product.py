@@ -156,7 +156,7 @@ def _joint(first: Method, second: Method) -> Joint | None:
                 else:
                     members.append(member if member.choice.dense else _smaller(first, member, shape, second, settings.second))
             found.append(JointOffer(offer.choice, sum(member.nbytes for member in members), tuple(members)))
-        return found
+        return [offer for offer in found if offer.nbytes < sum(shape.nbytes for shape in shapes)]
 
     def solve(
         weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
