@@ -33,7 +33,7 @@ from .base import Choice, Joinable, Joint, JointOffer, Settings, Shape, Solution
 from .channels import Channels, Pruned, channel_offers
 from .feed_forward import by_layer, feed_forwards
 
-_BLOCKS = 64  # a block of at most this part of the channels leaves between two updates of the whole inverse
+_BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
 _SEEN = 1e-6  # of the largest root mean square: channels below it count as if they had this
 
 
