@@ -348,7 +348,7 @@ def test_without_a_terminal_lines_are_plain_and_whole(finished, model, tiny_text
     printed = lrc_ok("plan", long, "--ratio", 0.01, "--set", "rank_multiple=1")
     assert "\x1b" not in printed
     first = printed.splitlines()[0]
-    assert first.startswith(f"{long} (llama, float32) by svd-llm") and first.endswith("256 × 2048 tokens")
+    assert first.startswith(f"{long} (llama, float32) by nystrom") and first.endswith("256 × 2048 tokens")
     starts = ("targets ", "self_attn.", "mlp.", "allocation kl: ", "removed: ", "kept: ", "memory: ")
     assert all(line.startswith(starts) for line in printed.splitlines()[1:])
     layers = [line for line in finished[1].splitlines() if line.startswith("layer ")]
