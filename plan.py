@@ -142,7 +142,7 @@ def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, st
     for item in items:  # limits leave nothing but the dense form
         limited = [bounds[target.name].why_min for target in item.targets if target.name in bounds]
         if limited and not offers[item.name]:
-            kept |= {target.name: max(limited, key=len) for target in item.targets}
+            kept |= dict.fromkeys((target.name for target in item.targets), next((why for why in limited if why), ""))
     items = [item for item in items if item.name not in kept]
     bounded = frozenset(item.name for item in items if not may_be_dense(item, bounds))
     held = frozenset(item.name for item in items if not may_go(item, bounds))

@@ -254,9 +254,7 @@ class Recipe(Steps):
 
     def _fits_joint(self) -> None:
         joint, name = self.compression[0].joint, self.method
-        if joint is None:
-            return
-        if not joint.across_layers:
+        if joint is None or not joint.across_layers:
             return
         if self.propagate == "compressed":
             raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")

@@ -342,6 +342,11 @@ class Joint:
     shares: bool = True
     needs: frozenset[str] = frozenset()
 
+    @property
+    def separable(self) -> bool:
+        """Whether each member's form stands for itself, so that it may be compressed again or be one of several."""
+        return not self.shares and not self.across_layers
+
 
 @dataclass(frozen=True)
 class Method:

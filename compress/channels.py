@@ -42,9 +42,7 @@ class Pruned(Form):
 
     def dense(self) -> Tensor:
         """(out, in), zero where rows and columns are gone."""
-        whole = self.weight.new_zeros(self.shape)
-        whole[self.rows[:, None], self.columns] = self.weight
-        return whole
+        return _in_place(self.weight, self.rows, self.columns, self.shape)
 
     def spec(self) -> Spec:
         rows, columns = self.weight.shape
@@ -65,6 +63,13 @@ class Pruned(Form):
             columns=self.columns.cpu(),
             bias=None if self.bias is None else self.bias.to("cpu", dtype),
         )
+
+
+def _in_place(left: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The whole matrix of which these rows and columns are left, zeros elsewhere."""
+    whole = left.new_zeros(shape)
+    whole[rows[:, None], columns] = left
+    return whole
 
 
 class PrunedLinear(nn.Linear):
@@ -102,10 +107,7 @@ class PrunedForm(Form):
 
     def dense(self) -> Tensor:
         """(out, in), zero where rows and columns are gone."""
-        kept = self.form.dense()
-        whole = kept.new_zeros(self.shape)
-        whole[self.rows[:, None], self.columns] = kept
-        return whole
+        return _in_place(self.form.dense(), self.rows, self.columns, self.shape)
 
     def spec(self) -> Spec:
         return {"kind": self.kind, "rows": len(self.rows), "columns": len(self.columns), "form": self.form.spec()}
@@ -173,10 +175,13 @@ class Channels(Solution):
         return float(self.energy.sum())
 
     def form(self, choice: Choice) -> Pruned:
+        rows, columns = self.left(choice)
+        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
+
+    def left(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Which rows and which columns stay, both ascending."""
         kept, inner = self.stays[: choice.channels].sort().values, len(self.stays)
         rows, columns = (torch.arange(n, device=self.weight.device) for n in self.weight.shape)
         if self.reads:
-            columns = kept
-        else:
-            rows = torch.cat([kept + half * inner for half in range(len(self.weight) // inner)])
-        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
+            return rows, kept
+        return torch.cat([kept + half * inner for half in range(len(self.weight) // inner)]), columns

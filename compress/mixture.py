@@ -53,8 +53,7 @@ def mixture(methods: Sequence[Method]) -> Method:
     Raises:
         ValueError: forms of one of them share something, or its sets reach over several layers.
     """
-    together = [method for method in methods if method.joint is not None]
-    if shared := [method.name for method in together if method.joint is not None and method.joint.shares]:
+    if shared := [method.name for method in methods if method.joint is not None and not method.joint.separable]:
         raise ValueError(f"{shared[0]} shares factors among targets and cannot be one of several alternatives")
     alone = [way for way, method in enumerate(methods) if method.joint is None] or list(range(len(methods)))
 
@@ -80,7 +79,7 @@ def mixture(methods: Sequence[Method]) -> Method:
         "; ".join(dict.fromkeys(method.source for method in methods)),
         offers,
         ways=tuple(methods),
-        joint=_joint(methods) if together else None,
+        joint=_joint(methods) if any(method.joint is not None for method in methods) else None,
     )
 
 

@@ -170,8 +170,8 @@ class Fitted(Channels):
         return self.reading.ridge
 
     def form(self, choice: Choice) -> Pruned:
-        pruned = super().form(choice)
-        return Pruned(self.reading.fitted(pruned.columns), pruned.rows, pruned.columns, pruned.shape)
+        rows, columns = self.left(choice)
+        return Pruned(self.reading.fitted(columns), rows, columns, (len(self.weight), self.weight.shape[1]))
 
 
 def solve_set(

@@ -108,9 +108,10 @@ def chain(first: Method, second: Method) -> Method:
     """The method that applies `second` to what `first` leaves: both factors, or the smaller matrices of pruned channels.
 
     Raises:
-        ValueError: `second` needs statistics that cannot be told for a factor's input, or forms of `first` share something.
+        ValueError: `second` needs statistics that cannot be told for a factor's input, or the members of a set of `first`
+            share something.
     """
-    if second.joint is not None or (first.joint is not None and first.joint.shares):
+    if second.joint is not None or (first.joint is not None and not first.joint.separable):
         name = second.name if second.joint is not None else first.name
         raise ValueError(f"{name} solves several targets at once and cannot be one of two steps")
     missing = second.needs - DERIVED
