@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-from pipeline import compress
+from pipeline import compress, plain_python, refused_without_lrc
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
@@ -30,12 +26,6 @@ def compressed(tiny_checkpoints, tiny_text_file, tmp_path_factory):
     return make
 
 
-def plain_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, without anything that the test session has imported."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_tensor_finds_its_place(family, compressed):
     _, info = AutoModelForCausalLM.from_pretrained(compressed(family), output_loading_info=True)
@@ -46,23 +36,7 @@ def test_without_lrc_every_family_fails_loudly(compressed):
     """One process tries them all; an artifact of which only the experts are compressed is the hardest."""
     folders = [compressed(family) for family in CONFIGS]
     folders.append(compressed("mixtral", keep=["self_attn.*"]))
-    done = plain_python(
-        """
-        import sys
-        from transformers import AutoModelForCausalLM
-        for folder in sys.argv[1:]:
-            try:
-                AutoModelForCausalLM.from_pretrained(folder)
-            except Exception as error:
-                print("refused", type(error).__name__)
-            else:
-                print("LOADED", folder)
-        assert "lrc" not in sys.modules
-        """,
-        *folders,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split().count("refused") == len(folders), done.stdout
+    assert refused_without_lrc(folders) == len(folders)
 
 
 @pytest.mark.parametrize("order", ["import lrc, transformers", "import transformers, lrc", "import lrc.load, transformers"])

@@ -7,10 +7,9 @@ import textwrap
 
 import pytest
 import torch
-from pipeline import compress
+from pipeline import compress, place_of
 from safetensors.torch import load_file
 
-from lrc.compress.forms import linear_weight
 from lrc.load import open_model
 from lrc.verify import verify
 
@@ -28,11 +27,7 @@ def multiplied_out(model, record, tensors) -> torch.Tensor:
     original, _ = open_model(str(model))
     with torch.no_grad():
         for target in record["targets"]:
-            path, _, last = target["name"].rpartition(".")
-            if last.isdigit():
-                stored, place = f"{path}_forms.{last}", original.get_parameter(path)[int(last)]
-            else:
-                stored, place = target["name"], linear_weight(original.get_submodule(target["name"]))
+            stored, place = place_of(original, target["name"])
             place.copy_(tensors[f"{stored}.left"] @ tensors[f"{stored}.weight"])
         return original(IDS).logits
 

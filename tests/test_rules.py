@@ -155,7 +155,9 @@ def test_limits_hold_for_members_of_sets(allocation, tiny_checkpoints, tiny_text
         tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "nystrom", ratio=0.2, allocation=allocation, limits=limits
     )
     verify(tmp_path / "out")
-    assert plan.ratio >= (0.2 if allocation == "kl" else 0.19)  # a uniform ratio is that of what is not kept
+    counted = [step for step in plan.steps if allocation == "kl" or not step.kept]
+    # a uniform ratio is that of what is not kept
+    assert sum(step.bytes_after for step in counted) <= 0.8 * sum(step.bytes_before for step in counted)
     kept = {step.target.name: step.bytes_after / step.bytes_before for step in plan.steps}
     for name, share in kept.items():
         if ".1.mlp" in name:
