@@ -6,6 +6,7 @@ reads them (down) loses columns. Which channels stay need not be stored: nobody 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -151,9 +152,39 @@ def gone_biases(shape: Shape, left: Shape) -> int:
     return (shape.out_features - left.out_features) * shape.element if shape.bias else 0
 
 
+class ChannelSolution(Solution):
+    """One target of a feed-forward, of which any number of channels may stay."""
+
+    weight: Tensor  # (out, in)
+    reads: bool  # whether the channels are the target's columns
+
+    @property
+    @abstractmethod
+    def inner(self) -> int:
+        """How many channels there are."""
+
+    @abstractmethod
+    def kept(self, channels: int) -> Tensor:
+        """(channels,) which ones stay where this many do, ascending; they are among those of any larger number."""
+
+    def form(self, choice: Choice) -> Pruned:
+        rows, columns = self.left(choice)
+        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
+
+    def left(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Which rows and which columns stay, both ascending."""
+        if choice.channels is None:
+            raise ValueError("a dense target is not solved")
+        kept = self.kept(choice.channels)
+        rows, columns = (torch.arange(n, device=self.weight.device) for n in self.weight.shape)
+        if self.reads:
+            return rows, kept
+        return torch.cat([kept + half * self.inner for half in range(len(self.weight) // self.inner)]), columns
+
+
 @dataclass(frozen=True)
-class Channels(Solution):
-    """One target of a pruned feed-forward.
+class Channels(ChannelSolution):
+    """One target of a pruned feed-forward whose channels are ordered beforehand, what each is worth known by itself.
 
     Args:
         weight: (out, in).
@@ -167,21 +198,16 @@ class Channels(Solution):
     stays: Tensor
     reads: bool
 
+    @property
+    def inner(self) -> int:
+        return len(self.stays)
+
+    def kept(self, channels: int) -> Tensor:
+        return self.stays[:channels].sort().values
+
     def loss(self, choice: Choice) -> float:
         return float(self.energy[self.stays[choice.channels :]].sum())
 
     @property
     def total(self) -> float:
         return float(self.energy.sum())
-
-    def form(self, choice: Choice) -> Pruned:
-        rows, columns = self.left(choice)
-        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
-
-    def left(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Which rows and which columns stay, both ascending."""
-        kept, inner = self.stays[: choice.channels].sort().values, len(self.stays)
-        rows, columns = (torch.arange(n, device=self.weight.device) for n in self.weight.shape)
-        if self.reads:
-            return rows, kept
-        return torch.cat([kept + half * inner for half in range(len(self.weight) // inner)]), columns

@@ -2,9 +2,9 @@
 
 Attention's matrices are of low rank and feed-forwards are not (LoRAP). A feed-forward therefore loses whole inner channels,
 which costs no second factor, and its down projection is fitted anew to the channels that stay: `W_S + W_R C_RS (C_SS + λ)⁻¹` is
-the least-squares map for the inputs that calibration saw, S the channels that stay, R those that leave. Which ones leave is
-decided one by one: always the channel whose absence, made up for by all that are still there, moves the output least
-(‖w‖² / [C⁻¹]_ii, Optimal Brain Surgeon). What is left is an ordinary, smaller feed-forward.
+the least-squares map for the inputs that calibration saw, S the channels that stay, R those that leave. Always those leave
+whose absence, made up for by all that are still there, moves the output least (‖w‖² / [C⁻¹]_ii, Optimal Brain Surgeon): a few
+at a time, then what the others would cost is found anew. What is left is an ordinary, smaller feed-forward.
 
 When to use: with `allocation: kl` the best of the one-shot methods here (docs/allocation.md), and the least bound to its
 calibration text; the result needs no kernel of its own. Alone in a uniform budget it shows what channels are worth.
@@ -14,7 +14,7 @@ Statistics: a gram (inner, inner) per feed-forward; of the others as `svd-llm`.
 
 Source: Lin et al., MoDeGPT, arXiv 2408.09632, §3.2, type I (the Nyström form of the down projection, its ridge); the order by
 Optimal Brain Surgeon, Hassibi and Stork, NeurIPS 1992, applied to groups as ZipLM, arXiv 2302.04089. Differences from MoDeGPT:
-channels leave one by one, not by their ridge leverage scores at once; the ridge is relative to each channel's own energy, so
+channels leave in turn, not by their ridge leverage scores at once; the ridge is relative to each channel's own energy, so
 that rescaling a channel changes nothing; attention is factored and not cut into narrower heads.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from pydantic import Field
@@ -30,10 +31,11 @@ from torch import Tensor
 from ..errors import LrcError
 from . import svd_llm
 from .base import Choice, Joinable, Joint, JointOffer, Settings, Shape, Solution, TargetSet, TargetStats, method
-from .channels import Channels, Pruned, channel_offers
-from .feed_forward import by_layer, feed_forwards
+from .channels import ChannelSolution, Pruned, channel_offers
+from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
 
 _BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
+_READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram"})}  # of a feed-forward, the one gram
 _SEEN = 1e-6  # of the largest root mean square: channels below it count as if they had this
 
 
@@ -80,28 +82,14 @@ class Reading:
         equal.diagonal().add_(ridge)
         return Reading(weight.double() * scale, equal, scale, ridge)
 
-    def eliminated(self) -> tuple[Tensor, Tensor]:
-        """(channels in the order in which they leave, what each adds to the loss), both (inner,).
+    @property
+    def total(self) -> float:
+        """What is lost where no channel stays: tr(W C Wᵀ)."""
+        return float((self.weight @ self.gram).mul_(self.weight).sum())
 
-        A block of the cheapest leaves at a time, in it one after the other; then the inverse and the weight are brought up to
-        date, as by Gaussian elimination. The losses are exact for the order.
-        """
-        inverse = torch.cholesky_inverse(self._factor(self.gram))
-        weight, left = self.weight, torch.arange(len(self.scale), device=self.scale.device)
-        order, lost = [], []
-        while len(left):
-            scores = weight.square().sum(0) / inverse.diagonal()
-            block = scores.sort(stable=True).indices[: -(-len(left) // _BLOCKS)]
-            inside, losses = _one_by_one(weight[:, block], inverse[block[:, None], block])
-            order.append(left[block[inside]])
-            lost.append(losses)
-            stays = _others(len(left), block)
-            across = inverse[block[:, None], stays]
-            solved = torch.cholesky_solve(across, torch.linalg.cholesky(inverse[block[:, None], block]))
-            weight = weight[:, stays] - weight[:, block] @ solved
-            inverse = inverse[stays[:, None], stays].addmm_(across.T, solved, alpha=-1)
-            left = left[stays]
-        return torch.cat(order), torch.cat(lost)
+    def inverse(self) -> Tensor:
+        """(inner, inner) float64, of the gram."""
+        return torch.cholesky_inverse(self._factor(self.gram))
 
     def fitted(self, kept: Tensor) -> Tensor:
         """The weight (out, kept) in the channels' own units, made up for those that are gone."""
@@ -132,46 +120,128 @@ def _others(count: int, some: Tensor) -> Tensor:
     return others.nonzero()[:, 0]
 
 
-def _one_by_one(weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The order in which the channels of a block leave, and what each adds to the loss.
+class Elimination:
+    """Channels leave a reading one after the other; only as many have left as somebody asked about.
 
-    Args:
-        weight: (out, block).
-        inverse: (block, block), their part of the inverse.
+    Some of the cheapest leave together, the cheapest first; then the inverse and the weight are brought up to date in place, as
+    by Gaussian elimination: what stays lies in their leading part. Losses are exact for the order.
     """
-    weight, inverse = weight.clone(), inverse.clone()
-    order, lost = [], []
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=weight.device)
-    for _ in range(len(inverse)):
-        scores = weight.square().sum(0) / inverse.diagonal()
-        first = int(scores.masked_fill(gone, torch.inf).argmin())
-        order.append(first)
-        lost.append(float(scores[first]))
-        gone[first] = True
-        row = inverse[first] / inverse[first, first]
-        weight -= weight[:, first, None] * row
-        inverse = inverse - inverse[:, first, None] * row
-        inverse.diagonal()[gone] = 1.0  # never looked at again; keeps the division finite
-    return torch.tensor(order, device=weight.device), torch.tensor(lost, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        count = len(reading.scale)
+        self._left = count
+        self._inverse, self._weight = reading.inverse(), reading.weight.clone()
+        # those that stay, then the others, the first to leave last; and what each of these added to the loss
+        self._order, self._lost = torch.arange(count, device=reading.scale.device), torch.zeros_like(reading.scale)
+
+    def kept(self, channels: int) -> Tensor:
+        """(channels,) which ones stay where this many do, ascending."""
+        self._leave_until(channels)
+        return self._order[:channels].sort().values
+
+    def loss(self, channels: int) -> float:
+        """What is lost where this many stay."""
+        self._leave_until(channels)
+        return float(self._lost[channels:].sum())
+
+    def _leave_until(self, channels: int) -> None:
+        while self._left > channels:
+            self._block()
+
+    def _block(self) -> None:
+        """The cheapest channels leave together."""
+        left = self._left
+        scores = self._weight[:, :left].square().sum(0) / self._inverse.diagonal()[:left]
+        cheapest = scores.sort(stable=True).indices[: -(-left // _BLOCKS)]
+        stay = left - len(cheapest)
+        self._move_to_end(cheapest.flip(0))
+        # L Lᵀ is their part of the inverse in the order in which they leave; what each adds to the loss is a row of L⁻¹ Wᵀ
+        factor = torch.linalg.cholesky(self._inverse[stay:left, stay:left].flip(0, 1))
+        both = torch.cat([self._weight[:, stay:left].T, self._inverse[stay:left, :stay]], dim=1).flip(0)
+        weight, across = torch.linalg.solve_triangular(factor, both, upper=False).split([len(self._weight), stay], dim=1)
+        self._lost[stay:left] = weight.square().sum(1).flip(0)
+        self._weight[:, :stay].addmm_(weight.T, across, alpha=-1)
+        self._inverse[:stay, :stay].addmm_(across.T, across, alpha=-1)
+        self._left = stay
+
+    def _move_to_end(self, some: Tensor) -> None:
+        """Exchange places in the order, the weight and the inverse so that these are the last that are left."""
+        left, stay = self._left, self._left - len(some)
+        among = torch.zeros(left, dtype=torch.bool, device=some.device)
+        among[some] = True
+        holes, fill = among[:stay].nonzero()[:, 0], (~among[stay:]).nonzero()[:, 0] + stay
+        into = torch.cat([holes, torch.arange(stay, left, device=some.device)])
+        out_of = torch.cat([fill, some])
+        self._order[into] = self._order[out_of]
+        self._weight[:, into] = self._weight[:, out_of]
+        self._inverse[into, :left] = self._inverse[out_of, :left]
+        self._inverse[:left, into] = self._inverse[:left, out_of]
 
 
 @dataclass(frozen=True)
-class Fitted(Channels):
+class Made(ChannelSolution):
+    """A matrix that makes the channels: rows leave, and what is lost is lost at the one that reads them.
+
+    Args:
+        weight: (out, in).
+        elimination: of the channels.
+    """
+
+    weight: Tensor
+    elimination: Elimination
+    reads: bool = False
+
+    @property
+    def inner(self) -> int:
+        return len(self.elimination.reading.scale)
+
+    def kept(self, channels: int) -> Tensor:
+        return self.elimination.kept(channels)
+
+    def loss(self, choice: Choice) -> float:
+        return 0.0
+
+    @property
+    def total(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Fitted(ChannelSolution):
     """The matrix that reads the channels, fitted to those that stay.
 
     Args:
-        reading: its weight and gram.
+        weight: (out, inner).
+        elimination: of the channels.
     """
 
-    reading: Reading
+    weight: Tensor
+    elimination: Elimination
+    reads: bool = True
+
+    @property
+    def inner(self) -> int:
+        return self.weight.shape[1]
+
+    def kept(self, channels: int) -> Tensor:
+        return self.elimination.kept(channels)
+
+    def loss(self, choice: Choice) -> float:
+        return self.elimination.loss(choice.channels or 0)
+
+    @cached_property
+    def total(self) -> float:
+        return self.elimination.reading.total
 
     @property
     def damping(self) -> float:
-        return self.reading.ridge
+        return self.elimination.reading.ridge
 
     def form(self, choice: Choice) -> Pruned:
         rows, columns = self.left(choice)
-        return Pruned(self.reading.fitted(columns), rows, columns, (len(self.weight), self.weight.shape[1]))
+        fitted = self.elimination.reading.fitted(columns)
+        return Pruned(fitted, rows, columns, (len(self.weight), self.weight.shape[1]))
 
 
 def solve_set(
@@ -180,11 +250,8 @@ def solve_set(
     """A feed-forward's weights (out, in), the one that reads the channels last; what is lost is lost at its output."""
     gram = statistics[-1].group.gram
     assert gram is not None
-    reading = Reading.of(weights[-1], gram, settings.ridge)
-    order, lost = reading.eliminated()
-    stays, energy = order.flip(0), torch.zeros_like(lost).index_copy_(0, order, lost)
-    makers = [Channels(weight, torch.zeros_like(energy), stays, reads=False) for weight in weights[:-1]]
-    return [*makers, Fitted(weights[-1], energy, stays, True, reading)]
+    elimination = Elimination(Reading.of(weights[-1], gram, settings.ridge))
+    return [*(Made(weight, elimination) for weight in weights[:-1]), Fitted(weights[-1], elimination)]
 
 
 @method(
@@ -192,7 +259,7 @@ def solve_set(
     source="arXiv 2408.09632",
     needs=["output_gram"],
     settings=NystromSettings,
-    joint=Joint(sets, offers, solve_set, shares=False, needs=frozenset({"gram"})),
+    joint=Joint(sets, offers, solve_set, shares=False, needs=_READ),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: NystromSettings) -> Solution:
     """A target (out, in) by itself: as `svd-llm`."""

@@ -255,6 +255,17 @@ def test_losses_of_many_channels_are_exact_for_their_order():
         assert solutions[1].loss(choice) == pytest.approx(measured(down, solutions[1].form(choice), gram), rel=1e-7)
 
 
+def test_a_size_is_the_same_whichever_others_were_asked_for_before():
+    """Channels leave only as far as somebody asks; who asks for few first, or for one size alone, gets the same ones."""
+    (down,), (h,) = problem((10,), 150, 400)
+    several = solve("nystrom", [down.T.copy(), down], [h, h], ["up", "down"])[1]
+    for choice in (Choice(channels=channels) for channels in (1, 40, 90, 140)):
+        alone = solve("nystrom", [down.T.copy(), down], [h, h], ["up", "down"])[1]
+        assert several.loss(choice) == alone.loss(choice)
+        one, other = several.form(choice), alone.form(choice)
+        assert torch.equal(one.columns, other.columns) and torch.equal(one.weight, other.weight)
+
+
 def test_a_ridge_below_what_rounding_leaves_says_so():
     (down,), (h,) = problem((4,), 40, 3)
     gram = (h.T @ h).astype(np.float32)
