@@ -39,7 +39,7 @@ from .passes import give_back
 from .planned import PROBES_EACH
 from .solving import forms_at
 from .targets import Target
-from .variants import SKIP, together
+from .variants import scored, together
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
 SHARES = (0.5, 0.85)  # of the largest form, where that is smaller
@@ -132,6 +132,7 @@ class Probing:
     ) -> None:
         self._view, self._stored = view.widened(), view.dtype
         self._tokens, self._offers, self._dense = tokens, offers, dense
+        self._scored, self._only = scored(self._view.model, tokens)
         found = [unit for layer in items for unit in units(layer)]
         self._passes = _in_parts(found, [len(self._probed(unit)) for unit in found], together(self._view, tokens) - 1)
         self._later: dict[tuple[str, int], dict[Target, Form]] = {}  # forms of a variant's targets in layers still to come
@@ -169,7 +170,7 @@ class Probing:
         view, last = self._view, len(self._view.layers) - 1
         view.load_outside()
         with Lockstep(view.model, view.layers) as steps:
-            steps.start([{"input_ids": self._tokens}] * (1 + len(probes)))
+            steps.start([{"input_ids": self._tokens, **self._only}] * (1 + len(probes)))
             view.unload()
             for index, name in enumerate(view.layer_names):
                 layer = view.load(name).to(device)
@@ -212,11 +213,10 @@ class Probing:
         return outputs
 
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:
-        skip = min(SKIP, self._tokens.shape[1] // 2)
-        original = Predictions(next(results).logits[:, skip:].flatten(0, 1))
+        original = Predictions(next(results).logits[:, -self._scored :])
         found: dict[str, dict[int, float]] = {}
         for (unit, offer), result in zip(probes, results, strict=True):
-            nats = original.divergence(result.logits[:, skip:].flatten(0, 1)) / len(original)
+            nats = original.divergence(result.logits[:, -self._scored :]) / len(original)
             found.setdefault(unit.name, {})[offer] = max(nats, _LEAST)
         return found
 

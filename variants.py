@@ -7,6 +7,7 @@ many go through together that their hidden states stay within `STATES` bytes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,18 @@ class WithoutBranches:
         return self._edits[mine]
 
 
+def scored(model: nn.Module, tokens: Tensor) -> tuple[int, dict[str, int]]:
+    """How many of each window's last tokens count where predictions are compared, and the arguments with which a model's
+    forward makes no other logits, if it can.
+
+    Args:
+        tokens: (windows, length) token ids.
+    """
+    count = tokens.shape[1] - min(SKIP, tokens.shape[1] // 2)
+    able = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return count, {"logits_to_keep": count} if able else {}
+
+
 def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
     """Mean negative log likelihood of the tokens under each variant, in nats per predicted token.
 
@@ -90,16 +103,16 @@ def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device:
 def divergences(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
     """Kullback-Leibler divergence of each variant's predictions from the whole model's, in nats per token; as `losses`."""
     found = [0.0] * len(variants)
-    skip = min(SKIP, tokens.shape[1] // 2)
+    count, only = scored(view.model, tokens)
     for chunk in _chunks(len(variants), together(view, tokens) - 1):
         original: Predictions | None = None
-        for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device):
-            words = logits[:, skip:].flatten(0, 1)
+        for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device, only):
+            words = logits[:, -count:]
             if number == 0 or original is None:
                 original = Predictions(words)  # of this batch
             else:
                 found[chunk[number - 1]] += original.divergence(words)
-    return _finite([max(total / (tokens.shape[0] * (tokens.shape[1] - skip)), 0.0) for total in found])
+    return _finite([max(total / (tokens.shape[0] * count), 0.0) for total in found])
 
 
 def _chunks(count: int, most: int) -> list[range]:
@@ -124,15 +137,19 @@ def together(view: ModelView, tokens: Tensor) -> int:
 
 @torch.no_grad()
 def _predictions(
-    view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device
+    view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device, more: Mapping[str, int] | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number of the variant, token ids of a batch, their logits), batch after batch and in each variant after variant."""
+    """(number of the variant, token ids of a batch, their logits), batch after batch and in each variant after variant.
+
+    Args:
+        more: arguments of the model's forward.
+    """
     batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
     count, last = len(variants), len(view.layers) - 1
     same = [0] * count  # variants of equal numbers have met the same changes so far
     view.load_outside()
     with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids} for ids in batches for _ in variants])
+        steps.start([{"input_ids": ids, **(more or {})} for ids in batches for _ in variants])
         view.unload()
         give_back()
         for index, name in enumerate(view.layer_names):

@@ -12,7 +12,7 @@ from lrc.divergence import Predictions, divergence
 def test_small_divergences_over_large_vocabularies(change, dtype):
     """1e-6 nats per token beside entropies of ten: the difference of two float32 sums is off by more than that."""
     generator = torch.Generator().manual_seed(0)
-    original = (3 * torch.randn(224, 50_000, generator=generator)).to(dtype)
+    original = (3 * torch.randn(2, 112, 50_000, generator=generator)).to(dtype)
     changed = (original.float() + change * torch.randn(original.shape, generator=generator)).to(dtype)
     p, q = (logits.double().log_softmax(-1) for logits in (original, changed))
     expected = float((p.exp() * (p - q)).sum())
@@ -32,5 +32,5 @@ def test_a_divergence_and_its_slope(dtype, monkeypatch):
     expected.backward()
     slope = torch.full_like(changed, torch.nan)
     assert divergence(original, changed, slope) == pytest.approx(expected.item(), rel=1e-5)
-    assert divergence(original, changed) == pytest.approx(Predictions(original).divergence(changed), rel=1e-6)
+    assert divergence(original, changed) == pytest.approx(Predictions(original[None]).divergence(changed[None]), rel=1e-6)
     torch.testing.assert_close(slope.double(), theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
