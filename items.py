@@ -61,6 +61,15 @@ def items_of(method: Method, settings: Settings, targets: Sequence[Target]) -> l
     return list(found)
 
 
+def needs_of(method: Method, items: Iterable[Item]) -> dict[str, frozenset[str]]:
+    """Target -> the statistics that the method reads of it."""
+    return {
+        target.name: method.needs_of(part)
+        for item in items
+        for target, part in zip(item.targets, item.parts or (None,), strict=True)
+    }
+
+
 def shape_of(target: Target, element: int) -> Shape:
     """What the size of a target's forms depends on, `element` bytes per number."""
     return Shape(target.out_features, target.in_features, element, target.bias)

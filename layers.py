@@ -249,7 +249,6 @@ class LayerLoop:
         self, index: int, layer: nn.Module, steps: Sequence[Step], stats: dict[str, TargetStats]
     ) -> tuple[dict[str, Form], list[TargetRecord]]:
         """Forms and records of a layer's targets; what is found for sets that reach into later layers waits for them."""
-        counts_tokens = bool(self._plan.recipe.compression[0].needs)
         read = None if self._statistics is None else self._statistics.read
         forms: dict[str, Form] = {}
         records = []
@@ -262,7 +261,7 @@ class LayerLoop:
                     )
                 found = self._waiting.pop(name)
                 forms[name] = found.form
-            records.append(TargetRecord.of(step, found, counts_tokens))
+            records.append(TargetRecord.of(step, found, bool(self._plan.needs[name])))
         return forms, records
 
     def _write(self, name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

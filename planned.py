@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .amount import Found
 from .calibrate.stats import Wanted, wanted
-from .compress.base import FORWARD_NEEDS, Choice
-from .items import Item
+from .compress.base import Choice
+from .items import Item, needs_of
 from .model import Kept
 from .recipe import Recipe
 from .surgery import Surgery
@@ -154,12 +155,15 @@ class Plan:
         """The targets of a layer that are not left dense."""
         return [step.target for step in self.layer_steps(layer) if not step.choice.dense]
 
+    @cached_property
+    def needs(self) -> dict[str, frozenset[str]]:
+        """Target -> the statistics that are read of it where it is not left dense, and where another recipe shares them."""
+        method = self.recipe.compression[0]
+        return {step.target.name: method.needs for step in self.steps} | needs_of(method, self.items)
+
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
-        method = self.recipe.compression[0]
-        joined = {target.name for item in self.items if item.parts is not None for target in item.targets}
-        joint_needs = method.joint.needs if method.joint else frozenset()
-        return wanted(self.solved(layer), method.needs & FORWARD_NEEDS, joined, joint_needs)
+        return wanted(self.solved(layer), self.needs)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""

@@ -74,8 +74,8 @@ def prepare(
         surgery = operated(plan, view, calibration, out, SURVEY, devices, restart, notify)
         return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery, found=plan.found)), None
     method = recipe.compression[0]
-    needs, looks_around = method.all_needs, method.joint is not None and method.joint.across_layers
-    streamed = recipe.allocation == "uniform" and not looks_around and not needs & BACKWARD_NEEDS
+    looks_around = method.joint is not None and method.joint.across_layers
+    streamed = recipe.allocation == "uniform" and not looks_around and not method.all_needs & BACKWARD_NEEDS
     if streamed and (statistics is None or not recipe.reads_text):
         return plan, None
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact:  # refuses another run before hours of work
@@ -84,7 +84,7 @@ def prepare(
         if restart:
             shutil.rmtree(out / SURVEY, ignore_errors=True)
     folder = statistics if statistics and recipe.reads_text else out / SURVEY  # a shared folder is of one calibration
-    store = collect(view, calibration, needs, folder, devices, recipe.gradients, notify)
+    store = collect(view, calibration, plan.needs, folder, devices, recipe.gradients, notify)
     if recipe.allocation != "uniform":
         keep = frozenset(step.target.name for step in plan.steps if step.kept)
         curves = measure(
@@ -109,7 +109,7 @@ def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> Statistics:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
-    needs = frozenset[str]().union(*(plan.recipe.compression[0].all_needs for plan in plans))
+    needs = {name: frozenset[str]().union(*(plan.needs[name] for plan in plans)) for name in plans[0].needs}
     return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
 
 

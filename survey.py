@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ class Statistics:
 def collect(
     view: ModelView,
     calibration: Calibration,
-    needs: frozenset[str],
+    needs: Mapping[str, frozenset[str]],
     folder: Path,
     devices: Sequence[torch.device],
     gradients: GradientSettings,
@@ -74,19 +74,21 @@ def collect(
     """Statistics of the original model for all targets, on disk; what lies there of the same model and tokens is used.
 
     Args:
-        needs: of `base.NEEDS`.
+        needs: target -> those that are wanted of it, of `base.NEEDS`; all targets of the model.
         folder: where they go; disk space of 4 bytes per entry of every gram.
         gradients: how the backward pass is made, where `needs` asks for one.
         notify: called with (what was done, layers finished, seconds).
     """
     full_precision()
     steady_memory()
-    forward = _forward(view, calibration, needs & FORWARD_NEEDS, folder, devices, partial(notify, "statistics"))
-    if not needs & BACKWARD_NEEDS:
+    ahead = {name: each & FORWARD_NEEDS for name, each in needs.items()}
+    forward = _forward(view, calibration, ahead, folder, devices, partial(notify, "statistics"))
+    back = frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
+    if not back:
         return Statistics(forward)
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
     backward = collect_gradients(
-        view, calibration.tokens, batch, needs & BACKWARD_NEEDS, gradients, folder / "gradients", devices,
+        view, calibration.tokens, batch, back, gradients, folder / "gradients", devices,
         release=give_back, notify=partial(notify, "gradients"),
     )  # fmt: skip
     return Statistics(forward, backward)
@@ -95,7 +97,7 @@ def collect(
 def _forward(
     view: ModelView,
     calibration: Calibration,
-    needs: frozenset[str],
+    needs: Mapping[str, frozenset[str]],
     folder: Path,
     devices: Sequence[torch.device],
     notify: Callable[[int, float], None],
@@ -116,7 +118,7 @@ def _forward(
             f"{folder} has {free / 1e9:,.1f} GB free; the statistics take {missing / 1e9:,.1f} GB.",
             "Free some space, give --statistics a folder on another disk, or use --set allocation=uniform, which keeps none.",
         )
-    if not store.needs:
+    if not store.kinds:
         for name, targets in zip(view.layer_names, by_layer, strict=True):
             store.write(name, {target.name: NOTHING_SEEN for target in targets})
         return store

@@ -93,7 +93,8 @@ def main() -> None:
             spec = CalibrationSpec(source=source, samples=arguments.samples, length=arguments.length)
             tokens = load_calibration(spec, view.location.tokenizer())
             folder = Path(scratch) / part
-            stores.append(collect(view, tokens, frozenset(asked), folder, [torch.device("cpu")], GradientSettings()))
+            every = {target.name: frozenset(asked) for target in view.targets}
+            stores.append(collect(view, tokens, every, folder, [torch.device("cpu")], GradientSettings()))
         for name, targets in zip(view.layer_names, targets_by_layer(view), strict=True):
             layer = view.load(name)
             for target in targets:

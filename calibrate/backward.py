@@ -124,8 +124,8 @@ def collect_gradients(
         "targets": [target.name for target in targets],
         "gradients": settings.model_dump(mode="json"),
     }
-    store = StatsStore(folder, identity, needs)
-    spill = Spill(folder / SPILL, json.dumps([identity, sorted(store.needs)], sort_keys=True))
+    store = StatsStore(folder, identity, dict.fromkeys((target.name for target in targets), needs))
+    spill = Spill(folder / SPILL, json.dumps([identity, sorted(store.kinds)], sort_keys=True))
     if all(store.has(name) for name in view.layer_names):
         spill.remove()
         return store
@@ -164,7 +164,7 @@ def _collect_layer(
     layer = view.load(name)
     own = [target for target in targets if target.layer == index]
     rest = through.calls.pop()
-    stats = _layer_back(layer, index, name, own, rest, through.gradients, spill, store.needs, settings, devices)
+    stats = _layer_back(layer, index, name, own, rest, through.gradients, spill, store.kinds, settings, devices)
     view.unload(name)
     store.write(name, stats)
 
@@ -180,7 +180,7 @@ def read_gradients(folder: Path, layer: str) -> dict[str, TargetStats]:
         held = json.loads((folder / MANIFEST).read_text())
         with safe_open(path, "pt") as file:
             names = list(json.loads(file.metadata()["targets"]))
-        return StatsStore(folder, held["identity"], frozenset(held["needs"])).read(layer, names)
+        return StatsStore(folder, held["identity"], {}).read(layer, names)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Delete that folder; it is collected anew.") from error
 

@@ -9,7 +9,7 @@ gram, or each target's own (out, out) one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..compress import experts
-from ..compress.base import GroupStats, TargetStats
+from ..compress.base import FORWARD_NEEDS, GroupStats, TargetStats
 from ..errors import NonFiniteError
 
-_BLOCKS = 4  # a gram is symmetric: in 4 x 4 blocks only 10 of 16 are computed
-_WORTH = 256  # below this width one multiplication is faster than ten
+_BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed
+_NARROWEST = 144  # a block that is narrower than this costs more by itself than it saves
 
 
 class TargetLike(Protocol):
@@ -50,7 +50,7 @@ class MeanOuter:
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
         self.value = torch.zeros(width, width, device=device)
-        step = width if width < _WORTH else -(-width // (_BLOCKS * 16)) * 16
+        step = max(_NARROWEST, -(-width // (_BLOCKS * 16)) * 16)
         self._edges = list(range(0, width, step))
 
     def add(self, x: Tensor) -> None:
@@ -124,16 +124,11 @@ class Wanted:
         return total
 
 
-def wanted(
-    targets: Sequence[TargetLike],
-    needs: frozenset[str],
-    joined: Collection[str] = (),
-    joint_needs: frozenset[str] = frozenset(),
-) -> Wanted:
-    """Decide what to collect for targets of one layer so that `needs` is met at the least cost.
+def wanted(targets: Sequence[TargetLike], needs: Mapping[str, frozenset[str]]) -> Wanted:
+    """Decide what to collect in a forward for targets of one layer so that the needs of each are met at the least cost.
 
     Args:
-        joined: names of targets that are solved in sets, of whose inputs `joint_needs` are wanted too.
+        needs: target -> the statistics that are wanted of it.
     """
     groups: dict[str, list[TargetLike]] = defaultdict(list)
     for target in targets:
@@ -141,16 +136,15 @@ def wanted(
     inputs: dict[str, frozenset[str]] = {}
     outputs: set[str] = set()
     for group, members in groups.items():
-        names = needs - {"output_gram"}
-        if any(target.name in joined for target in members):
-            names = names | joint_needs
-        if "output_gram" in needs and "gram" not in names:
+        names = frozenset[str]().union(*(needs[target.name] & FORWARD_NEEDS for target in members))
+        if "output_gram" in names and "gram" not in names:
+            asking = [target for target in members if "output_gram" in needs[target.name]]
             # an expert's outputs are not seen, only its inputs
-            if members[0].expert is None and sum(t.out_features**2 for t in members) < members[0].in_features ** 2:
-                outputs.update(t.name for t in members)
+            if members[0].expert is None and sum(t.out_features**2 for t in asking) < members[0].in_features ** 2:
+                outputs.update(target.name for target in asking)
             else:
                 names = names | {"gram"}
-        inputs[group] = names
+        inputs[group] = names - {"output_gram"}
     return Wanted(inputs, frozenset(outputs))
 
 

@@ -30,27 +30,29 @@ class StatsStore:
     Args:
         folder: created if need be.
         identity: what they are of; a JSON mapping. A folder that holds statistics of something else is emptied of them.
-        needs: the statistics that will be written; more than before in a folder means collecting anew.
+        needs: target -> the statistics that will be written; more than before in a folder means collecting anew.
 
     Raises:
         RequestError: the folder holds files and no statistics.
         OutputError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], needs: frozenset[str]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], needs: Mapping[str, frozenset[str]]) -> None:
         self.folder = folder
-        wanted = {"identity": json.loads(json.dumps(identity)), "needs": sorted(needs)}
+        wanted = {"identity": json.loads(json.dumps(identity)), "needs": {name: sorted(each) for name, each in needs.items()}}
         held = _manifest(folder)
+        same = held is not None and held["identity"] == wanted["identity"]
         self.needs = needs
-        if held is not None and held["identity"] == wanted["identity"] and needs <= _answered(frozenset(held["needs"])):
-            self.needs = frozenset(held["needs"])
-            return
+        if held is not None and same:
+            there = {name: frozenset(each) for name, each in held["needs"].items()}
+            if all(each <= _answered(there.get(name, frozenset())) for name, each in needs.items()):
+                self.needs = there
+                return
         if held is None and folder.is_dir() and (foreign := _foreign(folder)):
             raise RequestError(
                 f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
                 "Give --statistics an empty or new folder.",
             )
-        same = held is not None and held["identity"] == wanted["identity"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():  # losses measured on other statistics go with them
@@ -59,6 +61,11 @@ class StatsStore:
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
         except OSError as error:
             raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All statistics that are written of any target."""
+        return frozenset[str]().union(*self.needs.values())
 
     def has(self, layer: str) -> bool:
         """Whether a layer's file is there."""
@@ -134,4 +141,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         held = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return held if isinstance(held, dict) and {"identity", "needs"} <= held.keys() else None
+    if not isinstance(held, dict) or not {"identity", "needs"} <= held.keys():
+        return None
+    return held if isinstance(held["needs"], dict) else {"identity": None, "needs": {}}  # an older lrc's: collected anew

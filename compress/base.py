@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -332,7 +332,7 @@ class Joint:
         solve: (weights, statistics, parts, settings) -> one solution per member, each answering its own choices; pure.
         across_layers: whether a set may hold targets of several layers. Their statistics then have to lie on disk.
         shares: whether a member's form lends to or borrows from the others'; where none does, a second step may follow.
-        needs: the statistics that it reads of members of sets, beside those of the method.
+        needs: by part, the statistics that it reads of members of sets; of a part that is not named here, those of the method.
     """
 
     sets: Callable[[Sequence[Joinable], Any], list[TargetSet]]
@@ -340,7 +340,7 @@ class Joint:
     solve: Callable[[Sequence[Tensor], Sequence[TargetStats], Sequence[str], Any], Sequence[Solution]]
     across_layers: bool = False
     shares: bool = True
-    needs: frozenset[str] = frozenset()
+    needs: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def separable(self) -> bool:
@@ -380,7 +380,11 @@ class Method:
     @property
     def all_needs(self) -> frozenset[str]:
         """The statistics that it reads, of targets alone and in sets."""
-        return self.needs | (self.joint.needs if self.joint else frozenset())
+        return self.needs.union(*(self.joint.needs.values() if self.joint else ()))
+
+    def needs_of(self, part: str | None) -> frozenset[str]:
+        """The statistics that it reads of a target that it solves alone (None), or as this part of a set."""
+        return self.needs if part is None or self.joint is None else self.joint.needs.get(part, self.needs)
 
     def measured_of(self, way: int | None) -> Measured | None:
         """Which offers are measured, of one alternative where there are several."""

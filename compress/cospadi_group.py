@@ -101,7 +101,7 @@ def solve_set(
 @method(
     "cospadi-group", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiGroupSettings,
     offers=cospadi.offers, measured=at_sizes(0.3, 0.6),
-    joint=Joint(neighbours, offers, solve_set, across_layers=True, needs=frozenset({"gram"})),
+    joint=Joint(neighbours, offers, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
     """A target (out, in) that shares nothing."""

@@ -131,7 +131,8 @@ def _joint(methods: Sequence[Method]) -> Joint:
         measure = next((way for way, method in enumerate(methods) if method.joint is None), 0)
         return [member(number) for number in range(len(weights))]
 
-    needs = frozenset[str]().union(*(method.joint.needs for method in methods if method.joint))
+    parts = {part for method in methods if method.joint for part in method.joint.needs}
+    needs = {part: frozenset[str]().union(*(method.needs_of(part) for method in methods)) for part in parts}
     return Joint(sets, offers, solve, shares=False, needs=needs)
 
 

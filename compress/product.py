@@ -36,6 +36,7 @@ from .forms import MODULES, Form, LowRank, Spec, build_module
 
 # what can be told of a factor's input from the target's own statistics
 DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
+_ALWAYS = frozenset({"gram"})  # what the inputs of factors, and the second step's metric, are derived from
 _HELD = 3  # forms of a target that are kept, since a loss is asked for and then the form
 _RANGE = 1e-10  # eigenvalues below this part of the largest one are no information about the input
 
@@ -131,7 +132,7 @@ def chain(first: Method, second: Method) -> Method:
         ]
         return [offer for offer in found if offer.nbytes < shape.nbytes]
 
-    needs = first.needs | second.needs | {"gram"}
+    needs = first.needs | second.needs | _ALWAYS
     source = f"{first.source}; {second.source}"
     name, joint = f"{first.name}+{second.name}", _joint(first, second)
     measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (probe.py)
@@ -165,7 +166,8 @@ def _joint(first: Method, second: Method) -> Joint | None:
         solved = joint.solve(weights, statistics, parts, settings.first)
         return [Chained(each, second, settings.second, w, s) for each, w, s in zip(solved, weights, statistics, strict=True)]
 
-    return Joint(lambda targets, settings: joint.sets(targets, settings.first), offers, solve, shares=False, needs=joint.needs)
+    needs = {part: first.needs_of(part) | second.needs | _ALWAYS for part in joint.needs}
+    return Joint(lambda targets, settings: joint.sets(targets, settings.first), offers, solve, shares=False, needs=needs)
 
 
 def _smaller(first: Method, offer: Offer, shape: Shape, second: Method, settings: Settings) -> Offer:

@@ -238,6 +238,15 @@ def test_only_what_is_shared_asks_for_the_dearer_statistics(compressed, tiny_che
         assert torch.equal(one[f"model.layers.1.{name}.left"], two[f"model.layers.1.{name}.left"])
 
 
+def test_a_feed_forward_that_loses_channels_asks_for_the_one_gram_that_is_read(compressed):
+    plan, out = compressed("nystrom", "llama")
+    read = {group for group, names in plan.wanted(0).inputs.items() if names}
+    assert {group.rpartition(".")[2] for group in read} <= {"q_proj", "o_proj", "down_proj"}
+    assert plan.wanted(0).inputs["model.layers.0.mlp.down_proj"] == {"gram"}
+    tokens = {entry["name"].rpartition(".")[2]: entry["tokens"] for entry in verify(out)["targets"]}
+    assert tokens["gate_proj"] is None and tokens["up_proj"] is None and tokens["down_proj"] > 0, "what was not read has none"
+
+
 def test_devices_change_nothing_but_rounding(compressed, tiny_checkpoints, tiny_text_file, tmp_path):
     """Each device works on a copy of the layer, whose borrowers read from the copy's own lender."""
     cpu = torch.device("cpu")

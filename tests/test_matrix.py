@@ -123,7 +123,9 @@ def surveyed(tiny_checkpoints, tiny_text_file, tmp_path_factory) -> Callable[[st
         spec = load_recipe("svd-llm", {"calibration.source": f"text:{tiny_text_file}", "calibration.samples": 8,
                                        "calibration.length": 48}).calibration  # fmt: skip
         calibration = load_calibration(spec, view.location.tokenizer())
-        statistics = collect(view, calibration, NEEDS, folder / "statistics", [CPU], GradientSettings())
+        statistics = collect(
+            view, calibration, {target.name: NEEDS for target in view.targets}, folder / "statistics", [CPU], GradientSettings()
+        )
         return Surveyed(folder, view, calibration, statistics)
 
     return survey

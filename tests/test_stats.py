@@ -31,7 +31,8 @@ def collected(checkpoint, folder, needs=FORWARD_NEEDS, devices=(CPU,), tokens=TO
     """Target -> its statistics, by lrc."""
     view = ModelView(locate(str(checkpoint)))
     calibration = Calibration(tokens, "these tokens", ())
-    found = survey.collect(view, calibration, frozenset(needs), folder, list(devices), GradientSettings())
+    asked = {target.name: frozenset(needs) for target in view.targets}
+    found = survey.collect(view, calibration, asked, folder, list(devices), GradientSettings())
     return {target.name: found.read(view.layer_names[target.layer], [target.name])[target.name] for target in view.targets}
 
 
@@ -170,7 +171,7 @@ def test_sixteen_bit_activations_are_summed_in_float32(dtype, tiny_checkpoints, 
 def test_float16_activations_whose_squares_overflow_float16():
     layer, target = nn.ModuleDict({"up": nn.Linear(6, 4, bias=False).half()}), up_target(6, 4)
     x = torch.full((2, 3, 6), 60_000.0, dtype=torch.float16)
-    with LayerCollector(layer, "layers.0", [target], wanted([target], FORWARD_NEEDS), CPU) as collector:
+    with LayerCollector(layer, "layers.0", [target], wanted([target], {target.name: FORWARD_NEEDS}), CPU) as collector:
         layer["up"].weight.data.zero_()
         layer["up"](x)
     stats = collector.result()[target.name].group
@@ -219,7 +220,7 @@ def test_a_large_batch_and_a_small_one_weigh_by_their_tokens():
 def test_one_activation_that_is_not_finite_is_an_error_with_a_name(bad, statistic):
     layer, target = nn.ModuleDict({"up": nn.Linear(9, 4, bias=False)}), up_target(9, 4)
     x = torch.randn(2, 5, 9)
-    with LayerCollector(layer, "layers.0", [target], wanted([target], frozenset({statistic})), CPU) as collector:
+    with LayerCollector(layer, "layers.0", [target], wanted([target], {target.name: frozenset({statistic})}), CPU) as collector:
         layer["up"](x)
         x[1, 2, 3] = bad
         layer["up"](x)
@@ -233,10 +234,8 @@ def test_no_hook_is_left_behind(tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints("llama"))))
     targets = [target for target in view.targets if target.layer == 0]
     layer = view.load("model.layers.0")
-    with (
-        pytest.raises(KeyboardInterrupt),
-        LayerCollector(layer, "model.layers.0", targets, wanted(targets, FORWARD_NEEDS), CPU),
-    ):
+    what = wanted(targets, {target.name: FORWARD_NEEDS for target in targets})
+    with pytest.raises(KeyboardInterrupt), LayerCollector(layer, "model.layers.0", targets, what, CPU):
         raise KeyboardInterrupt
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
 

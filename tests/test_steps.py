@@ -214,7 +214,7 @@ def test_recipes_that_look_at_the_whole_model_first(family, recipe, overrides, t
 
 def test_statistics_are_collected_anew_only_where_something_is_missing(tmp_path):
     def store(*needs, of="model"):
-        return StatsStore(tmp_path, {"of": of}, frozenset(needs))
+        return StatsStore(tmp_path, {"of": of}, {"x": frozenset(needs)})
 
     gram = torch.eye(3)
     store("gram", "mean").write("layers.0", {"x": TargetStats(GroupStats(5, gram, torch.ones(3)))})
