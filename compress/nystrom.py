@@ -82,7 +82,7 @@ class Reading:
         equal.diagonal().add_(ridge)
         return Reading(weight.double() * scale, equal, scale, ridge)
 
-    @property
+    @cached_property
     def total(self) -> float:
         """What is lost where no channel stays: tr(W C Wᵀ)."""
         return float((self.weight @ self.gram).mul_(self.weight).sum())
@@ -180,8 +180,8 @@ class Elimination:
 
 
 @dataclass(frozen=True)
-class Made(ChannelSolution):
-    """A matrix that makes the channels: rows leave, and what is lost is lost at the one that reads them.
+class Member(ChannelSolution):
+    """A matrix of a feed-forward. Those that make the channels lose nothing: what is lost is lost at the one that reads them.
 
     Args:
         weight: (out, in).
@@ -208,29 +208,15 @@ class Made(ChannelSolution):
 
 
 @dataclass(frozen=True)
-class Fitted(ChannelSolution):
-    """The matrix that reads the channels, fitted to those that stay.
+class Fitted(Member):
+    """The matrix that reads the channels, fitted to those that stay."""
 
-    Args:
-        weight: (out, inner).
-        elimination: of the channels.
-    """
-
-    weight: Tensor
-    elimination: Elimination
     reads: bool = True
-
-    @property
-    def inner(self) -> int:
-        return self.weight.shape[1]
-
-    def kept(self, channels: int) -> Tensor:
-        return self.elimination.kept(channels)
 
     def loss(self, choice: Choice) -> float:
         return self.elimination.loss(choice.channels or 0)
 
-    @cached_property
+    @property
     def total(self) -> float:
         return self.elimination.reading.total
 
@@ -251,7 +237,7 @@ def solve_set(
     gram = statistics[-1].group.gram
     assert gram is not None
     elimination = Elimination(Reading.of(weights[-1], gram, settings.ridge))
-    return [*(Made(weight, elimination) for weight in weights[:-1]), Fitted(weights[-1], elimination)]
+    return [*(Member(weight, elimination) for weight in weights[:-1]), Fitted(weights[-1], elimination)]
 
 
 @method(
