@@ -23,10 +23,14 @@ def _origin(plan: Plan) -> str:
     return " ".join(lines)
 
 
-def model_card(plan: Plan) -> str:
-    """README.md in Markdown with the hub's YAML header."""
+def model_card(plan: Plan, plain: bool) -> str:
+    """README.md in Markdown with the hub's YAML header.
+
+    Args:
+        plain: whether the result loads where lrc is not installed.
+    """
     method = plan.recipe.compression[0]
-    register = "" if plan.plain else "import lrc  # registers the format with transformers\n"
+    register = "" if plain else "import lrc  # registers the format with transformers\n"
     compressed = sum(not step.choice.dense for step in plan.steps)
     return f"""---
 library_name: transformers

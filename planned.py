@@ -138,12 +138,6 @@ class Plan:
         return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
 
     @property
-    def plain(self) -> bool:
-        """Whether the result is a checkpoint of the original architecture, which loads where lrc is not installed."""
-        stays = (step for step in self.steps if step.bytes_after)
-        return all(step.choice.dense for step in stays) and not self.surgery.zeroed and not self.surgery.maps
-
-    @property
     def whole_ratio(self) -> float:
         """Fraction of the whole model's bytes that is removed."""
         return 1 - self.whole_after / self.whole_bytes

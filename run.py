@@ -32,6 +32,7 @@ from .load import FORMAT_VERSION, METHOD
 from .locate import Location
 from .measure import measure, measure_halves
 from .model import ModelView
+from .narrower import as_plain
 from .operate import operated
 from .passes import full_precision, give_back, steady_memory
 from .plan import make_plan
@@ -155,6 +156,7 @@ def execute(
         _write_outside(plan, view, artifact, shards)
         config = _config(plan, view, artifact)
         refinement = _refine_whole(plan, view, calibration, artifact, config, devices, refined)
+        config = as_plain(config, type(view.config), type(view.model))
         _finish(plan, view, calibration, artifact, config, refinement)
     for leftover in (SURVEY, SEARCHED):
         shutil.rmtree(out / leftover, ignore_errors=True)
@@ -260,7 +262,7 @@ def _finish(
     check = functools.partial(
         verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
     )
-    artifact.finish(config, record, model_card(plan), _beside(view), check)
+    artifact.finish(config, record, model_card(plan, plain="quantization_config" not in config), _beside(view), check)
 
 
 def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:

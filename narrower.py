@@ -1,0 +1,67 @@
+"""Results that need no lrc: where all feed-forwards keep equally many channels and nothing else changed, the same architecture
+with a smaller inner width holds the very same tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compress.channels import Pruned
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.Module]) -> dict[str, Any]:
+    """config.json without lrc's forms, if a model of another inner width holds the tensors as they are; else the same.
+
+    Which of its entries is the inner width is tried: that of the same value which leads to a model of these shapes.
+
+    Args:
+        config: of the result; `quantization_config` names the forms.
+        kind: the class of the model's configuration.
+        architecture: the class of the model.
+    """
+    forms: dict[str, dict[str, Any]] = config.get("quantization_config", {}).get("modules", {})
+    if not forms or any(spec["kind"] != Pruned.kind for spec in forms.values()):
+        return dict(config)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    whole = _built(plain, kind, architecture)
+    modules = {path: module for path in forms if type(module := whole.get_submodule(path)) is nn.Linear}
+    if len(modules) < len(forms):
+        return dict(config)  # others keep their weights the other way round
+    widths = {(modules[path].in_features, spec["columns"]) for path, spec in forms.items()}
+    narrow = [(inner, channels) for inner, channels in widths if channels < inner]
+    if len(narrow) != 1:
+        return dict(config)
+    (inner, channels), wanted = narrow[0], _shapes(whole)
+    for path, spec in forms.items():
+        wanted[f"{path}.weight"] = (spec["rows"], spec["columns"])
+        if spec["bias"]:
+            wanted[f"{path}.bias"] = (spec["rows"],)
+    for part, key in _entries(plain, inner):
+        tried = copy.deepcopy(plain)
+        (tried if part is None else tried[part])[key] = channels
+        if _shapes(_built(tried, kind, architecture)) == wanted:
+            return tried
+    return dict(config)
+
+
+def _entries(config: Mapping[str, Any], value: int) -> list[tuple[str | None, str]]:
+    """(part or None, key) of the entries of a configuration, and of its parts, that have this value."""
+    found: list[tuple[str | None, str]] = [(None, key) for key, held in config.items() if held == value]
+    parts = [(part, held) for part, held in config.items() if isinstance(held, dict)]
+    return found + [(part, key) for part, entries in parts for key, held in entries.items() if held == value]
+
+
+def _built(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return architecture(kind.from_dict(dict(config)))
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
