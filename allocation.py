@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from .branches import Branch
 from .budget import Bundle, Option, solve
-from .compress.base import Choice, Curve, Offer
+from .compress.base import Curve
+from .compress.offers import Choice, Offer
 from .errors import BudgetError
 from .items import Item
 from .recipe import Recipe

@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from . import amount
-from .compress.base import Choice, Offer
+from .compress.offers import Choice, Offer
 from .errors import BudgetError
 
 

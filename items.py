@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .compress.base import Choice, JointOffer, Method, Offer, Settings, Shape
+from .compress.base import Method, Settings
+from .compress.offers import Choice, JointOffer, Offer, Shape
 from .targets import Target
 
 

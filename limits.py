@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .compress.base import JointOffer, Offer, Shape
+from .compress.offers import JointOffer, Offer, Shape
 from .errors import BudgetError, RecipeError, did_you_mean
 from .items import Item
 from .targets import Target

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.data import Calibration
-from .compress.base import BACKWARD_NEEDS, Choice, Curve, Method, Offer, Solution, TargetStats
+from .compress.base import BACKWARD_NEEDS, Curve, Method, Solution, TargetStats
+from .compress.offers import Choice, Offer
 from .durable import replacing
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within

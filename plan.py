@@ -15,7 +15,8 @@ from . import amount
 from .allocation import Shared, allocate, bundles_of
 from .amount import Footprint, Found
 from .budget import uniform
-from .compress.base import Choice, Curve, Offer, Shape
+from .compress.base import Curve
+from .compress.offers import Choice, Offer, Shape
 from .depth.spec import how_many
 from .depth_cost import depth_lines
 from .errors import RecipeError

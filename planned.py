@@ -13,7 +13,7 @@ import torch
 
 from .amount import Found
 from .calibrate.stats import Wanted, wanted
-from .compress.base import Choice
+from .compress.offers import Choice
 from .items import Item, needs_of
 from .model import Kept
 from .recipe import Recipe

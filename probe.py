@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from .assemble import target_weight
 from .calibrate.stream import Call, Lockstep, check_finite, run_layer
-from .compress.base import Curve, Offer, Solution, at_shares, at_sizes, coarsest
+from .compress.base import Curve, Solution
 from .compress.forms import Form, Spec, build_module, fill_module
+from .compress.offers import Offer, at_shares, at_sizes, coarsest
 from .compress.shared import link
 from .divergence import Predictions
 from .items import Item

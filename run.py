@@ -110,7 +110,8 @@ def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> Statistics:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
-    needs = {name: frozenset[str]().union(*(plan.needs[name] for plan in plans)) for name in plans[0].needs}
+    names = dict.fromkeys(name for plan in plans for name in plan.needs)
+    needs = {name: frozenset[str]().union(*(plan.needs.get(name, ()) for plan in plans)) for name in names}
     return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
 
 

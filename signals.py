@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.stream import Call, hidden_of
-from .compress.base import Choice, LowRankSolution, Solution, TargetStats
+from .compress.base import LowRankSolution, Solution, TargetStats
 from .compress.forms import LowRank
+from .compress.offers import Choice
 from .model import ModelView
 from .passes import run_batches, through_layers
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .assemble import target_weight
-from .compress.base import Choice, JointOffer, Method, Offer, Settings, Solution, TargetStats
+from .compress.base import Method, Settings, Solution, TargetStats
 from .compress.forms import Form
+from .compress.offers import Choice, JointOffer, Offer
 from .errors import NonFiniteError
 from .items import Item
 from .model import ModelView

@@ -74,14 +74,14 @@ def collect(
     """Statistics of the original model for all targets, on disk; what lies there of the same model and tokens is used.
 
     Args:
-        needs: target -> those that are wanted of it, of `base.NEEDS`; all targets of the model.
+        needs: target -> those that are wanted of it, of `base.NEEDS`; none of a target that is not named.
         folder: where they go; disk space of 4 bytes per entry of every gram.
         gradients: how the backward pass is made, where `needs` asks for one.
         notify: called with (what was done, layers finished, seconds).
     """
     full_precision()
     steady_memory()
-    ahead = {name: each & FORWARD_NEEDS for name, each in needs.items()}
+    ahead = {target.name: needs.get(target.name, frozenset()) & FORWARD_NEEDS for target in view.targets}
     forward = _forward(view, calibration, ahead, folder, devices, partial(notify, "statistics"))
     back = frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
     if not back:

@@ -25,7 +25,8 @@ from lrc.arguments import quiet
 from lrc.assemble import target_weight
 from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.gradients import GradientSettings
-from lrc.compress.base import Choice, TargetStats, break_even, get_method
+from lrc.compress.base import TargetStats, get_method
+from lrc.compress.offers import Choice, break_even
 from lrc.items import shape_of
 from lrc.locate import locate
 from lrc.model import ModelView

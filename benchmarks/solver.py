@@ -13,7 +13,7 @@ import random
 import time
 
 from lrc.budget import Bundle, Option, solve
-from lrc.compress.base import Choice
+from lrc.compress.offers import Choice
 
 SHAPES = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))
 

@@ -24,12 +24,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .base import Choice, Solution, TargetStats, method
+from .base import Solution, TargetStats, method
 from .corrections import CorrectionSettings, best_correction, correction_offers
 from .factors import Base, quantize_factors
 from .forms import LowRank
 from .gptq import Compensator, compensator
 from .metric import Metric
+from .offers import Choice
 from .product import Product
 from .quantized import Quantized, QuantizedLowRank
 from .rtn import Bits

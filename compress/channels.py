@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Choice, JointOffer, Offer, Shape, Solution
+from .base import Solution
 from .feed_forward import READER
 from .forms import MODULES, Form, Spec, build_module
+from .offers import Choice, JointOffer, Offer, Shape
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import Choice, Offer, Settings, Shape, Solution, TargetStats
+from .base import Settings, Solution, TargetStats
 from .dictionary import Dictionary, Pattern, nbytes
 from .linalg import OutputDirections
+from .offers import Choice, Offer, Shape
 
 MOST_OFFERS = 256
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information

@@ -27,9 +27,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import TargetStats, at_sizes, method
+from .base import TargetStats, method
 from .coding import Coded, DictionarySettings, DictionarySolution, Problem, dictionary_offers, most_atoms, refined
 from .dictionary import Pattern
+from .offers import at_sizes
 
 Share = Literal["target", "row"]
 

@@ -13,12 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Choice, Factored, Offer, Shape, Solution, TargetStats, balanced
+from .base import Factored, Solution, TargetStats, balanced
 from .factors import quantize_factors
 from .gptq import Compensator
 from .grids import Grid
 from .linalg import OutputDirections
 from .metric import Metric
+from .offers import Choice, Offer, Shape
 from .quantized import Quantized, QuantizedLowRank
 from .rtn import Bits, OneGridSettings
 from .svd_llm import Projected

@@ -25,8 +25,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import Offer, Shape, TargetStats, at_sizes, method
+from .base import TargetStats, method
 from .coding import Coded, DictionarySettings, DictionarySolution, Problem, best_atoms, dictionary_offers, refined
+from .offers import Offer, Shape, at_sizes
 
 _CHUNK_BYTES = 256 * 2**20  # of workspace for the rows that OMP codes at once
 _DEPENDENT = 1e-10  # a squared length below this: the atom lies in the span of those chosen before

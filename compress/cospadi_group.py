@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from . import cospadi
-from .base import Choice, Joint, JointOffer, Offer, Shape, Solution, TargetStats, at_sizes, method
+from .base import Joint, Solution, TargetStats, method
 from .coding import DictionarySolution, best_atoms, dictionary_offers
 from .dictionary import Dictionary, nbytes
 from .neighbours import NeighbourSettings, neighbours
+from .offers import Choice, JointOffer, Offer, Shape, at_sizes
 from .shared import SharedDictionary
 from .stacked import stack_shape, stack_statistics
 

@@ -21,7 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from . import lord
-from .base import Choice, TargetStats, break_even, method
+from .base import TargetStats, method
+from .offers import Choice, break_even
 
 
 class EnergySettings(lord.LordSettings):

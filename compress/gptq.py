@@ -26,9 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import LrcError, NonFiniteError
-from .base import TargetStats, coarsest, method
+from .base import TargetStats, method
 from .grids import Grid, Scales
 from .metric import Metric
+from .offers import coarsest
 from .quantized import Quantized
 from .rtn import GridSettings, OnGrid, grid_offers
 

@@ -22,9 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Choice, LowRankSolution, Settings, TargetStats, balanced, method
+from .base import LowRankSolution, Settings, TargetStats, balanced, method
 from .forms import LowRank
 from .linalg import Eigen, OutputDirections, eigh, root
+from .offers import Choice
 
 
 class KfacSettings(Settings):

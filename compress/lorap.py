@@ -27,26 +27,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import (
-    Choice,
-    Factored,
-    Joinable,
-    Joint,
-    JointOffer,
-    LowRankSolution,
-    Offer,
-    Settings,
-    Shape,
-    Solution,
-    TargetSet,
-    TargetStats,
-    break_even,
-    low_rank_offers,
-    method,
-)
+from .base import Factored, Joinable, Joint, LowRankSolution, Settings, Solution, TargetSet, TargetStats, method
 from .channels import Channels, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_group, by_layer, feed_forwards, in_attention
 from .forms import LowRank
+from .offers import Choice, JointOffer, Offer, Shape, break_even, low_rank_offers
 from .scaled import scaled_svd
 
 # what each part keeps, relative to queries; q, k, v in one matrix keep the mean of their three

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Choice, LowRankSolution, Offer, Settings, Shape, TargetStats, balanced, low_rank_offers, method
+from .base import LowRankSolution, Settings, TargetStats, balanced, method
 from .forms import LowRank
 from .linalg import OutputDirections, project, root
+from .offers import Choice, Offer, Shape, low_rank_offers
 
 
 class LordSettings(Settings):

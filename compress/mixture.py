@@ -19,20 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LrcError
-from .base import (
-    Choice,
-    Joinable,
-    Joint,
-    JointOffer,
-    Method,
-    Offer,
-    Settings,
-    Shape,
-    Solution,
-    TargetSet,
-    TargetStats,
-)
+from .base import Joinable, Joint, Method, Settings, Solution, TargetSet, TargetStats
 from .forms import Form
+from .offers import Choice, JointOffer, Offer, Shape
 
 _SAME_SCALE = 0.05  # totals in one metric differ by rounding (float32 grams), those in two by factors
 

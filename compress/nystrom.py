@@ -30,9 +30,10 @@ from torch import Tensor
 
 from ..errors import LrcError
 from . import svd_llm
-from .base import Choice, Joinable, Joint, JointOffer, Settings, Shape, Solution, TargetSet, TargetStats, method
+from .base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
 from .channels import ChannelSolution, Pruned, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
+from .offers import Choice, JointOffer, Shape
 
 _BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
 _READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram"})}  # of a feed-forward, the one gram

@@ -18,21 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Choice,
-    GroupStats,
-    Joint,
-    JointOffer,
-    Method,
-    Offer,
-    Settings,
-    Shape,
-    Solution,
-    TargetStats,
-    at_shares,
-)
+from .base import GroupStats, Joint, Method, Settings, Solution, TargetStats
 from .channels import Pruned, PrunedForm, gone_biases, pruned_shape
 from .forms import MODULES, Form, LowRank, Spec, build_module
+from .offers import Choice, JointOffer, Offer, Shape, at_shares
 
 # what can be told of a factor's input from the target's own statistics
 DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})

@@ -16,9 +16,10 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .base import Choice, Offer, Settings, Shape, Solution, TargetStats, method
+from .base import Settings, Solution, TargetStats, method
 from .grids import BITS, Grid
 from .metric import Metric
+from .offers import Choice, Offer, Shape
 from .quantized import Quantized
 
 Bits = Literal[2, 3, 4, 5, 6, 8]

@@ -13,19 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import (
-    Choice,
-    GroupStats,
-    JointOffer,
-    LowRankSolution,
-    Offer,
-    Settings,
-    Shape,
-    TargetStats,
-    balanced,
-    low_rank_offers,
-)
+from .base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
 from .linalg import OutputDirections, outputs_of, project
+from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
 from .shared import SharedLowRank
 
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, LowRankSolution, Settings, TargetStats, balanced, method
+from .base import LowRankSolution, Settings, TargetStats, balanced, method
 from .forms import LowRank
 from .linalg import OutputDirections, project
+from .offers import Choice
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from . import svd_llm
-from .base import Choice, Settings, TargetStats, break_even, method
+from .base import Settings, TargetStats, method
 from .energy import rank_for_energy
+from .offers import Choice, break_even
 
 
 class UtilizedRankSettings(Settings):

@@ -24,7 +24,8 @@ from pydantic import Field
 from torch import Tensor
 
 from . import svd
-from .base import Choice, Factored, Settings, TargetStats, break_even, method
+from .base import Factored, Settings, TargetStats, method
+from .offers import Choice, break_even
 
 
 class WeloreSettings(Settings):

@@ -15,7 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lrc.compress.base import Method, Shape, methods
+from lrc.compress.base import Method, methods
+from lrc.compress.offers import Shape
 from lrc.reading import load_recipe, shipped, summary
 
 FOLDER = Path(__file__).resolve().parent / "methods"

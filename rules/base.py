@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compress.base import Choice, Curve, Method, Offer, Settings, low_rank_offers
+from ..compress.base import Curve, Method, Settings
+from ..compress.offers import Choice, Offer, low_rank_offers
 
 
 @dataclass(frozen=True)

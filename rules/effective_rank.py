@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ..compress.base import Offer, Settings
+from ..compress.base import Settings
+from ..compress.offers import Offer
 from ..errors import BudgetError
 from .base import Open, in_proportion, rule
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrc.budget import Bundle, Option, solve
-from lrc.compress.base import Choice
+from lrc.compress.offers import Choice
 from lrc.errors import BudgetError
 
 WAYS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=5)

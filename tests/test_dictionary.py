@@ -16,10 +16,11 @@ from test_methods import error, problem, statistics
 from transformers import AutoModelForCausalLM
 
 from lrc.compress import compot, cospadi
-from lrc.compress.base import Choice, Shape, get_method
+from lrc.compress.base import get_method
 from lrc.compress.coding import MOST_OFFERS, Problem, best_atoms, best_values
 from lrc.compress.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.forms import build_module, fill_module, linear_weight
+from lrc.compress.offers import Choice, Shape
 from lrc.load import open_model
 from lrc.verify import verify
 

@@ -12,7 +12,8 @@ import scipy.linalg
 import torch
 
 from lrc.compress import cospadi
-from lrc.compress.base import Choice, GroupStats, TargetStats, get_method
+from lrc.compress.base import GroupStats, TargetStats, get_method
+from lrc.compress.offers import Choice
 
 SHAPES = [(18, 12), (12, 18)]
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lrc.compress import experts
-from lrc.compress.base import Choice, GroupStats, JointOffer, Shape, TargetStats, get_method
+from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.feed_forward import feed_forwards
 from lrc.compress.forms import build_module, fill_module
+from lrc.compress.offers import Choice, JointOffer, Shape
 from lrc.compress.stacked import stack_statistics
 from lrc.errors import LrcError
 from lrc.targets import Target

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pipeline import compress
 from transformers import AutoModelForCausalLM
 
-from lrc.compress.base import Choice, GroupStats, Shape, TargetStats, get_method, low_rank_offers
+from lrc.compress.base import GroupStats, TargetStats, get_method
+from lrc.compress.offers import Choice, Shape, low_rank_offers
 from lrc.verify import verify
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]

@@ -28,9 +28,10 @@ from lrc.assemble import target_weight
 from lrc.calibrate.data import Calibration, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.compress import experts
-from lrc.compress.base import NEEDS, Choice, GroupStats, LowRankSolution, Method, Settings, Shape, TargetStats, methods
+from lrc.compress.base import NEEDS, GroupStats, LowRankSolution, Method, Settings, TargetStats, methods
 from lrc.compress.channels import PrunedLinear
 from lrc.compress.forms import linear_weight
+from lrc.compress.offers import Choice, Shape
 from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView

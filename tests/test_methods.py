@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrc.budget import uniform
-from lrc.compress.base import Choice, GroupStats, Shape, TargetStats, break_even, get_method, low_rank_offers, method, methods
+from lrc.compress.base import GroupStats, TargetStats, get_method, method, methods
 from lrc.compress.linalg import OutputDirections, root
+from lrc.compress.offers import Choice, Shape, break_even, low_rank_offers
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]

@@ -10,8 +10,9 @@ from pipeline import compress
 from safetensors.torch import load_file
 
 from lrc.calibrate.data import CalibrationSpec, load_calibration
-from lrc.compress.base import Choice, Curve, GroupStats, Offer, Shape, TargetStats, get_method
+from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.mixture import MixtureSettings, mixture
+from lrc.compress.offers import Choice, Offer, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
 from lrc.load import open_model
 from lrc.locate import locate

@@ -17,11 +17,12 @@ from safetensors.torch import save
 from test_methods import error, problem, statistics
 from transformers import AutoModelForCausalLM
 
-from lrc.compress.base import Choice, Shape, get_method
+from lrc.compress.base import get_method
 from lrc.compress.factors import quantize_form
 from lrc.compress.forms import LowRank, build_module, fill_module, linear_weight
 from lrc.compress.gptq import compensator
 from lrc.compress.grids import BITS, Grid, pack, packed_width, unpack
+from lrc.compress.offers import Choice, Shape
 from lrc.compress.quantized import Quantized, QuantizedLowRank, bits_per_weight
 from lrc.errors import LrcError, NonFiniteError, RecipeError
 from lrc.load import open_model

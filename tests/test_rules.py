@@ -13,7 +13,8 @@ from pipeline import compress
 
 from lrc.artifact import read_record
 from lrc.compress.absent import ZeroLinear
-from lrc.compress.base import Choice, Curve, GroupStats, Offer, TargetStats, get_method
+from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
+from lrc.compress.offers import Choice, Offer
 from lrc.errors import BudgetError, RecipeError
 from lrc.load import open_model
 from lrc.reading import load_recipe

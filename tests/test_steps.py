@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from lrc.budget import uniform
 from lrc.calibrate.data import load_calibration
 from lrc.calibrate.store import StatsStore
-from lrc.compress.base import Choice, GroupStats, Offer, Settings, Shape, Solution, TargetStats, get_method
+from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_method
 from lrc.compress.forms import build_module, fill_module
+from lrc.compress.offers import Choice, Offer, Shape
 from lrc.compress.product import chain, refit
 from lrc.errors import RecipeError
 from lrc.locate import locate

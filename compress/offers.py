@@ -1,0 +1,111 @@
+"""What a budget chooses among: the ways in which a method can store a target, or a set of targets, and their exact bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the budget gives a target: the numbers that a form's size depends on. Dense where all of them are None.
+
+    Args:
+        rank: of the low-rank part.
+        bits: of the quantized weight, or of a quantized remainder beside a low-rank part.
+        factor_bits: of the low-rank factors; None stores them in the checkpoint's own dtype.
+        atoms: columns of a dictionary.
+        nonzeros: coefficients kept in each column of its codes.
+        way: number of the alternative that it belongs to, where a recipe names several methods.
+        channels: inner channels of a feed-forward that stay.
+    """
+
+    rank: int | None = None
+    bits: int | None = None
+    factor_bits: int | None = None
+    atoms: int | None = None
+    nonzeros: int | None = None
+    way: int | None = None
+    channels: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        return self == Choice()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the size of a form depends on, known from the headers.
+
+    Args:
+        out_features, in_features: of the weight.
+        element: bytes of one number in the checkpoint's own dtype.
+        bias: whether the target has a bias already; a method that adds one pays for it where it has none.
+    """
+
+    out_features: int
+    in_features: int
+    element: int
+    bias: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.out_features * self.in_features * self.element
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way in which a method can store a target, and its exact bytes on disk (the target's own bias left out)."""
+
+    choice: Choice
+    nbytes: int
+
+
+def break_even(out_features: int, in_features: int) -> int:
+    """The largest rank at which two factors take fewer numbers than the matrix."""
+    return (out_features * in_features - 1) // (out_features + in_features)
+
+
+def low_rank_offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+    """Every rank (in steps of `multiple`) at which two factors in the checkpoint's dtype are smaller than the matrix."""
+    each = (shape.out_features + shape.in_features) * shape.element
+    ranks = range(multiple, break_even(shape.out_features, shape.in_features) + 1, multiple)
+    return [Offer(Choice(rank=rank), rank * each) for rank in ranks]
+
+
+def at_sizes(*sizes: float) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the dense bytes."""
+
+    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
+        found = {min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in sizes if offers}
+        return sorted(found)
+
+    return nearest
+
+
+def at_shares(*shares: float) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the largest offer's bytes."""
+
+    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
+        return at_sizes(*shares)(offers, max((offer.nbytes for offer in offers), default=0))
+
+    return nearest
+
+
+def coarsest(count: int) -> Callable[[Sequence[Offer], int], list[int]]:
+    """(offers, dense bytes) -> indices of the `count` smallest offers."""
+    return lambda offers, dense: list(range(min(count, len(offers))))
+
+
+@dataclass(frozen=True)
+class JointOffer(Offer):
+    """One way to store a set of targets; `choice` and `nbytes` are those of the whole set.
+
+    Args:
+        members: what each one gets, in the set's order. A dense choice leaves a member whole; it is then left out when the
+            others are solved.
+    """
+
+    members: tuple[Offer, ...] = ()
