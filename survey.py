@@ -75,7 +75,7 @@ def collect(
 
     Args:
         needs: target -> those that are wanted of it, of `base.NEEDS`; none of a target that is not named.
-        folder: where they go; disk space of 4 bytes per entry of every gram.
+        folder: where they go; disk space of 2 bytes per entry of every gram, of which one half is kept.
         gradients: how the backward pass is made, where `needs` asks for one.
         notify: called with (what was done, layers finished, seconds).
     """
@@ -108,7 +108,7 @@ def _forward(
         return store
     by_layer = targets_by_layer(view)
     missing = sum(
-        wanted(targets, store.needs).nbytes(targets)
+        wanted(targets, store.needs).nbytes(targets, stored=True)
         for name, targets in zip(view.layer_names, by_layer, strict=True)
         if not store.has(name)
     )

@@ -15,7 +15,7 @@ Memory: the largest layer + 3 × samples × length × hidden in the model's dtyp
 graph of one layer per device + 8 bytes × Σ out² over a layer's targets, per device (with `grad_gram`) + 4 bytes × Σ out · in of
 them, per device (with `weight_grad`). At the tail: final norm,
 head, and two to three times one batch's logits. Disk: layers × samples × length × hidden in the model's dtype until the layers
-are done, and 4 bytes × Σ out² (`grad_gram`) and 4 × Σ out · in (`weight_grad`) over all targets for good.
+are done, and 2 bytes × Σ out² (`grad_gram`) and 4 × Σ out · in (`weight_grad`) over all targets for good.
 """
 
 from __future__ import annotations

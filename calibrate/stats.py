@@ -111,16 +111,20 @@ class Wanted:
     inputs: Mapping[str, frozenset[str]]
     outputs: frozenset[str]
 
-    def nbytes(self, targets: Iterable[TargetLike]) -> int:
-        """Bytes that the statistics of these targets take while they are collected."""
+    def nbytes(self, targets: Iterable[TargetLike], stored: bool = False) -> int:
+        """Bytes that the statistics of these targets take while they are collected, or as they lie on disk."""
+
+        def gram(width: int) -> int:
+            return width * (width + 1) // 2 if stored else width**2
+
         total, seen = 0, set[str]()
         for target in targets:
             if target.name in self.outputs:
-                total += 4 * target.out_features**2
+                total += 4 * gram(target.out_features)
             if target.group not in seen:
                 seen.add(target.group)
                 wanted = self.inputs.get(target.group, frozenset())
-                total += 4 * sum(target.in_features ** (2 if name == "gram" else 1) for name in wanted)
+                total += 4 * sum(gram(target.in_features) if name == "gram" else target.in_features for name in wanted)
         return total
 
 

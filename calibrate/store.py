@@ -1,7 +1,8 @@
 """Statistics on disk, a file per layer: collected once, used by every recipe that starts from the original model.
 
 A folder holds one safetensors file per layer and a manifest that says of what: the model's fingerprint, the token ids' hash and
-the statistics. Files appear whole (temporary name, rename), so an interrupted collection goes on where it stopped.
+the statistics. Of symmetric matrices one half is kept. Files appear whole (temporary name, rename), so an interrupted collection
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 from ..compress.base import GroupStats, TargetStats
 from ..durable import PARTIAL, replacing, sync_file
 from ..errors import CheckpointError, OutputError, RequestError
+from .triangle import packed, unpacked
 
 MANIFEST = "statistics.json"
+LAYOUT = 2  # of the files; those of another are not read
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
@@ -39,7 +42,8 @@ class StatsStore:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], needs: Mapping[str, frozenset[str]]) -> None:
         self.folder = folder
-        wanted = {"identity": json.loads(json.dumps(identity)), "needs": {name: sorted(each) for name, each in needs.items()}}
+        asked = {name: sorted(each) for name, each in needs.items()}
+        wanted = {"layout": LAYOUT, "identity": json.loads(json.dumps(identity)), "needs": asked}
         held = _manifest(folder)
         same = held is not None and held["identity"] == wanted["identity"]
         self.needs = needs
@@ -82,6 +86,7 @@ class StatsStore:
             if group == name:
                 tensors |= {f"{name}|{key}": value for key in _GROUP if (value := getattr(stats.group, key)) is not None}
             tensors |= {f"{name}|{key}": value for key in _TARGET if (value := getattr(stats, key)) is not None}
+        tensors = {key: packed(value) if _symmetric(key) else value for key, value in tensors.items()}
         path = self._path(layer)
         try:
             with replacing(path) as temporary:
@@ -104,7 +109,8 @@ class StatsStore:
                 keys = set(file.keys())
 
                 def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
-                    return {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
+                    found = {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
+                    return {key: unpacked(value) if _symmetric(key) else value for key, value in found.items()}
 
                 groups: dict[str, GroupStats] = {}
                 found = {}
@@ -126,6 +132,10 @@ class StatsStore:
             sync_file(temporary)
 
 
+def _symmetric(key: str) -> bool:
+    return key.endswith("gram")
+
+
 def _foreign(folder: Path) -> list[str]:
     """What lies in a folder beside the leftovers of a collection that was killed at its very start."""
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
@@ -143,4 +153,4 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(held, dict) or not {"identity", "needs"} <= held.keys():
         return None
-    return held if isinstance(held["needs"], dict) else {"identity": None, "needs": {}}  # an older lrc's: collected anew
+    return held if held.get("layout") == LAYOUT else {"identity": None, "needs": {}}  # an older lrc's: collected anew

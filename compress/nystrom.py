@@ -75,11 +75,10 @@ class Reading:
     @staticmethod
     def of(weight: Tensor, gram: Tensor, ridge: float) -> Reading:
         """From a weight (out, inner) and its inputs' gram."""
-        wide = gram.double()
-        scale = wide.diagonal().clamp_min(0).sqrt()
+        scale = gram.diagonal().double().clamp_min(0).sqrt()
         largest = float(scale.max())
         scale = scale.clamp_min(_SEEN * largest) if largest > 0 else torch.ones_like(scale)  # an expert that saw no token
-        equal = wide / scale / scale[:, None]
+        equal = gram.to(torch.float64, copy=True).div_(scale).div_(scale[:, None])
         equal.diagonal().add_(ridge)
         return Reading(weight.double() * scale, equal, scale, ridge)
 
