@@ -1,8 +1,8 @@
 """Statistics on disk, a file per layer: collected once, used by every recipe that starts from the original model.
 
 A folder holds one safetensors file per layer and a manifest that says of what: the model's fingerprint, the token ids' hash and
-the statistics. Of symmetric matrices one half is kept. Files appear whole (temporary name, rename), so an interrupted collection
-goes on where it stopped.
+the statistics. Of symmetric matrices one half is kept. Files appear whole (temporary name, rename), so an interrupted
+collection goes on where it stopped.
 """
 
 from __future__ import annotations
