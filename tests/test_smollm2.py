@@ -80,7 +80,8 @@ def test_the_reduced_table_has_every_row_and_the_order_of_the_methods(texts, tmp
     }
     assert set(rows["plain"]) == {"original", *(f"{recipe}-0.2" for recipe in SIXTEEN_BITS)}
     assert set(rows["rounded"]) == {"original", "rtn", "lqer", "qera"}
-    assert all(0.2 <= rows["plain"][f"{recipe}-0.2"]["removed"] < 0.21 for recipe in SIXTEEN_BITS)
+    removed = [round(rows["plain"][f"{recipe}-0.2"]["removed"], 9) for recipe in SIXTEEN_BITS]  # 1 - 0.8 is less than 0.2
+    assert all(0.2 <= each < 0.21 for each in removed)
     for text in range(2):
         loss = {name: list(row["metrics"].values())[text] for folder in rows.values() for name, row in folder.items()}
         assert loss["original"] < loss["lrc-fast-0.2"] < loss["svd-llm-0.2"] < loss["svd-0.2"]
