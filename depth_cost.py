@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .model import ModelView
 
 BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
+SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
 _GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width
+_WIDENED = 6  # float64 copies of one layer's states that a score works on
 _TRAINED = 20  # bytes for each trained number: master, gradient, two moments, best state
 
 
@@ -76,8 +78,11 @@ def depth_bytes(view: ModelView, recipe: Recipe, surgery: Surgery) -> int:
     calibration = recipe.calibration
     states = calibration.samples * calibration.length * token
     logits = 3 * 4 * BATCH_TOKENS * text.vocab_size + view.outside_nbytes()
-    moments = [0]
-    if get_score(spec.score).tries:
+    moments, score = [0], get_score(spec.score)
+    if score.looks == "states":
+        seen = min(max(SEEN_TOKENS, calibration.length), calibration.samples * calibration.length)
+        moments.append(layer + (len(view.layers) + 1) * seen * token + _WIDENED * 8 * seen * text.hidden_size)
+    if score.tries:
         parts = len(view.branches) if spec.granularity == "sub-layer" else len(view.layers)
         seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
         moments.append(layer + min(STATES, parts * COPIES * seen * token) + logits)

@@ -15,7 +15,7 @@ from . import amount
 from .allocation import Shared, allocate, bundles_of
 from .amount import Footprint, Found
 from .budget import uniform
-from .compress.base import Curve
+from .compress.base import DENSE, Curve
 from .compress.offers import Choice, Offer, Shape
 from .depth.spec import how_many
 from .depth_cost import depth_lines
@@ -108,6 +108,7 @@ class _Scope:
         offers: item -> the ways in which the method can store it.
         bounded: items whose limits do not leave them dense.
         held: items of which limits say that a part stays.
+        idle: whether the recipe compresses no matrix.
     """
 
     shapes: Mapping[str, Shape]
@@ -118,6 +119,7 @@ class _Scope:
     offers: Mapping[str, Sequence[Offer]]
     bounded: frozenset[str]
     held: frozenset[str]
+    idle: bool
 
     @property
     def dense(self) -> dict[str, int]:
@@ -150,7 +152,7 @@ def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, st
     targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
     biases = sum(target.out_features for target in surgery.zeroed if target.bias)
     beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)
-    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, held)
+    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, held, method is DENSE)
 
 
 def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Offer]:
@@ -196,7 +198,7 @@ def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]
         if target.name in scope.leaving:
             return Step(target, Choice(), before, 0, scope.leaving[target.name])
         offer = chosen.get(target.name, Offer(Choice(), before))
-        why = _why_dense(target, offer.choice, scope.kept)
+        why = _why_dense(target, offer.choice, scope)
         return Step(target, offer.choice, before, offer.nbytes, why, target.name in scope.kept)
 
     return tuple(map(step, targets))
@@ -305,12 +307,13 @@ def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -
     return found
 
 
-def _why_dense(target: Target, choice: Choice, kept: Mapping[str, str]) -> str:
-    if target.name in kept:
-        return f"kept by '{kept[target.name]}'"
-    if choice.dense:
-        return "nothing that the method offers is smaller, or the budget leaves it whole"
-    return ""
+def _why_dense(target: Target, choice: Choice, scope: _Scope) -> str:
+    if target.name in scope.kept:
+        return f"kept by '{scope.kept[target.name]}'"
+    if not choice.dense:
+        return ""
+    idle, left = "the recipe compresses no matrix", "nothing that the method offers is smaller, or the budget leaves it whole"
+    return idle if scope.idle else left
 
 
 def _identify(view: ModelView) -> dict[str, Any]:

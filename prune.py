@@ -17,13 +17,12 @@ from .branches import Branch
 from .calibrate.stream import Call, hidden_of
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
+from .depth_cost import SEEN_TOKENS
 from .model import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
 from .surgery import Surgery
 from .variants import Variant, WithoutBranches, divergences, losses
-
-MOST_TOKENS = 8192  # of all boundaries held at once: (layers + 1) × tokens × hidden × 4 bytes
 
 
 def choose_parts(
@@ -95,15 +94,15 @@ def spread(tokens: Tensor, samples: int) -> Tensor:
 
 
 def _boundaries(view: ModelView, tokens: Tensor, devices: Sequence[torch.device]) -> list[Tensor]:
-    """Hidden states (samples, length, hidden) before the first layer and after every layer, float32."""
-    chosen = spread(tokens, MOST_TOKENS // tokens.shape[1])
+    """Hidden states (samples, length, hidden) before the first layer and after every layer, in the model's dtype."""
+    chosen = spread(tokens, SEEN_TOKENS // tokens.shape[1])
     found: list[Tensor] = []
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
         if not found:
-            found.append(torch.cat([call.hidden.float().cpu() for call in calls]))
+            found.append(torch.cat([call.hidden.cpu() for call in calls]))
         outputs = run_batches(layer, name, calls, devices)[0]
-        found.append(torch.cat([hidden_of(output).float() for output in outputs]))
+        found.append(torch.cat([hidden_of(output) for output in outputs]))
         return outputs
 
     with torch.no_grad():

@@ -22,13 +22,14 @@ from .base import score
 
 def linearity(x: Tensor, y: Tensor) -> float:
     """1 - relative error of the best linear map between centred states (tokens, hidden); 1 is linear."""
-    x, y = (each.double().flatten(0, -2) for each in (x, y))
+    x, y = (each.to(torch.float64, copy=True).flatten(0, -2) for each in (x, y))
     if len(x) < 2 * x.shape[1]:
         raise CalibrationError(
             f"Linearity of layers of width {x.shape[1]} needs {2 * x.shape[1]} tokens or more; there are {len(x)}.",
             "Raise --samples or --length, or use another score.",
         )
-    x, y = ((each - each.mean(0)) / (each - each.mean(0)).norm() for each in (x, y))
+    for each in (x, y):
+        each.sub_(each.mean(0)).div_(each.norm())
     solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
     return 1 - float((x @ solution - y).square().sum())
 
