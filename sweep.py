@@ -7,6 +7,7 @@ memory are a row's own. Recipes that start from the original model share its sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,12 +23,14 @@ from typing import Any
 from .durable import replacing
 from .errors import BudgetError, RequestError, SweepError
 from .model import ModelView
+from .passes import peak_rss
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe
 
 TABLE = "sweep.json"
 _LAST_LINES = 12
+_LOOK = 0.2  # seconds between two looks at how much memory a row takes
 
 
 @dataclass(frozen=True)
@@ -172,15 +175,16 @@ def _run(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
     environment = dict(os.environ)
     if parallel > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
-    started = time.perf_counter()
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    started, peak = time.perf_counter(), 0
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+        while process.returncode is None:
+            peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK)
     if process.returncode:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         raise SweepError({log.stem: "\n".join(last)})
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, peak
 
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:

@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from lrc.amount import bytes_of
 
 VOCABULARY = 32_000
 
@@ -91,11 +92,10 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
         print(done.stdout)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        predicted = re.search(r"predicted ([\d.]+ [kMG]?B)", done.stdout)
+        measured, predicted = re.search(r"peak memory ([\d.]+ [kMG]?B) \(predicted ([\d.]+ [kMG]?B)\)", done.stdout).groups()
         print(f"checkpoint      {total / 1e9:8.3f} GB ({arguments.layers} layers, bfloat16)")
-        print(f"predicted peak  {predicted.group(1) if predicted else '?':>11}")
-        print(f"measured peak   {peak / 1e9:8.3f} GB = {peak / total:.2f} of the checkpoint")
+        print(f"predicted peak  {predicted:>11}")
+        print(f"measured peak   {measured:>11} = {bytes_of(measured) / total:.2f} of the checkpoint")
         print(f"time            {seconds:8.0f} s")
 
 

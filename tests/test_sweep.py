@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from commandline import lrc_ok, run_lrc
 
 from lrc.errors import SweepError
-from lrc.sweep import Job, run_sweep
+from lrc.sweep import Job, _run, run_sweep
 
 
 def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -45,3 +46,11 @@ def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_p
         run_sweep("nobody/nothing", [Job(None), Job("svd", 0.2)], tmp_path, compress=[], evaluate=["--tasks", "c4"])
     assert "original" in str(failed.value) and "- svd-0.2: " in str(failed.value)
     assert "nobody/nothing" in str(failed.value) and "Traceback" not in str(failed.value)
+
+
+def test_a_rows_memory_is_its_own(tmp_path):
+    """Linux hands on to a child, as its peak, what its parent held when it was started."""
+    ballast = bytearray(700 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    seconds, peak = _run([sys.executable, "-c", "import time; x = bytearray(90 << 20); time.sleep(1)"], tmp_path / "log", 1)
+    assert seconds > 1 and 90 << 20 < peak < 250 << 20
