@@ -47,7 +47,7 @@ class StatsStore:
         held = _manifest(folder)
         same = held is not None and held["identity"] == wanted["identity"]
         self.needs = needs
-        if held is not None and same:
+        if held is not None and same and held.get("layout") == LAYOUT:
             there = {name: frozenset(each) for name, each in held["needs"].items()}
             if all(each <= _answered(there.get(name, frozenset())) for name, each in needs.items()):
                 self.needs = there
@@ -59,7 +59,7 @@ class StatsStore:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():  # losses measured on other statistics go with them
+            for path in folder.iterdir():  # losses measured on other statistics go too; on these, in whichever layout, they stay
                 if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
                     path.unlink()
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
@@ -151,6 +151,4 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         held = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(held, dict) or not {"identity", "needs"} <= held.keys():
-        return None
-    return held if held.get("layout") == LAYOUT else {"identity": None, "needs": {}}  # an older lrc's: collected anew
+    return held if isinstance(held, dict) and {"identity", "needs"} <= held.keys() else None

@@ -226,3 +226,15 @@ def test_statistics_are_collected_anew_only_where_something_is_missing(tmp_path)
     assert not store("abs_mean").has("layers.0")
     store("gram").write("layers.0", {"x": TargetStats(GroupStats(5, gram))})
     assert not store("gram", of="another model").has("layers.0")
+
+
+def test_losses_outlive_another_layout_of_the_statistics(tmp_path):
+    """What an older lrc collected is collected anew; what it measured on it took far longer, and still holds."""
+    needs = {"x": frozenset({"gram"})}
+    StatsStore(tmp_path, {"of": "model"}, needs).write("layers.0", {"x": TargetStats(GroupStats(5, torch.eye(3)))})
+    (tmp_path / "nats-1.json").write_text("{}")
+    manifest = tmp_path / "statistics.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"layout": 1, "needs": ["gram"]}))
+    assert not StatsStore(tmp_path, {"of": "model"}, needs).has("layers.0") and (tmp_path / "nats-1.json").is_file()
+    StatsStore(tmp_path, {"of": "another"}, needs)
+    assert not (tmp_path / "nats-1.json").is_file()
