@@ -59,7 +59,7 @@ class StatsStore:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():  # losses measured on other statistics go too; on these, in whichever layout, they stay
+            for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
                 if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
                     path.unlink()
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
