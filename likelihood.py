@@ -56,6 +56,11 @@ def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: 
     return total
 
 
+def makes_few_logits(model: Any) -> bool:
+    """Whether a model's forward can be told (`logits_to_keep`) for which positions to make logits."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 @contextlib.contextmanager
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int, int], torch.Tensor]]:
     """Give a function of (start, stop) that returns the model's own logits at these positions: (batch, stop - start, words).
@@ -66,7 +71,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int
     """
     decoder = model.get_decoder()
     outputs: list[Any] = []
-    if decoder is not model and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if decoder is not model and makes_few_logits(model):
         hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)

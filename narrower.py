@@ -46,7 +46,11 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
     for part, key in _entries(plain, inner):
         tried = copy.deepcopy(plain)
         (tried if part is None else tried[part])[key] = channels
-        if _shapes(_built(tried, kind, architecture)) == wanted:
+        try:
+            found = _shapes(_built(tried, kind, architecture))
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
+            continue  # another entry of the same value, which cannot be made so small
+        if found == wanted:
             return tried
     return dict(config)
 

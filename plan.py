@@ -312,8 +312,9 @@ def _why_dense(target: Target, choice: Choice, scope: _Scope) -> str:
         return f"kept by '{scope.kept[target.name]}'"
     if not choice.dense:
         return ""
-    idle, left = "the recipe compresses no matrix", "nothing that the method offers is smaller, or the budget leaves it whole"
-    return idle if scope.idle else left
+    if scope.idle:
+        return "the recipe compresses no matrix"
+    return "nothing that the method offers is smaller, or the budget leaves it whole"
 
 
 def _identify(view: ModelView) -> dict[str, Any]:

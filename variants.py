@@ -7,7 +7,6 @@ many go through together that their hidden states stay within `STATES` bytes.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from .depth_cost import BATCH_TOKENS
 from .divergence import Predictions
 from .edit import LayerEdit, edited
 from .errors import NonFiniteError
+from .likelihood import makes_few_logits
 from .model import ModelView
 from .passes import give_back
 from .planned import COPIES, STATES
@@ -81,8 +81,7 @@ def scored(model: nn.Module, tokens: Tensor) -> tuple[int, dict[str, int]]:
         tokens: (windows, length) token ids.
     """
     count = tokens.shape[1] - min(SKIP, tokens.shape[1] // 2)
-    able = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return count, {"logits_to_keep": count} if able else {}
+    return count, {"logits_to_keep": count} if makes_few_logits(model) else {}
 
 
 def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:

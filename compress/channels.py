@@ -170,7 +170,11 @@ class ChannelSolution(Solution):
 
     def form(self, choice: Choice) -> Pruned:
         rows, columns = self.left(choice)
-        return Pruned(self.weight[rows[:, None], columns].double(), rows, columns, (len(self.weight), self.weight.shape[1]))
+        return Pruned(self.at(rows, columns), rows, columns, (len(self.weight), self.weight.shape[1]))
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(rows, columns) float64, what stands at these."""
+        return self.weight[rows[:, None], columns].double()
 
     def left(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """Which rows and which columns stay, both ascending."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import LrcError
 from . import svd_llm
 from .base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
-from .channels import ChannelSolution, Pruned, channel_offers
+from .channels import ChannelSolution, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
 from .offers import Choice, JointOffer, Shape
 
@@ -224,10 +224,8 @@ class Fitted(Member):
     def damping(self) -> float:
         return self.elimination.reading.ridge
 
-    def form(self, choice: Choice) -> Pruned:
-        rows, columns = self.left(choice)
-        fitted = self.elimination.reading.fitted(columns)
-        return Pruned(fitted, rows, columns, (len(self.weight), self.weight.shape[1]))
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.elimination.reading.fitted(columns)
 
 
 def solve_set(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from pipeline import compress, plain_python, refused_without_lrc
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrc.load import open_model
+from lrc.narrower import as_plain
 from lrc.verify import verify
 
 IDS = torch.arange(3, 15)[None]
@@ -29,7 +30,7 @@ def test_any_tool_loads_narrower_feed_forwards(family, tiny_checkpoints, tiny_te
     done = plain_python(
         """
         import sys, torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
         model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
         torch.save(model.eval()(torch.arange(3, 15)[None]).logits, sys.argv[2])
@@ -78,3 +79,17 @@ def test_anything_else_is_stored_in_forms(family, overrides, tiny_checkpoints, t
     assert "import lrc" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
     assert refused_without_lrc([tmp_path / "out"]) == 1
+
+
+def test_another_entry_of_the_same_value_is_no_obstacle():
+    """The vocabulary is as large as the inner width, comes first, and holds a padding token that it would lose."""
+    whole = LlamaConfig(vocab_size=96, pad_token_id=95, hidden_size=48, intermediate_size=96, num_hidden_layers=1,
+                        num_attention_heads=4).to_dict()  # fmt: skip
+    shapes = {"gate_proj": (70, 48), "up_proj": (70, 48), "down_proj": (48, 70)}
+    modules = {
+        f"model.layers.0.mlp.{name}": {"kind": "pruned", "rows": rows, "columns": columns, "bias": False}
+        for name, (rows, columns) in shapes.items()
+    }
+    config = {"vocab_size": whole.pop("vocab_size"), **whole, "quantization_config": {"modules": modules}}
+    found = as_plain(config, LlamaConfig, LlamaForCausalLM)
+    assert "quantization_config" not in found and (found["vocab_size"], found["intermediate_size"]) == (96, 70)
