@@ -40,7 +40,7 @@ from .gradients import GradientCollector, GradientSettings
 from .packing import derived_seed, token_hash
 from .spill import Spill
 from .stats import TargetLike
-from .store import MANIFEST, StatsStore
+from .store import LAYOUT, MANIFEST, StatsStore
 from .stream import Call, Lockstep, check_finite, run_layer
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
@@ -178,6 +178,8 @@ def read_gradients(folder: Path, layer: str) -> dict[str, TargetStats]:
     path = folder / f"{layer}.safetensors"
     try:
         held = json.loads((folder / MANIFEST).read_text())
+        if held.get("layout") != LAYOUT:  # opening it would empty it
+            raise ValueError("it was written by another lrc")
         with safe_open(path, "pt") as file:
             names = list(json.loads(file.metadata()["targets"]))
         return StatsStore(folder, held["identity"], {}).read(layer, names)
