@@ -22,8 +22,9 @@ import torch
 
 from .artifact import UNCHECKED, Artifact
 from .calibrate.data import Calibration
+from .calibrate.gradients import GradientSettings, backward_passes
 from .card import model_card
-from .compress.base import BACKWARD_NEEDS
+from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from .compress.forms import Spec
 from .distill import refine_artifact
 from .errors import BudgetError
@@ -37,7 +38,7 @@ from .operate import operated
 from .passes import full_precision, give_back, steady_memory
 from .plan import make_plan
 from .planned import Plan
-from .survey import Statistics, collect
+from .survey import Statistics, backward_needs, collect, collect_backward
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished
@@ -108,11 +109,14 @@ def _finished(plan: Plan, calibration: Calibration, out: Path) -> bool:
 
 def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
-) -> Statistics:
+) -> None:
     """Collect what all of these plans need of the original model, so that each can `prepare` from the same folder."""
     names = dict.fromkeys(name for plan in plans for name in plan.needs)
-    needs = {name: frozenset[str]().union(*(plan.needs.get(name, ()) for plan in plans)) for name in names}
-    return collect(view, calibration, needs, folder, devices, plans[0].recipe.gradients)
+    needs = {name: frozenset[str]().union(*(plan.needs.get(name, ()) for plan in plans)) & FORWARD_NEEDS for name in names}
+    collect(view, calibration, needs, folder, devices, GradientSettings())
+    passes = backward_passes((plan.recipe.gradients, backward_needs(plan.needs)) for plan in plans)
+    for settings, back in passes.items():
+        collect_backward(view, calibration, back, folder, devices, settings)
 
 
 def execute(

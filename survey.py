@@ -6,6 +6,8 @@ stopped. measure.py makes the losses of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ from .calibrate.backward import collect_gradients
 from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
-from .calibrate.store import StatsStore
+from .calibrate.store import MANIFEST, StatsStore
 from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .errors import OutputError
@@ -83,15 +85,54 @@ def collect(
     steady_memory()
     ahead = {target.name: needs.get(target.name, frozenset()) & FORWARD_NEEDS for target in view.targets}
     forward = _forward(view, calibration, ahead, folder, devices, partial(notify, "statistics"))
-    back = frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
+    back = backward_needs(needs)
     if not back:
         return Statistics(forward)
+    return Statistics(forward, collect_backward(view, calibration, back, folder, devices, gradients, notify))
+
+
+def backward_needs(needs: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """Those of any target's needs that want a backward pass."""
+    return frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
+
+
+def collect_backward(
+    view: ModelView,
+    calibration: Calibration,
+    needs: frozenset[str],
+    folder: Path,
+    devices: Sequence[torch.device],
+    gradients: GradientSettings,
+    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+) -> StatsStore:
+    """Statistics of gradients beside the forward ones in `folder`, a folder inside it for each way to make them.
+
+    One that lies there and answers for these needs, of whatever recipe, is used.
+    """
+    full_precision()
+    steady_memory()
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
-    backward = collect_gradients(
-        view, calibration.tokens, batch, back, gradients, folder / "gradients", devices,
+    settings = _held_gradients(folder, needs, gradients) or gradients.relevant_to(needs)
+    digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    return collect_gradients(
+        view, calibration.tokens, batch, needs, settings, folder / f"gradients-{settings.labels}-{digest}", devices,
         release=give_back, notify=partial(notify, "gradients"),
     )  # fmt: skip
-    return Statistics(forward, backward)
+
+
+def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSettings) -> GradientSettings | None:
+    """The settings of a finished or begun collection in `folder` that says the same of `needs`."""
+    own = wanted.relevant_to(needs)
+    for manifest in sorted(folder.glob(f"gradients-*/{MANIFEST}")):
+        try:
+            held = json.loads(manifest.read_text())
+            settings = GradientSettings(**held["identity"]["gradients"])
+            there = frozenset[str]().union(*held["needs"].values())
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # collected anew where it is wanted
+        if settings.relevant_to(needs) == own and needs <= there:
+            return settings
+    return None
 
 
 def _forward(

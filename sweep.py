@@ -129,8 +129,10 @@ def run_sweep(
         _write(folder, asked, rows)
         notify(row)
 
+    # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
+    turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))
     with ThreadPoolExecutor(parallel) as pool:
-        list(pool.map(one, jobs))
+        list(pool.map(one, (jobs[place] for place in turns)))
     if failures:
         raise SweepError(failures)
     return [rows[job.name] for job in jobs]

@@ -8,7 +8,7 @@ larger than all others; clipping each token's norm to a band around the mean kee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -47,6 +47,26 @@ class GradientSettings(Settings):
         if self.clip is not None and not 0 <= self.clip[0] <= 1 <= self.clip[1]:
             raise ValueError(f"clip is a band around the mean, such as (0.1, 10); {self.clip} does not hold 1")
         return self
+
+    def relevant_to(self, needs: frozenset[str]) -> GradientSettings:
+        """Without what makes no difference to these statistics: band and trim are of `grad_gram`, the seed of drawn labels."""
+        neutral: dict[str, Any] = {} if "grad_gram" in needs else {"clip": None, "trim": 0.0}
+        return self.model_copy(update=neutral | ({"seed": 0} if self.labels == "data" else {}))
+
+
+def backward_passes(asked: Iterable[tuple[GradientSettings, frozenset[str]]]) -> dict[GradientSettings, frozenset[str]]:
+    """As few backward passes as answer everyone: settings -> the statistics to take.
+
+    Args:
+        asked: pairs of settings and what is needed under them, of `base.BACKWARD_NEEDS`; nothing may be asked for.
+    """
+    passes: dict[GradientSettings, frozenset[str]] = {}
+    for settings, needs in sorted(asked, key=lambda one: "grad_gram" not in one[1]):  # those who care for everything first
+        if needs:
+            own = settings.relevant_to(needs)
+            serving = next((each for each in passes if each.relevant_to(needs) == own), own)
+            passes[serving] = passes.get(serving, frozenset()) | needs
+    return passes
 
 
 class GradientCollector:
@@ -149,8 +169,8 @@ class GradientCollector:
         if x is not None:
             inputs = x.reshape(len(flat), -1).float()
             if name in self._fishers:
-                self._fishers[name] += _squared_gradients(flat, inputs, sample, samples)
-            if name in self._weights:
+                self._fishers[name] += _squared_gradients(flat, inputs, sample, samples, self._weights.get(name))
+            elif name in self._weights:
                 self._weights[name].addmm_(flat.T, inputs)
         if name in self._grams:
             kept, sample = _trimmed(flat, sample, rows % length, length, self._settings.trim)
@@ -213,8 +233,11 @@ def _mean_of(means: Sequence[MeanOuter], tokens: int) -> Tensor:
     return torch.stack([mean.result().cpu() * (mean.tokens / tokens) for mean in means]).sum(0)
 
 
-def _squared_gradients(gradient: Tensor, x: Tensor, sample: Tensor, samples: int) -> Tensor:
-    """Sum over samples and outputs of (∂loss/∂W)², (in,) float64, from (rows, out) and (rows, in)."""
+def _squared_gradients(gradient: Tensor, x: Tensor, sample: Tensor, samples: int, summed: Tensor | None) -> Tensor:
+    """Sum over samples and outputs of (∂loss/∂W)², (in,) float64, from (rows, out) and (rows, in).
+
+    `summed`, (out, in), has the gradients of all samples added to it where it is given.
+    """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     step = max(1, _AT_ONCE // x.shape[1])
     for count in range(samples):
@@ -223,7 +246,10 @@ def _squared_gradients(gradient: Tensor, x: Tensor, sample: Tensor, samples: int
             continue
         own, inputs = (gradient, x) if samples == 1 else (gradient[chosen], x[chosen])
         for start in range(0, gradient.shape[1], step):
-            total += (own[:, start : start + step].T @ inputs).square_().sum(0, dtype=torch.float64)
+            part = own[:, start : start + step].T @ inputs
+            if summed is not None:
+                summed[start : start + step] += part
+            total += part.square_().sum(0, dtype=torch.float64)
     return total
 
 

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 from commandline import lrc_ok, run_lrc
+from safetensors.torch import load_file
 
+from lrc.calibrate.gradients import GradientSettings, backward_passes
 from lrc.errors import SweepError
-from lrc.sweep import Job, _run, run_sweep
+from lrc.reading import load_recipe
+from lrc.sweep import Job, Row, _run, run_sweep
 
 
 def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -54,3 +57,60 @@ def test_a_rows_memory_is_its_own(tmp_path):
     ballast[::4096] = b"x" * len(ballast[::4096])
     seconds, peak = _run([sys.executable, "-c", "import time; x = bytearray(90 << 20); time.sleep(1)"], tmp_path / "log", 1)
     assert seconds > 1 and 90 << 20 < peak < 250 << 20
+
+
+def test_recipes_that_want_other_gradients_share_a_folder_and_no_pass_is_made_twice(tiny_checkpoints, tiny_text_file, tmp_path):
+    """zero-sum and fwsvd read what the text's own labels give, kfac what drawn ones give: two passes for three recipes."""
+    model, out, other = tiny_checkpoints("llama", max_position_embeddings=2048), tmp_path / "out", tmp_path / "other.txt"
+    other.write_text(tiny_text_file.read_text()[::-1] * 4)
+    recipes = ("svd-llm", "fwsvd", "kfac", "zero-sum")
+    common = ("--calibration", f"text:{tiny_text_file}", "--samples", 4, "--length", 32)
+    common += ("--set", "calibration.held_out=0")
+    lrc_ok("sweep", model, "--out", out, "--recipes", ",".join(recipes), "--ratios", "0.4", "--tasks", f"text:{other}",
+           "--keep", "--parallel", 2, "--max-windows", 1, *common)  # fmt: skip
+    held = [json.loads(path.read_text())["needs"] for path in sorted((out / "statistics").glob("gradients-*/statistics.json"))]
+    # a row that had made a pass of its own would have left what it alone needs
+    assert [set(map(tuple, needs.values())) for needs in held] == [{("fisher_in", "weight_grad")}, {("grad_gram",)}]
+    for recipe in recipes:
+        alone = tmp_path / f"{recipe}-alone"
+        lrc_ok("compress", model, "--recipe", recipe, "--ratio", 0.4, "--out", alone, *common)
+        for path in alone.glob("*.safetensors"):
+            mine, theirs = load_file(path), load_file(out / f"{recipe}-0.4" / path.name)
+            assert mine.keys() == theirs.keys()
+            assert all((mine[name] - theirs[name]).norm() <= 1e-3 * mine[name].norm() for name in mine), recipe
+
+
+def test_the_shipped_recipes_need_two_backward_passes():
+    recipes = [load_recipe(name) for name in ("fwsvd", "kfac", "lems", "zero-sum", "svd-llm")]
+    needs = [
+        frozenset({"fisher_in"}),
+        frozenset({"grad_gram"}),
+        frozenset({"grad_gram"}),
+        frozenset({"weight_grad"}),
+        frozenset(),
+    ]
+    passes = backward_passes(zip((recipe.gradients for recipe in recipes), needs, strict=True))
+    assert sorted((settings.labels, sorted(each)) for settings, each in passes.items()) == [
+        ("data", ["fisher_in", "grad_gram", "weight_grad"]),
+        ("sampled", ["grad_gram"]),
+    ]
+
+
+def test_settings_that_make_a_difference_are_passes_of_their_own():
+    gram, weights = frozenset({"grad_gram"}), frozenset({"weight_grad"})
+    one, other = GradientSettings(trim=0.125), GradientSettings(clip=None)
+    assert len(backward_passes([(one, gram), (other, gram)])) == 2
+    assert len(backward_passes([(one, weights), (other, weights), (one, gram)])) == 1
+    seeds = [GradientSettings(seed=seed) for seed in (0, 1)]
+    assert len(backward_passes([(each, weights) for each in seeds])) == 2
+    assert len(backward_passes([(each.model_copy(update={"labels": "data"}), gram) for each in seeds])) == 1
+
+
+def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
+    """Both would measure the losses that the second finds where the first left them."""
+    asked = []
+    monkeypatch.setattr("lrc.sweep._row", lambda model, job, *_: asked.append(job.name) or Row(job.name, {}, 0))
+    jobs = [Job(None), Job("lrc-fast", 0.2), Job("lrc-fast", 0.4), Job("svd", 0.2), Job("svd", 0.4), Job("energy")]
+    rows = run_sweep("model", jobs, tmp_path, compress=[], evaluate=[])
+    assert asked == ["original", "lrc-fast-0.2", "svd-0.2", "energy", "lrc-fast-0.4", "svd-0.4"]
+    assert [row.name for row in rows] == [job.name for job in jobs]
