@@ -9,7 +9,7 @@ singular gram is as good as any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ from .offers import Choice, Offer, Shape
 MOST_OFFERS = 256
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information
 _SPLITS = (1.5, 2.0, 2.5, 3.0)  # atoms per nonzero that 'auto' tries
+_SAME = 0.01  # splits whose atoms differ by less are one
 
 
 class DictionarySettings(Settings):
@@ -166,8 +167,10 @@ def refined(problem: Problem, codes: Tensor, mask: Tensor, rounds: int) -> Coded
     return Coded(codes, mask, problem.loss(codes, atoms))
 
 
-# (problem, atoms, nonzeros altogether, only a preview) -> codes
-Learn = Callable[[Problem, int, int, bool], Coded]
+Split = tuple[int, int]
+"""(atoms, nonzeros of the whole target)"""
+Learn = Callable[[Problem, Sequence[Split]], Coded]
+"""Codes for a problem, in whichever of the splits loses least; they all take the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class DictionarySolution(Solution):
 
     Args:
         weight: (out, in).
-        learn: the method's own; the last argument asks for a quick result by which splits are compared.
+        learn: the method's own.
         most: the largest number of atoms.
     """
 
@@ -207,23 +210,23 @@ class DictionarySolution(Solution):
         if choice.atoms is None or choice.nonzeros is None:
             raise ValueError("a dense target is not solved")
         if choice not in self._last:
-            atoms, nonzeros = choice.atoms, choice.nonzeros * len(self.weight)
+            splits = [(choice.atoms, choice.nonzeros * len(self.weight))]
             if self.settings.atoms_per_nonzero == "auto":
-                splits = self._splits(atoms, nonzeros)
-                atoms, nonzeros = min(splits, key=lambda split: self.learn(self.problem, split[0], split[1], True).loss)
+                splits += self._splits(*splits[0])
             while len(self._last) > 1:  # codes of two sizes are held (a probe asks for both again), not of every size
                 del self._last[next(iter(self._last))]
-            self._last[choice] = self.learn(self.problem, atoms, nonzeros, False)
+            self._last[choice] = self.learn(self.problem, splits)
         return self._last[choice]
 
-    def _splits(self, atoms: int, nonzeros: int) -> list[tuple[int, int]]:
-        """(atoms, nonzeros) of exactly the same bytes."""
+    def _splits(self, atoms: int, nonzeros: int) -> list[Split]:
+        """Others of exactly the same bytes, and of clearly more or fewer atoms."""
         shape = Shape(self.weight.shape[0], self.weight.shape[1], self.weight.element_size())
-        whole, rows, found = nbytes(shape, atoms, nonzeros), shape.out_features, {(atoms, nonzeros)}
+        whole, rows = nbytes(shape, atoms, nonzeros), shape.out_features
+        found: dict[int, int] = {}
         for ratio in _SPLITS:
             bits = rows / 8 / shape.element
             k = min(self.most, round(whole / shape.element / (shape.in_features + rows / ratio + bits)))
             n = (whole - nbytes(shape, k, 0)) // shape.element
-            if k > 0 and rows <= n <= rows * min(k, shape.in_features):
-                found.add((k, n))
-        return sorted(found)
+            if k > 0 and rows <= n <= rows * min(k, shape.in_features) and abs(k - atoms) > _SAME * atoms:
+                found[k] = n
+        return list(found.items())

@@ -21,6 +21,8 @@ gram is inverted (coding.py).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,11 +30,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import TargetStats, method
-from .coding import Coded, DictionarySettings, DictionarySolution, Problem, dictionary_offers, most_atoms, refined
+from .coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, dictionary_offers, most_atoms, refined
 from .dictionary import Pattern
 from .offers import at_sizes
 
 Share = Literal["target", "row"]
+_STAGES = (3, 8)  # iterations after which splits are compared and half of them go on
 
 
 class CompotSettings(DictionarySettings):
@@ -70,18 +73,46 @@ def procrustes(points: Tensor, codes: Tensor) -> Tensor:
     return left @ right
 
 
-def learn(problem: Problem, atoms: int, nonzeros: int, iterations: int, refits: int, share: Share, pattern: Pattern) -> Coded:
-    """Codes (out, atoms) over an orthogonal dictionary, refined at the end."""
-    points = problem.points
-    dictionary = torch.eye(points.shape[1], atoms, dtype=points.dtype, device=points.device)
-    codes = points @ dictionary
-    mask = largest(codes, nonzeros, share, pattern)
-    if nonzeros < codes.numel():  # without zeros the start is the optimum already
-        for _ in range(iterations):
-            dictionary = procrustes(points, codes * mask)
-            codes = points @ dictionary
-            mask = largest(codes, nonzeros, share, pattern)
-    return refined(problem, codes * mask, mask, refits if nonzeros < codes.numel() else 0)
+class _Search:
+    """One split on its way. Between two turns it holds its orthogonal dictionary (r, atoms) and no codes, which are larger."""
+
+    def __init__(self, points: Tensor, split: Split, share: Share, pattern: Pattern) -> None:
+        atoms, self._nonzeros = split
+        self._points, self._share, self._pattern = points, share, pattern
+        self._dictionary = torch.eye(points.shape[1], atoms, dtype=points.dtype, device=points.device)
+        self.sparse = self._nonzeros < len(points) * atoms  # without zeros the start is the optimum already
+
+    def go(self, iterations: int) -> tuple[Tensor, Tensor]:
+        """Procrustes and threshold in turn: codes (out, atoms), zero outside the mask beside them."""
+        codes, mask = self._coded()
+        for _ in range(iterations if self.sparse else 0):
+            self._dictionary = procrustes(self._points, codes)
+            codes, mask = self._coded()
+        return codes, mask
+
+    def _coded(self) -> tuple[Tensor, Tensor]:
+        codes = self._points @ self._dictionary
+        mask = largest(codes, self._nonzeros, self._share, self._pattern)
+        return codes.mul_(mask), mask
+
+
+def learn(
+    problem: Problem, splits: Sequence[Split], iterations: int, refits: int, share: Share = "target", pattern: Pattern = "free"
+) -> Coded:
+    """The codes of the best split, refined at the end.
+
+    All splits begin; the half that loses least goes on after three iterations and again after eight, and then the best one.
+    """
+    left = [_Search(problem.points, split, share, pattern) for split in splits]
+    done = 0
+    for stage in (min(each, iterations) for each in _STAGES):
+        if len(left) > 1:
+            losses = {search: refined(problem, *search.go(stage - done), 0).loss for search in left}
+            done = stage
+            left = sorted(left, key=lambda search: losses[search])[: math.ceil(len(left) / 2)]
+    best = left[0]
+    codes, mask = best.go(iterations - done)
+    return refined(problem, codes, mask, refits if best.sparse else 0)
 
 
 @method(
@@ -95,8 +126,7 @@ def learn(problem: Problem, atoms: int, nonzeros: int, iterations: int, refits: 
 def solve(weight: Tensor, stats: TargetStats, settings: CompotSettings) -> DictionarySolution:
     """An orthogonal dictionary for the weight (out, in), in the metric of what calibration saw."""
 
-    def learned(problem: Problem, atoms: int, nonzeros: int, preview: bool) -> Coded:
-        rounds = (min(settings.iterations, 5), 0) if preview else (settings.iterations, settings.refits)
-        return learn(problem, atoms, nonzeros, *rounds, settings.share, settings.pattern)
+    def learned(problem: Problem, splits: Sequence[Split]) -> Coded:
+        return learn(problem, splits, settings.iterations, settings.refits, settings.share, settings.pattern)
 
     return DictionarySolution(weight, Problem.of(weight, stats), settings, learned, most_atoms(*weight.shape))

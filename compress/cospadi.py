@@ -19,6 +19,7 @@ its earlier code where OMP finds none that is better, so the loss never rises; v
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import TargetStats, method
-from .coding import Coded, DictionarySettings, DictionarySolution, Problem, best_atoms, dictionary_offers, refined
+from .coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, best_atoms, dictionary_offers, refined
 from .offers import Offer, Shape, at_sizes
 
 _CHUNK_BYTES = 256 * 2**20  # of workspace for the rows that OMP codes at once
@@ -190,7 +191,8 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:
     """A learned dictionary for the weight (out, in), in the metric of what calibration saw."""
 
-    def learned(problem: Problem, atoms: int, nonzeros: int, preview: bool) -> Coded:  # splits are not compared: no preview
+    def learned(problem: Problem, splits: Sequence[Split]) -> Coded:
+        ((atoms, nonzeros),) = splits  # 'auto' is refused
         each = nonzeros // len(problem.points)
         if each >= min(atoms, problem.points.shape[1]):  # no zeros to choose: the plain projection is the optimum
             codes = problem.points[:, :atoms]

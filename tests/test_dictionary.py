@@ -348,8 +348,21 @@ def test_auto_is_not_worse_than_the_usual_split():
     weight, x = problem(60, 40, tokens=300)
     for choice in [o.choice for o in offers("compot", Shape(60, 40, 8), atoms_per_nonzero="auto")[5::9]]:
         usual = solve("compot", weight, statistics(x)).loss(choice)
-        # splits are compared by a preview, so a near tie may go the other way
+        # splits are compared on their way, so a near tie may go the other way
         assert solve("compot", weight, statistics(x), atoms_per_nonzero="auto").loss(choice) <= usual * 1.02
+
+
+@pytest.mark.parametrize(("shape", "size"), [((96, 40), 0.6), ((40, 96), 0.6), ((60, 60), 0.8)])
+def test_auto_takes_a_split_that_loses_hardly_more_than_the_best_learned_to_the_end(shape, size):
+    weight, x = problem(*shape, tokens=400)
+    most = size * weight.numel() * 8
+    choice = [o for o in offers("compot", Shape(*shape, 8), atoms_per_nonzero="auto") if o.nbytes <= most][-1].choice
+    solution = solve("compot", weight, statistics(x), atoms_per_nonzero="auto")
+    first = (choice.atoms, choice.nonzeros * shape[0])
+    splits = [first, *solution._splits(*first)]
+    assert len(splits) > 2
+    losses = [compot.learn(solution.problem, [split], 20, 10).loss for split in splits]
+    assert solution.loss(choice) <= 1.05 * min(losses) < 0.95 * max(losses)
 
 
 def test_a_seed_is_a_seed_whatever_was_drawn_before():
