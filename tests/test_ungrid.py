@@ -181,3 +181,8 @@ def test_smollm2_keeps_its_logits_and_its_checkpoint_loads_plainly(tmp_path):
     for name, target in targets(model).items():
         # One group of the model is mostly zeros, and no factor moves a zero.
         assert on_grid(target.weight) < 1e-3, name
+
+    unpacked = tmp_path / "unpacked"
+    main([str(unpacked), "--unpack-only"])
+    same = AutoModelForCausalLM.from_pretrained(unpacked).state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in original.state_dict().items())
