@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from .depth.base import Training, get_repair, get_score
+from .depth.base import Score, Training, get_repair, get_score
 from .depth.partial_finetune import LAST_LAYERS
 from .parts import open_branches, open_layers
 from .planned import COPIES, STATES
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
     from .model import ModelView
 
 BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
-SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once
+_SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once, unless it needs more
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
 _GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width
 _WIDENED = 6  # float64 copies of one layer's states that a score works on
 _TRAINED = 20  # bytes for each trained number: master, gradient, two moments, best state
+
+
+def seen_samples(score: Score, hidden: int, samples: int, length: int) -> int:
+    """Of how many calibration samples a score is shown the hidden states of the model's width."""
+    return min(samples, max(1, _SEEN_TOKENS // length, math.ceil(score.tokens_per_channel * hidden / length)))
 
 
 def depth_lines(view: ModelView, recipe: Recipe, surgery: Surgery) -> tuple[str, ...]:
@@ -80,7 +86,7 @@ def depth_bytes(view: ModelView, recipe: Recipe, surgery: Surgery) -> int:
     logits = 3 * 4 * BATCH_TOKENS * text.vocab_size + view.outside_nbytes()
     moments, score = [0], get_score(spec.score)
     if score.looks == "states":
-        seen = min(max(SEEN_TOKENS, calibration.length), calibration.samples * calibration.length)
+        seen = seen_samples(score, text.hidden_size, calibration.samples, calibration.length) * calibration.length
         moments.append(layer + (len(view.layers) + 1) * seen * token + _WIDENED * 8 * seen * text.hidden_size)
     if score.tries:
         parts = len(view.branches) if spec.granularity == "sub-layer" else len(view.layers)

@@ -17,7 +17,7 @@ from .branches import Branch
 from .calibrate.stream import Call, hidden_of
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
-from .depth_cost import SEEN_TOKENS
+from .depth_cost import seen_samples
 from .model import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
@@ -49,7 +49,10 @@ def choose_parts(
         trial = _Trying(view, spec, tokens, devices[0], None, notify)
         chosen_layers = score.choose(trial, layers, lambda gone: len(gone) >= count)
         return Surgery(tuple(chosen_layers), record=trial.record)
-    boundaries = _boundaries(view, tokens, devices) if score.looks else []
+    boundaries: list[Tensor] = []
+    if score.looks:
+        shown = seen_samples(score, view.config.get_text_config().hidden_size, *tokens.shape)
+        boundaries = _boundaries(view, spread(tokens, shown), devices)
     return Surgery(tuple(score.choose(boundaries, layers, count)))
 
 
@@ -95,7 +98,6 @@ def spread(tokens: Tensor, samples: int) -> Tensor:
 
 def _boundaries(view: ModelView, tokens: Tensor, devices: Sequence[torch.device]) -> list[Tensor]:
     """Hidden states (samples, length, hidden) before the first layer and after every layer, in the model's dtype."""
-    chosen = spread(tokens, SEEN_TOKENS // tokens.shape[1])
     found: list[Tensor] = []
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
@@ -106,5 +108,5 @@ def _boundaries(view: ModelView, tokens: Tensor, devices: Sequence[torch.device]
         return outputs
 
     with torch.no_grad():
-        through_layers(view, chosen.split(1), visit)
+        through_layers(view, tokens.split(1), visit)
     return found

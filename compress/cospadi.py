@@ -192,6 +192,7 @@ def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> Dict
     """A learned dictionary for the weight (out, in), in the metric of what calibration saw."""
 
     def learned(problem: Problem, splits: Sequence[Split]) -> Coded:
+        """Codes for the one split that there is."""
         ((atoms, nonzeros),) = splits  # 'auto' is refused
         each = nonzeros // len(problem.points)
         if each >= min(atoms, problem.points.shape[1]):  # no zeros to choose: the plain projection is the optimum

@@ -55,6 +55,7 @@ class Score:
         by_cosine: whether it compares directions of hidden states only.
         looks: what it is shown; empty for nothing.
         one_run: whether what it chooses are always neighbours.
+        tokens_per_channel: of the hidden states; fewer than so many times the model's width tell it nothing.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Score:
     by_cosine: bool = False
     looks: Looks = "states"
     one_run: bool = False
+    tokens_per_channel: int = 0
 
     @property
     def tries(self) -> bool:
@@ -141,12 +143,18 @@ _REPAIRS: dict[str, Repair] = {}
 
 
 def score(
-    name: str, *, source: str, by_cosine: bool = False, looks: Looks = "states", one_run: bool = False
+    name: str,
+    *,
+    source: str,
+    by_cosine: bool = False,
+    looks: Looks = "states",
+    one_run: bool = False,
+    tokens_per_channel: int = 0,
 ) -> Callable[[F], F]:
     """Register a function as the score `name`."""
 
     def register(choose: F) -> F:
-        _SCORES[name] = Score(name, choose, source, by_cosine, looks, one_run)
+        _SCORES[name] = Score(name, choose, source, by_cosine, looks, one_run, tokens_per_channel)
         return choose
 
     return register

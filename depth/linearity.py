@@ -19,13 +19,15 @@ from torch import Tensor
 from ..errors import CalibrationError
 from .base import score
 
+_PER_CHANNEL = 2  # tokens; as many as channels, and every layer looks linear
+
 
 def linearity(x: Tensor, y: Tensor) -> float:
     """1 - relative error of the best linear map between centred states (tokens, hidden); 1 is linear."""
     x, y = (each.to(torch.float64, copy=True).flatten(0, -2) for each in (x, y))
-    if len(x) < 2 * x.shape[1]:
+    if len(x) < _PER_CHANNEL * x.shape[1]:
         raise CalibrationError(
-            f"Linearity of layers of width {x.shape[1]} needs {2 * x.shape[1]} tokens or more; there are {len(x)}.",
+            f"Linearity of layers of width {x.shape[1]} needs {_PER_CHANNEL * x.shape[1]} tokens or more; there are {len(x)}.",
             "Raise --samples or --length, or use another score.",
         )
     for each in (x, y):
@@ -34,7 +36,7 @@ def linearity(x: Tensor, y: Tensor) -> float:
     return 1 - float((x @ solution - y).square().sum())
 
 
-@score("linearity", source="arXiv 2405.12250")
+@score("linearity", source="arXiv 2405.12250", tokens_per_channel=_PER_CHANNEL)
 def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
     """The `count` most linear candidates."""
     found = {layer: linearity(boundaries[layer], boundaries[layer + 1]) for layer in candidates}

@@ -16,6 +16,7 @@ from lrc.calibrate.data import load_calibration
 from lrc.depth.base import scores
 from lrc.depth.block_influence import influences
 from lrc.depth.linearity import linearity
+from lrc.depth_cost import seen_samples
 from lrc.errors import BudgetError, RecipeError
 from lrc.locate import locate
 from lrc.model import ModelView
@@ -142,6 +143,15 @@ def test_linearity_refuses_too_few_tokens(tiny_checkpoints, tiny_text_file, tmp_
             tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file,
             **{"depth.score": "linearity", "depth.drop": 1, "calibration.samples": 2},
         )  # fmt: skip
+
+
+def test_a_score_that_needs_more_tokens_for_a_wider_model_gets_them(tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
+    wide, usual = scores()["linearity"], scores()["angular"]
+    assert [seen_samples(wide, 8192, 256, length) for length in (2048, 1500, 20_000)] == [8, 11, 1]
+    assert [seen_samples(usual, 8192, 256, length) for length in (2048, 1500, 20_000)] == [4, 5, 1]
+    assert seen_samples(wide, 8192, 3, 2048) == 3, "no more than there are"
+    monkeypatch.setattr("lrc.depth_cost._SEEN_TOKENS", 32)  # fewer than twice the width of the tiny model
+    compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, **{"depth.score": "linearity", "depth.drop": 1})
 
 
 @pytest.mark.parametrize(
