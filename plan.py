@@ -19,7 +19,7 @@ from .compress.base import DENSE, Curve
 from .compress.offers import Choice, Offer, Shape
 from .depth.spec import how_many
 from .depth_cost import depth_lines
-from .errors import RecipeError
+from .errors import BudgetError, RecipeError
 from .items import Item, items_of, offers_of, shape_of
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
 from .memory import predict_memory
@@ -161,6 +161,9 @@ def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint
     if recipe.allocation == "own":
         return {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
     if recipe.limits:
+        sized = any(each is not None for each in amounts.values())
+        if not sized and (recipe.allocation != "uniform" or not scope.bounded):  # floors alone leave everything whole
+            raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", amount.ASK)
         return _even(offers, scope.bounded, amounts, footprint)
     return uniform(offers, _share(amounts, footprint))
 

@@ -17,9 +17,13 @@ from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.offers import Choice, Offer
 from lrc.errors import BudgetError, RecipeError
 from lrc.load import open_model
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.rules.base import Open, in_proportion, rules
 from lrc.signals import effective_rank, first_order
+from lrc.sweep import planned_jobs
 from lrc.verify import verify
 
 NAMES = ["effective-rank", "importance", "log-loss", "zero-sum"]
@@ -196,6 +200,20 @@ def test_without_a_budget_only_what_limits_say_is_compressed(tiny_checkpoints, t
         tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "svd", limits={"*.layers.-1.mlp.up_proj": {"rank": 5}}
     )
     assert [(s.target.name, s.choice.rank) for s in plan.steps if not s.choice.dense] == [("model.layers.2.mlp.up_proj", 5)]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["lems", {"limits": {"*": {"min": 0.3}}}, {"limits": {"*": {"rank": 4}}, "allocation": "kl"}]
+)
+def test_limits_that_do_not_say_how_much_ask_for_a_size_before_any_work(recipe, tiny_checkpoints):
+    """Floors alone leave all whole, and a rule has nothing to share out."""
+    loaded = load_recipe(recipe) if isinstance(recipe, str) else load_recipe("svd-llm", recipe)
+    view = ModelView(locate(str(tiny_checkpoints("llama"))))
+    with pytest.raises(BudgetError, match="How much should go") as asked:
+        make_plan(view, loaded)
+    assert "--ratio 0.2" in str(asked.value)
+    jobs, _ = planned_jobs(view, {"it": loaded}, [0.2, 0.4])
+    assert [job.ratio for job in jobs] == [0.2, 0.4]
 
 
 @pytest.mark.parametrize(("name", "allocation"), [("svd-llm", "kl"), ("svd-llm", "spectrum"), ("nystrom", "kl")])
