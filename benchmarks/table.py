@@ -35,7 +35,7 @@ ROUNDED: dict[str, str | None] = {
     "caldera": None, "svd+lqer": "0.7", "svd-llm+gptq": "0.7,0.8", "lrc-best": "0.5,0.6,0.7,0.8",
 }  # fmt: skip
 OWN_RATIO = {"last": "0.25", "partial-finetune": "0.25"}
-LONG = ("cospadi", "cospadi-group", "compot+kl", "lrc-best", "lrc-best-16", "aa-svd")
+LONG = ("cospadi", "cospadi-1-iteration", "cospadi-group", "compot+kl", "lrc-best", "lrc-best-16", "aa-svd")
 
 # Other settings of a recipe, as rows beside it: name -> (recipe, settings).
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
