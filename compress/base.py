@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
 from .forms import Form, LowRank
-from .linalg import root
+from .linalg import OutputDirections, root
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
 
 # the statistics that a method may ask for; calibrate/stats.py collects those of a forward, calibrate/backward.py the gradients'
@@ -59,9 +59,17 @@ class GroupStats:
         self.peak_abs_mean = peak_abs_mean
 
     @cached_property
-    def gram_root(self) -> Tensor | None:
-        """The gram's symmetric root, (in, in) float64, computed once for all targets of the group; None without a gram."""
-        return None if self.gram is None else root(self.gram)
+    def _gram_root(self) -> Tensor:
+        assert self.gram is not None
+        return root(self.gram)
+
+    def directions(self, weight: Tensor, output_gram: Tensor | None = None) -> OutputDirections:
+        """The leading output directions of a weight (out, in); targets of the group share the gram's root where they need it.
+
+        Args:
+            output_gram: (out, out) of this weight; used in the place of the group's gram.
+        """
+        return OutputDirections(weight, self.gram, output_gram, gram_root=lambda: self._gram_root)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class TargetStats:
     grad_gram: Tensor | None = None
     fisher_in: Tensor | None = None
     weight_grad: Tensor | None = None
+
+    def directions(self, weight: Tensor) -> OutputDirections:
+        """The leading output directions of the target's weight (out, in), from whichever second moment is there."""
+        return self.group.directions(weight, self.output_gram)
 
 
 NOTHING_SEEN = TargetStats(GroupStats(0))  # of methods that need no statistics

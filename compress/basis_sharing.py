@@ -25,7 +25,7 @@ from torch import Tensor
 from . import svd_llm
 from .base import Joint, TargetStats, method
 from .neighbours import NeighbourSettings, neighbours
-from .stacked import StackMember, shared_offers, solve_stack, stack_statistics
+from .stacked import StackMember, shared_offers, solve_stack
 
 
 def solve_set(
@@ -41,4 +41,4 @@ def solve_set(
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: NeighbourSettings) -> svd_llm.Projected:
     """A target (out, in) that shares nothing."""
-    return svd_llm.solve(weight, stack_statistics(weight, [stats]), settings)
+    return svd_llm.solve(weight, stats, settings)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .base import Settings, Solution, TargetStats
 from .dictionary import Dictionary, Pattern, nbytes
-from .linalg import OutputDirections
 from .offers import Choice, Offer, Shape
 
 MOST_OFFERS = 256
@@ -86,8 +85,7 @@ class Problem:
     @staticmethod
     def of(weight: Tensor, stats: TargetStats) -> Problem:
         """From a weight (out, in) and either its output gram or its group's gram."""
-        gram_root = None if stats.output_gram is not None else stats.group.gram_root
-        directions = OutputDirections(weight, gram_root, stats.output_gram)
+        directions = stats.directions(weight)
         values, rank = directions.values, min(weight.shape)
         basis = directions.basis(rank)
         largest = values[0] if len(values) else values.new_zeros(())

@@ -17,7 +17,6 @@ from .base import Factored, Solution, TargetStats, balanced
 from .factors import quantize_factors
 from .gptq import Compensator
 from .grids import Grid
-from .linalg import OutputDirections
 from .metric import Metric
 from .offers import Choice, Offer, Shape
 from .quantized import Quantized, QuantizedLowRank
@@ -139,7 +138,7 @@ def corrected_by_channel(weight: Tensor, settings: CorrectionSettings, scale: Te
 
 def best_correction(error: Tensor, stats: TargetStats) -> Projected:
     """The best map of every rank for an error (out, in) in the metric of the input gram."""
-    directions = OutputDirections(error, stats.group.gram_root)
+    directions = stats.group.directions(error)
     return Projected(directions.values, error, directions)
 
 

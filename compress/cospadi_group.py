@@ -90,7 +90,7 @@ def solve_set(
 ) -> list[GroupMember]:
     """One dictionary for the weights (out, in) of a set."""
     stacked = torch.cat(list(weights))
-    stack = cospadi.solve(stacked, stack_statistics(stacked, statistics), settings)
+    stack = cospadi.solve(stacked, stack_statistics(statistics), settings)
     members, start = [], 0
     for weight in weights:
         rows = slice(start, start + len(weight))
@@ -106,4 +106,4 @@ def solve_set(
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
     """A target (out, in) that shares nothing."""
-    return cospadi.solve(weight, stack_statistics(weight, [stats]), settings)
+    return cospadi.solve(weight, stats, settings)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .base import LowRankSolution, Settings, TargetStats, balanced, method
 from .forms import LowRank
-from .linalg import Eigen, OutputDirections, eigh, root
+from .linalg import Eigen, OutputDirections, eigh
 from .offers import Choice
 
 
@@ -64,7 +64,7 @@ def solve(weight: Tensor, stats: TargetStats, settings: KfacSettings) -> TwoSide
     tiny = torch.finfo(torch.float64).tiny
     gradients = Eigen(gradients.values.clamp_min(max(tiny, float(gradients.values[0]) * 1e-12)), gradients.vectors)
     half = (gradients.vectors * gradients.values.sqrt()) @ gradients.vectors.T
-    directions = OutputDirections(half @ weight.double(), root(gram))
+    directions = OutputDirections(half @ weight.double(), gram)
     return TwoSided(directions.values / 2, weight, gradients, directions)
 
 

@@ -8,6 +8,7 @@ arXiv 2604.01609). No inverse and no Cholesky factor: an exactly singular gram i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,15 @@ class OutputDirections:
     """The leading output directions of a target: eigenvectors of `W C Wᵀ`, found once, given out for any rank.
 
     Where the target is tall (out > in) the problem is solved on the (in, in) side with the gram's root S: the eigenvectors V of
-    `S WᵀW S` have the same eigenvalues, and the columns of `W S V` are the wanted directions up to their lengths. Work in
-    float64 is done on slices of the weight, so that no float64 copy of a large weight is made.
+    `S WᵀW S` have the same eigenvalues, and the columns of `W S V` are the wanted directions up to their lengths. A wide one
+    needs no root, which would be an eigenproblem of the wider side. Work in float64 is done on slices of the weight, so that no
+    float64 copy of a large weight is made.
 
     Args:
         weight: (out, in), any floating dtype.
-        gram_root: (in, in) the symmetric root of the input gram C; used where `output_gram` is not given.
+        gram: (in, in) the input gram C; used where `output_gram` is not given.
         output_gram: (out, out) mean over tokens of y yᵀ, y = W x.
+        gram_root: makes the symmetric root of `gram`, where targets share it; by default each makes its own.
         reference: an energy, on the scale of the eigenvalues, whose rounding errors the given statistics carry (that of the
             outputs before their mean was taken out).
     """
@@ -60,26 +63,27 @@ class OutputDirections:
     def __init__(
         self,
         weight: Tensor,
-        gram_root: Tensor | None = None,
+        gram: Tensor | None = None,
         output_gram: Tensor | None = None,
+        *,
+        gram_root: Callable[[], Tensor] | None = None,
         reference: float = 0.0,
     ) -> None:
         self._weight = weight
         out_features, in_features = weight.shape
         self._vectors: Tensor | None = None
         self._inner: Tensor | None = None
+        if output_gram is None and gram is None:
+            raise ValueError("OutputDirections needs the gram of the inputs or that of the outputs")
+        if output_gram is None and gram is not None and out_features <= in_features:
+            output_gram = outputs_of(weight, gram)
         if output_gram is not None:
             eigen = eigh(output_gram, "output gram")
             self._vectors = eigen.vectors
-        elif gram_root is None:
-            raise ValueError("OutputDirections needs gram_root or output_gram")
-        elif out_features <= in_features:
-            scaled = weight.double() @ gram_root
-            eigen = eigh(scaled @ scaled.T, "output gram")
-            self._vectors = eigen.vectors
-        else:
-            eigen = eigh(gram_root @ outer_rows(weight) @ gram_root, "weighted gram")
-            self._inner = gram_root @ eigen.vectors
+        elif gram is not None:
+            side = root(gram) if gram_root is None else gram_root()
+            eigen = eigh(side @ outer_rows(weight) @ side, "weighted gram")
+            self._inner = side @ eigen.vectors
         self.values = eigen.values[: min(out_features, in_features)]
         largest = max(float(self.values[0]) if len(self.values) else 0.0, reference)
         self._seen = int((self.values > largest * _SEEN).sum())

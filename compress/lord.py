@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .base import LowRankSolution, Settings, TargetStats, balanced, method
 from .forms import LowRank
-from .linalg import OutputDirections, project, root
+from .linalg import OutputDirections, project
 from .offers import Choice, Offer, Shape, low_rank_offers
 
 
@@ -61,7 +61,7 @@ def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
     """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of their covariance."""
     group = stats.group
     if not settings.centre:
-        plain = OutputDirections(weight, None if stats.output_gram is not None else group.gram_root, stats.output_gram)
+        plain = stats.directions(weight)
         return Affine(plain.values, weight, plain, None)
     if group.mean is None:
         raise ValueError("lord needs the mean of the inputs")
@@ -71,8 +71,8 @@ def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
         covariance = stats.output_gram.double() - mean[:, None] * mean[None]
         directions = OutputDirections(weight, output_gram=_positive(covariance), reference=float(stats.output_gram.trace()))
     elif group.gram is not None:
-        centred = root(_positive(group.gram.double() - inputs[:, None] * inputs[None]))
-        directions = OutputDirections(weight, centred, reference=float(mean @ mean))
+        covariance = group.gram.double() - inputs[:, None] * inputs[None]
+        directions = OutputDirections(weight, _positive(covariance), reference=float(mean @ mean))
     else:
         raise ValueError("lord needs a gram of the inputs or of the outputs")
     return Affine(directions.values, weight, directions, mean)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import svd_llm
 from .base import Joinable, Joint, Settings, TargetSet, TargetStats, method
-from .stacked import StackMember, shared_offers, solve_stack, stack_statistics
+from .stacked import StackMember, shared_offers, solve_stack
 
 
 def sets(targets: Sequence[Joinable], settings: Settings) -> list[TargetSet]:
@@ -49,4 +49,4 @@ def solve_set(
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> svd_llm.Projected:
     """A target (out, in) that reads its input alone."""
-    return svd_llm.solve(weight, stack_statistics(weight, [stats]), settings)
+    return svd_llm.solve(weight, stats, settings)

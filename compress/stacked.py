@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
-from .linalg import OutputDirections, outputs_of, project
+from .linalg import OutputDirections, project
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
 from .shared import SharedLowRank
 
@@ -38,14 +38,11 @@ def shared_offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Setti
     ]
 
 
-def stack_statistics(weight: Tensor, statistics: Sequence[TargetStats]) -> TargetStats:
-    """The statistics of one weight (out, in) whose inputs have the mean of these grams.
+def stack_statistics(statistics: Sequence[TargetStats]) -> TargetStats:
+    """The statistics of one weight whose inputs have the mean of these grams.
 
-    Of a weight that is wider than tall the second moment of its outputs is told from the gram: it says the same, and the
-    decomposition is that of the smaller side. Of targets that read one input the group is the same, its gram's root shared.
+    Of targets that read one input the group is the same, its gram's root shared.
     """
-    if len(statistics) == 1 and statistics[0].output_gram is not None:
-        return statistics[0]
     groups = list({id(each.group): each.group for each in statistics}.values())
     grams = [group.gram for group in groups if group.gram is not None]
     if len(grams) < len(groups):
@@ -53,8 +50,7 @@ def stack_statistics(weight: Tensor, statistics: Sequence[TargetStats]) -> Targe
     group = groups[0]
     if len(groups) > 1:
         group = GroupStats(min(each.tokens for each in groups), torch.stack([gram.double() for gram in grams]).mean(0))
-    assert group.gram is not None
-    return TargetStats(group, outputs_of(weight, group.gram) if len(weight) <= weight.shape[1] else None)
+    return TargetStats(group)
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,8 @@ def solve_stack(weights: Sequence[Tensor], statistics: Sequence[TargetStats]) ->
         statistics: with grams (in, in).
     """
     stacked = torch.cat(list(weights))
-    stats = stack_statistics(stacked, statistics)
-    gram_root = None if stats.output_gram is not None else stats.group.gram_root
-    stack = Stack(stacked, OutputDirections(stacked, gram_root, stats.output_gram))
+    stats = stack_statistics(statistics)
+    stack = Stack(stacked, stats.directions(stacked))
     members, start = [], 0
     for weight in weights:
         rows = slice(start, start + len(weight))

@@ -41,6 +41,5 @@ class Projected(LowRankSolution):
 @method("svd-llm", source="arXiv 2403.07378", needs=["output_gram"])
 def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> Projected:
     """Projection of the weight (out, in) onto its leading output directions; energies are the eigenvalues of E[y yᵀ]."""
-    gram_root = None if stats.output_gram is not None else stats.group.gram_root
-    directions = OutputDirections(weight, gram_root, stats.output_gram)
+    directions = stats.directions(weight)
     return Projected(directions.values, weight, directions)

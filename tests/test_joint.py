@@ -152,7 +152,7 @@ def test_a_dictionary_of_several_layers_is_that_of_their_stack(rows, width, toke
     alone = get_method("cospadi")
     # the same digits of the same metric (checked below): pursuit chooses, and would amplify another rounding
     stacked = torch.tensor(np.concatenate(weights))
-    stack = alone.solve(stacked, stack_statistics(stacked, statistics(x, len(rows))), alone.settings(**more))
+    stack = alone.solve(stacked, stack_statistics(statistics(x, len(rows))), alone.settings(**more))
     expected = stack.form(chosen).dense()
     assert torch.allclose(torch.cat([form.dense() for form in forms]), expected, atol=1e-9 * float(expected.abs().max()))
     for member, form, weight in zip(members, forms, weights, strict=True):

@@ -129,13 +129,26 @@ def test_both_sides_of_the_eigenproblem_agree():
     for shape in SHAPES:
         weight, x = problem(*shape, tokens=80)
         gram = x.T @ x / len(x)
-        one = OutputDirections(weight, gram_root=root(gram))
+        one = OutputDirections(weight, gram)
         two = OutputDirections(weight, output_gram=weight @ gram @ weight.T)
         assert torch.allclose(one.values, two.values, rtol=1e-6, atol=1e-9 * float(one.values[0]))
         rank = max(1, min(shape) // 2)
         a, b = one.basis(rank), two.basis(rank)
         assert torch.allclose(a @ a.T, b @ b.T, atol=1e-6)
         assert torch.allclose(a.T @ a, torch.eye(rank, dtype=torch.float64), atol=1e-12)
+
+
+def test_only_a_tall_target_wants_the_root_of_its_group_s_gram():
+    """An eigenproblem of the inner width of a feed-forward would take longer than everything else."""
+    asked = []
+    for shape in SHAPES:
+        weight, x = problem(*shape, tokens=80)
+        gram = x.T @ x / len(x)
+        told = OutputDirections(weight, gram, gram_root=lambda gram=gram, shape=shape: asked.append(shape) or root(gram))
+        assert torch.allclose(told.values, OutputDirections(weight, gram).values, rtol=1e-9, atol=1e-12)
+    assert asked == [shape for shape in SHAPES if shape[0] > shape[1]]
+    with pytest.raises(ValueError, match="needs the gram"):
+        OutputDirections(weight)
 
 
 def test_a_statistic_that_is_not_finite_is_an_error():
