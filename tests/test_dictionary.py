@@ -198,7 +198,7 @@ def test_omp_is_the_naive_one_by_least_squares(monkeypatch):
     codes, mask = cospadi.omp(points, atoms, 5)
     assert np.allclose(codes.numpy(), expected)
     assert (mask.sum(1) == 5).all()
-    monkeypatch.setattr(cospadi, "_CHUNK_BYTES", 1)  # a row at a time
+    monkeypatch.setattr(cospadi, "_IN_CACHE", 1)  # a row at a time
     assert torch.allclose(cospadi.omp(points, atoms, 5)[0], codes)
 
 
