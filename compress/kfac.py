@@ -60,12 +60,17 @@ def solve(weight: Tensor, stats: TargetStats, settings: KfacSettings) -> TwoSide
     if stats.group.gram is None or stats.grad_gram is None:
         raise ValueError("kfac needs the gram of the inputs and that of the output gradients")
     gram = shrunk(stats.group.gram, settings.shrink_gram)
-    gradients = eigh(shrunk(stats.grad_gram, settings.shrink_grad), "gram of the output gradients")
-    tiny = torch.finfo(torch.float64).tiny
-    gradients = Eigen(gradients.values.clamp_min(max(tiny, float(gradients.values[0]) * 1e-12)), gradients.vectors)
-    half = (gradients.vectors * gradients.values.sqrt()) @ gradients.vectors.T
+    gradients = output_metric(stats.grad_gram, settings.shrink_grad)
+    half = gradients.root()
     directions = OutputDirections(half @ weight.double(), gram)
     return TwoSided(directions.values / 2, weight, gradients, directions)
+
+
+def output_metric(grad_gram: Tensor, shrink: float) -> Eigen:
+    """G (out, out), shrunk, as its eigenpairs; none of them is zero."""
+    found = eigh(shrunk(grad_gram, shrink), "gram of the output gradients")
+    tiny = torch.finfo(torch.float64).tiny
+    return Eigen(found.values.clamp_min(max(tiny, float(found.values[0]) * 1e-12)), found.vectors)
 
 
 def shrunk(gram: Tensor, part: float) -> Tensor:

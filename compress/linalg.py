@@ -24,6 +24,10 @@ class Eigen:
     values: Tensor
     vectors: Tensor
 
+    def root(self) -> Tensor:
+        """The symmetric square root of the matrix, (n, n) float64."""
+        return (self.vectors * self.values.sqrt()) @ self.vectors.T
+
 
 def eigh(matrix: Tensor, what: str = "matrix") -> Eigen:
     """Eigenpairs of a symmetric positive semidefinite (n, n) matrix, in float64, descending, negatives rounded up to 0.
@@ -39,8 +43,7 @@ def eigh(matrix: Tensor, what: str = "matrix") -> Eigen:
 
 def root(gram: Tensor) -> Tensor:
     """The symmetric square root S of a gram, S S = gram, (n, n) float64; singular grams included."""
-    eigen = eigh(gram, "gram")
-    return (eigen.vectors * eigen.values.sqrt()) @ eigen.vectors.T
+    return eigh(gram, "gram").root()
 
 
 class OutputDirections:

@@ -82,11 +82,6 @@ class Reading:
         equal.diagonal().add_(ridge)
         return Reading(weight.double() * scale, equal, scale, ridge)
 
-    @cached_property
-    def total(self) -> float:
-        """What is lost where no channel stays: tr(W C Wᵀ)."""
-        return float((self.weight @ self.gram).mul_(self.weight).sum())
-
     def inverse(self) -> Tensor:
         """(inner, inner) float64, of the gram."""
         return torch.cholesky_inverse(self._factor(self.gram))
@@ -125,15 +120,29 @@ class Elimination:
 
     Some of the cheapest leave together, the cheapest first; then the inverse and the weight are brought up to date in place, as
     by Gaussian elimination: what stays lies in their leading part. Losses are exact for the order.
+
+    Args:
+        reading: of the channels.
+        outputs: (out, out) float64, by which an error of the outputs is multiplied before it is squared; by default it counts
+            as it is. What the reader is fitted to does not change with it.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
+    def __init__(self, reading: Reading, outputs: Tensor | None = None) -> None:
+        self.reading, self._outputs = reading, outputs
         count = len(reading.scale)
         self._left = count
-        self._inverse, self._weight = reading.inverse(), reading.weight.clone()
+        self._inverse, self._weight = reading.inverse(), self._weighed()
         # those that stay, then the others, the first to leave last; and what each of these added to the loss
         self._order, self._lost = torch.arange(count, device=reading.scale.device), torch.zeros_like(reading.scale)
+
+    def _weighed(self) -> Tensor:
+        return self.reading.weight.clone() if self._outputs is None else self._outputs @ self.reading.weight
+
+    @cached_property
+    def total(self) -> float:
+        """What is lost where no channel stays: tr(W C Wᵀ) of the weight in the outputs' metric."""
+        weight = self._weighed()
+        return float((weight @ self.reading.gram).mul_(weight).sum())
 
     def kept(self, channels: int) -> Tensor:
         """(channels,) which ones stay where this many do, ascending."""
@@ -218,7 +227,7 @@ class Fitted(Member):
 
     @property
     def total(self) -> float:
-        return self.elimination.reading.total
+        return self.elimination.total
 
     @property
     def damping(self) -> float:
@@ -232,9 +241,21 @@ def solve_set(
     weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: NystromSettings
 ) -> Sequence[Solution]:
     """A feed-forward's weights (out, in), the one that reads the channels last; what is lost is lost at its output."""
-    gram = statistics[-1].group.gram
-    assert gram is not None
-    elimination = Elimination(Reading.of(weights[-1], gram, settings.ridge))
+    return solved_feed_forward(weights, statistics[-1], settings.ridge)
+
+
+def solved_feed_forward(
+    weights: Sequence[Tensor], reads: TargetStats, ridge: float, outputs: Tensor | None = None
+) -> Sequence[Solution]:
+    """Weights (out, in) of a feed-forward, the one that reads the channels last.
+
+    Args:
+        reads: the reader's statistics.
+        ridge: as in the settings.
+        outputs: as `Elimination` takes it.
+    """
+    assert reads.group.gram is not None
+    elimination = Elimination(Reading.of(weights[-1], reads.group.gram, ridge), outputs)
     return [*(Member(weight, elimination) for weight in weights[:-1]), Fitted(weights[-1], elimination)]
 
 

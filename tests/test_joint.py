@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -38,11 +39,14 @@ def statistics(x, count):
     return [TargetStats(groups[number if len(groups) > 1 else 0]) for number in range(count)]
 
 
-def solve(name, weights, x, parts=None, **settings):
+def solve(name, weights, x, parts=None, grad_gram=None, **settings):
     picked = get_method(name)
     wanted = picked.settings(**settings)
     tensors = [torch.tensor(weight) for weight in weights]
-    return picked.joint.solve(tensors, statistics(x, len(weights)), parts or [""] * len(weights), wanted)
+    told = statistics(x, len(weights))
+    if grad_gram is not None:
+        told[-1] = replace(told[-1], grad_gram=torch.tensor(grad_gram))
+    return picked.joint.solve(tensors, told, parts or [""] * len(weights), wanted)
 
 
 def measured(weight, form, gram):
@@ -217,21 +221,28 @@ def test_channels_leave_in_the_papers_order(fused):
     assert solutions[-1].total == pytest.approx((down**2 * inner**2).sum())
 
 
+@pytest.mark.parametrize("name", ["nystrom", "nystrom-kfac"])
 @pytest.mark.parametrize(("rows", "inner", "tokens"), [(9, 14, 60), (3, 16, 200), (1, 8, 50), (12, 16, 5)])
-def test_channels_leave_one_by_one_and_the_rest_is_least_squares(rows, inner, tokens):
+def test_channels_leave_one_by_one_and_the_rest_is_least_squares(rows, inner, tokens, name):
     """Against trying every channel at every step, each time with NumPy's least squares for what would be left."""
     (down,), (h,) = problem((rows,), inner, tokens)
     gram = h.T @ h / tokens
     ridge = 1e-3 * np.diag(gram)
+    grad_gram, root = None, np.eye(rows)
+    if name == "nystrom-kfac":  # the loss is half of the squared error in the gradients' metric, less of it taken as told
+        gradients = np.random.default_rng(7).standard_normal((4, rows)) * np.logspace(1, -1, rows)
+        grad_gram = gradients.T @ gradients / 4
+        root = np.linalg.cholesky(0.5 * (0.8 * grad_gram + 0.2 * np.trace(grad_gram) / rows * np.eye(rows)))
 
     def fit(kept):
         extended = np.concatenate([h / np.sqrt(tokens), np.diag(np.sqrt(ridge))])
         found = np.zeros_like(down)
         found[:, kept] = np.linalg.lstsq(extended[:, kept], extended @ down.T, rcond=None)[0].T
-        return found, float(((extended @ (down - found).T) ** 2).sum())
+        return found, float(((extended @ (down - found).T @ root) ** 2).sum())
 
     up = np.random.default_rng(5).standard_normal((inner, 6))
-    solutions = solve("nystrom", [up, down], [h, h], ["up", "down"], ridge=1e-3)
+    more = {} if grad_gram is None else {"grad_gram": grad_gram, "shrink_grad": 0.2}
+    solutions = solve(name, [up, down], [h, h], ["up", "down"], ridge=1e-3, **more)
     assert solutions[1].total == pytest.approx(fit([])[1], rel=1e-9)
     kept = list(range(inner))
     while len(kept) > 1:
