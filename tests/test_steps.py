@@ -203,6 +203,8 @@ def test_a_method_that_fixes_the_size_needs_no_ratio():
     ("kfac", {"ratio": 0.3}),
     ("kfac", {"ratio": 0.3, "allocation": "fisher"}),
     ("kfac", {"ratio": 0.3, "allocation": "fisher", "propagate": "compressed"}),
+    ("lrc-gradient", {"ratio": 0.3}),
+    ("nystrom-kfac", {"ratio": 0.3, "allocation": "fisher"}),
 ])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_recipes_that_look_at_the_whole_model_first(family, recipe, overrides, tiny_checkpoints, text, tmp_path):
