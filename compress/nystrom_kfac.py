@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import Tensor
 
 from . import kfac, nystrom
@@ -29,10 +28,8 @@ from .feed_forward import GATE_UP, MAKER, READER
 _READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram", "grad_gram"})}
 
 
-class NystromKfacSettings(kfac.KfacSettings):
-    """Settings of `nystrom-kfac`."""
-
-    ridge: float = Field(0.1, ge=1e-8, le=1e3, description="added to each channel's energy, relative to it")
+class NystromKfacSettings(kfac.KfacSettings, nystrom.NystromSettings):
+    """Settings of `nystrom-kfac`: those of both."""
 
 
 def solve_set(
