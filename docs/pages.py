@@ -10,6 +10,7 @@ what this script would write, or where a method's file lacks a part.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -101,11 +102,8 @@ def options(method: Method) -> str:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list | dict)
-        else str(value)
-    )
+    """As a recipe writes it; 0.0 and False are equal, and not the same."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _values(field: dict[str, Any]) -> str:
