@@ -27,6 +27,7 @@ from .activations import rounded_activations
 from .calibrate.data import same_text
 from .errors import EvaluationError, RequestError
 from .likelihood import window_nll
+from .numerics import float32_products, full_precision
 from .tasks import Request, check_positions, metric_name, prepare
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def measure(
         EvaluationError: a data set cannot be reached, out of memory, or a value is no number.
         NonFiniteError: a NaN or an infinity in the logits.
     """
+    full_precision()
     others = request.others
     prepend = _prepends_bos(tokenizer, request.bos, others)
     prepared: dict[str, _Text] = {}
@@ -314,7 +316,7 @@ def _circumstances(model: PreTrainedModel, batch_size: int, seconds: float) -> d
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": ", ".join(sorted({str(device) for device in placed.values()})),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_products(),
         "seed": None,
         "seconds": seconds,
         "versions": {"lrc": version("lrc"), "torch": version("torch"), "transformers": version("transformers")},

@@ -12,7 +12,8 @@ from .artifact import Artifact
 from .calibrate.data import Calibration
 from .durable import writing
 from .model import ModelView
-from .passes import full_precision, steady_memory
+from .numerics import full_precision
+from .passes import steady_memory
 from .planned import Plan
 from .prune import choose_parts
 from .repair import repaired

@@ -138,9 +138,3 @@ def steady_memory() -> None:
 
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-
-
-def full_precision() -> None:
-    """Grams in float32 mean float32: TensorFloat-32 keeps 10 bits of mantissa."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False

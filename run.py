@@ -34,8 +34,9 @@ from .locate import Location
 from .measure import measure, measure_halves
 from .model import ModelView
 from .narrower import as_plain
+from .numerics import full_precision
 from .operate import operated
-from .passes import full_precision, give_back, steady_memory
+from .passes import give_back, steady_memory
 from .plan import make_plan
 from .planned import Plan
 from .survey import Statistics, backward_needs, collect, collect_backward

@@ -32,7 +32,8 @@ from .errors import BudgetError, NonFiniteError
 from .load import install_stored
 from .locate import Location
 from .model import ModelView
-from .passes import full_precision, give_back, run_batches, steady_memory
+from .numerics import full_precision
+from .passes import give_back, run_batches, steady_memory
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe

@@ -28,7 +28,8 @@ from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .errors import OutputError
 from .model import ModelView
-from .passes import full_precision, give_back, run_batches, steady_memory, through_layers
+from .numerics import full_precision
+from .passes import give_back, run_batches, steady_memory, through_layers
 from .plan import TOKENS_PER_BATCH
 from .targets import Target
 

@@ -240,16 +240,6 @@ def test_no_hook_is_left_behind(tiny_checkpoints):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
 
 
-def test_full_precision_is_turned_back_on(tiny_checkpoints, tmp_path):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")  # as a training script that is imported before might have left it
-    try:
-        collected(tiny_checkpoints("llama"), tmp_path / "statistics", {"mean"})
-        assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("keep", ["*.gate_proj", "*.up_proj"])
 def test_a_target_whose_partner_stays_dense_has_its_statistics_all_the_same(keep, tiny_checkpoints, tiny_text_file, tmp_path):
     """Gate and up read one input; whichever of them is compressed alone must have seen every token."""

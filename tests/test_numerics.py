@@ -1,0 +1,84 @@
+"""Float32 products keep float32, whichever library computes them, and 16-bit attention is no worse than torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from lrc import numerics
+from lrc.evaluate import evaluate
+
+
+@pytest.fixture(autouse=True)
+def numerics_put_back():
+    """What torch computes products with, and transformers attention, as they were before."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    attention = AttentionInterface()["sdpa"]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = before
+    AttentionInterface.register("sdpa", attention)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("left", ["medium", "high", "highest"])
+def test_float32_products_keep_float32(left, rows):
+    torch.set_float32_matmul_precision(left)  # as a training script that is imported before might have left it
+    numerics.full_precision()
+    a, b = torch.randn(rows, 576), torch.randn(576, 130)
+    assert relative_error(a @ b, a.double() @ b.double()) < 2e-6
+    queries = torch.randn(1, 3, rows, 32)
+    exact = functional.scaled_dot_product_attention(*[queries.double()] * 3)
+    assert relative_error(functional.scaled_dot_product_attention(queries, queries, queries), exact) < 2e-6
+
+
+def test_where_onednn_rounds_it_is_not_allowed_to(monkeypatch):
+    monkeypatch.setattr(numerics, "_onednn_keeps_float32", lambda: False)
+    numerics.full_precision()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    assert torch.get_float32_matmul_precision() == numerics.float32_products() == "highest"
+
+
+def test_a_product_that_rounds_is_found_out(monkeypatch):
+    """As on processors with matrix tiles, where oneDNN takes the leave that it is given."""
+    product = torch.Tensor.__matmul__
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Factors in bfloat16 where float32 is asked for."""
+        return product(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not numerics._onednn_keeps_float32.__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [1, 200])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_16_bit_numbers(dtype, queries, masked):
+    numerics._register_attention.__wrapped__()
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    query = torch.randn(2, 6, queries, 32, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, 200, 32, dtype=dtype)
+    mask = torch.randn(2, 1, queries, 200, dtype=dtype) if masked else None
+    found, _ = AttentionInterface()["sdpa"](module, query, key, value, mask)
+    wide = [each.double().repeat_interleave(3, 1) for each in (key, value)]
+    exact = functional.scaled_dot_product_attention(
+        query.double(), *wide, mask.double() if masked else None, is_causal=not masked and queries > 1
+    )
+    assert found.dtype == dtype
+    assert relative_error(found, exact.transpose(1, 2)) < 2 * torch.finfo(dtype).eps
+
+
+def test_evaluation_says_what_computed_it(tiny_checkpoints, tiny_text_file):
+    folder = tiny_checkpoints("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    (result,) = evaluate(model, AutoTokenizer.from_pretrained(folder), [f"text:{tiny_text_file}"], length=32)
+    assert result.protocol["float32_matmul_precision"] == numerics.float32_products()
+    assert result.protocol["float32_matmul_precision"].startswith("highest")
