@@ -25,7 +25,8 @@ def operated(
     view: ModelView,
     calibration: Calibration,
     out: Path,
-    beside: str,
+    folder: Path,
+    trials: Path,
     devices: Sequence[torch.device],
     restart: bool,
     notify: Callable[[str, int, float], None],
@@ -35,24 +36,26 @@ def operated(
     Args:
         plan: provisional: of a recipe with depth.
         out: the output folder.
-        beside: name of the folder in it that keeps what was found until the artifact is finished.
+        folder: keeps what was found until the artifact is finished.
+        trials: a folder that keeps what a greedy score measured, which other recipes may share.
         notify: called with (what was done, 0, seconds).
     """
-    identity, folder = plan.identity(calibration.hash), out / beside
+    identity = plan.identity(calibration.hash)
     full_precision()
     steady_memory()
     with Artifact(out, identity, restart) as artifact:
         if artifact.finished:
             return None
-        held = None if restart else read_surgery(folder, identity, view.targets)
+        if restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        held = read_surgery(folder, identity, view.targets)
         if held is not None:
             return held
         spec = plan.recipe.dropping
         assert spec is not None
-        chosen = choose_parts(view, spec, calibration.tokens, devices, notify)
+        chosen = choose_parts(view, spec, calibration.tokens, devices, trials, notify)
         found = repaired(
             view, chosen, spec, calibration.tokens, calibration.held_out, plan.recipe.calibration.seed, devices[0], notify
         )
-        shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
             return found.write(folder, identity)

@@ -6,18 +6,23 @@ that go, and the artifact is renumbered (run.py).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .branches import Branch
+from .calibrate.packing import token_hash
 from .calibrate.stream import Call, hidden_of
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
 from .depth_cost import seen_samples
+from .durable import replacing, writing
 from .model import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
@@ -30,23 +35,25 @@ def choose_parts(
     spec: DepthSpec,
     tokens: Tensor,
     devices: Sequence[torch.device],
+    folder: Path,
     notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
 ) -> Surgery:
     """The parts that go; repairs come later (repair.py).
 
     Args:
         tokens: (samples, length) calibration tokens; a part of them is enough.
+        folder: keeps what each model without some parts lost: an interrupted search, or one for more parts, goes on from there.
         notify: called with (what was done, 0, seconds) after each round of a greedy score.
     """
     score = get_score(spec.score)
     if spec.granularity == "sub-layer":
         candidates = open_branches(view.branches, len(view.layers), spec)
-        trial = _Trying(view, spec, tokens, devices[0], view.branches, notify)
+        trial = _Trying(view, spec, tokens, devices[0], view.branches, folder, notify)
         gone = score.choose(trial, candidates, enough_branches(view.branches, spec))
         return Surgery.without([view.branches[part] for part in gone], trial.record)
     layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
     if score.tries:
-        trial = _Trying(view, spec, tokens, devices[0], None, notify)
+        trial = _Trying(view, spec, tokens, devices[0], None, folder, notify)
         chosen_layers = score.choose(trial, layers, lambda gone: len(gone) >= count)
         return Surgery(tuple(chosen_layers), record=trial.record)
     boundaries: list[Tensor] = []
@@ -71,6 +78,7 @@ class _Trying:
         tokens: Tensor,
         device: torch.device,
         branches: Sequence[Branch] | None,
+        folder: Path,
         notify: Callable[[str, int, float], None],
     ) -> None:
         self._view, self._device, self._notify = view, device, notify
@@ -78,11 +86,24 @@ class _Trying:
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
+        of = [view.source.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
+        of += ["layers"] if branches is None else [branch.name for branch in branches]
+        self._file = folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
+        self._known: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
 
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()
-        measure = losses if self._looks == "loss" else divergences
-        found = measure(self._view, self._tokens, [self._variant(parts) for parts in sets], self._device)
+        keys = [",".join(map(str, sorted(parts))) for parts in sets]
+        missing = {key: parts for key, parts in zip(keys, sets, strict=True) if key not in self._known}
+        if missing:
+            measure = losses if self._looks == "loss" else divergences
+            measured = measure(self._view, self._tokens, [self._variant(parts) for parts in missing.values()], self._device)
+            self._known |= dict(zip(missing, measured, strict=True))
+            with writing(self._file.parent):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self._file) as temporary:
+                    temporary.write_text(json.dumps(self._known))
+        found = [self._known[key] for key in keys]
         best = min(range(len(found)), key=found.__getitem__)
         self.record["score"]["rounds"].append({"gone": sorted(sets[best]), self._looks: found[best]})
         line = f"{len(sets[best])} gone, {self._looks} {found[best]:.4f} nats per token"

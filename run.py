@@ -23,6 +23,7 @@ import torch
 from .artifact import UNCHECKED, Artifact
 from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings, backward_passes
+from .calibrate.store import TRIALS
 from .card import model_card
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from .compress.forms import Spec
@@ -74,7 +75,8 @@ def prepare(
             "A size for max_ppl_increase is searched by lrc compress alone.", "Say --ratio, --bits or --size here."
         )
     if recipe.dropping is not None:
-        surgery = operated(plan, view, calibration, out, SURVEY, devices, restart, notify)
+        folder = out / SURVEY
+        surgery = operated(plan, view, calibration, out, folder, (statistics or folder) / TRIALS, devices, restart, notify)
         return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery, found=plan.found)), None
     method = recipe.compression[0]
     looks_around = method.joint is not None and method.joint.across_layers

@@ -78,8 +78,10 @@ class Surgery:
         return sum(spec["width"] * (spec["width"] + (1 if spec["bias"] else 0)) for spec in specs)
 
     def write(self, folder: Path, identity: Mapping[str, Any]) -> Surgery:
-        """Put it into a folder; returns the same, read from there when needed."""
+        """Put it into a folder, in the place of another one; returns the same, read from there when needed."""
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in (folder / _FILE, *folder.glob("*.safetensors")):
+            earlier.unlink(missing_ok=True)
         for layer, edit in self.edits.items():
             tensors = {f"tensor:{path}": value.contiguous() for path, value in edit.tensors.items()}
             for path, each in edit.maps.items():

@@ -126,27 +126,41 @@ def collect_gradients(
     }
     store = StatsStore(folder, identity, dict.fromkeys((target.name for target in targets), needs))
     spill = Spill(folder / SPILL, json.dumps([identity, sorted(store.kinds)], sort_keys=True))
-    if all(store.has(name) for name in view.layer_names):
-        spill.remove()
-        return store
+    if not all(store.has(name) for name in view.layer_names):
+        with torch.no_grad():
+            _all_layers(view, tokens, batch, targets, store, spill, settings, devices, release, notify)
+    spill.remove()
+    return store
+
+
+def _all_layers(
+    view: View,
+    tokens: Tensor,
+    batch: int,
+    targets: Sequence[LayerTarget],
+    store: StatsStore,
+    spill: Spill,
+    settings: GradientSettings,
+    devices: Sequence[torch.device],
+    release: Callable[[], None],
+    notify: Callable[[int, float], None],
+) -> None:
+    """Forward once, then back through the layers that an interrupted call left; arguments as of `collect_gradients`."""
     resumed = spill.resume()
     if resumed and not all(store.has(name) for name in view.layer_names[resumed[0] :]):
         resumed = None  # a layer's file was deleted; its gradients are gone
     start = len(view.layers) if resumed is None else resumed[0]
     started = time.perf_counter()
-    with torch.no_grad():
-        through = _forward(view, tokens, batch, start, spill, settings, devices, release)
-        if resumed is not None:
-            through.gradients = list(resumed[1].split(batch))
-            del resumed
-        for index in reversed(range(start)):
-            _collect_layer(view, index, through, targets, store, spill, settings, devices)
-            release()
-            spill.finish(index, through.gradients)
-            notify(len(view.layers) - index, time.perf_counter() - started)
-            started = time.perf_counter()
-    spill.remove()
-    return store
+    through = _forward(view, tokens, batch, start, spill, settings, devices, release)
+    if resumed is not None:
+        through.gradients = list(resumed[1].split(batch))
+        del resumed
+    for index in reversed(range(start)):
+        _collect_layer(view, index, through, targets, store, spill, settings, devices)
+        release()
+        spill.finish(index, through.gradients)
+        notify(len(view.layers) - index, time.perf_counter() - started)
+        started = time.perf_counter()
 
 
 def _collect_layer(

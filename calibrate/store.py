@@ -22,6 +22,7 @@ from ..errors import CheckpointError, OutputError, RequestError
 from .triangle import packed, unpacked
 
 MANIFEST = "statistics.json"
+TRIALS = "trials"  # a folder beside the statistics: what models without some of their parts lost
 LAYOUT = 2  # of the files; those of another are not read
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
@@ -137,8 +138,8 @@ def _symmetric(key: str) -> bool:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What lies in a folder beside the leftovers of a collection that was killed at its very start."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL))
+    """What lies in a folder beside trials and the leftovers of a collection that was killed at its very start."""
+    return sorted(path.name for path in folder.iterdir() if path.name != TRIALS and not path.name.endswith(PARTIAL))
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:

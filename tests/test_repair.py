@@ -29,6 +29,7 @@ from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.repair import divided, runs_of
 from lrc.run import execute, prepare
+from lrc.variants import losses
 from lrc.verify import verify
 
 IDS = torch.arange(3, 15)[None]
@@ -60,7 +61,7 @@ def operate():
     """
     written = {}
 
-    def operate(model, out, recipe="block-influence", notify=lambda report: None, **overrides):
+    def operate(model, out, recipe="block-influence", notify=lambda report: None, statistics=None, **overrides):
         wanted = {"calibration.source": "self", "calibration.samples": 64, "calibration.length": 32} | overrides
 
         def once(samples, length, seed):
@@ -72,7 +73,7 @@ def operate():
         view = ModelView(locate(str(model)))
         plan = make_plan(view, load_recipe(recipe, wanted))
         calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer(), once)
-        plan, _ = prepare(plan, view, calibration, out)
+        plan, _ = prepare(plan, view, calibration, out, statistics=statistics)
         execute(plan, view, calibration, out, notify=notify)
         return plan, calibration
 
@@ -420,6 +421,41 @@ def test_a_killed_run_goes_on_without_choosing_or_training_again(operate, tiny_c
     operate(model, tmp_path / "straight", "sleb", **wanted)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
     assert json.loads((tmp_path / "killed" / "lrc.json").read_text())["depth"]["repair"]["runs"][0]["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("few", "more"),
+    [
+        ({"depth.drop": 2}, {"depth.drop": 3}),
+        ({"depth.ratio": 0.3, "depth.granularity": "sub-layer"}, {"depth.ratio": 0.5, "depth.granularity": "sub-layer"}),
+    ],
+)
+def test_a_killed_search_goes_on_with_its_round_and_one_for_more_parts_after_it(
+    few, more, operate, tiny_checkpoints, tmp_path, monkeypatch
+):
+    model, tried, last = deep(tiny_checkpoints), [], 1
+
+    def counted(view, tokens, variants, device):
+        if len(tried) == last:
+            raise KeyboardInterrupt
+        tried.append(len(variants))
+        return losses(view, tokens, variants, device)
+
+    monkeypatch.setattr("lrc.prune.losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        operate(model, tmp_path / "killed", "sleb", **few)
+    last = None
+    operate(model, tmp_path / "killed", "sleb", **few)
+    in_two, tried = tried, []
+    operate(model, tmp_path / "straight", "sleb", statistics=tmp_path / "statistics", **few)
+    assert tried == in_two and len(tried) > 1
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    tried = []
+    operate(model, tmp_path / "more", "sleb", statistics=tmp_path / "statistics", **more)
+    after, tried = tried, []
+    operate(model, tmp_path / "alone", "sleb", **more)
+    assert after == tried[len(in_two) :]
+    assert contents(tmp_path / "more") == contents(tmp_path / "alone")
 
 
 def test_a_repair_that_only_hurts_is_left_out_and_the_record_says_so(operate, tiny_checkpoints, tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""What lrc.numerics gains on this processor: float32 products and 16-bit attention before it and after.
+
+AMD EPYC (Zen 5, AVX-512 with bfloat16, no matrix tiles), one core, torch 2.13 with MKL 2024.2 and oneDNN 3.12:
+
+PENDING
+
+    python benchmarks/products.py [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from lrc.numerics import float32_products, full_precision
+
+SHAPES = [(2048, 576, 1536), (2048, 2048, 2048), (2048, 576, 49152), (64, 2048, 2048), (1, 2048, 2048)]
+HEADS = [(9, 3, 64), (32, 8, 128)]  # queries, keys and values, width
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of one call."""
+    times: list[float] = []
+    call()
+    while len(times) < 5 or sum(times) < 0.3:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1000 * sorted(times)[len(times) // 2]
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    found: dict[str, Callable[[], Any]] = {}
+    for rows, inner, columns in SHAPES:
+        x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+        found[f"float32, {rows} x {inner} x {columns}"] = lambda x=x, weight=weight: nn.functional.linear(x, weight)
+    for heads, shared, width in HEADS:
+        module = nn.Module()
+        module.num_key_value_groups, module.is_causal = heads // shared, True
+        query, key, value = (torch.randn(1, count, 2048, width, dtype=torch.bfloat16) for count in (heads, shared, shared))
+        found[f"bfloat16 attention, {heads} heads of {width}, 2048 tokens"] = (
+            lambda module=module, query=query, key=key, value=value: AttentionInterface()["sdpa"](
+                module, query, key, value, None
+            )
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    torch.set_num_threads(parser.parse_args().threads)
+    timed = calls()
+    with torch.inference_mode():
+        before = {name: milliseconds(call) for name, call in timed.items()}
+        full_precision()
+        after = {name: milliseconds(call) for name, call in timed.items()}
+    print(f"{'':48}{'before':>10}{'after':>10}   ms; float32 products now: {float32_products()}")
+    for name in timed:
+        print(f"{name:48}{before[name]:10.2f}{after[name]:10.2f}{before[name] / after[name]:8.2f} times")
+
+
+if __name__ == "__main__":
+    main()
