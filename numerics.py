@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FEW_QUERIES = 64  # below, as in decoding, a float32 copy of all keys and values costs more than what it saves
+_FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
 
 
 def full_precision() -> None:
@@ -54,7 +54,7 @@ def _onednn_keeps_float32() -> bool:
 
 @functools.cache
 def _register_attention() -> None:
-    """transformers' attention by `scaled_dot_product_attention`, with 16-bit numbers in float32 inside."""
+    """transformers' attention by `scaled_dot_product_attention`, of many tokens in float32, of few as torch has it."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -63,8 +63,14 @@ def _register_attention() -> None:
     ) -> tuple[Tensor, None]:
         """As `sdpa_attention_forward`, whose arguments and result it has."""
         dtype = query.dtype
-        if query.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or query.shape[-2] < _FEW_QUERIES:
+        if query.device.type != "cpu" or dtype == torch.float64:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        if query.shape[-2] < _FEW_QUERIES:
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+            try:
+                return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            finally:
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
         output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
