@@ -97,6 +97,7 @@ def evaluate(
     )
 
 
+@full_precision
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,7 +122,6 @@ def measure(
         EvaluationError: a data set cannot be reached, out of memory, or a value is no number.
         NonFiniteError: a NaN or an infinity in the logits.
     """
-    full_precision()
     others = request.others
     prepend = _prepends_bos(tokenizer, request.bos, others)
     prepared: dict[str, _Text] = {}

@@ -1,35 +1,82 @@
-"""What computes products on a processor: the fastest library that keeps float32, and float32 inside 16-bit attention."""
+"""What computes products while lrc works: float32 means float32, by the fastest library of the processor that keeps it."""
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
+from contextlib import ContextDecorator, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
+_BACKENDS: Any = torch.backends  # whose types name no precisions
+_ONEDNN = _BACKENDS.mkldnn.matmul
+_KEPT = "ieee"
+_FEWER_BITS = "bf16"
 
 
-def full_precision() -> None:
-    """Grams in float32 mean float32: TensorFloat-32 keeps 10 bits of mantissa. To be called before any work on a model.
+class _FullPrecision(ContextDecorator):
+    """Float32 in float32 while the context is open or the decorated function runs; then all is as it was.
 
-    torch has two libraries for float32 products on a processor. MKL, which it takes by itself, leaves half of what processors
-    of another maker can do; oneDNN is taken only where fewer bits are allowed, though without matrix tiles it uses none of
-    that leave. So it is given where it turns out to keep every bit, and 16-bit attention, which torch computes no faster than
-    float32 there, then runs in float32. With a GPU, all stays as torch has it.
+    Grams in TensorFloat-32 would keep 10 bits of mantissa. On a processor torch has two libraries for float32 products. MKL,
+    which it takes by itself, leaves half of what processors of another maker can do; oneDNN is taken only where fewer bits are
+    allowed, though without matrix tiles it uses none of that leave. So the leave is given where oneDNN turns out to keep every
+    bit, and attention of many 16-bit tokens, which torch computes no faster than float32 there, runs in float32. With a GPU,
+    torch computes on the processor as it does by itself.
+
+    It may be opened within itself and in several threads; the last one out puts things back.
     """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    if not torch.cuda.is_available() and _onednn_keeps_float32():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        _register_attention()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._before = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._open == 0:
+                self._before = _set()
+            self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0:
+                self._before.close()
+
+
+full_precision = _FullPrecision()
+
+
+def _set() -> ExitStack:
+    """Set everything; what is returned puts it back when it is closed."""
+    with ExitStack() as stack:
+
+        def change(backend: Any, precision: str) -> None:
+            """A backend's float32 precision from now on."""
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = precision
+
+        for backend in (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn):
+            change(backend, _KEPT)
+        exact = not torch.cuda.is_available() and _onednn_keeps_float32()
+        change(_ONEDNN, _FEWER_BITS if exact else _KEPT)
+        if exact:
+            from transformers import AttentionInterface
+
+            before = AttentionInterface()["sdpa"]
+            stack.callback(AttentionInterface.register, "sdpa", before)
+            AttentionInterface.register("sdpa", attention_by(before))
+        return stack.pop_all()
 
 
 def float32_products() -> str:
-    """How float32 products are computed here, for protocols."""
-    by_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # the getter refuses where libraries are told apart
-    return "highest, by oneDNN" if by_onednn else torch.get_float32_matmul_precision()
+    """How float32 products are computed just now, for protocols."""
+    precision: str = _ONEDNN.fp32_precision
+    return "highest, by oneDNN" if precision == _FEWER_BITS else "highest" if precision == _KEPT else precision
 
 
 @functools.cache
@@ -37,8 +84,8 @@ def _onednn_keeps_float32() -> bool:
     """Whether oneDNN, allowed to round the factors of a float32 product to bfloat16, does not: one look at its products."""
     if not torch.backends.mkldnn.is_available():
         return False
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    before = _ONEDNN.fp32_precision
+    _ONEDNN.fp32_precision = _FEWER_BITS
     try:
         generator = torch.Generator().manual_seed(0)
         for rows, inner, columns in ((2, 64, 64), (64, 64, 512), (512, 576, 1536)):
@@ -49,31 +96,32 @@ def _onednn_keeps_float32() -> bool:
                 return False
         return True
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        _ONEDNN.fp32_precision = before
 
 
-@functools.cache
-def _register_attention() -> None:
-    """transformers' attention by `scaled_dot_product_attention`, of many tokens in float32, of few as torch has it."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+def attention_by(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    """Attention for where oneDNN keeps float32: of many tokens in float32, of few by MKL.
+
+    Args:
+        sdpa: transformers' attention by `scaled_dot_product_attention`, whose arguments and result the function has.
+    """
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        """As `sdpa_attention_forward`, whose arguments and result it has."""
+        """As `sdpa`."""
         dtype = query.dtype
         if query.device.type != "cpu" or dtype == torch.float64:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            return sdpa(module, query, key, value, attention_mask, **options)
         if query.shape[-2] < _FEW_QUERIES:
-            torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+            _ONEDNN.fp32_precision = _KEPT
             try:
-                return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+                return sdpa(module, query, key, value, attention_mask, **options)
             finally:
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+                _ONEDNN.fp32_precision = _FEWER_BITS
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+        output, _ = sdpa(module, query.float(), key.float(), value.float(), attention_mask, **options)
         return output.to(dtype), None
 
-    AttentionInterface.register("sdpa", attention)
+    return attention

@@ -20,6 +20,7 @@ from .repair import repaired
 from .surgery import Surgery, read_surgery
 
 
+@full_precision
 def operated(
     plan: Plan,
     view: ModelView,
@@ -41,7 +42,6 @@ def operated(
         notify: called with (what was done, 0, seconds).
     """
     identity = plan.identity(calibration.hash)
-    full_precision()
     steady_memory()
     with Artifact(out, identity, restart) as artifact:
         if artifact.finished:

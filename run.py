@@ -48,6 +48,7 @@ SEARCHED = ".lrc-search"  # trials of a search for a size, beside the artifact u
 DISTILLATION = "distillation"  # inside it
 
 
+@full_precision
 def prepare(
     plan: Plan,
     view: ModelView,
@@ -110,6 +111,7 @@ def _finished(plan: Plan, calibration: Calibration, out: Path) -> bool:
         return artifact.finished
 
 
+@full_precision
 def shared_statistics(
     plans: Sequence[Plan], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> None:
@@ -122,6 +124,7 @@ def shared_statistics(
         collect_backward(view, calibration, back, folder, devices, settings)
 
 
+@full_precision
 def execute(
     plan: Plan,
     view: ModelView,
@@ -151,7 +154,6 @@ def execute(
     Raises:
         LrcError: anything that the user can mend; what is finished stays, and the same call continues.
     """
-    full_precision()
     steady_memory()
     with Artifact(out, plan.identity(calibration.hash), restart) as artifact, torch.no_grad():
         if artifact.finished:

@@ -165,6 +165,7 @@ class _Search:
         return perplexity(view, self._calibration.held_out, self._devices)
 
 
+@full_precision
 def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]) -> float:
     """Token perplexity over windows, the model streamed layer by layer; infinite where its logits are not finite.
 
@@ -172,7 +173,6 @@ def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]
         view: any model that lrc reads, compressed or not.
         windows: (windows, length) int64; every token but a window's first is predicted from those before it.
     """
-    full_precision()
     steady_memory()
     decoder, parts = view.model.get_submodule(view.model.base_model_prefix), list(windows.split(1))
     with torch.no_grad(), Lockstep(decoder, view.layers) as steps:

@@ -65,6 +65,7 @@ class Statistics:
         }
 
 
+@full_precision
 def collect(
     view: ModelView,
     calibration: Calibration,
@@ -82,7 +83,6 @@ def collect(
         gradients: how the backward pass is made, where `needs` asks for one.
         notify: called with (what was done, layers finished, seconds).
     """
-    full_precision()
     steady_memory()
     ahead = {target.name: needs.get(target.name, frozenset()) & FORWARD_NEEDS for target in view.targets}
     forward = _forward(view, calibration, ahead, folder, devices, partial(notify, "statistics"))
@@ -97,6 +97,7 @@ def backward_needs(needs: Mapping[str, frozenset[str]]) -> frozenset[str]:
     return frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
 
 
+@full_precision
 def collect_backward(
     view: ModelView,
     calibration: Calibration,
@@ -110,7 +111,6 @@ def collect_backward(
 
     One that lies there and answers for these needs, of whatever recipe, is used.
     """
-    full_precision()
     steady_memory()
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
     settings = _held_gradients(folder, needs, gradients) or gradients.relevant_to(needs)

@@ -60,9 +60,9 @@ def main() -> None:
     timed = calls()
     with torch.inference_mode():
         before = {name: milliseconds(call) for name, call in timed.items()}
-        full_precision()
-        after = {name: milliseconds(call) for name, call in timed.items()}
-    print(f"{'':48}{'before':>10}{'after':>10}   ms; float32 products now: {float32_products()}")
+        with full_precision:
+            after = {name: milliseconds(call) for name, call in timed.items()}
+            print(f"{'':48}{'before':>10}{'after':>10}   ms; float32 products: {float32_products()}")
     for name in timed:
         print(f"{name:48}{before[name]:10.2f}{after[name]:10.2f}{before[name] / after[name]:8.2f} times")
 

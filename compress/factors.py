@@ -108,7 +108,13 @@ def quantize_factors(
         gram = gram * power[:, None] * power
         fitted = compensator(gram, ready.damping, ready.order is not None) if ready else None
         product = Product(fitted.quantize(left, grid) if fitted else Quantized.nearest(left, grid), coarse, len(right))
-        loss = metric.energy(target - product.dense())
+        if rounds == 1:
+            return product
+        if best is None:  # once: losses of all rounds come from it without another product of (out, in) with (in, in)
+            ahead = metric.times(target)
+            whole = float((ahead * target).sum())
+        held = product.left.dense()
+        loss = whole - 2 * float((held * (ahead @ coarse.dense().T)).sum()) + float((held @ gram * held).sum())
         if best is not None and loss >= best[0]:
             break
         best = loss, product

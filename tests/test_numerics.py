@@ -11,15 +11,11 @@ from lrc import numerics
 from lrc.evaluate import evaluate
 
 
-@pytest.fixture(autouse=True)
-def numerics_put_back():
-    """What torch computes products with, and transformers attention, as they were before."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    attention = AttentionInterface()["sdpa"]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.matmul.fp32_precision = before
-    AttentionInterface.register("sdpa", attention)
+def set_up() -> tuple[object, ...]:
+    """What torch computes float32 products with, and transformers attention."""
+    backends = torch.backends
+    products = (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    return (*(each.fp32_precision for each in products), AttentionInterface()["sdpa"])
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -30,19 +26,35 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("left", ["medium", "high", "highest"])
 def test_float32_products_keep_float32(left, rows):
     torch.set_float32_matmul_precision(left)  # as a training script that is imported before might have left it
-    numerics.full_precision()
     a, b = torch.randn(rows, 576), torch.randn(576, 130)
-    assert relative_error(a @ b, a.double() @ b.double()) < 2e-6
     queries = torch.randn(1, 3, rows, 32)
     exact = functional.scaled_dot_product_attention(*[queries.double()] * 3)
-    assert relative_error(functional.scaled_dot_product_attention(queries, queries, queries), exact) < 2e-6
+    before = set_up()
+    try:
+        with numerics.full_precision:
+            assert relative_error(a @ b, a.double() @ b.double()) < 2e-6
+            assert relative_error(functional.scaled_dot_product_attention(queries, queries, queries), exact) < 2e-6
+        assert set_up() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_all_is_put_back_by_the_last_one_out():
+    before = set_up()
+    with numerics.full_precision:
+        inside = set_up()
+        with numerics.full_precision:
+            assert set_up() == inside
+        assert set_up() == inside != before
+    assert set_up() == before
 
 
 def test_where_onednn_rounds_it_is_not_allowed_to(monkeypatch):
     monkeypatch.setattr(numerics, "_onednn_keeps_float32", lambda: False)
-    numerics.full_precision()
-    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
-    assert torch.get_float32_matmul_precision() == numerics.float32_products() == "highest"
+    attention = AttentionInterface()["sdpa"]
+    with numerics.full_precision:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and numerics.float32_products() == "highest"
+        assert AttentionInterface()["sdpa"] is attention
 
 
 def test_a_product_that_rounds_is_found_out(monkeypatch):
@@ -61,13 +73,14 @@ def test_a_product_that_rounds_is_found_out(monkeypatch):
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_as_exact_as_its_numbers(dtype, queries, masked):
-    numerics._register_attention.__wrapped__()
+    attend = numerics.attention_by(AttentionInterface()["sdpa"])
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
     query = torch.randn(2, 6, queries, 32, dtype=dtype)
     key, value = torch.randn(2, 2, 2, 300, 32, dtype=dtype)
     mask = torch.randn(2, 1, queries, 300, dtype=dtype) if masked else None
-    found, _ = AttentionInterface()["sdpa"](module, query, key, value, mask)
+    with numerics.full_precision:
+        found, _ = attend(module, query, key, value, mask)
     wide = [each.double().repeat_interleave(3, 1) for each in (key, value)]
     exact = functional.scaled_dot_product_attention(
         query.double(), *wide, mask.double() if masked else None, is_causal=not masked and queries > 1
@@ -80,5 +93,4 @@ def test_evaluation_says_what_computed_it(tiny_checkpoints, tiny_text_file):
     folder = tiny_checkpoints("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     (result,) = evaluate(model, AutoTokenizer.from_pretrained(folder), [f"text:{tiny_text_file}"], length=32)
-    assert result.protocol["float32_matmul_precision"] == numerics.float32_products()
     assert result.protocol["float32_matmul_precision"].startswith("highest")
