@@ -2,7 +2,8 @@
 
 Loads the embedded SmolLM2 and runs the whole model over the calibration tokens, one sample at a time; then runs each
 compression (layers read, statistics, losses, factors, shards written and checked) on the same tokens in the same process.
-Prints all of them, as ratios of the forward passes and of the first recipe. With --repeat all of it is done so often, one after
+Prints all of them, as ratios of the forward passes and of the first recipe; the forward passes twice, with the products that
+torch takes by itself and with those that lrc has it take (lrc/numerics.py). With --repeat all of it is done so often, one after
 the other, and the least of each counts: what other programs take away is never less than nothing.
 
     python benchmarks/time_ratio.py --text FILE [--recipes svd-llm,lrc-fast] [--samples 32] [--length 2048] [--dtype float32]
@@ -23,6 +24,7 @@ from lrc.calibrate.data import Calibration, load_calibration
 from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
+from lrc.numerics import full_precision
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.recipe import Recipe
@@ -71,10 +73,12 @@ def main() -> None:
     recipes = {name: load_recipe(name, wanted) for name in arguments.recipes.split(",")}
     calibration = load_calibration(next(iter(recipes.values())).calibration, locate(MODEL).tokenizer())
     print(f"{calibration.tokens.numel():,} tokens, {arguments.dtype}")
-    forwards, opened, compressed = [], defaultdict(list), defaultdict(list)
+    forwards, alike, opened, compressed = [], [], defaultdict(list), defaultdict(list)
     for _ in range(arguments.repeat):
         forwards.append(bare_forwards(calibration.tokens, dtype))
-        print(f"bare forward passes  {forwards[-1]:7.1f} s", flush=True)
+        with full_precision:
+            alike.append(bare_forwards(calibration.tokens, dtype))
+        print(f"bare forward passes  {forwards[-1]:7.1f} s by torch itself, {alike[-1]:.1f} s as lrc", flush=True)
         for name, recipe in recipes.items():
             opening, compress = timed(recipe, calibration, dtype)
             opened[name].append(opening)
@@ -84,8 +88,9 @@ def main() -> None:
     for name in recipes:
         compress, opening = min(compressed[name]), min(opened[name])
         print(
-            f"{name:20s} {compress:7.1f} s: {compress / forward:.2f} of the forwards "
-            f"({(opening + compress) / forward:.2f} with opening), {compress / first:.2f} of {next(iter(recipes))}"
+            f"{name:20s} {compress:7.1f} s: {compress / forward:.2f} of the forwards by torch itself "
+            f"({(opening + compress) / forward:.2f} with opening), {compress / min(alike):.2f} of them as lrc, "
+            f"{compress / first:.2f} of {next(iter(recipes))}"
         )
 
 
