@@ -37,7 +37,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from ..compress.base import BACKWARD_NEEDS, TargetStats
 from ..errors import CheckpointError, NonFiniteError
 from .gradients import GradientCollector, GradientSettings
-from .packing import derived_seed, token_hash
+from .labels import draw, uniforms
+from .packing import token_hash
 from .spill import Spill
 from .stats import TargetLike
 from .store import LAYOUT, MANIFEST, StatsStore
@@ -156,31 +157,16 @@ def _all_layers(
         through.gradients = list(resumed[1].split(batch))
         del resumed
     for index in reversed(range(start)):
-        _collect_layer(view, index, through, targets, store, spill, settings, devices)
+        name = view.layer_names[index]
+        own = [target for target in targets if target.layer == index]
+        rest = through.calls.pop()
+        stats = _layer_back(view.load(name), index, name, own, rest, through.gradients, spill, store.kinds, settings, devices)
+        view.unload(name)
+        store.write(name, stats)
         release()
         spill.finish(index, through.gradients)
         notify(len(view.layers) - index, time.perf_counter() - started)
         started = time.perf_counter()
-
-
-def _collect_layer(
-    view: View,
-    index: int,
-    through: _Through,
-    targets: Sequence[LayerTarget],
-    store: StatsStore,
-    spill: Spill,
-    settings: GradientSettings,
-    devices: Sequence[torch.device],
-) -> None:
-    """Take the gradients through one layer, and leave its targets' statistics in the store."""
-    name = view.layer_names[index]
-    layer = view.load(name)
-    own = [target for target in targets if target.layer == index]
-    rest = through.calls.pop()
-    stats = _layer_back(layer, index, name, own, rest, through.gradients, spill, store.kinds, settings, devices)
-    view.unload(name)
-    store.write(name, stats)
 
 
 def read_gradients(folder: Path, layer: str) -> dict[str, TargetStats]:
@@ -319,18 +305,6 @@ def _loss_gradient(logits: Tensor, hidden: Tensor, ids: Tensor, first: int, sett
             gradient[sample, start:stop] = p
     back = torch.autograd.grad(logits, hidden, gradient)[0].cpu()
     return _finite(back, "the output of the last layer")
-
-
-def uniforms(seed: int, sample: int, length: int) -> Tensor:
-    """The random numbers in [0, 1) that choose a sample's labels, (length,) float64; a sample's own, whatever its batch."""
-    return torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(derived_seed(seed, sample)))
-
-
-def draw(p: Tensor, u: Tensor) -> Tensor:
-    """The label at which the cumulative distribution of each row of `p` (rows, words) passes `u` (rows,)."""
-    cumulative = p.double().cumsum(-1)
-    labels = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return labels.clamp_max(p.shape[-1] - 1)
 
 
 def _layer_back(

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate import backward
-from lrc.calibrate.backward import collect_gradients, draw, read_gradients, uniforms
+from lrc.calibrate.backward import collect_gradients, read_gradients
 from lrc.calibrate.gradients import GradientSettings
+from lrc.calibrate.labels import draw, uniforms
 from lrc.compress import experts
 from lrc.compress.forms import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
