@@ -2,7 +2,14 @@
 
 AMD EPYC (Zen 5, AVX-512 with bfloat16, no matrix tiles), one core, torch 2.13 with MKL 2024.2 and oneDNN 3.12:
 
-PENDING
+                                                        before     after   ms; float32 products: highest, by oneDNN
+    float32, 2048 x 576 x 1536                           35.52     13.94    2.55 times
+    float32, 2048 x 2048 x 2048                         151.20     69.11    2.19 times
+    float32, 2048 x 576 x 49152                        1257.23    642.51    1.96 times
+    float32, 64 x 2048 x 2048                             5.32      2.48    2.15 times
+    float32, 1 x 2048 x 2048                              0.24      0.48    0.49 times
+    bfloat16 attention, 9 heads of 64, 2048 tokens       64.41     34.71    1.86 times
+    bfloat16 attention, 32 heads of 128, 2048 tokens    434.94    256.20    1.70 times
 
     python benchmarks/products.py [--threads 1]
 """
