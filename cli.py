@@ -276,6 +276,7 @@ def sweep(
         model,
         [Job(None), *jobs],
         out,
+        main,
         compress=compress,
         evaluate=evaluate,
         parallel=parallel,
@@ -359,11 +360,11 @@ def _plan(
     return view, make_plan(view, wanted, len(devices)), devices
 
 
-def main() -> None:
-    """Run the command line; a user's mistake ends in a message and an exit code, a bug in a traceback."""
+def main(words: list[str] | None = None) -> None:
+    """Run a command line, by default this process's own; a mistake ends in a message and an exit code, a bug in a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(prog_name="lrc")  # also where it runs as python -m lrc.cli
+        app(words, prog_name="lrc")  # also where it runs as python -m lrc.cli
     except LrcError as error:
         print(f"lrc: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

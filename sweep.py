@@ -3,22 +3,29 @@
 Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own, so that seconds and peak
 memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
 `sweep.json`; the same command goes on with what is missing.
+
+Importing the libraries takes three seconds, twice a row. Where it is safe, on Linux without an accelerator, the processes are
+forked from one that has imported them and done nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .durable import replacing
 from .errors import BudgetError, RequestError, SweepError
@@ -31,6 +38,12 @@ from .recipe import Recipe
 TABLE = "sweep.json"
 _LAST_LINES = 12
 _LOOK = 0.2  # seconds between two looks at how much memory a row takes
+_IMPORTS = [f"{__package__}.{name}" for name in ("run", "evaluate", "harness")]
+_THREADS = "OMP_NUM_THREADS"
+_processes = threading.Lock()  # multiprocessing asks every child for its end when one is started, not safely from two threads
+
+Main = Callable[[list[str]], None]
+"""The command line: takes its words, raises SystemExit where it fails. A function of a module, so that a process finds it."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ def run_sweep(
     model: str,
     jobs: Sequence[Job],
     folder: Path,
+    main: Main,
     *,
     compress: Sequence[str],
     evaluate: Sequence[str],
@@ -102,6 +116,7 @@ def run_sweep(
     Args:
         model: as `lrc compress` takes it.
         folder: for `sweep.json`, statistics and logs; created if need be.
+        main: carries out `compress …` and `eval …`, in a process each.
         compress: further arguments of `lrc compress`, the same for every row.
         evaluate: further arguments of `lrc eval`.
         parallel: rows at a time, each with its share of the cores.
@@ -121,7 +136,7 @@ def run_sweep(
         if job.name in rows:
             return
         try:
-            row = _row(model, job, folder, compress, evaluate, parallel, keep)
+            row = _row(model, job, folder, main, compress, evaluate, keep)
         except SweepError as error:
             failures.update(error.failures)
             return
@@ -131,28 +146,25 @@ def run_sweep(
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))
-    with ThreadPoolExecutor(parallel) as pool:
+    with _threads(parallel), ThreadPoolExecutor(parallel) as pool:
         list(pool.map(one, (jobs[place] for place in turns)))
     if failures:
         raise SweepError(failures)
     return [rows[job.name] for job in jobs]
 
 
-def _row(
-    model: str, job: Job, folder: Path, compress: Sequence[str], evaluate: Sequence[str], parallel: int, keep: bool
-) -> Row:
+def _row(model: str, job: Job, folder: Path, main: Main, compress: Sequence[str], evaluate: Sequence[str], keep: bool) -> Row:
     out, log, scores = folder / job.name, folder / f"{job.name}.log", folder / f"{job.name}.json"
-    lrc = [sys.executable, "-m", "lrc.cli"]
     commands: list[list[str]] = []
     seconds, peak = 0.0, 0
     if job.recipe is not None:
         ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
         command = ["compress", model, "--recipe", job.recipe, *ratio, "--out", str(out), *compress]
         commands.append(["lrc", *command])
-        seconds, peak = _run([*lrc, *command], log, parallel)
+        seconds, peak = _run(main, command, log)
     command = ["eval", str(out) if job.recipe is not None else model, "--json", str(scores), *evaluate]
     commands.append(["lrc", *command])
-    _run([*lrc, *command], log, parallel)
+    _run(main, command, log)
     metrics = {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
     held: dict[str, Any] = {}
     if job.recipe is not None:
@@ -168,25 +180,57 @@ def _sizes(out: Path) -> dict[str, Any]:
     return {"nbytes": record["bytes"]["model_after"], "removed": record["ratio"]}
 
 
-def _run(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
-    """Run a command to its end: (seconds, peak resident bytes).
+@contextlib.contextmanager
+def _threads(parallel: int) -> Iterator[None]:
+    """Processes started meanwhile take their share of the cores."""
+    before = os.environ.get(_THREADS)
+    if parallel > 1:
+        os.environ[_THREADS] = str(max(1, (os.cpu_count() or 1) // parallel))
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
+        if before is not None:
+            os.environ[_THREADS] = before
+
+
+def _run(main: Main, command: Sequence[str], log: Path) -> tuple[float, int]:
+    """Run a command to its end in a process of its own: (seconds, peak resident bytes).
 
     Raises:
         SweepError: it failed; its last lines say why.
     """
-    environment = dict(os.environ)
-    if parallel > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
+    # a device cannot be used by a process that was forked after it was looked for, and importing may look
+    forked = sys.platform == "linux" and not torch.accelerator.is_available()
+    context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
+    context.set_forkserver_preload(_IMPORTS)
+    process = context.Process(target=_typed, args=(main, list(command), log, os.environ.get(_THREADS)))
+    log.touch()
     started, peak = time.perf_counter(), 0
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
-        while process.returncode is None:
-            peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_LOOK)
-    if process.returncode:
+    with _processes:
+        process.start()
+    while True:
+        peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
+        multiprocessing.connection.wait([process.sentinel], _LOOK)
+        with _processes:
+            if process.exitcode is not None:
+                break
+    if process.exitcode:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        if process.exitcode < 0:  # it could not say so itself
+            last.append(f"The process was ended by signal {-process.exitcode}; signal 9 is what a system without memory sends.")
         raise SweepError({log.stem: "\n".join(last)})
     return time.perf_counter() - started, peak
+
+
+def _typed(main: Main, command: list[str], log: Path, threads: str | None) -> None:
+    """In the process: what the command says goes to the log."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if threads and threads.isdecimal():  # the process this one was forked from may have been started for another share
+        torch.set_num_threads(int(threads))
+    main(command)
 
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:

@@ -23,6 +23,7 @@ from .offers import Choice, Offer, Shape
 
 MOST_OFFERS = 256
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information
+_CLEAR = 1e-2  # of a unit code's length, what the codes before it cannot make: above it few of the digits are at stake
 _SPLITS = (1.5, 2.0, 2.5, 3.0)  # atoms per nonzero that 'auto' tries
 _SAME = 0.01  # splits whose atoms differ by less are one
 
@@ -113,10 +114,14 @@ def best_atoms(codes: Tensor, weight: Tensor) -> Tensor:
     """
     lengths = codes.norm(dim=0)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    unit = codes / lengths
-    values, vectors = torch.linalg.eigh(unit.T @ unit)
+    unit, weight = codes / lengths, weight.double()
+    gram = unit.T @ unit
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed and factor.diagonal().min() > _CLEAR:  # the usual case, and many times as fast
+        return torch.cholesky_solve(unit.T @ weight, factor) / lengths[:, None]
+    values, vectors = torch.linalg.eigh(gram)
     held = values > _RANGE * values[-1]
-    kept, inner, weight = vectors[:, held], values[held, None], weight.double()
+    kept, inner = vectors[:, held], values[held, None]
     atoms = kept @ ((kept.T @ (unit.T @ weight)) / inner)
     # normal equations square the condition number; one step of refinement wins the digits back
     atoms += kept @ ((kept.T @ (unit.T @ (weight - unit @ atoms))) / inner)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from commandline import lrc_ok, run_lrc
+from processes import die, hold
 from safetensors.torch import load_file
 
 from lrc.calibrate.gradients import GradientSettings, backward_passes
+from lrc.cli import main
 from lrc.errors import SweepError
 from lrc.reading import load_recipe
 from lrc.sweep import Job, Row, _run, run_sweep
@@ -48,7 +49,7 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
 def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_path):
     """The model is no model: both rows fail in processes of their own."""
     with pytest.raises(SweepError) as failed:
-        run_sweep("nobody/nothing", [Job(None), Job("svd", 0.2)], tmp_path, compress=[], evaluate=["--tasks", "c4"])
+        run_sweep("nobody/nothing", [Job(None), Job("svd", 0.2)], tmp_path, main, compress=[], evaluate=["--tasks", "c4"])
     assert "original" in str(failed.value) and "- svd-0.2: " in str(failed.value)
     assert "nobody/nothing" in str(failed.value) and "Traceback" not in str(failed.value)
 
@@ -57,8 +58,13 @@ def test_a_rows_memory_is_its_own(tmp_path):
     """Linux hands on to a child, as its peak, what its parent held when it was started."""
     ballast = bytearray(700 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    seconds, peak = _run([sys.executable, "-c", "import time; x = bytearray(90 << 20); time.sleep(1)"], tmp_path / "log", 1)
-    assert seconds > 1 and 90 << 20 < peak < 250 << 20
+    seconds, peak = _run(hold, [str(200 << 20)], tmp_path / "log")
+    assert seconds > 1 and 200 << 20 < peak < 900 << 20  # with the libraries
+
+
+def test_a_process_that_is_killed_fails_its_row(tmp_path):
+    with pytest.raises(SweepError, match="ended by signal 9"):
+        _run(die, [], tmp_path / "log")
 
 
 def test_recipes_that_want_other_gradients_share_a_folder_and_no_pass_is_made_twice(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -115,6 +121,6 @@ def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("lrc.sweep._row", lambda model, job, *_: asked.append(job.name) or Row(job.name, {}, 0))
     jobs = [Job(None), Job("lrc-fast", 0.2), Job("lrc-fast", 0.4), Job("svd", 0.2), Job("svd", 0.4), Job("energy")]
-    rows = run_sweep("model", jobs, tmp_path, compress=[], evaluate=[])
+    rows = run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[])
     assert asked == ["original", "lrc-fast-0.2", "svd-0.2", "energy", "lrc-fast-0.4", "svd-0.4"]
     assert [row.name for row in rows] == [job.name for job in jobs]
