@@ -6,14 +6,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from .errors import OutputError, RequestError
+from .errors import CheckpointError, OutputError, RequestError
 
 PARTIAL = ".lrc-partial"
 
@@ -54,6 +55,35 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # where all went well it bears its final name
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that an earlier run left; None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "Delete it: what it held is found anew.") from error
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a value for `read_json`, whole or not at all.
+
+    Args:
+        indent: where people read the file.
+
+    Raises:
+        OutputError: no space, or the folder cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def sync_file(path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .calibrate.data import Calibration
 from .compress.base import BACKWARD_NEEDS, Curve, Method, Solution, TargetStats
 from .compress.offers import Choice, Offer
-from .durable import replacing
+from .durable import read_json, write_json
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
 from .model import ModelView
@@ -87,8 +87,8 @@ def measure_halves(
         ModelError: halves of layers cannot be told apart in this model.
     """
     file = store.folder / "halves.json"
-    if file.is_file():
-        held: dict[str, float] = json.loads(file.read_text())
+    held: dict[str, float] | None = read_json(file)
+    if held is not None:
         return held
     started, halves, probes = time.perf_counter(), view.branches, calibration.few(*PROBED)
     without = WithoutBranches(halves)
@@ -101,8 +101,7 @@ def measure_halves(
         halves[number].name: max(alone[number], after - before)
         for number, (before, after) in zip(order, pairwise(together), strict=True)
     }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(found))
+    write_json(file, found)
     notify(time.perf_counter() - started)
     return found
 
@@ -241,8 +240,6 @@ def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float
 
 
 def _read(file: Path) -> dict[str, Curve]:
-    if not file.is_file():
-        return {}
     return {
         name: Curve(
             entry["total"],
@@ -251,7 +248,7 @@ def _read(file: Path) -> dict[str, Curve]:
             None if entry["preferred"] is None else Choice(**entry["preferred"]),
             tuple(entry.get("signals", ())),
         )
-        for name, entry in json.loads(file.read_text()).items()
+        for name, entry in (read_json(file) or {}).items()
     }
 
 
@@ -269,5 +266,4 @@ def _write(file: Path, curves: Mapping[str, Curve]) -> None:
         | ({"signals": curve.signals} if curve.signals else {})
         for name, curve in curves.items()
     }
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content))
+    write_json(file, content)

@@ -22,7 +22,7 @@ from .calibrate.stream import Call, hidden_of
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
 from .depth_cost import seen_samples
-from .durable import replacing, writing
+from .durable import read_json, write_json
 from .model import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
@@ -89,7 +89,7 @@ class _Trying:
         of = [view.source.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
         of += ["layers"] if branches is None else [branch.name for branch in branches]
         self._file = folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
-        self._known: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self._known: dict[str, float] = read_json(self._file) or {}
 
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()
@@ -99,10 +99,7 @@ class _Trying:
             measure = losses if self._looks == "loss" else divergences
             measured = measure(self._view, self._tokens, [self._variant(parts) for parts in missing.values()], self._device)
             self._known |= dict(zip(missing, measured, strict=True))
-            with writing(self._file.parent):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(self._file) as temporary:
-                    temporary.write_text(json.dumps(self._known))
+            write_json(self._file, self._known)
         found = [self._known[key] for key in keys]
         best = min(range(len(found)), key=found.__getitem__)
         self.record["score"]["rounds"].append({"gone": sorted(sets[best]), self._looks: found[best]})

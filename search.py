@@ -11,7 +11,6 @@ The windows are `calibration.held_out`: no statistic has seen them, and no evalu
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from .calibrate.data import Calibration
 from .calibrate.stream import Lockstep
 from .compress.shared import lenders
 from .distill import from_hidden
-from .durable import replacing, writing
+from .durable import read_json, write_json
 from .errors import BudgetError, NonFiniteError
 from .load import install_stored
 from .locate import Location
@@ -108,10 +107,8 @@ class _Search:
     ) -> None:
         self._recipe, self._view, self._calibration, self._devices = recipe, view, calibration, devices
         self._folder, self._statistics, self._notify = folder, statistics, notify
-        with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._folder / "perplexities.json"
-        self._known: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self._known: dict[str, float] = read_json(self._file) or {}
 
     @property
     def evaluations(self) -> int:
@@ -130,8 +127,7 @@ class _Search:
         if key not in self._known:
             started = time.perf_counter()
             self._known[key] = measure()
-            with writing(self._file), replacing(self._file) as temporary:
-                temporary.write_text(json.dumps(self._known))
+            write_json(self._file, self._known)
             what = "the original" if key == "original" else f"ratio {int(key) / STEPS:.4f}"
             said = f"perplexity {self._known[key]:.4f}" if math.isfinite(self._known[key]) else "cannot be met"
             self._notify(f"{what}: held-out {said}", 0, time.perf_counter() - started)

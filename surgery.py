@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .compress.forms import Spec
-from .durable import replacing
+from .durable import read_json, replacing, write_json
 from .edit import LayerEdit, LinearMap
 from .targets import Target
 
@@ -100,16 +100,15 @@ class Surgery:
             "maps": maps,
             "record": self.record,
         }
-        with replacing(folder / _FILE) as temporary:  # the last to appear: edits without it are written again
-            temporary.write_text(json.dumps(content))
+        write_json(folder / _FILE, content)  # the last to appear: edits without it are written again
         return Surgery(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
 
 
 def read_surgery(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> Surgery | None:
     """What an interrupted run of the same identity found; None where there is nothing of it."""
-    if not (folder / _FILE).is_file():
+    held = read_json(folder / _FILE)
+    if held is None:
         return None
-    held = json.loads((folder / _FILE).read_text())
     if held["identity"] != json.loads(json.dumps(identity)):
         return None
     named = {target.name: target for target in targets}

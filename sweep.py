@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from .durable import replacing
+from .durable import read_json, write_json
 from .errors import BudgetError, RequestError, SweepError
 from .model import ModelView
 from .passes import peak_rss
@@ -235,17 +235,16 @@ def _typed(main: Main, command: list[str], log: Path, threads: str | None) -> No
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
     path = folder / TABLE
-    if not path.is_file():
+    held = read_json(path)
+    if held is None:
         return {}
-    held = json.loads(path.read_text())
     if held["asked"] != asked:
         raise RequestError(f"{path} is of another sweep (other model, calibration or tasks).", "Give another --out.")
     return {row["name"]: Row(**row) for row in held["rows"]}
 
 
 def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:
-    with replacing(folder / TABLE) as temporary:
-        temporary.write_text(json.dumps({"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2) + "\n")
+    write_json(folder / TABLE, {"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2)
 
 
 def markdown(rows: Sequence[Row]) -> str:

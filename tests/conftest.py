@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from commandline import contents, lrc_ok  # noqa: E402
 from tiny import tiny_text, write_tiny  # noqa: E402
 
 
@@ -72,3 +74,40 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "tiny.txt"
     file.write_text(tiny_text(20_000), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def damaged(tiny_checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a tiny Llama of two layers to damage."""
+    return shutil.copytree(tiny_checkpoints("llama", num_hidden_layers=2), tmp_path / "damaged")
+
+
+@pytest.fixture(scope="session")
+def request_for(tiny_text_file: Path) -> Callable[..., list[object]]:
+    """A function of (model, out, *more) that gives the command line of one compression."""
+
+    def request(model: Path, out: Path, *more: object, text: Path = tiny_text_file) -> list[object]:
+        sizes = ["--samples", 8, "--length", 48]
+        told = ["--recipe", "svd-llm", "--ratio", 0.3, "--calibration", f"text:{text}"]
+        return ["compress", model, "--out", out, *told, *sizes, *more]
+
+    return request
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tiny_checkpoints: Callable[..., Path],
+    request_for: Callable[..., list[object]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., dict[str, str]]:
+    """The files that the request leaves of a tiny Llama of two layers when nothing disturbs it, by `propagate`."""
+    made: dict[str, dict[str, str]] = {}
+
+    def run(propagate: str = "original") -> dict[str, str]:
+        if propagate not in made:
+            out = tmp_path_factory.mktemp("uninterrupted") / "out"
+            assert lrc_ok(*request_for(tiny_checkpoints("llama", num_hidden_layers=2), out, "--propagate", propagate))
+            made[propagate] = contents(out)
+        return made[propagate]
+
+    return run
