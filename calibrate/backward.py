@@ -24,7 +24,6 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +41,7 @@ from .packing import token_hash
 from .spill import Spill
 from .stats import TargetLike
 from .store import LAYOUT, MANIFEST, StatsStore
-from .stream import Call, Lockstep, check_finite, run_layer
+from .stream import Call, Lockstep, check_finite, run_layer, side_by_side
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
 _LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
@@ -365,17 +364,13 @@ def _copies(layer: nn.Module, devices: Sequence[torch.device]) -> list[nn.Module
 
 
 def _spread(batches: int, workers: int, work: Callable[[int, int], None]) -> None:
-    """Call work(worker, batch) for every batch; with several workers each has a thread."""
+    """Call work(worker, batch) for every batch."""
 
     def share(worker: int) -> None:
         for batch in range(worker, batches, workers):
             work(worker, batch)
 
-    if workers == 1:
-        share(0)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(share, range(workers)))
+    side_by_side(share, workers)
 
 
 def _finite(gradient: Tensor, where: str) -> Tensor:

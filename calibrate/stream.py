@@ -9,6 +9,7 @@ forwards go on to layer i + 1. No architecture's loop is rewritten here, so none
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,3 +150,13 @@ def check_finite(output: Any, layer: str, batch: int) -> None:
                     "In float16 activations can overflow: try --dtype bfloat16 or --dtype float32. "
                     "If it stays, the checkpoint is damaged.",
                 )
+
+
+def side_by_side(work: Callable[[int], object], workers: int) -> None:
+    """Call work(0) to work(workers - 1), several in a thread each, which has as many cores as the caller has for itself."""
+    if workers == 1:
+        work(0)
+        return
+    cores = torch.get_num_threads()  # a thread of its own would take all of them
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores,)) as pool:
+        list(pool.map(work, range(workers)))
