@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
+from .calibrate.backward import LOGITS_AT_ONCE
 from .calibrate.data import WRITTEN_TOGETHER
+from .compress.base import BACKWARD_NEEDS
 from .depth_cost import depth_bytes
 from .model import ModelView
 from .planned import COPIES, PROBED, PROBES_EACH, STATES, Memory, Plan, Step
@@ -54,7 +56,23 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         depth=depth_bytes(view, plan.recipe, plan.surgery),
         probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
         writing=_writing_bytes(view, plan) if plan.recipe.reads_text else 0,
+        backward=_backward_bytes(view, plan, devices),
     )
+
+
+def _backward_bytes(view: ModelView, plan: Plan, devices: int) -> int:
+    """Statistics of gradients: one batch's logits and their gradient, or a layer, its graph of one batch and what is summed."""
+    needs = frozenset[str]().union(*plan.needs.values()) & BACKWARD_NEEDS
+    if not needs:
+        return 0
+    tokens, words = plan.batch * plan.recipe.calibration.length, view.config.get_text_config().vocab_size
+    end = view.outside_nbytes() + 2 * view.dtype.itemsize * tokens * words + 3 * 4 * min(LOGITS_AT_ONCE, tokens * words)
+    grams = 8 if "grad_gram" in needs else 0
+    means = 4 if "weight_grad" in needs else 0
+    layers = [[step.target for step in plan.layer_steps(index)] for index in range(len(view.layers))]
+    summed = max(sum(grams * t.out_features**2 + means * t.numel for t in targets) for targets in layers)
+    layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
+    return max(end, devices * (layer + summed + tokens * _graph(view, plan)))
 
 
 def _writing_bytes(view: ModelView, plan: Plan) -> int:

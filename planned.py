@@ -57,17 +57,19 @@ class Memory:
     depth: int = 0
     probes: int = 0
     writing: int = 0
+    backward: int = 0
 
     @property
     def peak(self) -> int:
         """The largest moment: reading or writing what lies outside the layers, embedding the tokens, a layer's forward, solving
-        its largest target, training, depth, probes, calibration text that the model writes."""
+        its largest target, training, a backward pass, depth, probes, calibration text that the model writes."""
         embedding = self.outside + self.activations
         forward = self.layer + self.activations + self.statistics + self.forward
         solve = self.layer + self.activations + self.statistics + self.solve + self.factors
         block = self.layer + self.activations + self.blocks if self.blocks else 0
+        back = self.activations + self.backward if self.backward else 0
         apart = (self.reading, self.whole, self.depth, self.probes, self.writing)
-        return self.process + max(embedding, forward, solve, block, *apart)
+        return self.process + max(embedding, forward, solve, block, back, *apart)
 
 
 @dataclass(frozen=True)

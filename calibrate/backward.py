@@ -44,7 +44,7 @@ from .store import LAYOUT, MANIFEST, StatsStore
 from .stream import Call, Lockstep, check_finite, run_layer, side_by_side
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
-_LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
+LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
 
 
 class LayerTarget(TargetLike, Protocol):
@@ -291,7 +291,7 @@ def _loss_gradient(logits: Tensor, hidden: Tensor, ids: Tensor, first: int, sett
     """
     gradient = torch.zeros_like(logits)
     positions = logits.shape[1] if settings.labels == "sampled" else logits.shape[1] - 1
-    step = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     for sample in range(len(ids)):
         drawn = uniforms(settings.seed, first + sample, logits.shape[1]).to(logits.device)
         following = ids[sample, 1:].to(logits.device)
