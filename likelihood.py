@@ -15,8 +15,9 @@ from .errors import NonFiniteError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits are made and widened to float32 this many at a time (64 MiB): 2048 tokens over 256k words would be 2 GiB.
-_LOGITS_AT_ONCE = 2**24
+# Logits are made this many at a time: 2048 tokens over 256k words would be 2 GiB in float32. In 16 bits these are 16 MiB, which
+# an allocator keeps for the next ones, where it would give 32 back.
+_LOGITS_AT_ONCE = 2**23
 _IN_CACHE = 2**20  # of these, as many as a processor's cache holds are summed up together: half the time of all at once
 
 
