@@ -20,6 +20,8 @@ from lrc.compress.forms import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
 from lrc.locate import locate
 from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.reading import load_recipe
 
 SAMPLES, LENGTH = 5, 24
 NEEDS = frozenset({"grad_gram", "fisher_in"})
@@ -321,3 +323,13 @@ def test_a_target_whose_rows_are_not_tokens_is_refused(tiny_checkpoints, tmp_pat
         collect_gradients(view, token_ids(), 1, NEEDS, PLAIN, tmp_path)
     with pytest.raises(ValueError, match="clip"):
         GradientSettings(clip=(2.0, 3.0))
+
+
+def test_a_plan_counts_the_logits_of_a_backward_pass(tiny_checkpoints):
+    """Of one batch: the logits and their gradient, both whole."""
+    view = ModelView(locate(str(tiny_checkpoints("llama"))), None)
+    settings = {"ratio": 0.3, "calibration.samples": 8, "calibration.length": 48}
+    plain, back = (make_plan(view, load_recipe(name, settings)) for name in ("svd-llm", "kfac"))
+    logits = back.batch * 48 * view.config.vocab_size * view.dtype.itemsize
+    assert plain.memory.backward == 0 and back.memory.backward > 2 * logits
+    assert plain.memory.peak - plain.memory.process < back.memory.peak - back.memory.process

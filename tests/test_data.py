@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: what is read, how it is cut, and what a person is told when it cannot be."""
+"""Calibration text from files: what is read, how it is cut, and what a person is told when it cannot be."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import hashlib
 import itertools
 import json
 import logging
-import socket
 import time
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pydantic
@@ -19,13 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import decoded, numbered, write_jsonl
 from tiny import tiny_text, tiny_tokenizer
 
-from lrc.calibrate.data import CalibrationSpec, evaluation_text, load_calibration, same_text
+from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.packing import divide, text_prefix, token_hash, token_ids, windows_of
 from lrc.calibrate.readers import drawn
-from lrc.calibrate.sources import parse_mix, parse_source
-from lrc.errors import CalibrationError, RequestError
+from lrc.errors import CalibrationError
 
 BOS, EOS = 1, 2
 
@@ -45,51 +42,6 @@ def text_file(tmp_path) -> Path:
     path = tmp_path / "prose.txt"
     path.write_text(tiny_text(3000))
     return path
-
-
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def numbered(count: int) -> list[str]:
-    return [f"{i} {tiny_text(20, seed=i)}" for i in range(count)]
-
-
-def decoded(tokenizer, calibration) -> str:
-    return tokenizer.decode(calibration.tokens.flatten().tolist())
-
-
-class Hub:
-    """Stands in for `datasets.load_dataset`: hands out rows and notes what was asked for."""
-
-    def __init__(self, rows):
-        self.rows, self.asked, self.read = rows, [], 0
-
-    def __reduce__(self):
-        """`datasets` pickles what it is given to make a fingerprint; rows may be endless."""
-        return Hub, ((),)
-
-    def __call__(self, name, config=None, *, split, streaming, **others):
-        self.asked.append({"name": name, "config": config, "split": split, "streaming": streaming, **others})
-
-        def generate():
-            for row in self.rows:
-                self.read += 1
-                yield row
-
-        return datasets.IterableDataset.from_generator(generate) if streaming else datasets.Dataset.from_list(list(self.rows))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    def install(rows):
-        stand_in = Hub(rows)
-        monkeypatch.setattr(datasets, "load_dataset", stand_in)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        return stand_in
-
-    return install
 
 
 # Cutting
@@ -350,241 +302,6 @@ def test_chat_without_a_template_or_without_documents_is_refused(plain, tmp_path
         load_calibration(CalibrationSpec(source=f"jsonl:{path}", chat=True), plain)
     with pytest.raises(pydantic.ValidationError, match="wikitext2 is not made of documents"):
         CalibrationSpec(source="wikitext2", chat=True)
-
-
-# Mixes and the words for sources
-
-
-def test_a_mix_divides_and_shuffles_the_samples(plain, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 3000)
-    mark = {name: plain(f" {name}")["input_ids"] for name in ("one", "two")}
-    spec = CalibrationSpec(source=f"text:{tmp_path}/one.txt*0.25+text:{tmp_path}/two.txt*0.75", samples=12, length=24)
-    calibration = load_calibration(spec, plain)
-    kinds = [set(mark["one"]) - set(mark["two"]) <= set(row) for row in calibration.tokens.tolist()]
-    assert sum(kinds) == 3
-    assert kinds != sorted(kinds, reverse=True)
-    assert [(record["samples"], record["weight"]) for record in calibration.provenance] == [(3, 0.25), (9, 0.75)]
-    listed = [{"source": f"text:{tmp_path}/one.txt", "weight": 1}, {"source": f"text:{tmp_path}/two.txt", "weight": 3}]
-    assert load_calibration(CalibrationSpec(source=listed, samples=12, length=24), plain).hash == calibration.hash
-
-
-def test_a_few_samples_are_of_every_source(plain, tmp_path):
-    """One source's share may be small: what is measured on a few samples must see it all the same."""
-    paths = [tmp_path / f"{name}.txt" for name in "abc"]
-    for path in paths:
-        path.write_text(path.stem * 4000)
-    source = "+".join(f"text:{path}*{weight}" for path, weight in zip(paths, (0.75, 0.125, 0.125), strict=True))
-    calibration = load_calibration(CalibrationSpec(source=source, samples=16, length=8), plain)
-    texts = [decoded(plain, calibration)[i * 8 :][:8] for i in range(16)]
-    assert [text[0] for text in texts] == ["abc"[number] for number in calibration.source]
-    for samples, each in ((1, (1, 1, 1)), (3, (1, 1, 1)), (6, (3, 2, 1)), (40, (12, 2, 2))):
-        found = [plain.decode(row)[0] for row in calibration.few(samples, 4)]
-        assert tuple(found.count(name) for name in "abc") == each
-    assert calibration.few(6, 4).shape == (6, 4)
-
-
-def test_a_few_samples_of_one_source_are_evenly_spread(plain, text_file):
-    calibration = load_calibration(CalibrationSpec(source=f"text:{text_file}", samples=8, length=16), plain)
-    assert calibration.few(4, 5).equal(calibration.tokens[::2, :5])
-
-
-def test_a_source_that_gets_no_sample_is_refused(plain, text_file):
-    spec = CalibrationSpec(source=f"text:{text_file}*0.9+pydoc*0.1", samples=4, length=8)
-    with pytest.raises(RequestError, match=r"none falls to pydoc(.|\n)*at least 10 samples"):
-        load_calibration(spec, plain)
-
-
-@pytest.mark.parametrize(
-    ("text", "pairs"),
-    [
-        ("wikitext2", [("wikitext2", 1)]),
-        ("wikitext2*0.5+pydoc*0.5", [("wikitext2", 0.5), ("pydoc", 0.5)]),
-        ("c4 + text:a+b.txt", [("c4", 1), ("text:a+b.txt", 1)]),
-        ("text:c++.txt", [("text:c++.txt", 1)]),
-        ("text:c++.txt*2+jsonl:a.jsonl:body*.5", [("text:c++.txt", 2), ("jsonl:a.jsonl:body", 0.5)]),
-        ("text:a.txt+pydoc", [("text:a.txt", 1), ("pydoc", 1)]),
-    ],
-)
-def test_a_mix_is_written_in_one_word(text, pairs):
-    assert parse_mix(text) == pairs
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("wikitex2", "Did you mean 'wikitext2'"),
-        ("txt:a", "Did you mean 'text:'"),
-        ("wikitext2+pydcos", "Did you mean 'pydoc'"),
-        ("c4*0.5+pydoc", "pydoc has no weight"),
-        ("pydoc*0+c4*1", "weight of pydoc is zero"),
-        ("pydoc+pydoc", "pydoc twice"),
-        ("pile:train", "pile takes nothing after it"),
-        ("text:", "Write text:PATH"),
-        ("hf:a:b:c:d:e", "Write hf:NAME"),
-        ([], "list of calibration sources is empty"),
-        ([{"source": "pydoc", "weight": -1}], "greater than 0"),
-    ],
-)
-def test_what_cannot_be_a_source_is_refused_before_anything_is_read(source, message):
-    with pytest.raises(pydantic.ValidationError, match=message):
-        CalibrationSpec(source=source)
-
-
-def test_a_bare_path_is_told_how_to_write_it(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [])
-    with pytest.raises(RequestError, match=f"Write jsonl:{path}"):
-        parse_source(str(path))
-
-
-def test_unknown_keys_are_refused():
-    with pytest.raises(pydantic.ValidationError, match="sample"):
-        CalibrationSpec(source="pydoc", sample=3)
-
-
-def test_a_path_may_hold_a_colon(tmp_path, plain):
-    path = write_jsonl(tmp_path / "a:b", [{"text": tiny_text(50), "body": "x"}])
-    assert parse_source(f"jsonl:{path}").path == path
-    assert parse_source(f"jsonl:{path}:body").field == "body"
-
-
-# Text that the model writes
-
-
-def test_self_takes_the_models_tokens(plain):
-    seeds = []
-
-    def generate(samples: int, length: int, seed: int) -> torch.Tensor:
-        seeds.append(seed)
-        return torch.full((samples, length), 7, dtype=torch.int32)
-
-    calibration = load_calibration(CalibrationSpec(source="self", samples=3, length=9), plain, generate)
-    assert torch.equal(calibration.tokens, torch.full((3, 9), 7))
-    load_calibration(CalibrationSpec(source="self", samples=3, length=9, seed=1), plain, generate)
-    assert seeds[0] != seeds[1]
-    with pytest.raises(CalibrationError, match="self"):
-        load_calibration(CalibrationSpec(source="self"), plain)
-
-
-# The hub
-
-
-def test_c4_is_streamed_and_never_read_to_its_end(plain, hub):
-    stand_in = hub({"text": tiny_text(20, seed=i % 50)} for i in itertools.count())
-    calibration = load_calibration(CalibrationSpec(source="c4", samples=4, length=64), plain)
-    assert calibration.tokens.shape == (4, 64)
-    assert stand_in.read < 3000
-    (asked,) = stand_in.asked
-    assert asked["name"] == "allenai/c4"
-    assert asked["streaming"] is True
-    assert "c4-train.00000-of-01024" in asked["data_files"]["train"]
-
-
-@pytest.mark.parametrize(("source", "joiner", "column"), [("wikitext2", "\n\n", "text"), ("ptb", " ", "sentence")])
-def test_named_streams_are_joined_as_the_papers_do(plain, hub, source, joiner, column):
-    rows = ["", " = Title = \n", tiny_text(60), "", tiny_text(60, seed=1)]
-    stand_in = hub([{column: row} for row in rows])
-    text = evaluation_text(source)
-    assert text.text == joiner.join(rows)
-    assert "5 rows" in text.protocol
-    assert stand_in.asked[0]["split"] == "test"
-    load_calibration(CalibrationSpec(source=source, samples=2, length=16), plain)
-    assert stand_in.asked[1]["split"] == "train"
-
-
-def test_c4_is_evaluated_on_its_first_1100_validation_documents(hub):
-    stand_in = hub({"text": f"document {i}"} for i in itertools.count())
-    text = evaluation_text("c4")
-    assert text.text == " ".join(f"document {i}" for i in range(1100))
-    assert stand_in.asked[0]["split"] == "validation"
-    assert text.provenance[0]["documents"] == 1100
-
-
-def test_hf_names_configuration_split_and_column(plain, hub):
-    stand_in = hub([{"body": tiny_text(200), "id": 1}])
-    load_calibration(CalibrationSpec(source="hf:me/mine:en:validation:body", samples=1, length=16), plain)
-    load_calibration(CalibrationSpec(source="hf:me/mine:::body", samples=1, length=16), plain)
-    assert [(asked["config"], asked["split"]) for asked in stand_in.asked] == [("en", "validation"), (None, "train")]
-    with pytest.raises(CalibrationError, match=r"no column 'boddy'; there are: body, id(.|\n)*Did you mean 'body'"):
-        load_calibration(CalibrationSpec(source="hf:me/mine:::boddy"), plain)
-
-
-def test_unknown_configuration_is_told_as_the_library_says_it(plain, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise ValueError("BuilderConfig 'eng' not found. Available: ['en', 'de']")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CalibrationError, match=r"Available: \['en', 'de'\](.|\n)*Write hf:"):
-        load_calibration(CalibrationSpec(source="hf:me/mine:eng"), plain)
-
-
-def test_unreachable_hub_is_one_quick_error_that_names_the_offline_choices(plain, monkeypatch, caplog):
-    with socket.socket() as closed:  # a port that nobody listens on
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        start = time.monotonic()
-        with pytest.raises(CalibrationError) as caught:
-            load_calibration(CalibrationSpec(source="wikitext2"), plain)
-    assert time.monotonic() - start < 8
-    assert "wikitext" in caught.value.what
-    assert "efused" in caught.value.what
-    for choice in ("text:", "jsonl:", "parquet:", "pydoc", "self"):
-        assert choice in caught.value.remedy
-    assert caught.value.__cause__ is None
-    assert caught.value.__context__ is None
-    assert datasets.config.HF_HUB_OFFLINE is False
-    assert not any("Retrying" in record.message for record in caplog.records)
-
-
-# Evaluation text and its difference from calibration text
-
-
-def test_evaluation_text_of_files(tmp_path, text_file):
-    assert evaluation_text(f"text:{text_file}").text == text_file.read_text()
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}, {"text": ""}, {"text": "two"}])
-    assert evaluation_text(f"jsonl:{rows}").text == "one\n\n\n\ntwo"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two"]}), tmp_path / "rows.parquet")
-    assert evaluation_text(f"parquet:{tmp_path}/rows.parquet:body").text == "one\n\ntwo"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("wikitxt2", "Did you mean 'wikitext2'"), ("pile", "no held-out text"), ("self", "no held-out"), ("text", "'text:'")],
-)
-def test_what_is_no_evaluation_text(name, message):
-    with pytest.raises(RequestError, match=message):
-        evaluation_text(name)
-
-
-def test_evaluating_on_the_calibration_text_is_noticed(plain, text_file, tmp_path):
-    copy = tmp_path / "other-name.txt"
-    copy.write_bytes(text_file.read_bytes())
-    calibration = load_calibration(CalibrationSpec(source=f"text:{text_file}", samples=2, length=16), plain)
-    reason = same_text(calibration.provenance, evaluation_text(f"text:{copy}").provenance)
-    assert reason is not None
-    assert "prose.txt" in reason
-    assert "other-name.txt" in reason
-    copy.write_text(tiny_text(500, seed=9))
-    assert same_text(calibration.provenance, evaluation_text(f"text:{copy}").provenance) is None
-
-
-def test_same_split_of_the_same_data_set_is_noticed(plain, hub):
-    hub([{"text": tiny_text(300)}])
-    spec = {"samples": 2, "length": 16}
-    evaluation = evaluation_text("wikitext2").provenance
-
-    def reason(source: str) -> str | None:
-        hub([{"text": tiny_text(300, seed=len(source))}])
-        return same_text(load_calibration(CalibrationSpec(source=source, **spec), plain).provenance, evaluation)
-
-    assert "split test" in (reason("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") or "")
-    assert "split test" in (reason("hf:wikitext:wikitext-2-raw-v1:test[:50%]") or "")
-    assert reason("hf:Salesforce/wikitext:wikitext-2-raw-v1:train") is None
-    assert reason("hf:Salesforce/wikitext:wikitext-103-raw-v1:test") is None
-    assert reason("wikitext2") is None
 
 
 @settings(max_examples=20, deadline=None)
