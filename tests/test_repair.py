@@ -1,4 +1,4 @@
-"""Repairs and halves of layers: each map against a float64 formulation, and real checkpoints on the real path."""
+"""Repairs after dropped layers, and searches for what to drop: real checkpoints on the real path."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from commandline import contents, run_lrc
 from test_depth import compress, without
 from transformers import AutoModelForCausalLM
 
-from lrc.branches import branches_of, require_branches
 from lrc.calibrate.data import load_calibration
-from lrc.depth.base import greedily, repairs
-from lrc.depth.hadamard import hadamard, orthogonal
+from lrc.depth.base import repairs
 from lrc.depth.linear_map import LeastSquares
-from lrc.depth.linear_patch import Ratios
-from lrc.errors import BudgetError, CalibrationError, ModelError, RecipeError
+from lrc.errors import BudgetError, RecipeError
 from lrc.generate import generator
 from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
-from lrc.repair import divided, runs_of
+from lrc.repair import divided
 from lrc.run import execute, prepare
 from lrc.variants import losses
 from lrc.verify import verify
@@ -90,195 +85,6 @@ def loss_of(model, windows):
     with torch.no_grad():
         words = model(windows, use_cache=False).logits[:, :-1].double().log_softmax(-1)
     return -float(words.gather(-1, windows[:, 1:, None]).mean())
-
-
-# --- mathematics -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 28, 36, 48, 60, 576, 768, 896, 960])
-def test_hadamard_matrices_hold_only_signs_and_are_orthogonal(size):
-    found = hadamard(size)
-    assert np.array_equal(np.abs(found), np.ones((size, size)))
-    assert np.array_equal(found.T @ found, size * np.eye(size))
-
-
-@pytest.mark.parametrize("size", [3, 30, 92, 576, 4096 // 8])
-def test_every_width_has_an_orthogonal_basis_that_spreads_one_large_channel(size):
-    basis = orthogonal(size)
-    assert torch.allclose(basis.T @ basis, torch.eye(size, dtype=torch.float64), atol=1e-12)
-    assert float(basis[0].abs().max()) <= (2 / size) ** 0.5 + 1e-12
-
-
-def _states(tokens=200, width=12, seed=0):
-    chance = np.random.default_rng(seed)
-    x = chance.standard_normal((tokens, width)) + 0.5
-    y = x @ (np.eye(width) + 0.3 * chance.standard_normal((width, width))) + 1.0 + 0.1 * chance.standard_normal((tokens, width))
-    return x, y
-
-
-def _fitted(fit, x, y, pieces=(70, 131)):
-    for one, other in zip(np.split(x, pieces), np.split(y, pieces), strict=True):
-        fit.add(torch.tensor(one), torch.tensor(other))
-    matrix, bias = fit.change()
-    return matrix.numpy(), None if bias is None else bias.numpy()
-
-
-def test_linear_patch_is_the_papers_product():
-    x, y = _states(width=16)
-    h = scipy.linalg.hadamard(16) / 4  # Sylvester's own
-    matrix, bias = _fitted(Ratios(16), x, y)
-    wanted = h @ np.diag(np.abs(y @ h).mean(0) / np.abs(x @ h).mean(0)) @ h.T
-    assert bias is None
-    assert np.allclose(np.eye(16) + matrix, wanted, atol=1e-12)
-
-
-def test_linear_patch_gives_every_channel_the_size_that_it_had():
-    x, y = _states(width=12)
-    patched = x + x @ _fitted(Ratios(12), x, y)[0].T
-    basis = orthogonal(12).numpy()
-    assert np.allclose(np.abs(patched @ basis).mean(0), np.abs(y @ basis).mean(0), rtol=1e-12)
-    assert np.allclose(_fitted(Ratios(12), np.zeros_like(x), y)[0], 0)  # a channel that no state reaches stays
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_least_squares_is_numpys(bias, damping):
-    x, y = _states()
-    matrix, shift = _fitted(LeastSquares(12, damping, bias), x, y)
-    rows, goal = (x - x.mean(0), (y - x) - (y - x).mean(0)) if bias else (x, y - x)
-    ridge = np.sqrt(damping * np.mean(np.sum(rows**2, 0)))  # rows that pull towards leaving the state as it is
-    stacked = np.vstack([rows, ridge * np.eye(12)]), np.vstack([goal, np.zeros((12, 12))])
-    wanted = np.linalg.lstsq(*stacked, rcond=None)[0].T
-    assert np.allclose(matrix, wanted, atol=1e-9)
-    if bias:
-        assert np.allclose(shift, (y - x).mean(0) - wanted @ x.mean(0), atol=1e-9)
-    else:
-        assert shift is None
-
-
-def test_directions_that_no_state_has_stay_as_they_are():
-    x, y = _states(tokens=5)  # rank 5 of 12
-    matrix, _ = _fitted(LeastSquares(12, 0.0, False), x, y, pieces=(2, 3))
-    unseen = np.linalg.svd(x)[2][5:]
-    assert np.allclose(matrix @ unseen.T, 0, atol=1e-8)
-    assert np.allclose(x + x @ matrix.T, y, atol=1e-7)
-
-
-def test_greedy_choice_sees_what_earlier_removals_did():
-    # alone 0 is cheapest; once it is gone 1, its stand-in, is dear, and 2 goes
-    def trial(sets):
-        return [len(s) + (5.0 if {0, 1} <= s else 0.0) + 0.1 * sum(s) for s in sets]
-
-    assert greedily(trial, [2, 1, 0], lambda gone: len(gone) == 2) == [0, 2]
-
-
-def test_runs_and_held_out_windows():
-    assert runs_of([7, 2, 3, 9, 8]) == [(2, 4), (7, 10)]
-    tokens = torch.arange(16 * 32).reshape(16, 32)
-    train, held = divided(tokens, 0.125)
-    assert train.shape == (14, 32) and held.shape == (2, 32)
-    assert not np.intersect1d(train.numpy(), held.numpy()).size
-    assert sum(part.numel() for part in divided(tokens[:2], 0.9)) == 64  # something is left to fit to
-    assert divided(torch.zeros(64, 2048, dtype=torch.int64), 0.5)[1].shape == (16, 512)
-    with pytest.raises(CalibrationError, match="two calibration samples"):
-        divided(tokens[:1], 0.5)
-
-
-# --- branches ----------------------------------------------------------------------------------------------------------------
-
-BRANCHES = {
-    "llama": (["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
-    "gemma3_text": (["self_attn", "mlp"], [None, None]),
-    "gpt2": (["attn", "mlp"], ["attn.c_proj", "mlp.c_proj"]),
-    "opt": (["self_attn", "fc2"], ["self_attn.out_proj", "fc2"]),
-    "gpt_neox": (["attention", "mlp"], ["attention.dense", "mlp.dense_4h_to_h"]),
-    "mixtral": (["self_attn", "mlp.experts"], ["self_attn.o_proj", None]),
-}
-
-
-@pytest.mark.parametrize("family", BRANCHES)
-def test_branches_are_found_without_names(family, tiny_checkpoints):
-    view = ModelView(locate(str(tiny_checkpoints(family))))
-    found = branches_of(view, view.targets)
-    assert sorted(found) == [0, 1, 2]
-    for layer, branches in found.items():
-        prefix = f"{view.layer_names[layer]}."
-        assert [branch.name.removeprefix(prefix) for branch in branches] == BRANCHES[family][0]
-        assert [branch.last and branch.last.role for branch in branches] == BRANCHES[family][1]
-        assert [t for branch in branches for t in branch.targets] == [t for t in view.targets if t.layer == layer]
-        assert all(abs(branch.scale - 1) < 1e-5 and branch.vanishes for branch in branches)
-    assert all(p.is_meta for layer in view.layers for p in layer.parameters()), "the layer that was looked at went again"
-
-
-def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
-    model = tiny_checkpoints("llama", num_hidden_layers=2)
-    config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.25}
-    other = model.parent / f"{model.name}-granite"
-    other.mkdir(exist_ok=True)
-    for file in model.iterdir():
-        if not (other / file.name).exists():
-            (other / file.name).symlink_to(file)
-    (other / "config.json").unlink()
-    (other / "config.json").write_text(json.dumps(config))
-    view = ModelView(locate(str(other)))
-    branches = branches_of(view, view.targets)[1]
-    assert [branch.scale for branch in branches] == pytest.approx([0.25, 0.25], rel=1e-4)
-
-
-def test_layers_that_are_no_sum_of_branches_are_refused(tiny_checkpoints):
-    view = ModelView(locate(str(tiny_checkpoints("opt", do_layer_norm_before=False))))
-    with pytest.raises(ModelError, match="granularity: layer"):
-        require_branches(view, view.targets)
-
-
-# --- halves of layers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", BRANCHES)
-def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_checkpoints, tiny_text_file, tmp_path):
-    model = tiny_checkpoints(family)
-    overrides = {"depth.drop": 3, "depth.protect_first": 0, "depth.protect_last": 0}
-    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", **overrides)
-    removed = plan.surgery.removed
-    assert len(removed) == 3 and not plan.dropped
-    gone = sum(step.bytes_before for step in plan.steps if step.target in plan.surgery.zeroed)
-    assert gone == plan.targets_before - plan.targets_after > 0
-    record = verify(tmp_path / "out")  # bytes on disk are what the plan said
-    assert record["depth"]["removed"] == list(removed)
-    # the original, its branches' modules putting out zeros by hand
-    original = open_model(str(model))[0]
-    view = ModelView(locate(str(model)))
-    tails = {branch.name: f"{view.layer_names[branch.layer]}.{branch.tail}" for branch in view.branches}
-
-    def nothing(module, args, output):
-        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-    for name in removed:
-        original.get_submodule(tails[name]).register_forward_hook(nothing)
-    with torch.no_grad():
-        assert torch.allclose(logits(tmp_path / "out"), original(IDS).logits, atol=1e-5)
-
-
-def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
-    model = deep(tiny_checkpoints)
-    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", ratio=0.3)
-    most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).branches)
-    assert 0.3 <= plan.ratio < 0.3 + most / sum(step.target.numel for step in plan.steps)
-    both = {"method": "svd-llm", "depth.drop": 2, "ratio": 0.5}
-    plan, _ = compress(model, tmp_path / "both", tiny_text_file, "finercut", **both)
-    assert 0.5 <= plan.ratio < 0.56 and len(plan.surgery.removed) == 2
-    record = json.loads((tmp_path / "both" / "lrc.json").read_text())
-    kinds = {target["name"]: target["form"]["kind"] for target in record["targets"]}
-    assert {name for name, kind in kinds.items() if kind == "zero"} == {t.name for t in plan.surgery.zeroed}
-    assert "low-rank" in kinds.values()
-    assert torch.isfinite(logits(tmp_path / "both")).all()
-
-
-def test_without_lrc_a_model_that_needs_it_fails_aloud(tiny_checkpoints, tiny_text_file, tmp_path):
-    compress(tiny_checkpoints("llama"), tmp_path / "half", tiny_text_file, "finercut", **{"depth.drop": 1})
-    done = without_lrc(tmp_path / "half", tmp_path / "logits.pt")
-    assert done.returncode != 0 and "size" in done.stderr + done.stdout
 
 
 # --- greedy by loss ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Branches of layers, found without names, and models that lack some of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_depth import compress
+from test_repair import IDS, deep, logits, without_lrc
+
+from lrc.branches import branches_of, require_branches
+from lrc.errors import ModelError
+from lrc.load import open_model
+from lrc.locate import locate
+from lrc.model import ModelView
+from lrc.verify import verify
+
+BRANCHES = {
+    "llama": (["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
+    "gemma3_text": (["self_attn", "mlp"], [None, None]),
+    "gpt2": (["attn", "mlp"], ["attn.c_proj", "mlp.c_proj"]),
+    "opt": (["self_attn", "fc2"], ["self_attn.out_proj", "fc2"]),
+    "gpt_neox": (["attention", "mlp"], ["attention.dense", "mlp.dense_4h_to_h"]),
+    "mixtral": (["self_attn", "mlp.experts"], ["self_attn.o_proj", None]),
+}
+
+
+@pytest.mark.parametrize("family", BRANCHES)
+def test_branches_are_found_without_names(family, tiny_checkpoints):
+    view = ModelView(locate(str(tiny_checkpoints(family))))
+    found = branches_of(view, view.targets)
+    assert sorted(found) == [0, 1, 2]
+    for layer, branches in found.items():
+        prefix = f"{view.layer_names[layer]}."
+        assert [branch.name.removeprefix(prefix) for branch in branches] == BRANCHES[family][0]
+        assert [branch.last and branch.last.role for branch in branches] == BRANCHES[family][1]
+        assert [t for branch in branches for t in branch.targets] == [t for t in view.targets if t.layer == layer]
+        assert all(abs(branch.scale - 1) < 1e-5 and branch.vanishes for branch in branches)
+    assert all(p.is_meta for layer in view.layers for p in layer.parameters()), "the layer that was looked at went again"
+
+
+def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
+    model = tiny_checkpoints("llama", num_hidden_layers=2)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.25}
+    other = model.parent / f"{model.name}-granite"
+    other.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        if not (other / file.name).exists():
+            (other / file.name).symlink_to(file)
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps(config))
+    view = ModelView(locate(str(other)))
+    branches = branches_of(view, view.targets)[1]
+    assert [branch.scale for branch in branches] == pytest.approx([0.25, 0.25], rel=1e-4)
+
+
+def test_layers_that_are_no_sum_of_branches_are_refused(tiny_checkpoints):
+    view = ModelView(locate(str(tiny_checkpoints("opt", do_layer_norm_before=False))))
+    with pytest.raises(ModelError, match="granularity: layer"):
+        require_branches(view, view.targets)
+
+
+# --- halves of layers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", BRANCHES)
+def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_checkpoints, tiny_text_file, tmp_path):
+    model = tiny_checkpoints(family)
+    overrides = {"depth.drop": 3, "depth.protect_first": 0, "depth.protect_last": 0}
+    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", **overrides)
+    removed = plan.surgery.removed
+    assert len(removed) == 3 and not plan.dropped
+    gone = sum(step.bytes_before for step in plan.steps if step.target in plan.surgery.zeroed)
+    assert gone == plan.targets_before - plan.targets_after > 0
+    record = verify(tmp_path / "out")  # bytes on disk are what the plan said
+    assert record["depth"]["removed"] == list(removed)
+    # the original, its branches' modules putting out zeros by hand
+    original = open_model(str(model))[0]
+    view = ModelView(locate(str(model)))
+    tails = {branch.name: f"{view.layer_names[branch.layer]}.{branch.tail}" for branch in view.branches}
+
+    def nothing(module, args, output):
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    for name in removed:
+        original.get_submodule(tails[name]).register_forward_hook(nothing)
+    with torch.no_grad():
+        assert torch.allclose(logits(tmp_path / "out"), original(IDS).logits, atol=1e-5)
+
+
+def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
+    model = deep(tiny_checkpoints)
+    plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", ratio=0.3)
+    most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).branches)
+    assert 0.3 <= plan.ratio < 0.3 + most / sum(step.target.numel for step in plan.steps)
+    both = {"method": "svd-llm", "depth.drop": 2, "ratio": 0.5}
+    plan, _ = compress(model, tmp_path / "both", tiny_text_file, "finercut", **both)
+    assert 0.5 <= plan.ratio < 0.56 and len(plan.surgery.removed) == 2
+    record = json.loads((tmp_path / "both" / "lrc.json").read_text())
+    kinds = {target["name"]: target["form"]["kind"] for target in record["targets"]}
+    assert {name for name, kind in kinds.items() if kind == "zero"} == {t.name for t in plan.surgery.zeroed}
+    assert "low-rank" in kinds.values()
+    assert torch.isfinite(logits(tmp_path / "both")).all()
+
+
+def test_without_lrc_a_model_that_needs_it_fails_aloud(tiny_checkpoints, tiny_text_file, tmp_path):
+    compress(tiny_checkpoints("llama"), tmp_path / "half", tiny_text_file, "finercut", **{"depth.drop": 1})
+    done = without_lrc(tmp_path / "half", tmp_path / "logits.pt")
+    assert done.returncode != 0 and "size" in done.stderr + done.stdout
