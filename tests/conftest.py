@@ -25,7 +25,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from commandline import contents, lrc_ok  # noqa: E402
-from tiny import tiny_text, write_tiny  # noqa: E402
+from tiny import tiny_text, tiny_tokenizer, write_tiny  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 
 class RootIsNoTestPackage:
@@ -111,3 +112,32 @@ def uninterrupted(
         return made[propagate]
 
     return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A task of `lrc eval`: 400 words in a file of its own."""
+    path = tmp_path / "some.folder" / "notes.txt"
+    path.parent.mkdir()
+    path.write_text(tiny_text(words=400), encoding="utf-8")
+    return f"text:{path}"
+
+
+@pytest.fixture
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong request must be refused before the model runs."""
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the model ran"))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Prose of 3000 words."""
+    path = tmp_path / "prose.txt"
+    path.write_text(tiny_text(3000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain() -> PreTrainedTokenizerBase:
+    """A tokenizer that adds nothing to a text."""
+    return tiny_tokenizer()

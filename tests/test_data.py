@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import time
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -28,20 +27,8 @@ BOS, EOS = 1, 2
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def with_bos():
     return tiny_tokenizer(bos=True)
-
-
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "prose.txt"
-    path.write_text(tiny_text(3000))
-    return path
 
 
 # Cutting

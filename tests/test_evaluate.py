@@ -17,20 +17,6 @@ from lrc.errors import EvaluationError, NonFiniteError, RequestError
 from lrc.evaluate import compare, evaluate, results_json
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "some.folder" / "notes.txt"
-    path.parent.mkdir()
-    path.write_text(tiny_text(words=400), encoding="utf-8")
-    return f"text:{path}"
-
-
-@pytest.fixture
-def no_forward(monkeypatch):
-    """A wrong request must be refused before the model runs."""
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the model ran"))
-
-
 def read(task: str) -> str:
     with open(task.removeprefix("text:"), encoding="utf-8") as file:
         return file.read()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import socket
 import time
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -13,22 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from texts import write_jsonl
-from tiny import tiny_text, tiny_tokenizer
+from tiny import tiny_text
 
 from lrc.calibrate.data import CalibrationSpec, evaluation_text, load_calibration, same_text
 from lrc.errors import CalibrationError, RequestError
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return tiny_tokenizer()
-
-
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "prose.txt"
-    path.write_text(tiny_text(3000))
-    return path
 
 
 class Hub:

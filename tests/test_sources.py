@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pydantic
 import pytest
 import torch
 from texts import decoded, write_jsonl
-from tiny import tiny_text, tiny_tokenizer
+from tiny import tiny_text
 
 from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.sources import parse_mix, parse_source
 from lrc.errors import CalibrationError, RequestError
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return tiny_tokenizer()
-
-
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "prose.txt"
-    path.write_text(tiny_text(3000))
-    return path
 
 
 def test_a_mix_divides_and_shuffles_the_samples(plain, tmp_path):

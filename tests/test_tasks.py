@@ -8,25 +8,10 @@ import math
 import lm_eval.tasks
 import pytest
 import torch
-from tiny import tiny_model, tiny_text, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
 from lrc.evaluate import evaluate, results_json
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "some.folder" / "notes.txt"
-    path.parent.mkdir()
-    path.write_text(tiny_text(words=400), encoding="utf-8")
-    return f"text:{path}"
-
-
-@pytest.fixture
-def no_forward(monkeypatch):
-    """A wrong request must be refused before the model runs."""
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda *_: pytest.fail("the model ran"))
-
 
 TASK = """
 task: {name}
