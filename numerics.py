@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .products import replacements
+
 _FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
 _BACKENDS: Any = torch.backends  # whose types name no precisions
 _ONEDNN = _BACKENDS.mkldnn.matmul
@@ -25,7 +27,8 @@ class _FullPrecision(ContextDecorator):
     which it takes by itself, leaves half of what processors of another maker can do; oneDNN is taken only where fewer bits are
     allowed, though without matrix tiles it uses none of that leave. So the leave is given where oneDNN turns out to keep every
     bit, and attention of many 16-bit tokens, which torch computes no faster than float32 there, runs in float32. With a GPU,
-    torch computes on the processor as it does by itself.
+    torch computes float32 on the processor as it does by itself. Products of 16-bit numbers go by float32 where the processor
+    has none of its own (`products`).
 
     It may be opened within itself and in several threads; the last one out puts things back.
     """
@@ -62,6 +65,9 @@ def _set() -> ExitStack:
 
         for backend in (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn):
             change(backend, _KEPT)
+        for module, name, function in replacements():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         exact = not torch.cuda.is_available() and _onednn_keeps_float32()
         change(_ONEDNN, _FEWER_BITS if exact else _KEPT)
         if exact:
