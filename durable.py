@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -10,13 +11,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, OutputError, RequestError
 
 PARTIAL = ".lrc-partial"
+T = TypeVar("T")
 
 
 def sha256_of(path: Path) -> str:
@@ -57,24 +60,32 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # where all went well it bears its final name
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, shape: type[T]) -> T | None:
     """What a JSON file holds that an earlier run left; None where there is none.
 
+    Args:
+        shape: its type: a dataclass, or built-in ones inside each other, as `write_json` was given.
+
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or holds something else.
     """
     try:
-        return json.loads(path.read_text())
+        return TypeAdapter(shape).validate_python(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "Delete it: what it held is found anew.") from error
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+        raise CheckpointError(f"{path} cannot be read: {reason}", "Delete it: what it held is found anew.") from error
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a value for `read_json`, whole or not at all.
 
     Args:
+        value: of built-in types and dataclasses.
         indent: where people read the file.
 
     Raises:
@@ -83,7 +94,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(value, indent=indent) + "\n")
+            temporary.write_text(json.dumps(value, indent=indent, default=dataclasses.asdict) + "\n")
 
 
 def sync_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .calibrate.data import Calibration
 from .compress.base import BACKWARD_NEEDS, Curve, Method, Solution, TargetStats
-from .compress.offers import Choice, Offer
+from .compress.offers import Offer
 from .durable import read_json, write_json
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
@@ -87,7 +87,7 @@ def measure_halves(
         ModelError: halves of layers cannot be told apart in this model.
     """
     file = store.folder / "halves.json"
-    held: dict[str, float] | None = read_json(file)
+    held = read_json(file, dict[str, float])
     if held is not None:
         return held
     started, halves, probes = time.perf_counter(), view.branches, calibration.few(*PROBED)
@@ -127,6 +127,7 @@ class _Measuring:
             self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
         self._dense = {item.name: sum(shape_of(t, element).nbytes for t in item.targets) for item in items}
         asked = {
+            "file": "curves as they are",
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
@@ -149,7 +150,7 @@ class _Measuring:
             self._angles = layer_angles(self._view, tokens, self._device)
         for index, items in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
-            held = _read(self._file(name))
+            held = read_json(self._file(name), dict[str, Curve]) or {}
             if any(item.name not in held for item in items):
                 layer = self._view.load(name)
                 for item in items:
@@ -157,7 +158,7 @@ class _Measuring:
                         held[item.name] = self._with_signals(item, name, self._solve(layer, name, item))
                 self._view.unload(name)
                 give_back()
-                _write(self._file(name), held)
+                write_json(self._file(name), held)
             found |= {item.name: held[item.name] for item in items}
             notify(index + 1, time.perf_counter() - started)
         return found
@@ -166,7 +167,7 @@ class _Measuring:
         """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
         file = self._store.folder / f"nats-{self._tag}.json"
         names = {item.name for layer in self._layers for item in layer}
-        if names <= (held := _read(file)).keys():
+        if names <= (held := read_json(file, dict[str, Curve]) or {}).keys():
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 
@@ -182,7 +183,7 @@ class _Measuring:
         for items in self._layers:
             for unit in units(items):
                 found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
-        _write(file, found)
+        write_json(file, found)
         return found
 
     def _with_signals(self, item: Item, layer: str, solution: Solution) -> Curve:
@@ -237,33 +238,3 @@ def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float
     else:
         logs = np.full(len(every), logs[0])
     return [float(loss) for loss in np.minimum(np.exp(logs), total)]
-
-
-def _read(file: Path) -> dict[str, Curve]:
-    return {
-        name: Curve(
-            entry["total"],
-            tuple(Offer(Choice(**choice), nbytes) for choice, nbytes in entry["offers"]),
-            tuple(entry["losses"]),
-            None if entry["preferred"] is None else Choice(**entry["preferred"]),
-            tuple(entry.get("signals", ())),
-        )
-        for name, entry in (read_json(file) or {}).items()
-    }
-
-
-def _write(file: Path, curves: Mapping[str, Curve]) -> None:
-    def plain(choice: Choice) -> dict[str, int]:
-        return {key: value for key, value in vars(choice).items() if value is not None}
-
-    content = {
-        name: {
-            "total": curve.total,
-            "offers": [(plain(offer.choice), offer.nbytes) for offer in curve.offers],
-            "losses": curve.losses,
-            "preferred": None if curve.preferred is None else plain(curve.preferred),
-        }
-        | ({"signals": curve.signals} if curve.signals else {})
-        for name, curve in curves.items()
-    }
-    write_json(file, content)

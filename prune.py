@@ -89,7 +89,7 @@ class _Trying:
         of = [view.source.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
         of += ["layers"] if branches is None else [branch.name for branch in branches]
         self._file = folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
-        self._known: dict[str, float] = read_json(self._file) or {}
+        self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()

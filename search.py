@@ -108,7 +108,7 @@ class _Search:
         self._recipe, self._view, self._calibration, self._devices = recipe, view, calibration, devices
         self._folder, self._statistics, self._notify = folder, statistics, notify
         self._file = self._folder / "perplexities.json"
-        self._known: dict[str, float] = read_json(self._file) or {}
+        self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 
     @property
     def evaluations(self) -> int:

@@ -92,34 +92,32 @@ class Surgery:
         if self.outside:
             _save(folder / f"{_OUTSIDE}.safetensors", {name: value.contiguous() for name, value in self.outside.items()})
         maps = {layer: {path: each.spec for path, each in edit.maps.items()} for layer, edit in self.edits.items() if edit.maps}
-        content = {
-            "identity": identity,
-            "dropped": self.dropped,
-            "removed": self.removed,
-            "zeroed": [target.name for target in self.zeroed],
-            "maps": maps,
-            "record": self.record,
-        }
-        write_json(folder / _FILE, content)  # the last to appear: edits without it are written again
+        zeroed = [target.name for target in self.zeroed]
+        held = _Held(dict(identity), self.dropped, self.removed, zeroed, maps, dict(self.record))
+        write_json(folder / _FILE, held)  # the last to appear: edits without it are written again
         return Surgery(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A surgery's file; `identity` is of the run that found it, `zeroed` names targets, tensors lie beside it."""
+
+    identity: dict[str, Any]
+    dropped: tuple[int, ...]
+    removed: tuple[str, ...]
+    zeroed: list[str]
+    maps: dict[str, dict[str, Spec]]
+    record: dict[str, Any]
 
 
 def read_surgery(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> Surgery | None:
     """What an interrupted run of the same identity found; None where there is nothing of it."""
-    held = read_json(folder / _FILE)
-    if held is None:
-        return None
-    if held["identity"] != json.loads(json.dumps(identity)):
+    held = read_json(folder / _FILE, _Held)
+    if held is None or held.identity != json.loads(json.dumps(identity)):
         return None
     named = {target.name: target for target in targets}
-    return Surgery(
-        tuple(held["dropped"]),
-        tuple(held["removed"]),
-        tuple(named[name] for name in held["zeroed"]),
-        maps=held["maps"],
-        record=held["record"],
-        folder=folder,
-    )
+    zeroed = tuple(named[name] for name in held.zeroed)
+    return Surgery(held.dropped, held.removed, zeroed, maps=held.maps, record=held.record, folder=folder)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:

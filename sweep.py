@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,14 @@ class Row:
     seconds: float = 0.0
     peak_bytes: int = 0
     commands: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The file of finished rows: what they were asked for, and they."""
+
+    asked: dict[str, Any]
+    rows: list[Row]
 
 
 def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Plan]]:
@@ -235,16 +243,16 @@ def _typed(main: Main, command: list[str], log: Path, threads: str | None) -> No
 
 def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
     path = folder / TABLE
-    held = read_json(path)
+    held = read_json(path, _Table)
     if held is None:
         return {}
-    if held["asked"] != asked:
+    if held.asked != asked:
         raise RequestError(f"{path} is of another sweep (other model, calibration or tasks).", "Give another --out.")
-    return {row["name"]: Row(**row) for row in held["rows"]}
+    return {row.name: row for row in held.rows}
 
 
 def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:
-    write_json(folder / TABLE, {"asked": asked, "rows": [asdict(row) for row in rows.values()]}, indent=2)
+    write_json(folder / TABLE, _Table(asked, list(rows.values())), indent=2)
 
 
 def markdown(rows: Sequence[Row]) -> str:

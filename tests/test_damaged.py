@@ -237,15 +237,16 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
         (("--recipe", "svd-llm", "--set", "allocation=kl"), "nats-*.json"),
     ],
 )
-@pytest.mark.parametrize("left", [b"", b'{"0,1": 0.2, "'])
+@pytest.mark.parametrize("left", [b"", b'{"0,1": 0.2, "', b'{"0,1": {"loss": []}}', b"[1]"])
 def test_what_was_measured_is_asked_for_again_where_its_file_is_damaged(left, settings, kept, model, request_for, tmp_path):
-    """A power cut can leave a file of no bytes under its final name."""
+    """A power cut can leave a file of no bytes under its final name, an editor or another lrc something else."""
     more = ("--statistics", tmp_path / "statistics", *settings)
     lrc_ok(*request_for(model, tmp_path / "first", "--ratio", 0.5, *more))
     file = next((tmp_path / "statistics").glob(kept))
     file.write_bytes(left)
     result = run_lrc(*request_for(model, tmp_path / "second", "--ratio", 0.5, *more))
     assert result.code == 1 and str(file) in result.err and "Delete it" in result.err
+    assert result.err.count("\n") == 2, "what happened, and the remedy"
     file.unlink()
     lrc_ok(*request_for(model, tmp_path / "second", "--ratio", 0.5, *more))
     one, two = (load_all(tmp_path / out) for out in ("first", "second"))
