@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .products import replacements
+from .products import onednn_multiplies, replacements
 
 _FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
 _BACKENDS: Any = torch.backends  # whose types name no precisions
@@ -88,7 +88,7 @@ def float32_products() -> str:
 @functools.cache
 def _onednn_keeps_float32() -> bool:
     """Whether oneDNN, allowed to round the factors of a float32 product to bfloat16, does not: one look at its products."""
-    if not torch.backends.mkldnn.is_available():
+    if not onednn_multiplies(torch.bfloat16):  # torch would go on with MKL
         return False
     before = _ONEDNN.fp32_precision
     _ONEDNN.fp32_precision = _FEWER_BITS

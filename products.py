@@ -22,11 +22,14 @@ _TORCH = nn.functional.linear
 @functools.cache
 def slow_dtypes() -> frozenset[torch.dtype]:
     """The 16-bit dtypes that this processor multiplies by loops."""
+    return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not onednn_multiplies(dtype))
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch gives products of a 16-bit dtype to oneDNN on this processor."""
     onednn: Any = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available():
-        return frozenset({torch.bfloat16, torch.float16})
-    fast = {torch.bfloat16: onednn._is_mkldnn_bf16_supported(), torch.float16: onednn._is_mkldnn_fp16_supported()}
-    return frozenset(dtype for dtype, has in fast.items() if not has)
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return torch.backends.mkldnn.is_available() and bool(getattr(onednn, asked[dtype])())
 
 
 def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
