@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .compress.channels import Pruned
+from .compress.forms import Dense
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,7 +28,7 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
         architecture: the class of the model.
     """
     forms: dict[str, dict[str, Any]] = config.get("quantization_config", {}).get("modules", {})
-    if not forms or any(spec["kind"] != Pruned.kind for spec in forms.values()):
+    if not forms or any(spec["kind"] != Pruned.kind or spec["form"]["kind"] != Dense.kind for spec in forms.values()):
         return dict(config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     whole = _built(plain, kind, architecture)
@@ -41,7 +42,7 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
     (inner, channels), wanted = narrow[0], _shapes(whole)
     for path, spec in forms.items():
         wanted[f"{path}.weight"] = (spec["rows"], spec["columns"])
-        if spec["bias"]:
+        if spec["form"]["bias"]:
             wanted[f"{path}.bias"] = (spec["rows"],)
     for part, key in _entries(plain, inner):
         tried = copy.deepcopy(plain)

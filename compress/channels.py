@@ -12,85 +12,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Solution
 from .feed_forward import READER
-from .forms import MODULES, Form, Spec, build_module
+from .forms import MODULES, Dense, Form, Spec, build_module
 from .offers import Choice, JointOffer, Offer, Shape
 
 
 @dataclass(frozen=True)
 class Pruned(Form):
-    """Some rows and columns of a weight.
-
-    Args:
-        weight: (rows kept, columns kept).
-        rows: (rows kept,) which outputs these are; columns: (columns kept,) which inputs.
-        shape: (out, in) of the whole weight.
-        bias: (rows kept,) or None.
-    """
-
-    kind: ClassVar[str] = "pruned"
-    weight: Tensor
-    rows: Tensor
-    columns: Tensor
-    shape: tuple[int, int]
-    bias: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"weight": self.weight.contiguous()}
-        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
-
-    def dense(self) -> Tensor:
-        """(out, in), zero where rows and columns are gone."""
-        return _in_place(self.weight, self.rows, self.columns, self.shape)
-
-    def spec(self) -> Spec:
-        rows, columns = self.weight.shape
-        return {"kind": self.kind, "rows": rows, "columns": columns, "bias": self.bias is not None}
-
-    def with_bias(self, bias: Tensor | None) -> Pruned:
-        """With the module's own bias (out,), of which the rows that stay are kept."""
-        if bias is None:
-            return self
-        kept = bias.to(self.weight)[self.rows]
-        return replace(self, bias=kept if self.bias is None else self.bias + kept)
-
-    def stored(self, dtype: torch.dtype) -> Pruned:
-        return replace(
-            self,
-            weight=self.weight.to("cpu", dtype).contiguous(),
-            rows=self.rows.cpu(),
-            columns=self.columns.cpu(),
-            bias=None if self.bias is None else self.bias.to("cpu", dtype),
-        )
-
-
-def _in_place(left: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The whole matrix of which these rows and columns are left, zeros elsewhere."""
-    whole = left.new_zeros(shape)
-    whole[rows[:, None], columns] = left
-    return whole
-
-
-class PrunedLinear(nn.Linear):
-    """A linear module with the rows and columns that are left."""
-
-    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(spec["columns"], spec["rows"], spec["bias"], dtype=dtype)
-
-    def dense(self) -> Tensor:
-        """The (rows, columns) matrix that this module multiplies by."""
-        return self.weight
-
-
-MODULES[Pruned.kind] = PrunedLinear
-
-
-@dataclass(frozen=True)
-class PrunedForm(Form):
-    """Some rows and columns of a weight in any form: codes on a grid, say.
+    """Some rows and columns of a weight, in any form: as they are, or codes on a grid, say.
 
     Args:
         form: of the (rows kept, columns kept) matrix; carries the bias of its rows.
@@ -98,7 +30,7 @@ class PrunedForm(Form):
         shape: (out, in) of the whole weight.
     """
 
-    kind: ClassVar[str] = "pruned-form"
+    kind: ClassVar[str] = "pruned"
     form: Form
     rows: Tensor
     columns: Tensor
@@ -109,16 +41,19 @@ class PrunedForm(Form):
 
     def dense(self) -> Tensor:
         """(out, in), zero where rows and columns are gone."""
-        return _in_place(self.form.dense(), self.rows, self.columns, self.shape)
+        left = self.form.dense()
+        whole = left.new_zeros(self.shape)
+        whole[self.rows[:, None], self.columns] = left
+        return whole
 
     def spec(self) -> Spec:
         return {"kind": self.kind, "rows": len(self.rows), "columns": len(self.columns), "form": self.form.spec()}
 
-    def with_bias(self, bias: Tensor | None) -> PrunedForm:
+    def with_bias(self, bias: Tensor | None) -> Pruned:
         """With the module's own bias (out,), of which the rows that stay are kept."""
         return self if bias is None else replace(self, form=self.form.with_bias(bias[self.rows]))
 
-    def stored(self, dtype: torch.dtype) -> PrunedForm:
+    def stored(self, dtype: torch.dtype) -> Pruned:
         return replace(self, form=self.form.stored(dtype), rows=self.rows.cpu(), columns=self.columns.cpu())
 
     @property
@@ -126,7 +61,7 @@ class PrunedForm(Form):
         return self.form.nbytes
 
 
-MODULES[PrunedForm.kind] = lambda spec, n, m, dtype: build_module(spec["form"], spec["columns"], spec["rows"], dtype)
+MODULES[Pruned.kind] = lambda spec, n, m, dtype: build_module(spec["form"], spec["columns"], spec["rows"], dtype)
 
 
 def channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOffer]:
@@ -170,7 +105,7 @@ class ChannelSolution(Solution):
 
     def form(self, choice: Choice) -> Pruned:
         rows, columns = self.left(choice)
-        return Pruned(self.at(rows, columns), rows, columns, (len(self.weight), self.weight.shape[1]))
+        return Pruned(Dense(self.at(rows, columns)), rows, columns, (len(self.weight), self.weight.shape[1]))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(rows, columns) float64, what stands at these."""

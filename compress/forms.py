@@ -56,6 +56,39 @@ class Form(ABC):
 
 
 @dataclass(frozen=True)
+class Dense(Form):
+    """A weight as it is.
+
+    Args:
+        weight: (out, in).
+        bias: (out,) or None.
+    """
+
+    kind: ClassVar[str] = "dense"
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.weight.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "bias": self.bias is not None}
+
+    def with_bias(self, bias: Tensor | None) -> Dense:
+        if bias is None:
+            return self
+        return Dense(self.weight, bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias))
+
+    def stored(self, dtype: torch.dtype) -> Dense:
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        return Dense(self.weight.to("cpu", dtype).contiguous(), bias)
+
+
+@dataclass(frozen=True)
 class LowRank(Form):
     """`weight ≈ left @ right`.
 
@@ -117,7 +150,7 @@ class LowRankLinear(nn.Module):
 # brings a form of its own adds its entry on import
 MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = {
     LowRank.kind: lambda spec, n, m, dtype: LowRankLinear(n, m, spec["rank"], spec["bias"], dtype),
-    "dense": lambda spec, n, m, dtype: nn.Linear(n, m, spec["bias"], dtype=dtype),
+    Dense.kind: lambda spec, n, m, dtype: nn.Linear(n, m, spec["bias"], dtype=dtype),
 }
 
 

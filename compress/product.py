@@ -12,15 +12,15 @@ Source: the order (compress right, refit left on its outputs, compress left) is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .base import GroupStats, Joint, Method, Settings, Solution, TargetStats
-from .channels import Pruned, PrunedForm, gone_biases, pruned_shape
-from .forms import MODULES, Form, LowRank, Spec, build_module
+from .channels import Pruned, gone_biases, pruned_shape
+from .forms import MODULES, Dense, Form, LowRank, Spec, build_module
 from .offers import Choice, JointOffer, Offer, Shape, at_shares
 
 # what can be told of a factor's input from the target's own statistics
@@ -194,7 +194,7 @@ class Chained(Solution):
     def loss(self, choice: Choice) -> float:
         form, gram = self.form(choice), _gram(self.stats)
         error = self.weight.double() - form.dense().double()
-        if isinstance(form, (Pruned, PrunedForm)):
+        if isinstance(form, Pruned):
             error = error[form.rows]  # nobody reads the rows that are gone; the matrix that did answers for them
         return float(((error @ gram) * error).sum())
 
@@ -234,13 +234,13 @@ class Chained(Solution):
         seen = GroupStats(
             group.tokens, _gram(self.stats)[reads[:, None], reads], None if group.mean is None else group.mean[reads]
         )
-        form = self._compress(left.weight, seen, Shape(*left.weight.shape, self.weight.element_size()))  # type: ignore[call-arg]
-        return left if isinstance(form, _Dense) else PrunedForm(form, left.rows, left.columns, left.shape)
+        shape = Shape(len(left.rows), len(left.columns), self.weight.element_size())
+        return replace(left, form=self._compress(left.form.dense(), seen, shape))
 
     def _compress(self, factor: Tensor, group: GroupStats, shape: Shape) -> Form:
         offer = _only(self.second, shape, self.settings)
         if offer.choice.dense:
-            return _Dense(factor)
+            return Dense(factor)
         if group.gram is not None:
             group.mean_square = group.gram.diagonal()
         return self.second.solve(factor, TargetStats(group), self.settings).form(offer.choice)
@@ -263,33 +263,6 @@ def refit(cross: Tensor, gram: Tensor) -> Tensor:
     seen = values > _RANGE * values[-1].clamp_min(0)
     kept = vectors[:, seen]
     return (cross @ kept / values[seen]) @ kept.T
-
-
-@dataclass(frozen=True)
-class _Dense(Form):
-    """A factor that is too small to compress further."""
-
-    kind: ClassVar[str] = "dense"
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"weight": self.weight.contiguous()}
-        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-    def spec(self) -> Spec:
-        return {"kind": self.kind, "bias": self.bias is not None}
-
-    def with_bias(self, bias: Tensor | None) -> _Dense:
-        if bias is None:
-            return self
-        return _Dense(self.weight, bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias))
-
-    def stored(self, dtype: torch.dtype) -> _Dense:
-        return _Dense(self.weight.to("cpu", dtype), None if self.bias is None else self.bias.to("cpu", dtype))
 
 
 def combine(steps: Sequence[tuple[Method, Settings]]) -> tuple[Method, Settings]:

@@ -138,7 +138,7 @@ def test_offers_cost_what_the_forms_weigh_and_losses_fall(case):
             if shapes[i].bias:  # rows that leave take their bias with them: counted where a bias is smaller than it was
                 form = form.with_bias(torch.zeros(shapes[i].out_features))
             form = form.owned_by("somewhere").stored(torch.bfloat16)
-            gone = (shapes[i].out_features - len(form.bias)) * 2 if shapes[i].bias else 0
+            gone = (shapes[i].out_features - len(form.tensors()["bias"])) * 2 if shapes[i].bias else 0
             assert form.nbytes - gone == way.members[i].nbytes
             losses[-1] += solution.loss(way.members[i].choice)
             module = fill_module(build_module(json.loads(json.dumps(form.spec())), *reversed(weights[i].shape)), form.tensors())
@@ -216,8 +216,8 @@ def test_channels_leave_in_the_papers_order(fused):
         whole[np.concatenate([gone, gone + 20])] = 0
         assert np.array_equal(rows, whole)
         bias = torch.arange(len(weights[0]), dtype=torch.float64)
-        assert len(forms[0].with_bias(bias).bias) == channels * (2 if fused else 1)
-        assert not set(gone) & set(forms[0].with_bias(bias).bias.int().tolist())
+        assert len(forms[0].with_bias(bias).form.bias) == channels * (2 if fused else 1)
+        assert not set(gone) & set(forms[0].with_bias(bias).form.bias.int().tolist())
     assert solutions[-1].total == pytest.approx((down**2 * inner**2).sum())
 
 
@@ -252,7 +252,7 @@ def test_channels_leave_one_by_one_and_the_rest_is_least_squares(rows, inner, to
         assert form.columns.tolist() == kept
         assert np.allclose(form.dense().numpy(), expected, atol=1e-7 * np.abs(expected).max())
         assert solutions[1].loss(choice) == pytest.approx(loss, rel=1e-7)
-        assert np.array_equal(solutions[0].form(choice).weight.numpy(), up[kept])
+        assert np.array_equal(solutions[0].form(choice).form.weight.numpy(), up[kept])
         assert solutions[0].loss(choice) == 0
 
 
@@ -275,7 +275,7 @@ def test_a_size_is_the_same_whichever_others_were_asked_for_before():
         alone = solve("nystrom", [down.T.copy(), down], [h, h], ["up", "down"])[1]
         assert several.loss(choice) == alone.loss(choice)
         one, other = several.form(choice), alone.form(choice)
-        assert torch.equal(one.columns, other.columns) and torch.equal(one.weight, other.weight)
+        assert torch.equal(one.columns, other.columns) and torch.equal(one.form.weight, other.form.weight)
 
 
 def test_a_ridge_below_what_rounding_leaves_says_so():
@@ -297,7 +297,7 @@ def test_a_feed_forward_that_saw_nothing_keeps_its_largest_channels():
     largest = sorted(np.argsort(np.linalg.norm(down, axis=0))[-5:].tolist())
     form = solution.form(Choice(channels=5))
     assert form.columns.tolist() == largest
-    assert np.allclose(form.weight.numpy(), down[:, largest])
+    assert np.allclose(form.form.weight.numpy(), down[:, largest])
 
 
 def target(role, group, shape, **more):

@@ -86,8 +86,9 @@ def test_another_entry_of_the_same_value_is_no_obstacle():
     whole = LlamaConfig(vocab_size=96, pad_token_id=95, hidden_size=48, intermediate_size=96, num_hidden_layers=1,
                         num_attention_heads=4).to_dict()  # fmt: skip
     shapes = {"gate_proj": (70, 48), "up_proj": (70, 48), "down_proj": (48, 70)}
+    dense = {"kind": "dense", "bias": False}
     modules = {
-        f"model.layers.0.mlp.{name}": {"kind": "pruned", "rows": rows, "columns": columns, "bias": False}
+        f"model.layers.0.mlp.{name}": {"kind": "pruned", "rows": rows, "columns": columns, "form": dense}
         for name, (rows, columns) in shapes.items()
     }
     config = {"vocab_size": whole.pop("vocab_size"), **whole, "quantization_config": {"modules": modules}}

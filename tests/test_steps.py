@@ -91,7 +91,7 @@ def test_a_second_step_compresses_what_pruned_channels_leave(fused):
     kept = plain[1].columns
     grams = [stats[0].group.gram, h[:, kept].T @ h[:, kept] / 200]
     for form, before, gram, shape, member in zip(forms, plain, grams, shapes, offer.members, strict=True):
-        expected = second.solve(before.weight, TargetStats(GroupStats(200, gram)), grid).form(Choice(bits=4)).dense()
+        expected = second.solve(before.form.weight, TargetStats(GroupStats(200, gram)), grid).form(Choice(bits=4)).dense()
         assert torch.allclose(form.dense()[form.rows[:, None], form.columns].double(), expected.double(), atol=1e-5)
         assert int(form.dense().ne(0).any(1).sum()) <= len(form.rows) and int(form.dense().ne(0).any(0).sum()) <= len(
             form.columns
