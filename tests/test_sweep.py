@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commandline import lrc_ok, run_lrc
 from processes import die, hold
@@ -16,6 +17,12 @@ from lrc.cli import main
 from lrc.errors import SweepError
 from lrc.reading import load_recipe
 from lrc.sweep import Job, Row, _run, run_sweep
+
+
+@pytest.fixture(params=[False, True], ids=["forked", "begun anew"])
+def a_process_each(request, monkeypatch):
+    """Both ways in which a row's process begins: with an accelerator it is not forked."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: request.param)
 
 
 def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -46,7 +53,7 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
     assert refused.code == 2 and "another sweep" in refused.err
 
 
-def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_path):
+def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(a_process_each, tmp_path):
     """The model is no model: both rows fail in processes of their own."""
     with pytest.raises(SweepError) as failed:
         run_sweep("nobody/nothing", [Job(None), Job("svd", 0.2)], tmp_path, main, compress=[], evaluate=["--tasks", "c4"])
@@ -54,7 +61,7 @@ def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_p
     assert "nobody/nothing" in str(failed.value) and "Traceback" not in str(failed.value)
 
 
-def test_a_rows_memory_is_its_own(tmp_path):
+def test_a_rows_memory_is_its_own(a_process_each, tmp_path):
     """Linux hands on to a child, as its peak, what its parent held when it was started."""
     ballast = bytearray(700 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
@@ -62,7 +69,7 @@ def test_a_rows_memory_is_its_own(tmp_path):
     assert seconds > 1 and 200 << 20 < peak < 900 << 20  # with the libraries
 
 
-def test_a_process_that_is_killed_fails_its_row(tmp_path):
+def test_a_process_that_is_killed_fails_its_row(a_process_each, tmp_path):
     with pytest.raises(SweepError, match="ended by signal 9"):
         _run(die, [], tmp_path / "log")
 
