@@ -143,11 +143,14 @@ def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:
 
 
 def _own(name: str, curve: Curve, dense: int) -> Offer:
+    """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller."""
     if curve.preferred is None:
         raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use another allocation than 'own'.")
-    for offer in curve.offers:
-        if offer.choice == curve.preferred:
-            return offer
+    wish = curve.preferred.rank
+    if wish is not None:
+        for offer in curve.offers:
+            if offer.choice.rank is not None and offer.choice.rank >= wish:
+                return offer
     return Offer(Choice(), dense)
 
 

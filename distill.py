@@ -9,8 +9,8 @@ Memory: the compressed model + 12 bytes per trained number (16 where it is store
 activations and logits of one step. Time: some four forwards of the model per trained token, three without gradient
 checkpointing.
 
-Source: KL to the original's logits on the factors alone, a few dozen steps: level 3 of three-level compression (METHODS 3.11
-has the numbers), with the divergence in the place of the text's own next tokens, which generalises better.
+Source: KL to the original's logits on the factors alone, a few dozen steps: level 3 of three-level compression ("Per-Matrix
+Optimality Is Not Enough", 2026), with the divergence in the place of the text's own next tokens, which generalises better.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ def _why_dense(target: Target, choice: Choice, scope: _Scope) -> str:
         return ""
     if scope.idle:
         return "the recipe compresses no matrix"
-    return "nothing that the method offers is smaller, or the budget leaves it whole"
+    return "nothing that the method offers is smaller, or the budget (with allocation own the method) leaves it whole"
 
 
 def _identify(view: ModelView) -> dict[str, Any]:

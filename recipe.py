@@ -97,7 +97,7 @@ class Recipe(Steps):
         allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
             each target would lose (docs/allocation.md).
         allocation_settings: of a rule that has some (`lrc recipe rules`).
-        rank_multiple: ranks are rounded down to a multiple of this.
+        rank_multiple: ranks are multiples of this; a budget rounds them down, `own` rounds up what the method asks for.
         propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
             compressed (sequential).
         correction: of the matrices for the inputs that they will see; with `propagate: compressed`.

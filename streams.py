@@ -2,14 +2,16 @@
 
 Both go through the layers together, so that a compressed layer can be held to the original's output on the same tokens:
 
-* `correct` regresses every matrix on the inputs that it will really see (`propagate: compressed` alone compresses the original
-  matrix on them): R = W (Ĉ + β D)(Ĉ + λ I)⁻¹ with Ĉ = E[x̂ x̂ᵀ] and D = E[(x - x̂) x̂ᵀ], x the original's input and x̂ the
-  compressed model's. β = 1 aims at the original's output, β = 0 at W x̂. The method then compresses R. Which β is taken, or
-  none, is chosen for each layer by its error on held-out tokens. Matrices that stay dense are corrected too, for nothing.
+* `correct` regresses every matrix on what the compressed layers before its own give it (`propagate: compressed` alone
+  compresses the original matrix on that): R = W (Ĉ + β D)(Ĉ + λ I)⁻¹ with Ĉ = E[x̂ x̂ᵀ] and D = E[(x - x̂) x̂ᵀ], x the original's
+  input and x̂ the compressed model's (`regressed` says where the ridge stands). β = 1 aims at the original's output, β = 0 at
+  W x̂. The method then compresses R. Which β is taken, or none, is chosen for each layer by its error on held-out tokens.
+  Matrices that stay dense are corrected too, for nothing.
 * `refine_block` (refine.py) trains what the layer stores, its norms and its biases.
 
 Source: the dual-input objective of AA-SVD (arXiv 2604.02119, theorem 3.2) and SAES-SVD (arXiv 2602.03051); choosing by held-out
-block error, and "none" among the choices, is lrc's: independent reproductions saw such refits explode (METHODS 3.9).
+block error, and "none" among the choices, is lrc's: independent reproductions (LowRankArena, arXiv 2608.26389) saw
+such refits explode.
 """
 
 from __future__ import annotations
@@ -107,10 +109,10 @@ def _inputs(layer: nn.Module, name: str, targets: Sequence[Target]) -> Iterator[
 
 
 def regressed(weight: Tensor, gram: Tensor, cross: Tensor, beta: float, damping: float) -> Tensor:
-    """`W (Ĉ + β D)(Ĉ + λ I)⁻¹` in float64, λ = damping · the mean of Ĉ's diagonal, made so that β = 0 changes nothing.
+    """`W + β W D (Ĉ + λ I)⁻¹` in float64, λ = damping · the mean of Ĉ's diagonal.
 
-    With β = 0 the regression of W x̂ on x̂ is W itself wherever x̂ has energy; shrinking it by the ridge would only lose, so the
-    ridge is put on both sides: W + β W D (Ĉ + λ I)⁻¹.
+    `W (Ĉ + β D)(Ĉ + λ I)⁻¹` with the ridge on both sides: with β = 0 the regression of W x̂ on x̂ is W itself wherever x̂ has
+    energy, and shrinking it would only lose.
 
     Args:
         weight: (out, in).

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..compress import experts
 from ..compress.base import FORWARD_NEEDS, GroupStats, TargetStats
+from ..compress.forms import linear_weight
 from ..errors import NonFiniteError
 
 _BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed
@@ -81,7 +82,10 @@ class MeanVector:
 
 
 class PeakMean:
-    """Largest over calibration samples of the sample's mean |x|, (n,) float32; no matter how samples are batched."""
+    """Largest over calibration samples of the sample's mean |x|, (n,) float32; no matter how samples are batched.
+
+    An expert's tokens come without their samples: a batch of them counts as one.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens, self.value = 0, torch.zeros(width, device=device)
@@ -204,8 +208,8 @@ class LayerCollector:
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            bias = getattr(module, "bias", None)
-            y = output if bias is None else output - bias
+            # taking a large bias off again would leave what rounding has left of the rest
+            y = output if getattr(module, "bias", None) is None else nn.functional.linear(args[0], linear_weight(module))
             self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]).float())
 
         return hook

@@ -5,7 +5,7 @@ the mean of the layers' grams: every row of every layer is a sum of s of the sam
 of them.
 
 When to use: as `cospadi`, where its time can be paid; published results are better than those of `cospadi` at the same bytes
-(Llama-2-7B at 0.2: word perplexity 11.7 against 20.2).
+(Llama-2-7B at 0.2: word perplexity 11.73 against 15.97).
 
 Cost: that of `cospadi` on a stack of `layers` targets. Statistics: a gram (in, in) per group, kept on disk.
 

@@ -8,7 +8,8 @@ When to use: to compare with published results. `qera-approx` costs the same and
 Cost: one SVD per target; statistics: (in,) per group.
 
 Source: Zhang et al., LQER, arXiv 2402.02446, §3.2 (eq. 12 to 14). Differences from the authors' code: the largest mean is
-taken over samples, not over batches, so that it does not depend on how samples are batched; a channel that never fires has the
+taken over samples, not over batches, so that it does not depend on how samples are batched (of an
+expert, whose tokens are of no known sample, it is taken over batches); a channel that never fires has the
 scale of the weakest one that does, in the place of 1e-4; bits are counted per number of the original weight.
 """
 

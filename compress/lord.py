@@ -3,8 +3,9 @@
 Minimises E‖W x - (W' x + b)‖² over all W' of rank k and all b: `W' = U Uᵀ W` with U the leading eigenvectors of the outputs'
 covariance, `b = (I - U Uᵀ) E[W x]`. Centring without the bias is no method but a mistake: the mean itself is then squeezed.
 
-When to use: wherever inputs have a mean, it is never worse than `svd-llm` at the same rank, for one number per output.
-Stored in groups' own dtype; a target that has no bias gets one, and pays for it in the budget.
+When to use: where the error of the outputs is what counts: on calibration's inputs it is never larger than `svd-llm`'s at the
+same rank, for one number per output. Perplexity can be worse all the same (docs/table.md): measure both. Stored in groups' own
+dtype; a target that has no bias gets one, and pays for it in the budget.
 
 Cost: that of `svd-llm`. Statistics: a gram (input or output side) and the mean of the inputs.
 

@@ -15,8 +15,8 @@ class Choice:
         rank: of the low-rank part.
         bits: of the quantized weight, or of a quantized remainder beside a low-rank part.
         factor_bits: of the low-rank factors; None stores them in the checkpoint's own dtype.
-        atoms: columns of a dictionary.
-        nonzeros: coefficients kept in each column of its codes.
+        atoms: rows of a dictionary.
+        nonzeros: coefficients kept in a row of its codes, on average.
         way: number of the alternative that it belongs to, where a recipe names several methods.
         channels: inner channels of a feed-forward that stay.
     """

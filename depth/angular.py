@@ -1,10 +1,12 @@
-"""Angular distance: the contiguous run of layers across which the last token's hidden state turns least goes.
+"""Angular distance: the contiguous run of layers across which the hidden state turns least goes.
 
-The distance of a run from layer l of length n is E[arccos(cos(x_l, x_{l+n}))] / π over samples, at each sample's last token.
+The distance of a run from layer l of length n is E[arccos(cos(x_l, x_{l+n}))] / π: `angular` takes it at each sample's last
+token, `angular-all` at every token.
 
 When to use: as the published baseline; read the warning in base.py. Cost: one forward over a few tokens.
 
-Source: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887.
+Source: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887: the last token. All tokens: Chen
+et al., LLM-Streamline, arXiv 2403.19135, which take the mean cosine, where here it is the mean angle.
 """
 
 from __future__ import annotations
@@ -20,14 +22,24 @@ from .base import score
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Mean angle between (samples, length, hidden) states at the last token, as a part of half a turn."""
-    cosine = torch.cosine_similarity(x[:, -1].double(), y[:, -1].double(), dim=-1)
+    """Mean angle between states (…, hidden), as a part of half a turn."""
+    cosine = torch.cosine_similarity(x.double(), y.double(), dim=-1)
     return float(torch.arccos(cosine.clamp(-1, 1)).mean()) / math.pi
 
 
 @score("angular", source="arXiv 2403.17887", by_cosine=True, one_run=True)
 def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
-    """The run of `count` neighbouring candidates with the least angular distance across it."""
+    """The run of `count` neighbouring candidates across which samples' last tokens turn least."""
+    return _run([states[:, -1] for states in boundaries], candidates, count)
+
+
+@score("angular-all", source="arXiv 2403.19135", by_cosine=True, one_run=True)
+def choose_by_all(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+    """The run of `count` neighbouring candidates across which all tokens turn least, on average."""
+    return _run(boundaries, candidates, count)
+
+
+def _run(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
     open_layers = set(candidates)
     starts = [first for first in candidates if all(first + offset in open_layers for offset in range(count))]
     if not starts:

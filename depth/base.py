@@ -97,12 +97,14 @@ class Repair:
         source: the paper it comes from.
         on: what it changes: `stream`: the hidden state where the run was; `branch`: what the last branch before the run
             adds to it; `layer`: one layer of the run stays and stands in for it; `end`: norm, head and the last layers.
+        damped: whether it is fitted by least squares, which damping pulls towards leaving the state as it is.
     """
 
     name: str
     make: Callable[..., Any]
     source: str
     on: Literal["stream", "branch", "layer", "end"]
+    damped: bool = False
 
     @property
     def trained(self) -> bool:
@@ -160,11 +162,13 @@ def score(
     return register
 
 
-def repair(name: str, *, source: str, on: Literal["stream", "branch", "layer", "end"]) -> Callable[[F], F]:
+def repair(
+    name: str, *, source: str, on: Literal["stream", "branch", "layer", "end"], damped: bool = False
+) -> Callable[[F], F]:
     """Register a function as the repair `name`."""
 
     def register(make: F) -> F:
-        _REPAIRS[name] = Repair(name, make, source, on)
+        _REPAIRS[name] = Repair(name, make, source, on, damped)
         return make
 
     return register

@@ -6,7 +6,8 @@ from those of the whole model. No label is read: what is kept is the model's own
 When to use: with `granularity: sub-layer`, where more of the attention than of the feed-forward can be spared; with whole
 layers too. Cost: as `sleb`, with twice as many parts.
 
-Source: Zhang et al., FinerCut, arXiv 2405.18218 (§3; of its three measures of the outputs' change the divergence).
+Source: Zhang et al., FinerCut, arXiv 2405.18218 (§3). Of its measures of the outputs' change the authors'
+configurations take the Jensen-Shannon divergence; here it is Kullback and Leibler's, in nats, as everywhere in lrc.
 """
 
 from __future__ import annotations

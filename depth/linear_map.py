@@ -20,7 +20,10 @@ from .base import repair
 
 
 class LeastSquares:
-    """argmin over D (and b) of E‖x + D x + b - y‖² + damping · mean diagonal of E x xᵀ · ‖D‖², from running sums in float64."""
+    """argmin over D (and b) of E‖x + D x + b - y‖² + damping · mean diagonal of E x xᵀ · ‖D‖², from running sums in float64.
+
+    With b, which is not damped, the gram of the centred x takes the place of E x xᵀ.
+    """
 
     def __init__(self, width: int, damping: float, bias: bool) -> None:
         self._damping, self._bias, self._tokens = damping, bias, 0
@@ -46,7 +49,7 @@ class LeastSquares:
         return matrix, residual - matrix @ x if self._bias else None
 
 
-@repair("linear-map", source="arXiv 2405.12250", on="stream")
+@repair("linear-map", source="arXiv 2405.12250", on="stream", damped=True)
 def fit(width: int, damping: float) -> LeastSquares:
     """Least squares with a bias."""
     return LeastSquares(width, damping, bias=True)

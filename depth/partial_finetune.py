@@ -4,7 +4,7 @@ The layers before them do not change, so their outputs are computed once, stream
 (training it would change the embedding). The checkpoint stays plain.
 
 When to use: with `last`, for which it was published as hard to beat; it needs text like that the model is for. Cost: the last
-three layers and the head in memory with 16 bytes per number, and three forwards of them per token and epoch.
+three layers and the head in memory with 20 bytes per number, and three forwards of them per token and epoch.
 
 Source: Lu et al., Reassessing Layer Pruning in LLMs, arXiv 2411.15558 (§4: learning rate 1e-5, two epochs, 64 × 256 tokens).
 """

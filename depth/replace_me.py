@@ -17,7 +17,7 @@ from .base import repair
 from .linear_map import LeastSquares
 
 
-@repair("replace-me", source="arXiv 2505.02819", on="branch")
+@repair("replace-me", source="arXiv 2505.02819", on="branch", damped=True)
 def fit(width: int, damping: float) -> LeastSquares:
     """Least squares without a bias."""
     return LeastSquares(width, damping, bias=False)

@@ -73,8 +73,9 @@ class DepthSpec(BaseModel):
         if repair is not None and repair.on == "layer" and not score.one_run:
             able = ", ".join(name for name, each in scores().items() if each.one_run)
             raise ValueError(f"repair {self.repair} stands in for one run of neighbours; take score {able}")
-        if self.damping and (repair is None or repair.trained):
-            raise ValueError(f"damping is of a fitted repair, and repair is {self.repair}")
+        if self.damping and not (repair is not None and repair.damped):
+            able = ", ".join(name for name, each in repairs().items() if each.damped)
+            raise ValueError(f"repair {self.repair} has no use for damping; those by least squares do: {able}")
         if self.training != Training() and (repair is None or not repair.trained):
             raise ValueError(f"training is of a trained repair, and repair is {self.repair}")
         return self

@@ -137,6 +137,17 @@ def test_angular_takes_the_run_that_turns_the_last_token_least():
     assert scores()["angular"].choose(states, range(6), 2) == [1, 2]
 
 
+def test_angular_of_all_tokens_is_not_misled_by_the_last_one():
+    states = [torch.zeros(2, 5, 4) for _ in range(7)]
+    for state, angle, last in zip(
+        states, [0.0, 0.9, 1.5, 1.6, 1.7, 2.3, 3.0], [0.0, 0.1, 0.2, 0.9, 1.8, 2.4, 3.1], strict=True
+    ):
+        state[..., 0], state[..., 1] = np.cos(angle), np.sin(angle)
+        state[:, -1, 0], state[:, -1, 1] = np.cos(last), np.sin(last)
+    assert scores()["angular"].choose(states, range(6), 2) == [0, 1]
+    assert scores()["angular-all"].choose(states, range(6), 2) == [2, 3]
+
+
 def test_linearity_refuses_too_few_tokens(tiny_checkpoints, tiny_text_file, tmp_path):
     with pytest.raises(Exception, match="needs 96 tokens"):
         compress(

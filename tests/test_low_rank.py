@@ -228,3 +228,13 @@ def test_sizes_of_the_methods_own_and_of_the_budget_through_the_pipeline(
     assert record["bytes"]["targets_after"] == plan.targets_after
     assert any(target["error"] and target["error"] > 0 for target in record["targets"])
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+
+
+def test_a_rank_of_the_methods_own_is_rounded_up_to_one_that_is_offered(tiny_checkpoints, tiny_text_file, tmp_path):
+    """Dense would hold what was asked for too, and save nothing."""
+    model, wish = tiny_checkpoints("llama"), {"settings__keep": 0.8, "settings__multiple": 1}
+    plain = compress(model, tmp_path / "plain", tiny_text_file, "energy", **wish)
+    found = compress(model, tmp_path / "out", tiny_text_file, "energy", rank_multiple=8, **wish)
+    ranks = [(before.choice.rank, after.choice.rank) for before, after in zip(plain.steps, found.steps, strict=True)]
+    assert all(before is not None and after == -(-before // 8) * 8 for before, after in ranks)
+    assert any(before % 8 for before, _ in ranks)

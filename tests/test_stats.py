@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -16,9 +17,11 @@ from lrc.calibrate.data import Calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, wanted
 from lrc.compress.base import FORWARD_NEEDS
+from lrc.compress.forms import linear_weight
 from lrc.errors import NonFiniteError
 from lrc.locate import locate
 from lrc.model import ModelView, Target
+from lrc.numerics import full_precision
 from lrc.verify import verify
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def seen(checkpoint, tokens=TOKENS):
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_pre_hook(keep(path))
-    with torch.no_grad():
+    with torch.no_grad(), full_precision:  # the same products, so that the last digit of an activation is the same
         model(tokens)
     return model, inputs
 
@@ -104,6 +107,27 @@ def test_the_second_moment_of_the_outputs_leaves_the_bias_out(family, tiny_check
             assert_close(stats.output_gram, expected, 2e-5, name)
             sides.add("output")
     assert sides == {"input", "output"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_large_bias_costs_the_second_moment_of_the_outputs_no_digits(family, tiny_checkpoints, tmp_path):
+    """In 16 bits, what rounding leaves of W x + b is little where b is large."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints(family), dtype=torch.bfloat16)
+    biased = [module for name, module in model.named_modules() if name.endswith(("mlp.c_proj", "fc2"))]
+    for module in biased:
+        module.bias.data.normal_(generator=torch.Generator().manual_seed(3)).mul_(100)
+    assert len(biased) == 3
+    model.save_pretrained(tmp_path / "model")
+    for file in tiny_checkpoints(family).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    both = collected(tmp_path / "model", tmp_path / "both", {"gram", "output_gram"})
+    checked = 0
+    for name, stats in collected(tmp_path / "model", tmp_path / "one", {"output_gram"}).items():
+        if stats.output_gram is not None:
+            weight = linear_weight(model.get_submodule(name)).double()
+            assert_close(stats.output_gram, (weight @ both[name].group.gram.double() @ weight.T).detach().numpy(), 0.02, name)
+            checked += 1
+    assert checked >= 3
 
 
 def test_experts_are_told_by_the_tokens_that_the_router_sent_them(tiny_checkpoints, tmp_path):
