@@ -86,7 +86,7 @@ def devices_of(text: str) -> list[Any]:
     import torch
 
     count = torch.cuda.device_count()
-    if text == "auto":
+    if text.strip() == "auto":
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
     devices = []
     for part in text.split(","):
@@ -94,7 +94,7 @@ def devices_of(text: str) -> list[Any]:
             device = torch.device(part.strip())
         except RuntimeError:
             device = None
-        if device is None or device.type not in ("cpu", "cuda"):
+        if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
             raise RequestError(f"'{part}' is no device for lrc.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.")
         if device.type == "cuda":
             device = torch.device("cuda", device.index or 0)

@@ -8,7 +8,8 @@ import typer
 
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable; flags win."),
 ]
 
 

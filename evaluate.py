@@ -299,7 +299,7 @@ def _token_perplexity(model: PreTrainedModel, text: _Text, batch_size: int, prog
     if nll > math.log(torch.finfo(torch.float64).max):
         raise EvaluationError(
             f"{text.metric}: {nll:.6g} nats per token on average; its exponential is no finite number.",
-            "The model is broken; check its weights with lrc verify.",
+            "The model is broken. A result of lrc's is checked by lrc verify.",
         )
     value = math.exp(nll)
     # Per token, so that the windows' spread is that of the quantity whose exponential is reported.

@@ -205,7 +205,8 @@ def _finite_logits(model: torch.nn.Module, name: str) -> Iterator[None]:
         if not all(extreme.isfinite() for extreme in torch.aminmax(output.logits)):
             raise NonFiniteError(
                 f"{name}: logits that are not finite ({str(output.logits.dtype).removeprefix('torch.')}).",
-                "Try --dtype float32 or bfloat16; if that does not help, the weights are broken: lrc verify checks them.",
+                "Try another --dtype (float16 overflows first); if that does not help, the weights are broken "
+                "(lrc verify checks those of a compressed checkpoint).",
             )
 
     hook = model.register_forward_hook(check)

@@ -50,7 +50,8 @@ def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: 
                 raise NonFiniteError(
                     f"{task}: the logits after token {start + position + 1} of window {first + row + 1} are not finite "
                     f"({str(logits.dtype).removeprefix('torch.')}).",
-                    "Try --dtype float32 or bfloat16; if that does not help, the weights are broken: lrc verify checks them.",
+                    "Try another --dtype (float16 overflows first); if that does not help, the weights are broken "
+                    "(lrc verify checks those of a compressed checkpoint).",
                 )
             total += _summed(logits, ids[:, start + 1 : stop + 1].to(logits.device))
     return total

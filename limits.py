@@ -16,6 +16,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -38,12 +39,12 @@ class Limit(BaseModel):
 
     min: float | None = Field(None, gt=0, le=1)
     max: float | None = Field(None, gt=0, le=1)
-    rank: int | float | None = None
+    rank: int | float | None = Field(None, allow_inf_nan=False)
 
-    @field_validator("rank")
+    @field_validator("rank", mode="before")
     @classmethod
-    def _a_rank(cls, rank: int | float | None) -> int | float | None:
-        if rank is not None and (rank <= 0 or (isinstance(rank, float) and rank >= 1)):
+    def _a_rank(cls, rank: Any) -> Any:
+        if isinstance(rank, bool) or (isinstance(rank, int | float) and (rank <= 0 or (isinstance(rank, float) and rank >= 1))):
             raise ValueError("must be a whole number from 1 on, or a fraction of the full rank between 0 and 1")
         return rank
 

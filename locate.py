@@ -68,10 +68,10 @@ class Location:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # the library of the tokenizers raises plain ones
             raise ModelError(
-                f"{self.name}: no tokenizer could be read: {str(error).splitlines()[0]}",
-                "Put the tokenizer files beside the weights.",
+                f"{self.name}: no tokenizer could be read: {one_line(error)}",
+                "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library.",
             ) from error
 
     def files(self, code: bool = False) -> list[Path]:

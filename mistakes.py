@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
 from pydantic import BaseModel, ValidationError
 
 from .errors import LrcError, did_you_mean
@@ -11,9 +15,10 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     """One line per mistake, in the user's words."""
     lines = []
     for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
+        path = _named(model, item["loc"])
+        key = prefix + ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'. {_nearest(model, item['loc'])}")
+            lines.append(f"unknown key '{key}'. {_nearest(model, path)}".rstrip())
         elif item["type"] == "settings":
             lines += item["ctx"]["problems"]
         elif item["type"] == "missing":
@@ -26,19 +31,57 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     return lines
 
 
-def _nearest(model: type[BaseModel], path: tuple[int | str, ...]) -> str:
-    word, fields = str(path[-1]), _fields_at(model, path[:-1])
-    deeper = [f"{field}.{word}" for field in fields if word in _fields_at(model, (*path[:-1], field)) and word not in fields]
-    if deeper:
-        return f"Did you mean '{deeper[0]}'?"
+def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | str]:
+    """A path without the names of the kinds that were tried, which pydantic puts after a key that may be of several."""
+    kind: Any = model
+    found = []
+    for part in path:
+        inner = _inner(kind, part)
+        if inner is None and isinstance(part, str) and get_origin(kind) in (Union, UnionType):
+            kind = next((each for each in get_args(kind) if part.startswith(getattr(each, "__name__", "?"))), kind)
+            continue
+        kind = inner
+        found.append(part)
+    return found
+
+
+def _nearest(model: type[BaseModel], path: Sequence[int | str]) -> str:
+    word, inner = str(path[-1]), _model_at(model, path[:-1])
+    if inner is None:
+        return ""
+    fields = _fields(inner)
+    deeper = [name for name, kind in fields.items() if (held := _one_model(kind)) and word in _fields(held)]
+    if deeper and word not in fields:
+        return f"Did you mean '{deeper[0]}.{word}'?"
     return did_you_mean(word, fields) if fields else "It takes no settings."
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model at a path of keys and numbers of entries inside another one; None where it cannot be told."""
+    kind: Any = model
     for part in path:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return list(model.model_fields)
-        model = inner
-    return list(model.model_fields)
+        kind = _inner(kind, part)
+    return _one_model(kind)
+
+
+def _inner(kind: Any, part: int | str) -> Any:
+    """The annotation of what a value of an annotated kind holds under a key; None where it cannot be told."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return _fields(kind).get(str(part))
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is dict:
+        return args[1]
+    if origin in (tuple, list) and isinstance(part, int):
+        return args[0]
+    return next((found for each in args if (found := _inner(each, part)) is not None), None)
+
+
+def _one_model(kind: Any) -> type[BaseModel] | None:
+    """The model that a kind is, or is where it is not None."""
+    found = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return found[0] if len(found) == 1 and get_origin(kind) not in (dict, tuple, list) else None
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """The keys of a model as they are written, with their annotations."""
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from . import amount
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, one_line
 from .mistakes import problems_of
 from .recipe import Recipe
 
@@ -45,6 +45,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     """
     where, text = read_recipe(name)
     data = _parse(where, text)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
     problems: list[str] = []
     for item in settings:
         key, equals, value = item.partition("=")
@@ -52,15 +53,14 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
             problems.append(f"--set '{item}': write KEY=VALUE, such as --set calibration.samples=64")
             continue
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            problems.append(f"--set '{item}': the value is not YAML: {str(error).splitlines()[0]}")
+            parsed = yaml.load(value, _Loader)
+        except _NOT_YAML as error:
+            problems.append(f"--set '{item}': the value is not YAML: {one_line(error)}")
             continue
         problems += _put(data, key, parsed)
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            problems += _put(data, key, value)
-    asked = {item.partition("=")[0] for item in settings} | {k for k, value in (overrides or {}).items() if value is not None}
+    for key, value in given.items():
+        problems += _put(data, key, value)
+    asked = {item.partition("=")[0] for item in settings} | set(given)
     if asked & set(amount.WAYS):  # a budget on the command line takes the place of the file's, however that says it
         for way in set(amount.WAYS) - asked:
             data.pop(way, None)
@@ -93,6 +93,9 @@ def read_recipe(name: str) -> tuple[str, str]:
         raise RecipeError(name, [f"cannot be read: {error}"]) from error
 
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date of month 13, 0x_, brackets a thousand deep
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which by itself would silently take the last of two equal keys."""
 
@@ -106,18 +109,24 @@ class _Loader(yaml.SafeLoader):
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(data, dict):
         raise RecipeError(where, ["a recipe is a mapping of keys to values, such as 'method: svd-llm'"])
     return data
 
 
+def _entries(held: list[Any]) -> str:
+    return f"entries 0 to {len(held) - 1}" if held else "none"
+
+
 def _put(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
     *path, last = dotted.split(".")
     at: Any = data
     for index, part in enumerate(path):
-        if isinstance(at, list) and part.isdigit() and int(part) < len(at):
+        if isinstance(at, list):
+            if not part.isdigit() or int(part) >= len(at):
+                return [f"'{dotted}': '{'.'.join(path[:index])}' has no entry '{part}'; it has {_entries(at)}"]
             at = at[int(part)]
         elif isinstance(at, dict):
             at = at.setdefault(part, {})

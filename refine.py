@@ -70,7 +70,7 @@ class EndToEndSettings(TrainingSettings):
             time, and memory for the activations of one layer only.
     """
 
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     steps: int = Field(default=60, ge=1)
     every: int = Field(default=10, ge=1)
     length: int | None = Field(default=None, ge=2)

@@ -43,12 +43,12 @@ class TrainingSettings(Settings):
         seed: of the order of the batches.
     """
 
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     batch_tokens: int = Field(default=8192, ge=1)
     patience: int = Field(default=2, ge=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     precision: Literal["model", "bfloat16"] = "model"
     seed: int = 0
 

@@ -208,7 +208,7 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
 def _existing(source: Source) -> Path:
     path = source.path
     assert path is not None
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         if not os.access(path, os.R_OK):
             raise CalibrationError(f"{source.text}: no permission to read {path}.")
         return path

@@ -26,6 +26,7 @@ from .offers import Choice, JointOffer, Offer, Shape, at_shares
 # what can be told of a factor's input from the target's own statistics
 DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
 _ALWAYS = frozenset({"gram"})  # what the inputs of factors, and the second step's metric, are derived from
+_ANY = Shape(512, 512, 2)  # steps that do not fit each other do so at no shape
 _HELD = 3  # forms of a target that are kept, since a loss is asked for and then the form
 _RANGE = 1e-10  # eigenvalues below this part of the largest one are no information about the input
 
@@ -266,8 +267,14 @@ def refit(cross: Tensor, gram: Tensor) -> Tensor:
 
 
 def combine(steps: Sequence[tuple[Method, Settings]]) -> tuple[Method, Settings]:
-    """One method out of a recipe's one or two steps, with its settings."""
+    """One method out of a recipe's one or two steps, with its settings.
+
+    Raises:
+        ValueError: the second step cannot follow the first one, or leaves the size of what it stores open.
+    """
     if len(steps) == 1:
         return steps[0]
     (first, first_settings), (second, second_settings) = steps
-    return chain(first, second), ChainSettings(first=first_settings, second=second_settings)
+    both, settings = chain(first, second), ChainSettings(first=first_settings, second=second_settings)
+    both.offers(_ANY, settings, 1)
+    return both, settings

@@ -129,11 +129,11 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     epochs: int | None = Field(default=None, ge=1)
     batch_tokens: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
-    weight_decay: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def filled(self, **defaults: float) -> Training:
         """The same with defaults where nothing was given."""
