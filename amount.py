@@ -94,6 +94,15 @@ def rise_of(value: Any) -> float:
     return rise
 
 
+def said(amounts: Mapping[str, Any], ratio: float | None) -> str:
+    """What was asked for, in words, with the ratio that it comes to."""
+    if amounts["bits"] is not None:
+        return f"{amounts['bits']:g} bits per weight (ratio {ratio:g})"
+    if amounts["size"] is not None:
+        return f"a size of {amounts['size']:,} bytes (ratio {ratio:g})"
+    return f"ratio {ratio:g}" if ratio is not None else "no ratio"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search has found.

@@ -45,13 +45,16 @@ def require_ratio(ratio: float) -> None:
         raise BudgetError(f"The ratio {error} (got {ratio:g})") from None
 
 
-def uniform(offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | None) -> dict[str, Offer]:
+def uniform(
+    offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | None, asked: str | None = None
+) -> dict[str, Offer]:
     """Every target keeps 1 - ratio of its bytes: the largest offer that fits, or dense where that is no saving.
 
     Args:
         offers: target -> (its bytes when dense, what its method offers, ascending in bytes).
         ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense. None takes the only offer
             of methods whose settings fix the size.
+        asked: what was asked for, for the error; a ratio where nothing is said.
 
     Returns:
         target -> the offer; a dense one has an empty `Choice` and the dense bytes.
@@ -80,8 +83,8 @@ def uniform(offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | No
             starved.append(f"{name} ({dense:,} bytes)")
     if starved:
         raise BudgetError(
-            f"At ratio {ratio:g}, {len(starved)} targets have no form that is small enough, {starved[0]} first.",
-            "Lower the ratio or rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
+            f"At {asked or f'ratio {ratio:g}'}, {len(starved)} targets have no form that is small enough, {starved[0]} first.",
+            "Ask for less to go, lower rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
         )
     return chosen
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +28,7 @@ from .arguments import (
     require_writable,
 )
 from .cli_recipe import Set, recipe_app
-from .errors import LrcError, OutputError
+from .errors import CalibrationError, LrcError, RequestError
 
 if TYPE_CHECKING:
     from .planned import Plan
@@ -102,7 +104,9 @@ def compress(
     view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     print_plan(plan)
     if dry_run:
+        _note_calibration(view, plan)
         return
+    _require_calibration_fits(view, plan)
     from .calibrate.data import NO_TEXT, load_calibration
     from .generate import generator
     from .run import execute, prepare
@@ -112,26 +116,22 @@ def compress(
         writer = generator(model, view.dtype, devices[0], trust_remote_code)
         texts = load_calibration(plan.recipe.calibration, view.location.tokenizer(trust_remote_code), writer)
         print_calibration(texts)
-    try:
-        with Progress(plan) as progress:
-            if plan.recipe.max_ppl_increase is not None:
-                from .search import search
+    with interruptible("the same command continues"), Progress(plan) as progress:
+        if plan.recipe.max_ppl_increase is not None:
+            from .search import search
 
-                plan = progress.plan = search(
-                    plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
-                )
-                restart = False  # the search has done it
-            final, held = prepare(
+            plan = progress.plan = search(
                 plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
             )
-            progress.plan = final
-            done = execute(
-                final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, refined=progress.refined,
-                statistics=held,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        print("lrc: interrupted; the same command continues.", file=sys.stderr)
-        raise typer.Exit(130) from None
+            restart = False  # the search has done it
+        final, held = prepare(
+            plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
+        )
+        progress.plan = final
+        done = execute(
+            final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, refined=progress.refined,
+            statistics=held,
+        )  # fmt: skip
     if not done:
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return
@@ -145,6 +145,7 @@ def plan(
     ratio: Ratio = None,
     bits: Bits = None,
     size: Size = None,
+    max_ppl_increase: Rise = None,
     calibration: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
@@ -156,13 +157,14 @@ def plan(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every target and everything that is kept.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Print what `lrc compress` would do; reads headers only."""
+    """Print what `lrc compress` would do; reads headers, and one layer's weights where halves of layers may go."""
     from .report import print_plan
 
-    amounts = {"ratio": ratio, "bits": bits, "size": size}
+    amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
     overrides = amounts | _overrides(propagate, calibration, samples, length, seed)
-    _, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
+    view, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
     print_plan(made, verbose=verbose)
+    _note_calibration(view, made)
 
 
 @app.command("eval")
@@ -189,12 +191,10 @@ def evaluate_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
-    import json
-
     from .artifact import RECORD, read_record
-    from .evaluate import measure, results_json
+    from .evaluate import measure, refuse_calibration_text
     from .load import open_model
-    from .report import print_results
+    from .results import reporting
     from .tasks import check_positions, prepare
 
     if json_file is not None:
@@ -213,22 +213,16 @@ def evaluate_command(
     if request.texts:
         for location in found[: len(models)]:
             check_positions(location.config(trust_remote_code), length)
-    loader = partial(open_model, dtype=dtype_of(dtype), device=device.strip(), trust_remote_code=trust_remote_code)
-    measured = {}
-    for name in models:
-        provenance: list[dict[str, Any]] = []
-        if (Path(name) / RECORD).is_file():
-            provenance = read_record(Path(name))["calibration"]["provenance"]
-        measured[name] = measure(
-            *loader(name), request, calibration_provenance=provenance, allow_calibration_text=allow_calibration_text
-        )
-    print_results(model, measured[model], baseline, measured.get(baseline or ""))
-    if json_file is not None:
-        whole = results_json(model, measured[model], measured.get(baseline or ""), baseline)
-        try:
-            json_file.write_text(json.dumps(whole, indent=2) + "\n")
-        except OSError as error:
-            raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
+    seen = [read_record(Path(name))["calibration"]["provenance"] if (Path(name) / RECORD).is_file() else [] for name in models]
+    for name, provenance in zip(models, seen, strict=True):
+        if not allow_calibration_text:
+            refuse_calibration_text(request, provenance, name)
+    with interruptible("what was measured is above"), reporting(models, json_file) as measured:
+        for name, provenance, results in zip(models, seen, measured, strict=True):
+            measure(
+                *open_model(name, dtype=dtype_of(dtype), device=device.strip(), trust_remote_code=trust_remote_code), request,
+                calibration_provenance=provenance, allow_calibration_text=allow_calibration_text, done=results.append,
+            )  # fmt: skip
 
 
 @app.command()
@@ -236,13 +230,14 @@ def sweep(
     model: Model,
     recipes: Annotated[str, typer.Option(help="Recipes, comma-separated; 'all' takes every shipped one.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, logs and shared statistics; the same command goes on.")],
-    tasks: Annotated[str, typer.Option(help="As for lrc eval; text:PATH is calibration-free.")],
+    tasks: Annotated[str, typer.Option(help="As for lrc eval.")],
     ratios: Annotated[str, typer.Option(help="For recipes that leave the size to the budget, comma-separated.")] = "0.2,0.4",
     calibration: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
     set_: Set = None,
+    eval_length: Annotated[int, typer.Option(help="Tokens in each perplexity window (--length is calibration's).")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False,
@@ -257,10 +252,15 @@ def sweep(
     from .report import plain_or_terminal
     from .run import shared_statistics
     from .sweep import Job, markdown, run_sweep
+    from .tasks import check_positions, prepare
 
     require_folder(out)
     overrides = _overrides(None, calibration, samples, length, seed)
+    prepare(names_of(tasks), length=eval_length, max_windows=max_windows)
+    check_positions(located(model).config(trust_remote_code), eval_length, "--eval-length")
     view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, set_ or [], device, dtype, trust_remote_code)
+    for each in plans:
+        _require_calibration_fits(view, each)
     # one calibration for all rows: the first recipe's, with as many windows held out as any of them needs
     held_out = max(plan.recipe.calibration.held_out for plan in plans)
     first = plans[0].recipe.calibration.model_copy(update={"held_out": held_out})
@@ -270,11 +270,18 @@ def sweep(
     common += ["--trust-remote-code"] if trust_remote_code else []
     settings = [*(set_ or []), f"calibration={json.dumps(first.model_dump())}"]
     compress = [*common, "--statistics", str(out / "statistics"), *(word for each in settings for word in ("--set", each))]
-    evaluate = [*common, "--tasks", tasks, *(["--max-windows", str(max_windows)] if max_windows else [])]
+    evaluate = [
+        *common,
+        "--tasks",
+        tasks,
+        "--length",
+        str(eval_length),
+        *(["--max-windows", str(max_windows)] if max_windows else []),
+    ]
     console = plain_or_terminal()
     rows = run_sweep(
         model,
-        [Job(None), *jobs],
+        [Job(None, nbytes=plans[0].whole_bytes), *jobs],
         out,
         main,
         compress=compress,
@@ -325,6 +332,32 @@ def verify(
     )
 
 
+def _require_calibration_fits(view: Any, plan: Plan) -> None:
+    """Refuse samples that the model cannot take before anything lies in --out."""
+    from .model import require_positions
+
+    if plan.recipe.reads_text:
+        require_positions(view.config, plan.recipe.calibration.length, "calibration.length")
+
+
+def _note_calibration(view: Any, plan: Plan) -> None:
+    """Say with a plan what would be refused."""
+    try:
+        _require_calibration_fits(view, plan)
+    except CalibrationError as error:
+        print(f"note: {error.what} {error.remedy}")
+
+
+@contextmanager
+def interruptible(what_now: str) -> Iterator[None]:
+    """Ctrl-C ends in a line that says what comes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"lrc: interrupted; {what_now}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _overrides(
     propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> dict[str, Any]:
@@ -356,7 +389,10 @@ def _plan(
     from .model import ModelView
     from .plan import make_plan
 
-    view = ModelView(located(model), number, trust)
+    location = located(model)
+    if out is not None and out.resolve() == location.path.resolve():
+        raise RequestError(f"--out {out} is the folder of the model itself.", "Give another folder.")
+    view = ModelView(location, number, trust)
     return view, make_plan(view, wanted, len(devices)), devices
 
 

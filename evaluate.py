@@ -106,6 +106,7 @@ def measure(
     calibration_provenance: Sequence[dict] = (),
     allow_calibration_text: bool = False,
     progress: Progress | None = None,
+    done: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[TaskResult]:
     """Carry out a prepared evaluation of a causal language model.
 
@@ -115,6 +116,7 @@ def measure(
         request: what to do; may serve several models.
         calibration_provenance: of the model, to refuse evaluation on the text it was calibrated on.
         allow_calibration_text: evaluate all the same; the protocol says so.
+        done: called with every result as soon as it is there.
 
     Raises:
         RequestError: window longer than the model's positions, text too short, BOS that does not exist, a text that the model
@@ -122,13 +124,15 @@ def measure(
         EvaluationError: a data set cannot be reached, out of memory, or a value is no number.
         NonFiniteError: a NaN or an infinity in the logits.
     """
+    if not allow_calibration_text:
+        refuse_calibration_text(request, calibration_provenance)
     others = request.others
     prepend = _prepends_bos(tokenizer, request.bos, others)
     prepared: dict[str, _Text] = {}
     for task in request.texts:
         check_positions(model.config, request.length)
         prepared[task] = _prepare_text(model, tokenizer, task, request, prepend)
-        _refuse_calibration_text(prepared[task], calibration_provenance, allow_calibration_text)
+        _note_calibration(prepared[task], calibration_provenance)
     loaded = {task: harness.load(request.manager, task, request.num_fewshot) for task in others}
 
     results: list[TaskResult] = []
@@ -136,11 +140,13 @@ def measure(
         lm = harness.wrap(model, tokenizer, prepend, request.bos, request.batch_size) if others else None
         for task in request.tasks:
             if task in prepared:
-                results.append(_token_perplexity(model, prepared[task], request.batch_size, progress))
+                found = [_token_perplexity(model, prepared[task], request.batch_size, progress)]
             else:
-                results.extend(_harness_results(model, lm, task, loaded[task], request, progress))
-    for result in results:
-        result.protocol.update(read)
+                found = _harness_results(model, lm, task, loaded[task], request, progress)
+            for result in found:
+                result.protocol.update(read)
+                done(result)
+            results += found
     return results
 
 
@@ -198,12 +204,16 @@ def results_json(
     baseline: Sequence[TaskResult] | None = None,
     baseline_name: str | None = None,
 ) -> dict[str, Any]:
-    """What `lrc eval --json` writes: `results` (and `baseline.results`) by full metric name, and `differences`."""
+    """What `lrc eval --json` writes: `results` (and `baseline.results`) by full metric name, and `differences`.
+
+    Of what cannot be compared, cut short or measured in two ways, there are no differences.
+    """
     named = {result.metric: asdict(result) for result in results}
     document: dict[str, Any] = {"lrc": version("lrc"), "model": model_name, "results": named}
     if baseline is not None:
         document["baseline"] = {"model": baseline_name, "results": {result.metric: asdict(result) for result in baseline}}
-        document["differences"] = compare(results, baseline)
+        with contextlib.suppress(EvaluationError):
+            document["differences"] = compare(results, baseline)
     return document
 
 
@@ -258,14 +268,28 @@ def _prepare_text(
     return _Text(task, metric_name(task, length), windows, protocol)
 
 
-def _refuse_calibration_text(text: _Text, calibration: Sequence[dict], allowed: bool) -> None:
+def refuse_calibration_text(request: Request, calibration: Sequence[dict], model: str = "the model") -> None:
+    """Refuse texts that a model was calibrated on; needs no model.
+
+    Args:
+        calibration: provenance of the model's calibration; empty where it has none.
+        model: its name, for the error.
+
+    Raises:
+        RequestError: one of the request's texts is among them.
+    """
+    for task, text in request.texts.items():
+        if calibration and (same := same_text(tuple(calibration), tuple(text.provenance))):
+            raise RequestError(
+                f"{task}: {model} was calibrated on the text that it would be evaluated on: {same}.",
+                "Such a perplexity is too good. Evaluate on other text, or ask for it with --allow-calibration-text.",
+            )
+
+
+def _note_calibration(text: _Text, calibration: Sequence[dict]) -> None:
+    """Put into the protocol whether this is the calibration's text."""
     same = same_text(tuple(calibration), tuple(text.protocol["text"])) if calibration else None
     text.protocol["calibration_text"] = (same or "not the calibration text") if calibration else "calibration unknown or none"
-    if same and not allowed:
-        raise RequestError(
-            f"{text.task}: the model was calibrated on the text that it would be evaluated on: {same}.",
-            "Such a perplexity is too good. Evaluate on other text, or ask for it with --allow-calibration-text.",
-        )
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def require_positions(config: Any, length: int, what: str) -> None:
     if positions is not None and length > positions:
         raise CalibrationError(
             f"{what} {length} is more than the {positions} positions of this model (max_position_embeddings).",
-            f"Give --length {positions} or less.",
+            f"Give {what if what.startswith('--') else '--length'} {positions} or less.",
         )
 
 

@@ -165,7 +165,8 @@ def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint
         if not sized and (recipe.allocation != "uniform" or not scope.bounded):  # floors alone leave everything whole
             raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", amount.ASK)
         return _even(offers, scope.bounded, amounts, footprint)
-    return uniform(offers, _share(amounts, footprint))
+    share = _share(amounts, footprint)
+    return uniform(offers, share, amount.said(amounts, share))
 
 
 def _by_losses(

@@ -76,6 +76,11 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         f"{numbers_before:,} → {numbers_after:,} parameters); "
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
+    asked = plan.recipe.ratio
+    if asked is not None and not asked / 2 <= plan.ratio <= max(2 * asked, asked + 0.1):
+        console.print(
+            f"note: {asked:.2%} were asked for; what the recipe fixes (keep, bits, rank_multiple, allocation own) decides here"
+        )
     _print_kept(console, plan, verbose)
     _print_cost(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
@@ -283,6 +288,7 @@ def print_results(
     from .evaluate import compare  # brings in lm-eval, which compressing does not need
 
     console = plain_or_terminal()
+    rows = compare(results, baseline_results) if baseline_results is not None else []
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
     table.add_column(model, justify="right", overflow="fold")
@@ -297,7 +303,7 @@ def print_results(
         table.add_column(str(baseline), justify="right", overflow="fold")
         table.add_column("difference", justify="right")
         errors = {result.metric: result.stderr for result in results}
-        for row in compare(results, baseline_results):
+        for row in rows:
             table.add_row(
                 row["metric"], f"{row['value']:.4f}", _error(errors.get(row["metric"])), f"{row['baseline']:.4f}",
                 f"{row['difference']:+.4f}" + ("" if row["relative"] is None else f" ({row['relative']:+.1%})"),

@@ -48,17 +48,25 @@ Main = Callable[[list[str]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be: a recipe at a ratio (None where its settings fix the size), or with no recipe the model as it is."""
+    """One row to be: a recipe at a ratio (None where its settings fix the size), or with no recipe the model as it is.
+
+    Args:
+        settings: everything that the recipe says, calibration left out: a row of other settings is another row.
+        nbytes: of the model's tensors, where it stays as it is.
+    """
 
     recipe: str | None
     ratio: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    nbytes: int = 0
 
     @property
     def name(self) -> str:
         """As files and rows are called: 'svd-llm-0.2'."""
         if self.recipe is None:
             return "original"
-        stem = Path(self.recipe).stem if self.recipe.endswith((".yaml", ".yml")) else self.recipe
+        path = Path(self.recipe)  # shipped ones have names without a folder
+        stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
         return stem if self.ratio is None else f"{stem}-{self.ratio:g}"
 
 
@@ -72,6 +80,7 @@ class Row:
         removed: fraction of the targets' bytes removed.
         seconds: of compressing, statistics shared with other rows left out.
         peak_bytes: resident memory of compressing.
+        settings: what the recipe said, as in `Job`.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Row:
     seconds: float = 0.0
     peak_bytes: int = 0
     commands: list[list[str]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,31 @@ def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequenc
     for name, recipe in recipes.items():
         try:
             plans.append(make_plan(view, recipe))
-            jobs.append(Job(name, recipe.ratio))
+            jobs.append(_job(name, recipe, recipe.ratio))
         except BudgetError:
             if any(each is not None for each in recipe.amounts.values()):
                 raise  # the size is said, and cannot be met
             for ratio in ratios:
                 plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
-                jobs.append(Job(name, ratio))
+                jobs.append(_job(name, recipe, ratio))
+    _require_names(jobs)
     return jobs, plans
+
+
+def _job(name: str, recipe: Recipe, ratio: float | None) -> Job:
+    return Job(name, ratio, {key: value for key, value in recipe.resolved().items() if key not in ("calibration", "ratio")})
+
+
+def _require_names(jobs: Sequence[Job]) -> None:
+    """Refuse rows that would be called alike: one of them would stand for both."""
+    named: dict[str, Job] = {Job(None).name: Job(None)}
+    for job in jobs:
+        if (other := named.setdefault(job.name, job)) is not job:
+            what = " and ".join(f"{each.recipe or 'the model as it is'}" for each in (other, job))
+            raise RequestError(
+                f"Two rows would be called {job.name}: {what}.",
+                "Name every recipe and every ratio once (six digits count), and files differently.",
+            )
 
 
 def run_sweep(
@@ -140,9 +167,11 @@ def run_sweep(
     failures: dict[str, str] = {}
 
     def one(job: Job) -> None:
-        """A row, unless it is there already; failures are gathered."""
+        """A row, unless it is there already, of these settings; failures are gathered."""
         if job.name in rows:
-            return
+            if rows[job.name].settings == job.settings:
+                return
+            shutil.rmtree(folder / job.name, ignore_errors=True)  # a checkpoint that was kept
         try:
             row = _row(model, job, folder, main, compress, evaluate, keep)
         except SweepError as error:
@@ -180,7 +209,8 @@ def _row(model: str, job: Job, folder: Path, main: Main, compress: Sequence[str]
         (folder / f"{job.name}.lrc.json").write_text((out / "lrc.json").read_text())
         if not keep:
             shutil.rmtree(out)
-    return Row(job.name, metrics, held.get("nbytes", 0), held.get("removed", 0.0), seconds, peak, commands)
+    nbytes, removed = held.get("nbytes", job.nbytes), held.get("removed", 0.0)
+    return Row(job.name, metrics, nbytes, removed, seconds, peak, commands, dict(job.settings))
 
 
 def _sizes(out: Path) -> dict[str, Any]:
@@ -247,8 +277,21 @@ def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
     if held is None:
         return {}
     if held.asked != asked:
-        raise RequestError(f"{path} is of another sweep (other model, calibration or tasks).", "Give another --out.")
+        raise RequestError(
+            f"{path} is of another sweep:\n" + "\n".join(_differences(held.asked, asked)),
+            "Give another --out, or what it was asked for before.",
+        )
     return {row.name: row for row in held.rows}
+
+
+def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """One line per word that only one of two requests has."""
+    for key in asked:
+        before, now = (each if isinstance(each, list) else [each] for each in (held.get(key), asked[key]))
+        gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
+        if gone or new:
+            had, wanted = (" ".join(map(str, words)) for words in (gone, new))
+            yield f"  - {key}: it has {had or 'less'}, you asked for {wanted or 'less'}"
 
 
 def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:

@@ -105,9 +105,9 @@ def metric_name(task: str, length: int) -> str:
     return f"{readable}-token-ppl@{length}"
 
 
-def check_positions(config: PreTrainedConfig, length: int) -> None:
-    """Refuse windows that are longer than the model's positions."""
-    require_positions(config, length, "--length")
+def check_positions(config: PreTrainedConfig, length: int, flag: str = "--length") -> None:
+    """Refuse windows that are longer than the model's positions; `flag` is what says how long they are."""
+    require_positions(config, length, flag)
 
 
 def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:

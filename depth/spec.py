@@ -94,6 +94,6 @@ def how_many(spec: DepthSpec, layers: int) -> int:
         stands = f", one of which is to stand in for the {count + 1} of a run" if spare else ""
         raise BudgetError(
             f"depth: {count} of {layers} layers shall go, and {max(open_layers, 0)} are not protected{stands}.",
-            "Change depth.drop (or depth.ratio), depth.protect_first or depth.protect_last.",
+            "Change how many go (depth.drop, depth.ratio, or the ratio), depth.protect_first or depth.protect_last.",
         )
     return count
