@@ -37,9 +37,11 @@ def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | st
     found = []
     for part in path:
         inner = _inner(kind, part)
-        if inner is None and isinstance(part, str) and get_origin(kind) in (Union, UnionType):
-            kind = next((each for each in get_args(kind) if part.startswith(getattr(each, "__name__", "?"))), kind)
-            continue
+        if inner is None and get_origin(kind) in (Union, UnionType):
+            tried = [each for each in get_args(kind) if str(part).startswith(getattr(each, "__name__", "?"))]
+            if tried:
+                kind = tried[0]
+                continue
         kind = inner
         found.append(part)
     return found

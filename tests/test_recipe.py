@@ -199,3 +199,47 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
         identity(f"{same.replace('seed: 0', 'seed: 1')}\nmethod: asvd\n")["recipe"]["calibration"]["tokens"]
         != (one["recipe"]["calibration"]["tokens"])
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("lrc-best", "alternatives.7.steps.1.settings.bits=6", "'alternatives' has no entry '7'; it has entries 0 to 5"),
+        ("lrc-best", "alternatives.-1.method=rtn", "'alternatives' has no entry '-1'"),
+        ("svd-llm", "depth.scor=sleb", "unknown key 'depth.scor'. Did you mean 'score'?"),
+        ("svd-llm", "refine.blok=1", "unknown key 'refine.blok'. Did you mean 'block'?"),
+        ("lrc-best", "refine.end-to-end.stepz=3", "unknown key 'refine.end-to-end.stepz'. Did you mean 'steps'?"),
+        ("svd-llm", "limits={a: {mn: 0.4}}", "unknown key 'limits.a.mn'. Did you mean 'min'?"),
+        ("svd-llm", "calibration.source=[{source: a, wight: 3}]", "'calibration.source.0.wight'. Did you mean 'weight'?"),
+        ("svd-llm", "calibration.source=text:", "calibration.source: Input should be a valid string"),
+        ("svd-llm", "samples=3", "Did you mean 'calibration.samples'?"),
+        ("svd-llm", 'limits={"*q": {min: 0.5}, "*q": {max: 0.7}}', "'*q' is given twice"),
+        ("svd-llm", 'limits={"*q": {rank: .nan}}', "limits.*q.rank: Input should be a finite number"),
+        ("svd-llm", 'limits={"*q": {rank: true}}', "limits.*q.rank: must be a whole number from 1 on"),
+        ("svd-llm", "keep=2024-13-45", "the value is not YAML: month must be in 1..12"),
+        ("svd-llm", "calibration.samples=0x_", "the value is not YAML"),
+        ("lrc-best", "refine.end-to-end.lr=.inf", "refine.end-to-end.lr: Input should be a finite number"),
+    ],
+)
+def test_a_key_or_value_that_cannot_be_is_named_and_changes_nothing_else(name, setting, said):
+    assert any(said in problem for problem in problems(name, settings=(setting,)))
+
+
+@pytest.mark.parametrize("text", ["note: 2024-13-45\n", "keep: " + "[" * 3000])
+def test_a_file_that_yaml_cannot_build(text, write):
+    (problem,) = problems(write(text))
+    assert problem.startswith("not YAML")
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("[{method: gptq}, {method: svd-llm}]", "svd-llm cannot follow gptq"),
+        ("[{method: svd-llm}, {method: svd-llm}]", "needs settings that fix its size"),
+        ("[{method: svd-llm}, {method: compot}]", "needs settings that fix its size"),
+    ],
+)
+def test_steps_that_do_not_fit_each_other_are_found_without_a_model(steps, said, write):
+    assert any(said in problem for problem in problems(write(f"steps: {steps}\n")))
+    mixed = f"alternatives: [{{steps: {steps}}}, {{method: svd}}]\nallocation: kl\n"
+    assert any(said in problem for problem in problems(write(mixed)))
