@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "aa-svd-1-epoch": ("aa-svd", {"refine.block.epochs": 1, "refine.block.batch_tokens": 8192}),
     "svd-llm+kl": ("svd-llm", {"allocation": "kl"}),
     "compot+kl": ("compot", {"allocation": "kl"}),
+    "angular-all": ("angular", {"depth.score": "angular-all"}),
     "shortgpt+linear-map": ("shortgpt+linear-patch", {"depth.repair": "linear-map"}),
 }
 SETTINGS = {**BITS, **VARIANTS}
