@@ -129,3 +129,25 @@ def ratio_of(text: str) -> float:
         return float(text)
     except ValueError:
         raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None
+
+
+def calibration_overrides(
+    propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
+) -> dict[str, Any]:
+    """The keys of a recipe that these flags stand for."""
+    return {
+        "propagate": propagate,
+        "calibration.source": source,
+        "calibration.samples": samples,
+        "calibration.length": length,
+        "calibration.seed": seed,
+        "gradients.seed": seed,
+    }
+
+
+def require_calibration_fits(view: Any, plan: Any) -> None:
+    """Refuse samples that the model cannot take before anything lies in --out."""
+    from .model import require_positions
+
+    if plan.recipe.reads_text:
+        require_positions(view.config, plan.recipe.calibration.length, "calibration.length")

@@ -16,23 +16,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .arguments import (
+    calibration_overrides,
     checked,
     devices_of,
     dtype_of,
     located,
     names_of,
     quiet,
-    ratio_of,
+    require_calibration_fits,
     require_finished,
-    require_folder,
     require_writable,
 )
-from .cli_recipe import Set, recipe_app
+from .cli_recipe import recipe_app
+from .cli_sweep import sweep
 from .errors import CalibrationError, LrcError, RequestError
+from .options import (
+    Bits,
+    Calibrate,
+    Device,
+    Dtype,
+    Length,
+    Model,
+    Propagate,
+    Ratio,
+    Recipe,
+    Rise,
+    Samples,
+    Seed,
+    Set,
+    Size,
+    Trust,
+)
 
 if TYPE_CHECKING:
     from .planned import Plan
-    from .sweep import Job
 
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
@@ -42,25 +59,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipe_app, name="recipe")
-
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0,cuda:1 (the work is spread over them), or auto.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
-Recipe = Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")]
-Ratio = Annotated[float | None, typer.Option(help="Fraction of the compressed matrices' bytes to remove, 0 to below 1.")]
-Bits = Annotated[float | None, typer.Option(help="In place of --ratio: mean bits per compressed weight, everything counted.")]
-Rise = Annotated[
-    str | None, typer.Option(help="In place of --ratio: how far perplexity on held-out calibration text may rise, such as 5%.")
-]
-Size = Annotated[str | None, typer.Option(help="In place of --ratio: of the files with the weights, such as 300MB or 1.5GiB.")]
-Calibrate = Annotated[
-    str | None, typer.Option("--calibration", help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
-Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of calibration samples and sampled labels.")]
-Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
 
 
 @app.callback(invoke_without_command=True)
@@ -100,13 +98,13 @@ def compress(
     from .report import Progress, print_calibration, print_plan
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
-    overrides = amounts | _overrides(propagate, calibration, samples, length, seed)
+    overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
     view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     print_plan(plan)
     if dry_run:
         _note_calibration(view, plan)
         return
-    _require_calibration_fits(view, plan)
+    require_calibration_fits(view, plan)
     from .calibrate.data import NO_TEXT, load_calibration
     from .generate import generator
     from .run import execute, prepare
@@ -161,7 +159,7 @@ def plan(
     from .report import print_plan
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
-    overrides = amounts | _overrides(propagate, calibration, samples, length, seed)
+    overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
     view, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
     print_plan(made, verbose=verbose)
     _note_calibration(view, made)
@@ -225,93 +223,7 @@ def evaluate_command(
             )  # fmt: skip
 
 
-@app.command()
-def sweep(
-    model: Model,
-    recipes: Annotated[str, typer.Option(help="Recipes, comma-separated; 'all' takes every shipped one.")],
-    out: Annotated[Path, typer.Option(help="Folder for the table, logs and shared statistics; the same command goes on.")],
-    tasks: Annotated[str, typer.Option(help="As for lrc eval.")],
-    ratios: Annotated[str, typer.Option(help="For recipes that leave the size to the budget, comma-separated.")] = "0.2,0.4",
-    calibration: Calibrate = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    set_: Set = None,
-    eval_length: Annotated[int, typer.Option(help="Tokens in each perplexity window (--length is calibration's).")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
-    import json
-
-    from .calibrate.data import load_calibration
-    from .report import plain_or_terminal
-    from .run import shared_statistics
-    from .sweep import Job, markdown, run_sweep
-    from .tasks import check_positions, prepare
-
-    require_folder(out)
-    overrides = _overrides(None, calibration, samples, length, seed)
-    prepare(names_of(tasks), length=eval_length, max_windows=max_windows)
-    check_positions(located(model).config(trust_remote_code), eval_length, "--eval-length")
-    view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, set_ or [], device, dtype, trust_remote_code)
-    for each in plans:
-        _require_calibration_fits(view, each)
-    # one calibration for all rows: the first recipe's, with as many windows held out as any of them needs
-    held_out = max(plan.recipe.calibration.held_out for plan in plans)
-    first = plans[0].recipe.calibration.model_copy(update={"held_out": held_out})
-    tokens = load_calibration(first, view.location.tokenizer(trust_remote_code))
-    shared_statistics(plans, view, tokens, out / "statistics", devices_of(device))
-    common = ["--device", device, *(["--dtype", dtype] if dtype else [])]
-    common += ["--trust-remote-code"] if trust_remote_code else []
-    settings = [*(set_ or []), f"calibration={json.dumps(first.model_dump())}"]
-    compress = [*common, "--statistics", str(out / "statistics"), *(word for each in settings for word in ("--set", each))]
-    evaluate = [
-        *common,
-        "--tasks",
-        tasks,
-        "--length",
-        str(eval_length),
-        *(["--max-windows", str(max_windows)] if max_windows else []),
-    ]
-    console = plain_or_terminal()
-    rows = run_sweep(
-        model,
-        [Job(None, nbytes=plans[0].whole_bytes), *jobs],
-        out,
-        main,
-        compress=compress,
-        evaluate=evaluate,
-        parallel=parallel,
-        keep=keep,
-        notify=lambda row: console.print(f"{row.name}: {row.metrics}, {row.seconds:.0f} s"),
-    )
-    table = markdown(rows)
-    (out / "sweep.md").write_text(table)
-    console.print(table)
-
-
-def _sweep_jobs(
-    model: str, recipes: str, ratios: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None,
-    trust: bool,
-) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
-    """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
-    from .reading import load_recipe, shipped
-
-    names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
-    numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]
-    readers = [partial(load_recipe, name, overrides, settings) for name in names]
-    loaded = checked(*readers, lambda: dtype_of(dtype), lambda: devices_of(device))
-    quiet()
-    from .model import ModelView
-    from .sweep import planned_jobs
-
-    view = ModelView(located(model), dtype_of(dtype), trust)
-    return view, *planned_jobs(view, dict(zip(names, loaded, strict=False)), numbers)
+app.command()(sweep)
 
 
 @app.command()
@@ -332,18 +244,10 @@ def verify(
     )
 
 
-def _require_calibration_fits(view: Any, plan: Plan) -> None:
-    """Refuse samples that the model cannot take before anything lies in --out."""
-    from .model import require_positions
-
-    if plan.recipe.reads_text:
-        require_positions(view.config, plan.recipe.calibration.length, "calibration.length")
-
-
 def _note_calibration(view: Any, plan: Plan) -> None:
     """Say with a plan what would be refused."""
     try:
-        _require_calibration_fits(view, plan)
+        require_calibration_fits(view, plan)
     except CalibrationError as error:
         print(f"note: {error.what} {error.remedy}")
 
@@ -356,19 +260,6 @@ def interruptible(what_now: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"lrc: interrupted; {what_now}.", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _overrides(
-    propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
-) -> dict[str, Any]:
-    return {
-        "propagate": propagate,
-        "calibration.source": source,
-        "calibration.samples": samples,
-        "calibration.length": length,
-        "calibration.seed": seed,
-        "gradients.seed": seed,
-    }
 
 
 def _plan(

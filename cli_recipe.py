@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
+from .options import Set
+
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable; flags win."),
-]
 
 
 @recipe_app.command("list")

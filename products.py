@@ -113,6 +113,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of those factors that are asked for, in their dtype."""
         x, weight = ctx.saved_tensors
         flat, of_x, of_weight, of_bias = gradients[0].flatten(0, -2), None, None, None
         if ctx.needs_input_grad[0]:

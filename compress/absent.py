@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .forms import MODULES, Form, Spec
+from .forms import MODULES, Dense
 
 ZERO = "zero"
 
@@ -35,36 +35,14 @@ class ZeroLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class Guarded(Form):
-    """A dense weight under another name.
-
-    Args:
-        weight: (out, in).
-        bias: (out,) or None.
-    """
+class Guarded(Dense):
+    """A dense weight under another name."""
 
     kind: ClassVar[str] = "guarded"
-    weight: Tensor
-    bias: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"weight": self.weight.new_empty(0), "dense": self.weight.contiguous()}
-        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-    def spec(self) -> Spec:
-        return {"kind": self.kind, "bias": self.bias is not None}
-
-    def with_bias(self, bias: Tensor | None) -> Guarded:
-        if bias is None:
-            return self
-        return Guarded(self.weight, bias if self.bias is None else self.bias + bias.to(self.bias))
-
-    def stored(self, dtype: torch.dtype) -> Guarded:
-        bias = None if self.bias is None else self.bias.to("cpu", dtype)
-        return Guarded(self.weight.to("cpu", dtype).contiguous(), bias)
+        named = super().tensors()
+        return {"weight": self.weight.new_empty(0), "dense": named.pop("weight")} | named
 
 
 class GuardedLinear(nn.Module):

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -81,11 +81,11 @@ class Dense(Form):
     def with_bias(self, bias: Tensor | None) -> Dense:
         if bias is None:
             return self
-        return Dense(self.weight, bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias))
+        return replace(self, bias=bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias))
 
     def stored(self, dtype: torch.dtype) -> Dense:
         bias = None if self.bias is None else self.bias.to("cpu", dtype)
-        return Dense(self.weight.to("cpu", dtype).contiguous(), bias)
+        return replace(self, weight=self.weight.to("cpu", dtype).contiguous(), bias=bias)
 
 
 @dataclass(frozen=True)
