@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,12 @@ def test_a_file_that_lacks_a_part_is_named(monkeypatch):
     monkeypatch.setattr(module, "__doc__", "Plain SVD.\n\nSource: Eckart & Young.")
     with pytest.raises(ValueError, match=r"compress/svd.py does not say: When to use, Cost"):
         pages.page(method)
+
+
+def test_the_layout_names_every_file_of_the_root():
+    layout = (DOCS.parent / "CONTRIBUTING.md").read_text()
+    files = {path.name for path in DOCS.parent.glob("*.py")} - {"__init__.py"}
+    assert not [name for name in sorted(files) if f"`{name}`" not in layout]
+    assert not [
+        name for name in re.findall(r"`(\w+\.py)`", layout.partition("| floor")[2].partition("\n\n")[0]) if name not in files
+    ]
