@@ -186,16 +186,25 @@ class Artifact:
             )
 
     def write(self, key: str, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Shard:
-        """Commit one shard: temporary file, sync, rename, journal."""
-        path = self.folder / file
+        """Commit one shard: temporary file, sync, rename, journal.
+
+        Where it is written again, the journal's line comes before the renaming. A line counts where its hash is the file's, so
+        that the shard is finished at every moment, by the older line or by the newer one.
+        """
+        path, again = self.folder / file, key in self.done
         with writing(path):
             with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
                 sync_file(temporary)
-                shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(tensors), dict(record))
+                # in one order, whether they come from a computation or from a file
+                shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(sorted(tensors)), dict(record))
+                line = {"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
+                        "tensors": shard.tensors, "record": shard.record}  # fmt: skip
+                if again:
+                    self._append(line)
             sync_folder(self.folder)
-            self._append({"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
-                          "tensors": shard.tensors, "record": shard.record})  # fmt: skip
+            if not again:
+                self._append(line)
         self.done[key] = shard
         return shard
 

@@ -100,11 +100,16 @@ class Distillation:
             CheckpointError: a file that an interrupted run left is damaged.
         """
         looks = -(-self._settings.steps // self._settings.every)
-        with _opened(self._folder / _TEACHER) as states:
+        path = self._folder / _TEACHER
+        with contextlib.ExitStack() as stack:
+            with _readable(path):
+                states = stack.enter_context(safe_open(path, "pt"))
             device = next(model.parameters()).device
 
             def teacher(ids: Tensor) -> Tensor:
-                return from_hidden(model, ids.to(device), states.get_tensor(token_hash(ids)).to(device))
+                with _readable(path):
+                    hidden = states.get_tensor(token_hash(ids))
+                return from_hidden(model, ids.to(device), hidden.to(device))
 
             return refine_end_to_end(
                 model, layers, self._train, teacher, self._held, self._settings,
@@ -117,7 +122,7 @@ class Distillation:
         path = self._folder / _STATE
         if not path.is_file():
             return None
-        with _opened(path) as file:
+        with _readable(path), safe_open(path, "pt") as file:
             numbers = json.loads(file.metadata()["numbers"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
         if len(tensors) != 4 * parameters:
@@ -172,10 +177,10 @@ def refine_artifact(
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _readable(path: Path) -> Iterator[None]:
+    """Only around what reads the file: whatever else goes wrong is not its fault."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        yield
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Start over with --restart.") from error
 

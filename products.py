@@ -46,9 +46,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     For gradients it keeps the 16-bit factors and no wide copies.
     """
     device = weight.device.type
-    if device == "cpu" and torch.is_autocast_enabled(device) and (dtype := torch.get_autocast_dtype(device)) in slow_dtypes():
+    cast = torch.get_autocast_dtype(device) if device == "cpu" and torch.is_autocast_enabled(device) else None
+    if cast in slow_dtypes() and input.dtype != torch.float64:  # which autocast leaves alone
         with torch.autocast(device, enabled=False):
-            return linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return linear(input.to(cast), weight.to(cast), None if bias is None else bias.to(cast))
     given = [input, weight] if bias is None else [input, weight, bias]
     if not _slow(given) or weight.ndim != 2 or input.numel() == input.shape[-1]:  # of one row torch is as fast
         return _TORCH(input, weight, bias)
@@ -117,7 +118,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat, of_x, of_weight, of_bias = gradients[0].flatten(0, -2), None, None, None
         if ctx.needs_input_grad[0]:
-            wide = torch.zeros(len(flat), weight.shape[1])
+            wide = torch.zeros(len(flat), weight.shape[1], dtype=torch.float32, device=flat.device)
             for part in _parts(weight):
                 wide.addmm_(flat[:, part].float(), weight[part].float())
             of_x = wide.view(x.shape).to(x.dtype)

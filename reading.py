@@ -125,7 +125,7 @@ def _put(data: dict[str, Any], dotted: str, value: Any) -> list[str]:
     at: Any = data
     for index, part in enumerate(path):
         if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
+            if not part.isdecimal() or int(part) >= len(at):
                 return [f"'{dotted}': '{'.'.join(path[:index])}' has no entry '{part}'; it has {_entries(at)}"]
             at = at[int(part)]
         elif isinstance(at, dict):

@@ -187,6 +187,9 @@ class Recipe(Steps):
             raise ValueError(f"give either {' or '.join(repr(key) for key in given)}, not both")
         if not given and self.depth is None:
             raise ValueError("'method' is missing")
+        if self.settings and self.method is None:
+            where = f"{given[0]}.0.settings" if given else "depth"
+            raise ValueError(f"settings are those of one method, and there is none here; write {where}")
         if self.alternatives and self.allocation in ("uniform", "own"):
             raise ValueError(f"allocation: {self.allocation} cannot choose between alternatives; take kl or spectrum")
         if self.depth is not None:

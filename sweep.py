@@ -165,6 +165,7 @@ def run_sweep(
     asked = {"model": model, "compress": list(compress), "evaluate": list(evaluate)}
     rows = _finished(folder, asked)
     failures: dict[str, str] = {}
+    finished = threading.Lock()
 
     def one(job: Job) -> None:
         """A row, unless it is there already, of these settings; failures are gathered."""
@@ -177,9 +178,10 @@ def run_sweep(
         except SweepError as error:
             failures.update(error.failures)
             return
-        rows[job.name] = row
-        _write(folder, asked, rows)
-        notify(row)
+        with finished:  # rows end beside each other
+            rows[job.name] = row
+            _write(folder, asked, rows)
+            notify(row)
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))

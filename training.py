@@ -239,6 +239,11 @@ class Trainer:
 
     @torch.no_grad()
     def _step(self) -> None:
+        for master in self._masters:
+            if (
+                master.grad is None
+            ):  # an expert that no token reached: its moments and its count of steps go on like all others'
+                master.grad = torch.zeros_like(master)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * self._rate()
         torch.nn.utils.clip_grad_norm_(self._masters, self._settings.clip)
@@ -276,7 +281,7 @@ class Trainer:
                 parameter.copy_(master)
                 if state.steps:
                     self._optimizer.state[master] = {
-                        "step": torch.tensor(float(state.steps)),
+                        "step": torch.tensor(float(state.steps), device=master.device),
                         "exp_avg": state.tensors[f"mean.{number}"].to(master),
                         "exp_avg_sq": state.tensors[f"square.{number}"].to(master),
                     }

@@ -10,6 +10,9 @@ import torch
 from pipeline import compress
 from tiny import CONFIGS, tiny_model
 
+import lrc.artifact
+import lrc.distill
+from lrc.artifact import Artifact
 from lrc.calibrate.data import load_calibration
 from lrc.distill import from_hidden
 from lrc.errors import RecipeError
@@ -102,6 +105,56 @@ def test_a_killed_refinement_goes_on_to_the_same_bytes(look, tiny_checkpoints, t
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     one, two = (json.loads((tmp_path / name / "lrc.json").read_text()) for name in ("out", "whole"))
     assert one["refinement"] == two["refinement"]
+
+
+@pytest.mark.parametrize("recipe", ["svd-llm-sequential", "svd-llm+gptq"])
+@pytest.mark.parametrize("moment", ["before the journal", "after the renaming"])
+def test_killed_between_two_shards_that_are_written_again(
+    recipe, moment, tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch
+):
+    """At every moment each of them is finished, the old one or the new one, and what is recorded of it does not change."""
+    model = tiny_checkpoints("llama")
+    refine = {"end-to-end": {"lr": 1e-3, "steps": 4, "every": 2, "batch_tokens": 96}}
+    options = {"ratio": 0.7, "samples": 12, "calibration__held_out": 4, "refine": refine}
+    compress(model, tmp_path / "whole", tiny_text_file, recipe, **options)
+    seen: list[str] = []
+    place, name = (Artifact, "_append") if moment == "before the journal" else (lrc.artifact, "sync_folder")
+    before = getattr(place, name)
+
+    def killed_in_the_second(*arguments: object) -> object:
+        if not inside:
+            return before(*arguments)
+        seen.append(name)
+        if len(seen) == 2:
+            raise Killed
+        return before(*arguments)
+
+    inside: list[bool] = []
+    refined = lrc.distill.Distillation.run
+
+    def run(*arguments: object) -> object:
+        found = refined(*arguments)
+        inside.append(True)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lrc.distill.Distillation, "run", run)
+        patched.setattr(place, name, killed_in_the_second)
+        with pytest.raises(Killed):
+            compress(model, tmp_path / "out", tiny_text_file, recipe, **options)
+    compress(model, tmp_path / "out", tiny_text_file, recipe, **options)
+    for file in ("model.safetensors.index.json", "lrc.json", "config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_experts_that_no_token_reaches_are_no_obstacle(tiny_checkpoints, tiny_text_file, tmp_path):
+    """Of 48 experts most see nothing before the first look."""
+    model = tiny_checkpoints("mixtral", num_local_experts=48)
+    for number, refine in enumerate(({"block": {"epochs": 2, "batch_tokens": 64}}, {"end-to-end": {"steps": 2, "every": 1}})):
+        options = {"samples": 2, "length": 32, "calibration__held_out": 1, "ratio": 0.3, "refine": refine}
+        compress(model, tmp_path / str(number), tiny_text_file, "svd", **options)
+        assert verify(tmp_path / str(number))
 
 
 def test_what_is_missing_is_said():

@@ -110,6 +110,22 @@ def test_autocast_rounds_factors_and_multiplies_in_float32(no_instructions):
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(no_instructions):
+    with numerics.full_precision, torch.autocast("cpu", torch.bfloat16):
+        assert functional.linear(torch.randn(4, 8).double(), torch.randn(6, 8).double()).dtype == torch.float64
+
+
+def test_another_default_dtype_is_no_obstacle(no_instructions):
+    x, weight = (torch.randn(9, 8).bfloat16().requires_grad_() for _ in range(2))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with numerics.full_precision:
+            functional.linear(x, weight).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_no_architecture_is_left_to_loops(no_instructions, tiny_checkpoints, family):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints(family), dtype=torch.bfloat16)

@@ -206,6 +206,9 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
     [
         ("lrc-best", "alternatives.7.steps.1.settings.bits=6", "'alternatives' has no entry '7'; it has entries 0 to 5"),
         ("lrc-best", "alternatives.-1.method=rtn", "'alternatives' has no entry '-1'"),
+        ("svd-llm+gptq", "settings.bits=2", "settings are those of one method, and there is none here; write steps.0.settings"),
+        ("lrc-best", "settings.banana=2", "write alternatives.0.settings"),
+        ("svd-llm+gptq", "steps.².x=1", "'steps' has no entry '²'"),
         ("svd-llm", "depth.scor=sleb", "unknown key 'depth.scor'. Did you mean 'score'?"),
         ("svd-llm", "refine.blok=1", "unknown key 'refine.blok'. Did you mean 'block'?"),
         ("lrc-best", "refine.end-to-end.stepz=3", "unknown key 'refine.end-to-end.stepz'. Did you mean 'steps'?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,41 @@ from lrc.compress.forms import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
 from lrc.load import open_model
 from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
-from lrc.training import trainable
+from lrc.training import Course, Trainer, TrainingSettings, TrainingState, trainable
 
 FAST = BlockSettings(lr=3e-3, epochs=4, batch_tokens=96, patience=4)
+
+
+def test_a_training_goes_on_to_the_same_numbers_whoever_got_a_gradient_when():
+    """Parameters of experts get one only in steps in which a token reaches them."""
+    settings = TrainingSettings(lr=0.05, batch_tokens=1, patience=99)
+
+    def trained(stop: int | None, resume: TrainingState | None = None) -> tuple[list[float], TrainingState]:
+        one, two = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        states: list[TrainingState] = []
+
+        def backward(batch: int, tokens: int) -> float:
+            loss = (one - 2).square().sum() + ((two - 3).square().sum() if batch == 2 else 0)
+            loss.backward()
+            return float(loss)
+
+        def keep(state: TrainingState) -> None:
+            states.append(copy.deepcopy(state))
+            if len(states) == stop:
+                raise KeyboardInterrupt
+
+        def judge() -> float:
+            return float((one - 2).square().sum() + (two - 3).square().sum())
+
+        course = Course(backward, [1] * 3, 1, 4, judge)
+        with contextlib.suppress(KeyboardInterrupt):
+            Trainer([one, two], settings, 12, resume).run(course, keep=keep)
+        return [*one.tolist(), *two.tolist()], states[-1]
+
+    whole, _ = trained(None)
+    _, half = trained(1)
+    assert half.steps == 4
+    assert trained(None, half)[0] == whole
 
 
 def batches(seed: int, count: int, samples: int = 2) -> list[torch.Tensor]:

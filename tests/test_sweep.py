@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_settings_that_make_a_difference_are_passes_of_their_own():
     seeds = [GradientSettings(seed=seed) for seed in (0, 1)]
     assert len(backward_passes([(each, weights) for each in seeds])) == 2
     assert len(backward_passes([(each.model_copy(update={"labels": "data"}), gram) for each in seeds])) == 1
+
+
+def test_rows_that_end_at_one_moment_are_all_kept(tmp_path, monkeypatch):
+    together, jobs = threading.Barrier(4), [Job(f"recipe-{number}", 0.2) for number in range(16)]
+
+    def row(model: str, job: Job, *rest: object) -> Row:
+        together.wait(timeout=60)
+        return Row(job.name, {"ppl": 1.0}, 1)
+
+    monkeypatch.setattr("lrc.sweep._row", row)
+    assert len(run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[], parallel=4)) == 16
+    assert {row["name"] for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]} == {job.name for job in jobs}
 
 
 def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
