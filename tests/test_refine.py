@@ -34,7 +34,7 @@ def test_a_training_goes_on_to_the_same_numbers_whoever_got_a_gradient_when():
         def backward(batch: int, tokens: int) -> float:
             loss = (one - 2).square().sum() + ((two - 3).square().sum() if batch == 2 else 0)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         def keep(state: TrainingState) -> None:
             states.append(copy.deepcopy(state))
@@ -42,7 +42,7 @@ def test_a_training_goes_on_to_the_same_numbers_whoever_got_a_gradient_when():
                 raise KeyboardInterrupt
 
         def judge() -> float:
-            return float((one - 2).square().sum() + (two - 3).square().sum())
+            return float((one.detach() - 2).square().sum() + (two.detach() - 3).square().sum())
 
         course = Course(backward, [1] * 3, 1, 4, judge)
         with contextlib.suppress(KeyboardInterrupt):
