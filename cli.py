@@ -291,7 +291,8 @@ def main(words: list[str] | None = None) -> None:
     """Run a command line, by default this process's own; a mistake ends in a message and an exit code, a bug in a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(words, prog_name="lrc")  # also where it runs as python -m lrc.cli
+        # the name also where it runs as python -m lrc.cli; the object for commands that run others in processes of their own
+        app(words, prog_name="lrc", obj=main)
     except LrcError as error:
         print(f"lrc: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
+    ctx: typer.Context,
     model: Model,
     recipes: Annotated[str, typer.Option(help="Recipes, comma-separated; 'all' takes every shipped one.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, logs and shared statistics; the same command goes on.")],
@@ -49,7 +50,6 @@ def sweep(
 ) -> None:
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
     from .calibrate.data import load_calibration
-    from .cli import main
     from .report import plain_or_terminal
     from .run import shared_statistics
     from .sweep import Job, markdown, run_sweep
@@ -57,9 +57,9 @@ def sweep(
 
     require_folder(out)
     overrides = calibration_overrides(None, calibration, samples, length, seed)
-    prepare(names_of(tasks), length=eval_length, max_windows=max_windows)
-    check_positions(located(model).config(trust_remote_code), eval_length, "--eval-length")
     view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, set_ or [], device, dtype, trust_remote_code)
+    check_positions(view.config, eval_length, "--eval-length")
+    prepare(names_of(tasks), length=eval_length, max_windows=max_windows)
     for each in plans:
         require_calibration_fits(view, each)
     # one calibration for all rows: the first recipe's, with as many windows held out as any of them needs
@@ -71,20 +71,14 @@ def sweep(
     common += ["--trust-remote-code"] if trust_remote_code else []
     settings = [*(set_ or []), f"calibration={json.dumps(first.model_dump())}"]
     compress = [*common, "--statistics", str(out / "statistics"), *(word for each in settings for word in ("--set", each))]
-    evaluate = [
-        *common,
-        "--tasks",
-        tasks,
-        "--length",
-        str(eval_length),
-        *(["--max-windows", str(max_windows)] if max_windows else []),
-    ]
+    evaluate = [*common, "--tasks", tasks, "--length", str(eval_length)]
+    evaluate += ["--max-windows", str(max_windows)] if max_windows else []
     console = plain_or_terminal()
     rows = run_sweep(
         model,
         [Job(None, nbytes=plans[0].whole_bytes), *jobs],
         out,
-        main,
+        ctx.obj,  # the command line's own main
         compress=compress,
         evaluate=evaluate,
         parallel=parallel,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from .compress.base import DENSE, Method, Settings, get_method, methods
-from .compress.product import combine
+from .compress.product import combine, require_fit
 from .errors import did_you_mean
 from .mistakes import problems_of
 
@@ -56,6 +56,12 @@ class Steps(BaseModel):
     @classmethod
     def _settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         return _fitting_settings(settings, info.data.get("method"))
+
+    @model_validator(mode="after")
+    def _steps_fit_each_other(self) -> Steps:
+        if len(self.steps) == 2:
+            require_fit(*self.parsed)
+        return self
 
     @property
     def parsed(self) -> tuple[Method, Settings]:

@@ -240,9 +240,7 @@ class Trainer:
     @torch.no_grad()
     def _step(self) -> None:
         for master in self._masters:
-            if (
-                master.grad is None
-            ):  # an expert that no token reached: its moments and its count of steps go on like all others'
+            if master.grad is None:  # an expert that no token reached: its moments and its count of steps go on like all others
                 master.grad = torch.zeros_like(master)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * self._rate()

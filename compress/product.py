@@ -267,14 +267,17 @@ def refit(cross: Tensor, gram: Tensor) -> Tensor:
 
 
 def combine(steps: Sequence[tuple[Method, Settings]]) -> tuple[Method, Settings]:
-    """One method out of a recipe's one or two steps, with its settings.
-
-    Raises:
-        ValueError: the second step cannot follow the first one, or leaves the size of what it stores open.
-    """
+    """One method out of a recipe's one or two steps, with its settings."""
     if len(steps) == 1:
         return steps[0]
     (first, first_settings), (second, second_settings) = steps
-    both, settings = chain(first, second), ChainSettings(first=first_settings, second=second_settings)
+    return chain(first, second), ChainSettings(first=first_settings, second=second_settings)
+
+
+def require_fit(both: Method, settings: Settings) -> None:
+    """Refuse two steps, combined, of which the second cannot store what the first one leaves.
+
+    Raises:
+        ValueError: there are no factors, or their size is left open.
+    """
     both.offers(_ANY, settings, 1)
-    return both, settings
