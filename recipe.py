@@ -200,8 +200,6 @@ class Recipe(Steps):
         if self.correction is not None and self.propagate != "compressed":
             raise ValueError("correction follows the compressed model's inputs: it goes with propagate: compressed")
         self._one_budget()
-        if len(self.steps) > 2:
-            raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
         _ = self.compression
         self._fits_rule()
         self._fits_joint()

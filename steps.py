@@ -59,7 +59,9 @@ class Steps(BaseModel):
 
     @model_validator(mode="after")
     def _steps_fit_each_other(self) -> Steps:
-        if len(self.steps) == 2:
+        if len(self.steps) > 2:
+            raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
+        if len(self.steps) == 2 and self.method is None:
             require_fit(*self.parsed)
         return self
 
@@ -85,7 +87,6 @@ class Alternative(Steps):
     def _one_way_to_say_it(self) -> Alternative:
         if (self.method is None) == (not self.steps):
             raise ValueError("give either 'method' or 'steps'")
-        _ = self.parsed
         return self
 
 

@@ -31,8 +31,11 @@ AMD EPYC (Zen 4, AVX-512 with bfloat16 in halves), one core, the same libraries;
     float16, 2048 x 576 x 1536                          213.76     40.48    5.28 times
     float32, 2048 x 2048 x 2048                         231.79    174.69    1.33 times
     float32, 2048 x 576 x 49152                        1543.33   1481.25    1.04 times
+    bfloat16, 2048 x 576 x 49152                        694.08    744.29    0.93 times
     float16, 2048 x 576 x 49152                        7389.58   1381.44    5.35 times
     float32, 64 x 2048 x 2048                            10.02      6.34    1.58 times
+    bfloat16, 64 x 2048 x 2048                            3.43      3.18    1.08 times
+    float16, 64 x 2048 x 2048                            31.07      7.00    4.44 times
     float32, 1 x 2048 x 2048                              1.01      1.30    0.78 times
     bfloat16 attention, 9 heads of 64, 2048 tokens       87.30     84.11    1.04 times
     bfloat16 attention, 32 heads of 128, 2048 tokens    564.42    605.14    0.93 times

@@ -267,7 +267,11 @@ def refit(cross: Tensor, gram: Tensor) -> Tensor:
 
 
 def combine(steps: Sequence[tuple[Method, Settings]]) -> tuple[Method, Settings]:
-    """One method out of a recipe's one or two steps, with its settings."""
+    """One method out of a recipe's one or two steps, with its settings.
+
+    Raises:
+        ValueError: as `chain`.
+    """
     if len(steps) == 1:
         return steps[0]
     (first, first_settings), (second, second_settings) = steps

@@ -13,12 +13,15 @@ import torch
 
 from lrc.calibrate.data import load_calibration
 from lrc.compress.forms import linear_weight
+from lrc.load import open_model
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
 from lrc.planned import Plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare
+
+IDS = torch.arange(3, 40)[None]
 
 
 def compress(
@@ -44,6 +47,13 @@ def compress(
     plan, statistics = prepare(plan, view, calibration, out, devices=devices)
     execute(plan, view, calibration, out, devices=devices, statistics=statistics)
     return plan
+
+
+def logits(folder: Path, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What a checkpoint answers to `IDS`."""
+    model, _ = open_model(str(folder), dtype=dtype)
+    with torch.no_grad():
+        return model(IDS).logits
 
 
 def place_of(original: Any, name: str) -> tuple[str, torch.Tensor]:

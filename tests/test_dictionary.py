@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from pipeline import compress
+from pipeline import IDS, compress, place_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_methods import problem, statistics
@@ -17,12 +17,11 @@ from lrc.compress import compot
 from lrc.compress.base import get_method
 from lrc.compress.coding import MOST_OFFERS
 from lrc.compress.dictionary import Dictionary, DictionaryLinear, pack, unpack
-from lrc.compress.forms import build_module, fill_module, linear_weight
+from lrc.compress.forms import build_module, fill_module
 from lrc.compress.offers import Shape
 from lrc.load import open_model
 from lrc.verify import verify
 
-IDS = torch.arange(3, 40)[None]
 NAMES = ["compot", "cospadi"]
 
 
@@ -177,11 +176,7 @@ def test_an_artifact_loads_and_multiplies_as_its_dense_matrices_do(
     assert found
     with torch.no_grad():
         for path, module in found.items():
-            parent, _, last = path.rpartition(".")
-            if last.isdigit():
-                original.get_parameter(parent.removesuffix("_forms"))[int(last)].copy_(module.dense())
-            else:
-                linear_weight(original.get_submodule(path)).copy_(module.dense())
+            place_of(original, path.replace("_forms.", "."))[1].copy_(module.dense())
         small.eval()
         expected = original(IDS).logits
         assert torch.allclose(small(IDS).logits, expected, atol=1e-4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import contents, run_lrc
-from pipeline import compress, place_of, refused_without_lrc
+from pipeline import IDS, compress, logits, place_of, refused_without_lrc
 from safetensors.torch import load_file
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
@@ -23,15 +23,8 @@ from lrc.load import open_model
 from lrc.run import Artifact
 from lrc.verify import verify
 
-IDS = torch.arange(3, 40)[None]
 JOINT = ["shared-input", "basis-sharing", "cospadi-group", "lorap", "nystrom", "nystrom-kfac"]
 QUICK = {"cospadi-group": {"settings.iterations": 2, "settings.refits": 1}}
-
-
-def logits(folder) -> torch.Tensor:
-    model, _ = open_model(str(folder))
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from pipeline import compress
+from pipeline import compress, logits
 from safetensors.torch import load_file
-from test_joint_models import logits
 
 from lrc.errors import BudgetError, RecipeError
 from lrc.reading import load_recipe

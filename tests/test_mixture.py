@@ -134,6 +134,14 @@ def test_an_allocation_that_cannot_choose_is_refused(recipe):
         load_recipe(recipe(method="svd-llm"))
 
 
+def test_more_than_two_steps_are_refused_wherever_they_stand(recipe):
+    three = [{"method": "svd-llm"}, *[{"method": "gptq", "settings": {"bits": 4}}] * 2]
+    with pytest.raises(RecipeError, match=r"alternatives\.1: 'steps' has 3 methods"):
+        load_recipe(recipe(alternatives=[{"method": "gptq"}, {"steps": three}]))
+    with pytest.raises(RecipeError, match="'steps' has 3 methods"):
+        load_recipe(recipe(alternatives=[], steps=three))
+
+
 def test_held_out_windows_share_no_token_with_the_samples(tiny_checkpoints, tiny_text_file, tmp_path):
     tokenizer = ModelView(locate(str(tiny_checkpoints("llama")))).location.tokenizer()
     spec = CalibrationSpec(source=f"text:{tiny_text_file}", samples=6, length=40)

@@ -7,19 +7,11 @@ import textwrap
 
 import pytest
 import torch
-from pipeline import compress, place_of
+from pipeline import IDS, compress, logits, place_of
 from safetensors.torch import load_file
 
 from lrc.load import open_model
 from lrc.verify import verify
-
-IDS = torch.arange(3, 40)[None]
-
-
-def logits(folder) -> torch.Tensor:
-    model, _ = open_model(str(folder))
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def multiplied_out(model, record, tensors) -> torch.Tensor:

@@ -32,7 +32,6 @@ GRIDS = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CORRECTIONS = ["lqer", "l2qer", "qera-approx", "qera", "zeroquant-v2", "caldera"]
-IDS = torch.arange(3, 40)[None]
 
 
 def solved(name, weight, x, **chosen):

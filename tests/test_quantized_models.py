@@ -6,36 +6,24 @@ import json
 
 import pytest
 import torch
-from pipeline import compress
+from pipeline import IDS, compress, logits, place_of
 from transformers import AutoModelForCausalLM
 
-from lrc.compress.forms import linear_weight
 from lrc.load import open_model
 from lrc.verify import verify
 
-IDS = torch.arange(3, 40)[None]
-
-
-def logits(folder) -> torch.Tensor:
-    # in float32: half-precision rounding before a router may send a token to another expert
-    model, _ = open_model(str(folder), dtype=torch.float32)
-    with torch.no_grad():
-        return model(IDS).logits
+EXACT = torch.float32  # half-precision rounding before a router may send a token to another expert
 
 
 def substituted(model, small) -> torch.Tensor:
     """Logits of the original model with the dense matrix of every compressed module in its place."""
-    original, _ = open_model(str(model), dtype=torch.float32)
-    loaded, _ = open_model(str(small), dtype=torch.float32)
+    original, _ = open_model(str(model), dtype=EXACT)
+    loaded, _ = open_model(str(small), dtype=EXACT)
     count = 0
     with torch.no_grad():
         for name, module in loaded.named_modules():
             if hasattr(module, "dense") and not name.endswith((".left", ".right", ".correction")):
-                path, _, last = name.rpartition(".")
-                if last.isdigit():
-                    place = original.get_parameter(path.removesuffix("_forms"))[int(last)]
-                else:
-                    place = linear_weight(original.get_submodule(name))
+                place = place_of(original, name.replace("_forms.", "."))[1]
                 place.copy_(module.dense(place.dtype))
                 count += 1
         assert count > 10
@@ -61,7 +49,7 @@ def test_a_quantized_checkpoint_loads_as_what_was_computed(
     assert all(0 < target["error"] < 0.2 and target["bytes_after"] < target["bytes_before"] for target in record["targets"])
     assert plan.ratio > 0.4
     expected = substituted(model, tmp_path / "out")
-    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-3 * float(expected.abs().max()))
+    assert torch.allclose(logits(tmp_path / "out", EXACT), expected, atol=1e-3 * float(expected.abs().max()))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == dtype
     loaded.save_pretrained(tmp_path / "again")
@@ -94,6 +82,6 @@ def test_the_budget_decides_where_settings_leave_it_open(text, propagate, tiny_c
     model = tiny_checkpoints("llama")
     plan = compress(model, tmp_path / "out", tiny_text_file, str(tmp_path / "recipe.yaml"), propagate=propagate)
     assert plan.recipe.ratio <= plan.ratio < plan.recipe.ratio + 0.13
-    expected = substituted(model, tmp_path / "out") if "steps" not in text else logits(tmp_path / "out")
-    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-3)
+    expected = substituted(model, tmp_path / "out") if "steps" not in text else logits(tmp_path / "out", EXACT)
+    assert torch.allclose(logits(tmp_path / "out", EXACT), expected, atol=1e-3)
     assert verify(tmp_path / "out")["bytes"]["targets_after"] == plan.targets_after
