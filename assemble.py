@@ -65,25 +65,25 @@ def form_specs(steps: Iterable[Step], forms: Mapping[str, Form]) -> dict[str, Sp
 def install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
     """Put the stored forms into the layer, so that activations can go through the compressed layer."""
 
-    def module_for(spec: Spec, path: str, shape: tuple[int, int]) -> nn.Module:
+    def module_for(spec: Spec, path: str, shape: tuple[int, int], device: torch.device) -> nn.Module:
         prefix = path + "."
         parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         with torch.device("meta"):
             empty = build_module(spec, shape[1], shape[0])
-        return fill_module(empty, parts)
+        return fill_module(empty, parts).to(device)
 
     for full, spec in specs.items():
         path = full.removeprefix(name + ".")
         parent_path, _, leaf = path.rpartition(".")
         parent = layer.get_submodule(parent_path) if parent_path else layer
         if spec["kind"] == "experts":
-            shape = experts.expert_parameters(parent)[leaf][1:]
+            shape, device = experts.expert_parameters(parent)[leaf][1:], getattr(parent, leaf).device
             modules = [
-                module_for(form, f"{full.rpartition('.')[0]}.{experts.stored_name(leaf, expert)}", shape)
+                module_for(form, f"{full.rpartition('.')[0]}.{experts.stored_name(leaf, expert)}", shape, device)
                 for expert, form in enumerate(spec["forms"])
             ]
             experts.install(parent, leaf, modules)
         else:
             weight = linear_weight(getattr(parent, leaf))
-            setattr(parent, leaf, module_for(spec, full, (weight.shape[0], weight.shape[1])))
+            setattr(parent, leaf, module_for(spec, full, (weight.shape[0], weight.shape[1]), weight.device))
     link(specs, lambda path: layer.get_submodule(path.removeprefix(name + ".")))

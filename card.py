@@ -45,6 +45,7 @@ tags: [lrc, compressed, {", ".join(way.name for way in method.ways or (method,))
 | | before | after |
 |---|---|---|
 | compressed matrices | {plan.targets_before:,} bytes | {plan.targets_after:,} bytes ({plan.ratio:.1%} removed) |
+| bits per weight of these | {8 * plan.dtype.itemsize} | {plan.bits:.2f} |
 | whole model | {plan.whole_bytes:,} bytes | {plan.whole_after:,} bytes ({plan.whole_ratio:.1%} removed) |
 
 {compressed} of {len(plan.steps)} matrices are stored in another form; `lrc.json` lists every one with its error.

@@ -35,7 +35,7 @@ class Item:
             dense: target -> bytes when dense.
         """
         if self.parts is None:
-            return {self.name: chosen}
+            return {self.name: next((offer for offer in offers if offer.choice == chosen.choice), chosen)}
         if chosen.choice.dense:
             return {target.name: Offer(Choice(), dense[target.name]) for target in self.targets}
         found = next(offer for offer in offers if offer.choice == chosen.choice)

@@ -205,7 +205,8 @@ class _Measuring:
         for number in dict.fromkeys(target.layer for target in item.targets):
             names = [target.name for target in item.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
-        solutions = solve_item(self._method, self._settings, item, weights, [held[t.name] for t in item.targets])
+        statistics = [held[target.name].to(self._device) for target in item.targets]
+        solutions = solve_item(self._method, self._settings, item, weights, statistics)
         return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
 
     def _curve(self, name: str, solution: Solution) -> Curve:

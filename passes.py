@@ -13,10 +13,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .calibrate.stats import LayerCollector, TargetLike, Wanted
-from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, side_by_side
+from .calibrate.stream import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
 from .compress.base import TargetStats
 from .edit import LayerEdit, edited
 from .model import ModelView
@@ -87,7 +86,7 @@ def run_batches(
                     collectors[worker].samples, collectors[worker].length = call.hidden.shape[:2]
                 output = run_layer(copies[worker], call)
                 check_finite(output, name, batch)
-                outputs[batch] = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
+                outputs[batch] = on_host(output)
 
     for collector in collectors:
         collector.__enter__()

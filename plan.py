@@ -203,7 +203,7 @@ def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]
             return Step(target, Choice(), before, 0, scope.leaving[target.name])
         offer = chosen.get(target.name, Offer(Choice(), before))
         why = _why_dense(target, offer.choice, scope)
-        return Step(target, offer.choice, before, offer.nbytes, why, target.name in scope.kept)
+        return Step(target, offer.choice, before, offer.nbytes, why, target.name in scope.kept, offer.halfway)
 
     return tuple(map(step, targets))
 

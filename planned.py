@@ -29,7 +29,7 @@ PROBES_EACH = 3  # variants of one target, at most, for each way of compressing 
 
 @dataclass(frozen=True)
 class Step:
-    """One target and what becomes of it."""
+    """One target and what becomes of it; `bytes_halfway` is what it takes after the first of two steps."""
 
     target: Target
     choice: Choice
@@ -37,6 +37,12 @@ class Step:
     bytes_after: int
     why_dense: str = ""
     kept: bool = False
+    bytes_halfway: int | None = None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it goes with its layer, or its half of one."""
+        return self.bytes_after == 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,24 @@ class Plan:
     @property
     def targets_after(self) -> int:
         return sum(step.bytes_after for step in self.steps)
+
+    @property
+    def stages(self) -> list[tuple[str, int]]:
+        """What is done one after the other, and the targets' bytes after each; nothing where it is one thing."""
+        found, named = [], [step.method for step in self.recipe.steps]  # none where steps are among alternatives
+        if any(step.leaves for step in self.steps):
+            found.append(("layers dropped", sum(step.bytes_before for step in self.steps if not step.leaves)))
+        if any(step.bytes_halfway is not None for step in self.steps):
+            halfway = (step.bytes_after if step.bytes_halfway is None else step.bytes_halfway for step in self.steps)
+            found.append((named[0] if named else "first steps", sum(halfway)))
+        if found and found[-1][1] != self.targets_after:
+            found.append((named[-1] if named else self.recipe.compression[0].name, self.targets_after))
+        return found if len(found) > 1 else []
+
+    @property
+    def bits(self) -> float:
+        """Mean bits that are stored for a weight of the targets, everything counted."""
+        return 8 * self.targets_after / sum(step.target.numel for step in self.steps)
 
     @property
     def ratio(self) -> float:

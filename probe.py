@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .assemble import target_weight
-from .calibrate.stream import Call, Lockstep, check_finite, run_layer
+from .calibrate.stream import Call, Lockstep, check_finite, on_host, run_layer
 from .compress.base import Curve, Solution
 from .compress.forms import Form, Spec, build_module, fill_module
 from .compress.offers import Offer, at_shares, at_sizes, coarsest
@@ -194,7 +194,7 @@ class Probing:
         solve: SolveItem,
         device: torch.device,
     ) -> list[Any]:
-        original = run_layer(layer, calls[0].to(device))
+        original = on_host(run_layer(layer, calls[0].to(device)))
         check_finite(original, name, 0)
         outputs: list[Any] = [original] * len(calls)
         solutions: dict[str, Solution] = {}
@@ -210,7 +210,7 @@ class Probing:
             if len(here) < len(forms):
                 self._later[unit.name, offer] = {t: form.stored(self._stored) for t, form in forms.items() if t.layer > index}
             with _in_place_of(layer, name, here, self._stored):
-                outputs[number] = run_layer(layer, calls[number].to(device))
+                outputs[number] = on_host(run_layer(layer, calls[number].to(device)))
         return outputs
 
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:

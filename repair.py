@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .branches import Branch, branches_of
-from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, passed_by, run_layer, with_hidden
+from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
 from .compress.forms import linear_weight
 from .depth.base import Fit, Repair, get_repair
 from .depth.spec import DepthSpec
@@ -273,7 +272,7 @@ class _Fitting:
             for batch, call in enumerate(calls):
                 output = run_layer(layer, call.to(self._device))
                 check_finite(output, name, batch)
-                outputs.append(tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output))
+                outputs.append(on_host(output))
         finally:
             if handle is not None:
                 handle.remove()

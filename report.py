@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,14 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         _print_dropped(console, plan)
     elif plan.surgery.removed:
         console.print(f"the solver drops {len(plan.surgery.removed)} halves of layers: {', '.join(plan.surgery.removed)}")
+    if plan.stages:
+        after = "".join(f" → {size(nbytes)} ({what})" for what, nbytes in plan.stages)
+        console.print(f"steps: {size(plan.targets_before)}{after}")
     numbers_before = sum(step.target.numel for step in plan.steps)
     numbers_after = numbers_before * plan.targets_after // plan.targets_before
     console.print(
         f"removed: {plan.ratio:.2%} of the targets ({size(plan.targets_before)} → {size(plan.targets_after)}, "
-        f"{numbers_before:,} → {numbers_after:,} parameters); "
+        f"{numbers_before:,} → {numbers_after:,} parameters, {plan.bits:.2f} bits per weight); "
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
     asked = plan.recipe.ratio
@@ -160,17 +163,20 @@ def _by_role(steps: Iterable[Step], verbose: bool) -> list[tuple[str, tuple[int,
 
 
 def _form(steps: Sequence[Step]) -> str:
-    ranks = sorted({step.choice.rank for step in steps if step.choice.rank is not None})
-    channels = sorted({step.choice.channels for step in steps if step.choice.channels is not None})
     dense = [step for step in steps if step.choice.dense]
-    parts = []
-    if ranks:
-        parts.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}")
-    if channels:
-        parts.append(f"{channels[0]} channels" if len(channels) == 1 else f"{channels[0]} to {channels[-1]} channels")
+    parts = [
+        said.format(_span(numbers))
+        for said, number in (("rank {}", "rank"), ("{} atoms", "atoms"), ("{} channels", "channels"), ("{} bits", "bits"))
+        if (numbers := {found for step in steps if (found := getattr(step.choice, number)) is not None})
+    ]
     if dense:
         parts.append(f"dense{'' if len(dense) == len(steps) else f' ({len(dense)})'}: {dense[0].why_dense}")
     return ", ".join(parts)
+
+
+def _span(numbers: Collection[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def print_calibration(calibration: Calibration) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_map
 
-from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, passed_by, run_layer, with_hidden
+from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
 from .depth.base import Training
 from .depth.partial_finetune import LAST_LAYERS
 from .edit import LayerEdit, edited
@@ -214,7 +213,7 @@ def _outputs(view: ModelView, steps: Lockstep, device: torch.device, surgery: Su
         for batch, call in enumerate(steps.calls):
             output = run_layer(layer, call.to(device))
             check_finite(output, name, batch)
-            outputs.append(tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output))
+            outputs.append(on_host(output))
     view.unload(name)
     give_back()
     return outputs

@@ -142,13 +142,13 @@ def solved_forms(
     for target in item.targets:
         weight, bias = weight_at(view, target, layer, view.layer_names[index])
         weights.append(weight.to(device))
-        biases.append(bias)
+        biases.append(None if bias is None else bias.to(device))
         if target.layer == index:
-            stats.append(statistics.pop(target.name))  # what is solved needs its statistics no longer
+            stats.append(statistics.pop(target.name).to(device))  # what is solved needs its statistics no longer
             continue
         if stored is None:
             raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are on no disk")
-        stats.append(stored(view.layer_names[target.layer], [target.name])[target.name])
+        stats.append(stored(view.layer_names[target.layer], [target.name])[target.name].to(device))
     solutions = solve_item(*plan.recipe.compression, item, weights, stats)
     found: dict[str, SolvedTarget] = {}
     for target, solution, bias, each in zip(item.targets, solutions, biases, stats, strict=True):

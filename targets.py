@@ -6,9 +6,10 @@ is one and the same tensor form a group, whatever the architecture calls them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Target:
         expert: the expert's number in a fused parameter, else None.
         bound: whether its input channels cannot leave with the rows that make them: a vector of the layer (a norm, not a bias
             of a matrix) is as wide, or an expert's gate pairs its channels in a way of its own.
+        siblings: how many targets under its path read its input, itself included; some of them may be kept dense.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Target:
     bias: bool
     expert: int | None = None
     bound: bool = False
+    siblings: int = 1
 
     @property
     def numel(self) -> int:
@@ -121,7 +124,13 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
         for handle in hooks:
             handle.remove()
     zeros = torch.utils._pytree.tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, output)
-    return found, zeros
+    paths = Counter(map(_place, found))
+    return [replace(target, siblings=paths[_place(target)]) for target in found], zeros
+
+
+def _place(target: Target) -> tuple[str, str]:
+    """What it reads, and the path that it lies under."""
+    return target.group, target.role.rpartition(".")[0]
 
 
 def _experts(module: nn.Module, path: str, prefix: str, layer: int) -> list[Target]:

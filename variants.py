@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_map
 
 from .branches import Branch
-from .calibrate.stream import Call, Lockstep, check_finite, passed_by, run_layer, with_hidden
+from .calibrate.stream import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
 from .depth_cost import BATCH_TOKENS
 from .divergence import Predictions
 from .edit import LayerEdit, edited
@@ -191,4 +190,4 @@ def _through(
         for batch, call in enumerate(calls):
             output = run_layer(layer, call.to(device))
             check_finite(output, name, batch)
-            yield tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
+            yield on_host(output)

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ..compress.base import BACKWARD_NEEDS, TargetStats
 from ..errors import CheckpointError, NonFiniteError
@@ -41,7 +41,7 @@ from .packing import token_hash
 from .spill import Spill
 from .stats import TargetLike
 from .store import LAYOUT, MANIFEST, StatsStore
-from .stream import Call, Lockstep, check_finite, run_layer, side_by_side
+from .stream import Call, Lockstep, check_finite, on_host, run_layer, side_by_side
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
 LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
@@ -353,7 +353,7 @@ def _run(layer: nn.Module, name: str, calls: Sequence[Call], devices: Sequence[t
         with torch.no_grad():  # each thread has its own mode
             output = run_layer(copies[worker], calls[batch].to(devices[worker]))
         check_finite(output, name, batch)
-        outputs[batch] = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, output)
+        outputs[batch] = on_host(output)
 
     _spread(len(calls), len(devices), answer)
     return outputs

@@ -41,6 +41,11 @@ class Call:
         return Call(args, kwargs)
 
 
+def on_host(output: Any) -> Any:
+    """What a layer puts out, every tensor on the CPU, where states wait between layers."""
+    return tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
+
+
 class Lockstep:
     """Many forwards of one model that advance together from layer to layer.
 

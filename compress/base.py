@@ -57,6 +57,17 @@ class GroupStats:
     ) -> None:
         self.tokens, self.gram, self.mean, self.abs_mean, self.mean_square = tokens, gram, mean, abs_mean, mean_square
         self.peak_abs_mean = peak_abs_mean
+        self._elsewhere: dict[torch.device, GroupStats] = {}
+
+    def to(self, device: torch.device) -> GroupStats:
+        """These on `device`; the copy is made once for all targets of the group."""
+        held = (self.gram, self.mean, self.abs_mean, self.mean_square, self.peak_abs_mean)
+        if all(each is None or each.device == device for each in held):
+            return self
+        if device not in self._elsewhere:
+            moved = [None if each is None else each.to(device) for each in held]
+            self._elsewhere[device] = GroupStats(self.tokens, *moved)
+        return self._elsewhere[device]
 
     @cached_property
     def _gram_root(self) -> Tensor:
@@ -89,6 +100,11 @@ class TargetStats:
     grad_gram: Tensor | None = None
     fisher_in: Tensor | None = None
     weight_grad: Tensor | None = None
+
+    def to(self, device: torch.device) -> TargetStats:
+        """These on `device`."""
+        own = (self.output_gram, self.grad_gram, self.fisher_in, self.weight_grad)
+        return TargetStats(self.group.to(device), *(None if each is None else each.to(device) for each in own))
 
     def directions(self, weight: Tensor) -> OutputDirections:
         """The leading output directions of the target's weight (out, in), from whichever second moment is there."""
@@ -216,6 +232,8 @@ class Joinable(Protocol):
     def expert(self) -> int | None: ...
     @property
     def bound(self) -> bool: ...
+    @property
+    def siblings(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,13 @@ class Alternating(Solution):
         return best
 
     def _rounds(self, rank: int) -> Iterator[tuple[float, Quantized | QuantizedLowRank]]:
-        """(loss, form) of the base alone, and of each round."""
+        """(loss, form) of each round; without factors, of the base alone."""
         weight, metric = self.weight.double(), Metric.of(self.stats)
         base = self._quantize(weight)
-        yield metric.energy(weight - base.dense()), base
-        for _ in range(self.settings.rounds if rank else 0):
+        if not rank:
+            yield metric.energy(weight - base.dense()), base
+            return
+        for _ in range(self.settings.rounds):
             error = weight - base.dense()
             factors = self._factors(error, rank, metric)
             correction = factors.dense()

@@ -10,7 +10,7 @@ Cost: that of `lord`. Needs no ratio.
 
 Source: Kamahori et al., LiteASR, arXiv 2502.20583: the smallest multiple of 16 with an energy of 0.99 (attention) or 0.999
 (feed-forward). Difference: a target stays dense from the rank on at which factors are no smaller, where the authors' code has
-fixed limits (half of the width in attention, 0.8 in the feed-forward part).
+fixed limits (half of the width in attention, 0.8 in the feed-forward part). One threshold is for all targets here.
 """
 
 from __future__ import annotations

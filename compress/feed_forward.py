@@ -85,6 +85,8 @@ def _feed_forward(makers: Sequence[Joinable], readers: Sequence[Joinable]) -> Fe
     reader, inner = readers[0], makers[0].out_features
     same_path = {target.role.rpartition(".")[0] for target in (*makers, *readers)}
     equal = len({target.out_features for target in makers}) == 1 and len(makers) <= 2
+    if len(makers) < makers[0].siblings:  # another one is kept dense, and with it every channel
+        return None
     if len(readers) > 1 or len(same_path) > 1 or not equal or reader.out_features != makers[0].in_features or reader.bound:
         return None
     if reader.in_features == inner:

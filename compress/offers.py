@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -57,10 +57,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Offer:
-    """One way in which a method can store a target, and its exact bytes on disk (the target's own bias left out)."""
+    """One way in which a method can store a target.
+
+    Args:
+        choice: what the form's size depends on.
+        nbytes: exact bytes on disk, the target's own bias left out.
+        halfway: of a method of two steps, the bytes after the first one alone.
+    """
 
     choice: Choice
     nbytes: int
+    halfway: int | None = field(default=None, kw_only=True)
 
 
 def break_even(out_features: int, in_features: int) -> int:

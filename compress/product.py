@@ -144,7 +144,7 @@ def _joint(first: Method, second: Method) -> Joint | None:
                 if member.choice.channels is not None:
                     left = pruned_shape(shape, part, shapes[-1].in_features, member.choice.channels)
                     nbytes = _only(second, left, settings.second).nbytes - gone_biases(shape, left)
-                    members.append(Offer(member.choice, nbytes))
+                    members.append(Offer(member.choice, nbytes, halfway=member.nbytes))
                 else:
                     members.append(member if member.choice.dense else _smaller(first, member, shape, second, settings.second))
             found.append(JointOffer(offer.choice, sum(member.nbytes for member in members), tuple(members)))
@@ -165,7 +165,7 @@ def _smaller(first: Method, offer: Offer, shape: Shape, second: Method, settings
     if (rank := offer.choice.rank) is not None:
         plain = rank * (shape.out_features + shape.in_features) * shape.element
         parts = [_only(second, part, settings) for part in _parts(shape, rank)]
-        return Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts))
+        return Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts), halfway=offer.nbytes)
     raise ValueError(f"{second.name} cannot follow {first.name}, which leaves no factors to compress")
 
 
@@ -225,7 +225,8 @@ class Chained(Solution):
         z = right.dense().double()
         gram = z @ _gram(self.stats) @ z.T
         mean = None if group.mean is None else z @ group.mean.double()
-        left = refit(self.weight.double() @ _gram(self.stats) @ z.T, gram)
+        rest = self.weight.double() - low.left.double() @ z  # what calibration did not see stays as the first step left it
+        left = low.left.double() + refit(rest @ _gram(self.stats) @ z.T, gram)
         return Product(
             self._compress(left, GroupStats(group.tokens, gram, mean), left_shape).with_bias(low.bias), right, z.shape[0]
         )

@@ -310,8 +310,9 @@ def test_what_is_no_feed_forward_is_not_taken_for_one():
     norm_between = [*good[:2], target("mlp.down", "d", (12, 30), bound=True)]
     attention = [target("attention.qkv", "q", (24, 12)), target("attention.dense", "o", (12, 12))]  # looks like a fused gate
     other_width = [*good[:2], target("mlp.down", "d", (12, 31))]
+    gate_kept = [target("mlp.up", "g", (30, 12), siblings=2), good[2]]
     two_paths = [target("fc_in", "g", (30, 12)), target("mlp.down", "d", (12, 30))]
-    for targets in (norm_between, attention, other_width, two_paths, good[:2], good[2:], []):
+    for targets in (norm_between, attention, other_width, gate_kept, two_paths, good[:2], good[2:], []):
         assert feed_forwards(targets) == []
 
 

@@ -120,6 +120,18 @@ def test_feed_forwards_are_found_in_every_family(compressed):
         assert not any("another build" in entry["note"] for entry in targets)
 
 
+@pytest.mark.parametrize("kept", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("name", ["nystrom", "lorap"])
+def test_a_feed_forward_of_which_a_part_stays_loses_no_channels(name, kept, tiny_checkpoints, tiny_text_file, tmp_path):
+    model, out = tiny_checkpoints("llama"), tmp_path / "out"
+    plan = compress(model, out, tiny_text_file, name, ratio=0.3, keep=[f"*{kept}"])
+    assert 0.2 < plan.ratio <= 0.31
+    kinds = {entry["name"].rpartition(".")[2]: entry["form"]["kind"] for entry in verify(out)["targets"]}
+    assert kinds[kept] == "dense"
+    assert "pruned" not in kinds.values()
+    assert logits(out).isfinite().all()
+
+
 @pytest.mark.parametrize("name", JOINT)
 def test_the_whole_budget_is_the_dense_model(name, tiny_checkpoints, tiny_text_file, tmp_path):
     model = tiny_checkpoints("qwen3")

@@ -285,7 +285,8 @@ def test_singular_statistics(name, tokens, shape):
     for offer in (offers[0], offers[-1]):
         form = solution.form(offer.choice).stored(torch.float32)
         assert all(tensor.isfinite().all() for tensor in form.tensors().values())
-        assert form.nbytes <= offer.nbytes
+        less = name in ("energy", "lord")  # the ranks that energy does not keep, the bias of lord, which is counted elsewhere
+        assert form.nbytes < offer.nbytes if less else form.nbytes == offer.nbytes
     assert 0 <= losses[1] <= losses[0] + 1e-6 * solution.total
     assert solution.total >= 0 and solution.damping >= 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from commandline import lrc_ok
 from pipeline import compress
 from tiny import tiny_text
 from transformers import AutoModelForCausalLM
@@ -71,6 +73,21 @@ def test_a_second_step_compresses_both_factors_and_refits_the_left_one():
     assert torch.allclose(module(x), x @ form.dense().T)
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_second_step_leaves_as_it_is_what_calibration_did_not_see(tokens):
+    """An expert that few tokens reached, or none: the product is the first step's, rounded, and not zero."""
+    weight, x = _problem(tokens)
+    stats = TargetStats(GroupStats(tokens, x.T @ x / max(tokens, 1)))
+    first, second = get_method("svd-llm"), get_method("rtn")
+    both = chain(first, second)
+    settings = both.settings(first=first.settings(), second=second.settings(bits=8, group_size=4))
+    choice = Choice(rank=8)
+    plain = first.solve(weight, stats, first.settings()).form(choice).dense()
+    form = both.solve(weight, stats, settings).form(choice)
+    assert float(plain.norm()) > 0.5 * float(weight.norm())
+    assert float((form.dense().double() - plain).norm()) < 0.02 * float(plain.norm())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_second_step_compresses_what_pruned_channels_leave(fused):
     """Each smaller matrix as a weight of its own, the reader's on the channels that it still reads; bytes as offered."""
@@ -115,6 +132,22 @@ def test_channels_then_bits_on_the_real_path(family, tiny_checkpoints, text, tmp
     assert 0.85 <= plan.ratio < 0.88
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(6)[None]).logits
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named", "more"),
+    [("svd-llm+gptq", ["svd-llm", "gptq"], []), ("prune+svd", ["layers dropped", "svd-llm"], ["--set", "depth.ratio=0.33"])],
+)
+def test_a_plan_says_what_each_step_leaves(recipe, named, more, tiny_checkpoints):
+    printed = lrc_ok("plan", tiny_checkpoints("llama"), "--recipe", recipe, "--ratio", 0.7, *more)
+    line = next(line for line in printed.splitlines() if line.startswith("steps: "))
+    assert re.findall(r"\((.*?)\)", line) == named
+    numbers = [float(each) for each in re.findall(r"([\d.]+) kB", line)]
+    assert len(numbers) == 3 and numbers == sorted(numbers, reverse=True)
+    removed = next(line for line in printed.splitlines() if line.startswith("removed: "))
+    at, left = (float(each) for each in re.search(r"\(([\d.]+) kB → ([\d.]+) kB", removed).groups())
+    assert (at, left) == (numbers[0], numbers[-1])
+    assert float(re.search(r"([\d.]+) bits per weight", removed)[1]) == pytest.approx(32 * left / at, rel=0.02)
 
 
 @pytest.mark.parametrize("tokens", [5, 300])
