@@ -31,6 +31,7 @@ from .cli_recipe import recipe_app
 from .cli_sweep import sweep
 from .errors import CalibrationError, LrcError, RequestError
 from .options import (
+    Activations,
     Bits,
     Calibrate,
     Device,
@@ -176,9 +177,7 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Windows or requests at a time.")] = 1,
     bos: Annotated[str, typer.Option(help="BOS before each window: auto, always or never.")] = "auto",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
-    activations: Annotated[
-        str | None, typer.Option(help="int8 or mxint8: round what the layers' matrices read (of the baseline, too).")
-    ] = None,
+    activations: Activations = None,
     baseline: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     device: Device = "cpu",

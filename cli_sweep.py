@@ -21,7 +21,7 @@ from .arguments import (
     require_calibration_fits,
     require_folder,
 )
-from .options import Calibrate, Device, Dtype, Length, Model, Samples, Seed, Set, Trust
+from .options import Activations, Calibrate, Device, Dtype, Length, Model, Samples, Seed, Set, Trust
 
 if TYPE_CHECKING:
     from .planned import Plan
@@ -42,6 +42,7 @@ def sweep(
     set_: Set = None,
     eval_length: Annotated[int, typer.Option(help="Tokens in each perplexity window (--length is calibration's).")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None,
+    activations: Activations = None,
     parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False,
     device: Device = "cpu",
@@ -59,7 +60,7 @@ def sweep(
     overrides = calibration_overrides(None, calibration, samples, length, seed)
     view, jobs, plans = _sweep_jobs(model, recipes, ratios, overrides, set_ or [], device, dtype, trust_remote_code)
     check_positions(view.config, eval_length, "--eval-length")
-    prepare(names_of(tasks), length=eval_length, max_windows=max_windows)
+    prepare(names_of(tasks), length=eval_length, max_windows=max_windows, activations=activations)
     for each in plans:
         require_calibration_fits(view, each)
     # one calibration for all rows: the first recipe's, with as many windows held out as any of them needs
@@ -71,8 +72,8 @@ def sweep(
     common += ["--trust-remote-code"] if trust_remote_code else []
     settings = [*(set_ or []), f"calibration={json.dumps(first.model_dump())}"]
     compress = [*common, "--statistics", str(out / "statistics"), *(word for each in settings for word in ("--set", each))]
-    evaluate = [*common, "--tasks", tasks, "--length", str(eval_length)]
-    evaluate += ["--max-windows", str(max_windows)] if max_windows else []
+    asked = {"--tasks": tasks, "--length": eval_length, "--max-windows": max_windows, "--activations": activations}
+    evaluate = [*common, *(word for flag, value in asked.items() if value for word in (flag, str(value)))]
     console = plain_or_terminal()
     rows = run_sweep(
         model,

@@ -37,16 +37,21 @@ def locked(path: Path) -> IO[str]:
     while True:
         with contextlib.ExitStack() as unless_held:
             lock = unless_held.enter_context(path.open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RequestError(
-                    f"Another lrc is writing to {path.parent}.", "Wait for it, or give another --out."
-                ) from error
+            if not claimed(lock, fcntl.LOCK_EX):
+                raise RequestError(f"Another lrc is writing to {path.parent}.", "Wait for it, or give another --out.")
             # the holder before us may have deleted the file that we have just locked
             if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
                 unless_held.pop_all()
                 return lock
+
+
+def claimed(lock: IO[str], kind: int) -> bool:
+    """Take a lock of this kind (`fcntl.LOCK_SH`, `LOCK_EX`) in the place of one that is held; False where others forbid it."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of calibration samples and sampled labels.")]
 Propagate = Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")]
+Activations = Annotated[
+    str | None, typer.Option(help="int8 or mxint8: round what the layers' matrices read (of the original or baseline, too).")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable; flags win."),

@@ -161,8 +161,9 @@ def _forward(
             "Free some space, give --statistics a folder on another disk, or use --set allocation=uniform, which keeps none.",
         )
     if not store.kinds:
-        for name, targets in zip(view.layer_names, by_layer, strict=True):
-            store.write(name, {target.name: NOTHING_SEEN for target in targets})
+        with store.alone():
+            for name, targets in zip(view.layer_names, by_layer, strict=True):
+                store.write(name, {target.name: NOTHING_SEEN for target in targets})
         return store
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
 
@@ -178,7 +179,7 @@ def _forward(
         notify(index + 1, time.perf_counter() - started)
         return outputs
 
-    with torch.no_grad():
+    with store.alone(), torch.no_grad():
         through_layers(view, calibration.tokens.split(batch), visit)
     return store
 

@@ -2,13 +2,16 @@
 
 A folder holds one safetensors file per layer and a manifest that says of what: the model's fingerprint, the token ids' hash and
 the statistics. Of symmetric matrices one half is kept. Files appear whole (temporary name, rename), so an interrupted
-collection goes on where it stopped.
+collection goes on where it stopped. One process collects into a folder at a time, and only while no other works from it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compress.base import GroupStats, TargetStats
-from ..durable import PARTIAL, replacing, sync_file
+from ..durable import PARTIAL, claimed, replacing, sync_file
 from ..errors import CheckpointError, OutputError, RequestError
 from .triangle import packed, unpacked
 
 MANIFEST = "statistics.json"
 TRIALS = "trials"  # a folder beside the statistics: what models without some of their parts lost
+_LOCK = "statistics.lock"
 LAYOUT = 2  # of the files; those of another are not read
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
 
 class StatsStore:
-    """A folder of statistics.
+    """A folder of statistics. As long as this object is there no other process can empty it or collect into it.
 
     Args:
         folder: created if need be.
@@ -37,7 +41,7 @@ class StatsStore:
         needs: target -> the statistics that will be written; more than before in a folder means collecting anew.
 
     Raises:
-        RequestError: the folder holds files and no statistics.
+        RequestError: the folder holds files and no statistics, or another process is at work in it.
         OutputError: it cannot be written.
     """
 
@@ -45,6 +49,18 @@ class StatsStore:
         self.folder = folder
         asked = {name: sorted(each) for name, each in needs.items()}
         wanted = {"layout": LAYOUT, "identity": json.loads(json.dumps(identity)), "needs": asked}
+        if _manifest(folder) is None and folder.is_dir() and (foreign := _foreign(folder)):
+            raise RequestError(
+                f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
+                "Give --statistics an empty or new folder.",
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / _LOCK).open("a")
+            weakref.finalize(self, self._lock.close)
+        except OSError as error:
+            raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+        self._claim(fcntl.LOCK_SH)
         held = _manifest(folder)
         same = held is not None and held["identity"] == wanted["identity"]
         self.needs = needs
@@ -53,19 +69,35 @@ class StatsStore:
             if all(each <= _answered(there.get(name, frozenset())) for name, each in needs.items()):
                 self.needs = there
                 return
-        if held is None and folder.is_dir() and (foreign := _foreign(folder)):
+        with self.alone():
+            try:
+                for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
+                    if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
+                        path.unlink()
+                self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
+            except OSError as error:
+                raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While something is collected: no other process works in the folder.
+
+        Raises:
+            RequestError: one does.
+        """
+        self._claim(fcntl.LOCK_EX)
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(self._lock.close)  # an object that outlives its failure holds up nobody
+            yield
+            if_it_fails.pop_all()
+        self._claim(fcntl.LOCK_SH)
+
+    def _claim(self, kind: int) -> None:
+        if not claimed(self._lock, kind):
+            self._lock.close()
             raise RequestError(
-                f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
-                "Give --statistics an empty or new folder.",
+                f"Another lrc works with the statistics in {self.folder}.", "Wait for it, or give --statistics another folder."
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
-                if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
-                    path.unlink()
-            self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
-        except OSError as error:
-            raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -139,7 +171,8 @@ def _symmetric(key: str) -> bool:
 
 def _foreign(folder: Path) -> list[str]:
     """What lies in a folder beside trials and the leftovers of a collection that was killed at its very start."""
-    return sorted(path.name for path in folder.iterdir() if path.name != TRIALS and not path.name.endswith(PARTIAL))
+    own = (TRIALS, _LOCK)
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.endswith(PARTIAL))
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:

@@ -5,8 +5,8 @@ spectrum, so that a small rank gives back little; `l2qer` and `qera` decompose w
 
 When to use: without calibration data, or to measure what the others gain.
 
-Cost: one SVD per target. Needs no statistics. The paper's W4A8 is measured with `lrc eval OUT --activations mxint8`, which
-rounds what every matrix reads.
+Cost: one SVD per target. Needs no statistics. The paper's W4A8 is measured with `lrc eval OUT --activations mxint8` (also
+of `lrc sweep`), which rounds what every matrix reads.
 
 Source: Zhang et al., LQER, arXiv 2402.02446, §3.1 (4-bit MXINT in blocks of 16, factors in 8-bit MXINT, rank 32). Differences
 from the authors' code: bits are counted per number of the original weight (theirs divide by the factors' numbers too); 8-bit

@@ -19,7 +19,7 @@ from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_m
 from lrc.compress.forms import build_module, fill_module
 from lrc.compress.offers import Choice, Offer, Shape
 from lrc.compress.product import chain, refit
-from lrc.errors import RecipeError
+from lrc.errors import RecipeError, RequestError
 from lrc.locate import locate
 from lrc.model import ModelView
 from lrc.plan import make_plan
@@ -261,6 +261,24 @@ def test_statistics_are_collected_anew_only_where_something_is_missing(tmp_path)
     assert not store("abs_mean").has("layers.0")
     store("gram").write("layers.0", {"x": TargetStats(GroupStats(5, gram))})
     assert not store("gram", of="another model").has("layers.0")
+
+
+def test_statistics_that_another_process_works_from_are_not_taken_from_under_it(tmp_path):
+    def store(of="model"):
+        return StatsStore(tmp_path, {"of": of}, {"x": frozenset({"gram"})})
+
+    reader = store()
+    with reader.alone():
+        with pytest.raises(RequestError, match="Another lrc works with the statistics"):
+            store()
+        reader.write("layers.0", {"x": TargetStats(GroupStats(5, torch.eye(3)))})
+    assert store().has("layers.0"), "two may read"
+    with pytest.raises(RequestError, match="another folder"):
+        store(of="another model")
+    assert torch.equal(reader.read("layers.0", ["x"])["x"].group.gram, torch.eye(3))
+    with pytest.raises(KeyError), reader.alone():
+        raise KeyError
+    assert not store(of="another model").has("layers.0"), "what failed holds up nobody"
 
 
 def test_losses_outlive_another_layout_of_the_statistics(tmp_path):

@@ -54,6 +54,21 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
     assert refused.code == 2 and "another sweep" in refused.err
 
 
+def test_a_sweep_reads_rounded_activations_where_it_is_asked_to(tiny_checkpoints, tiny_text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text_file.read_text()[::-1] * 4)
+    command = (
+        "sweep", tiny_checkpoints("llama"), "--out", tmp_path / "out", "--recipes", "rtn", "--tasks", f"text:{other}",
+        "--max-windows", 1, "--eval-length", 32, "--calibration", f"text:{tiny_text_file}", "--samples", 2, "--length", 32,
+    )  # fmt: skip
+    refused = run_lrc(*command, "--activations", "mxint9")
+    assert refused.code == 2 and "Did you mean 'mxint8'?" in refused.err
+    lrc_ok(*command, "--activations", "mxint8")
+    for name in ("original", "rtn"):
+        (entry,) = json.loads((tmp_path / "out" / f"{name}.json").read_text())["results"].values()
+        assert entry["protocol"]["activations"].startswith("mxint8")
+
+
 def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(a_process_each, tmp_path):
     """The model is no model: both rows fail in processes of their own."""
     with pytest.raises(SweepError) as failed:
