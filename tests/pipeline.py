@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,30 +59,3 @@ def place_of(original: Any, name: str) -> tuple[str, torch.Tensor]:
     if last.isdigit():
         return f"{path}_forms.{last}", original.get_parameter(path)[int(last)]
     return name, linear_weight(original.get_submodule(name))
-
-
-def plain_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, without anything that the test session has imported."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
-
-
-def refused_without_lrc(folders: Sequence[Path]) -> int:
-    """How many of these checkpoints transformers refuses where lrc is not imported; one process tries them all."""
-    done = plain_python(
-        """
-        import sys
-        from transformers import AutoModelForCausalLM
-        for folder in sys.argv[1:]:
-            try:
-                AutoModelForCausalLM.from_pretrained(folder)
-            except Exception as error:
-                print("refused", type(error).__name__)
-            else:
-                print("LOADED", folder)
-        assert "lrc" not in sys.modules
-        """,
-        *folders,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split().count("refused")

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from stock import logits_without_lrc
 from test_depth import compress
-from test_repair import IDS, deep, logits, without_lrc
+from test_repair import IDS, deep, logits
 
 from lrc.branches import branches_of, require_branches
 from lrc.errors import ModelError
@@ -107,5 +108,5 @@ def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_ch
 
 def test_without_lrc_a_model_that_needs_it_fails_aloud(tiny_checkpoints, tiny_text_file, tmp_path):
     compress(tiny_checkpoints("llama"), tmp_path / "half", tiny_text_file, "finercut", **{"depth.drop": 1})
-    done = without_lrc(tmp_path / "half", tmp_path / "logits.pt")
+    done = logits_without_lrc(tmp_path / "half", tmp_path / "logits.pt")
     assert done.returncode != 0 and "size" in done.stderr + done.stdout

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipeline import compress, plain_python, refused_without_lrc
+from pipeline import compress
+from stock import plain_python, refused_without_lrc
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from commandline import contents, run_lrc
-from pipeline import IDS, compress, logits, place_of, refused_without_lrc
+from pipeline import IDS, compress, logits, place_of
 from safetensors.torch import load_file
+from stock import refused_without_lrc
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from pipeline import compress, plain_python, refused_without_lrc
+from pipeline import compress
 from safetensors.torch import load_file
+from stock import refused_without_lrc, stock_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrc.load import open_model
@@ -27,7 +28,7 @@ def test_any_tool_loads_narrower_feed_forwards(family, tiny_checkpoints, tiny_te
     assert "quantization_config" not in config and config[WIDTH[family]] == channels
     assert record["bytes"]["model_after"] == plan.whole_after < plan.whole_bytes
     assert "import lrc" not in (out / "README.md").read_text()
-    done = plain_python(
+    done = stock_python(
         """
         import sys, torch
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

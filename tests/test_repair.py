@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from commandline import contents, run_lrc
+from stock import logits_without_lrc
 from test_depth import compress, without
 from transformers import AutoModelForCausalLM
 
@@ -28,16 +27,6 @@ from lrc.variants import losses
 from lrc.verify import verify
 
 IDS = torch.arange(3, 15)[None]
-PLAIN = ("import sys; sys.modules['lrc'] = None\n"
-         "import torch; from transformers import AutoModelForCausalLM\n"
-         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-         "torch.save(model(torch.arange(3, 15)[None]).logits, sys.argv[2])\n")  # fmt: skip
-
-
-def without_lrc(folder, file):
-    """Load a checkpoint in a process that has no lrc, and keep its logits in a file; what the process said."""
-    command = [sys.executable, "-c", PLAIN, str(folder), str(file)]
-    return subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
 
 
 def deep(tiny_checkpoints, family="llama", layers=5, **changes):
@@ -167,7 +156,7 @@ def test_a_patch_is_laid_where_the_run_was(operate, tiny_checkpoints, tmp_path):
     )
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, original(IDS, use_cache=False).logits, atol=1e-5)
-    done = without_lrc(tmp_path / "out", tmp_path / "logits.pt")
+    done = logits_without_lrc(tmp_path / "out", tmp_path / "logits.pt")
     assert done.returncode != 0 and "size" in done.stderr + done.stdout
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -192,7 +181,7 @@ def test_replace_me_is_the_papers_least_squares_and_loads_without_lrc(operate, t
     m, out, goal = (seen[key].flatten(0, 1) for key in ("M", "out", "goal"))
     t = torch.linalg.lstsq(m, goal - (out - m), driver="gelsd").solution
     c_proj = h[1].mlp.c_proj
-    done = without_lrc(tmp_path / "out", tmp_path / "logits.pt")
+    done = logits_without_lrc(tmp_path / "out", tmp_path / "logits.pt")
     assert done.returncode == 0, done.stderr
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").transformer.h[1].mlp.c_proj
     assert torch.allclose(found.weight.double(), c_proj.weight @ t, atol=2e-3)
