@@ -38,7 +38,7 @@ from .recipe import Recipe
 TABLE = "sweep.json"
 _LAST_LINES = 12
 _LOOK = 0.2  # seconds between two looks at how much memory a row takes
-_IMPORTS = [f"{__package__}.{name}" for name in ("run", "evaluate", "harness")]
+_IMPORTS = [*(f"{__package__}.{name}" for name in ("run", "evaluate", "harness")), "transformers.modeling_layers"]
 _THREADS = "OMP_NUM_THREADS"
 _processes = threading.Lock()  # multiprocessing asks every child for its end when one is started, not safely from two threads
 

@@ -15,7 +15,7 @@ from pathlib import Path
 _FORKING = """
 import json, os, sys, traceback
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, modeling_layers
 for line in sys.stdin:
     code, arguments, *files = json.loads(line)
     child = os.fork()
