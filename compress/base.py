@@ -7,8 +7,6 @@ every budget the solver asks about.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
+from ..registry import first_line, import_all
 from .forms import Form, LowRank
 from .linalg import OutputDirections, root
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
@@ -320,7 +319,7 @@ class Method:
     @property
     def summary(self) -> str:
         """The first line of the method's file."""
-        return (importlib.import_module(self.solve.__module__).__doc__ or self.name).strip().splitlines()[0]
+        return first_line(self.solve, self.name)
 
 
 def _unsolved(weight: Tensor, stats: TargetStats, settings: Settings) -> Solution:
@@ -359,9 +358,7 @@ def method(
 
 def methods() -> dict[str, Method]:
     """All methods by name: every module of this package registers its own on import."""
-    package = importlib.import_module(__package__ or "lrc.compress")
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+    import_all(__package__ or "lrc.compress")
     return dict(sorted(_METHODS.items()))
 
 

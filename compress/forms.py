@@ -7,8 +7,6 @@ that a reader without lrc fails on its shape instead of filling in random weight
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from ..registry import import_all
 
 Spec = dict[str, Any]
 
@@ -157,9 +157,7 @@ MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = 
 def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights follow later."""
     if spec["kind"] not in MODULES:
-        package = importlib.import_module(__package__ or "lrc.compress")
-        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
+        import_all(__package__ or "lrc.compress")
     return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
 
 

@@ -20,8 +20,6 @@ make any two states look alike. Look at the result before you use it.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -30,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
+from ..registry import first_line, import_all
 
 Looks = Literal["states", "loss", "divergence", ""]
 # boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many go -> the layers that go, ascending
@@ -74,7 +73,7 @@ class Score:
     @property
     def summary(self) -> str:
         """The first line of the score's file."""
-        return _first_line(self.choose, self.name)
+        return first_line(self.choose, self.name)
 
 
 class Fit(Protocol):
@@ -113,7 +112,7 @@ class Repair:
     @property
     def summary(self) -> str:
         """The first line of the repair's file."""
-        return _first_line(self.make, self.name)
+        return first_line(self.make, self.name)
 
 
 class Training(BaseModel):
@@ -176,13 +175,13 @@ def repair(
 
 def scores() -> dict[str, Score]:
     """All scores by name: every module of this package registers its own on import."""
-    _import_all()
+    import_all(__package__ or "lrc.depth")
     return dict(sorted(_SCORES.items()))
 
 
 def repairs() -> dict[str, Repair]:
     """All repairs by name."""
-    _import_all()
+    import_all(__package__ or "lrc.depth")
     return dict(sorted(_REPAIRS.items()))
 
 
@@ -217,13 +216,3 @@ def greedily(trial: Trial, candidates: Sequence[int], enough: Enough) -> list[in
         found = trial([frozenset(gone | {part}) for part in left])
         gone.add(min(zip(found, left, strict=True))[1])
     return sorted(gone)
-
-
-def _import_all() -> None:
-    package = importlib.import_module(__package__ or "lrc.depth")
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
-
-
-def _first_line(function: Callable[..., Any], name: str) -> str:
-    return (importlib.import_module(function.__module__).__doc__ or name).strip().splitlines()[0]

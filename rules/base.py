@@ -7,15 +7,14 @@ differ in what a loss is, and the solver does the rest (allocation.py).
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..compress.base import Curve, Method, Settings
 from ..compress.offers import Choice, Offer, low_rank_offers
+from ..registry import first_line, import_all
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Rule:
     @property
     def summary(self) -> str:
         """The first line of the rule's file."""
-        return (importlib.import_module(self.share.__module__).__doc__ or self.name).strip().splitlines()[0]
+        return first_line(self.share, self.name)
 
     def why_not(self, method: Method) -> str:
         """Why a method cannot be shared out by this rule; '' where it can."""
@@ -122,9 +121,7 @@ def rule(
 
 def rules() -> dict[str, Rule]:
     """All rules by name: every module of this package registers its own on import."""
-    package = importlib.import_module(__package__ or "lrc.rules")
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+    import_all(__package__ or "lrc.rules")
     return dict(sorted(_RULES.items()))
 
 
