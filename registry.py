@@ -9,10 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-@functools.cache  # names are looked up for every target
 def import_all(package: str) -> None:
-    """Import every module of a package, once."""
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+    """Import every module in all folders of a package; a folder that someone adds to its `__path__` later counts, too."""
+    _import_from(package, tuple(importlib.import_module(package).__path__))
+
+
+@functools.cache  # names are looked up for every target
+def _import_from(package: str, folders: tuple[str, ...]) -> None:
+    for module in pkgutil.iter_modules(folders, package + "."):
         importlib.import_module(module.name)
 
 
