@@ -125,13 +125,13 @@ def collect_gradients(
         "gradients": settings.model_dump(mode="json"),
     }
     store = StatsStore(folder, identity, dict.fromkeys((target.name for target in targets), needs))
-    if all(store.has(name) for name in view.layer_names) and not (folder / SPILL).exists():
-        return store
-    with store.alone(), torch.no_grad():
-        spill = Spill(folder / SPILL, json.dumps([identity, sorted(store.kinds)], sort_keys=True))
-        if not all(store.has(name) for name in view.layer_names):
-            _all_layers(view, tokens, batch, targets, store, spill, settings, devices, release, notify)
-        spill.remove()
+    missing = not all(store.has(name) for name in view.layer_names)
+    if missing or (folder / SPILL).exists():
+        with store.alone(), torch.no_grad():
+            spill = Spill(folder / SPILL, json.dumps([identity, sorted(store.kinds)], sort_keys=True))
+            if missing:
+                _all_layers(view, tokens, batch, targets, store, spill, settings, devices, release, notify)
+            spill.remove()
     return store
 
 

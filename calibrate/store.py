@@ -54,12 +54,10 @@ class StatsStore:
                 f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
                 "Give --statistics an empty or new folder.",
             )
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / _LOCK).open("a")
-            weakref.finalize(self, self._lock.close)
-        except OSError as error:
-            raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+        weakref.finalize(self, self._lock.close)
         self._claim(fcntl.LOCK_SH)
         held = _manifest(folder)
         same = held is not None and held["identity"] == wanted["identity"]
@@ -69,14 +67,11 @@ class StatsStore:
             if all(each <= _answered(there.get(name, frozenset())) for name, each in needs.items()):
                 self.needs = there
                 return
-        with self.alone():
-            try:
-                for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
-                    if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
-                        path.unlink()
-                self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
-            except OSError as error:
-                raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
+        with self.alone(), _writing(folder):
+            for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
+                if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
+                    path.unlink()
+            self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -163,6 +158,14 @@ class StatsStore:
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
             sync_file(temporary)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"Cannot write statistics into {folder}: {error}", "Give another folder.") from error
 
 
 def _symmetric(key: str) -> bool:
