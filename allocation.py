@@ -10,7 +10,8 @@ ablation: perplexity 32750 against 11.4; docs/allocation.md).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from .branches import Branch
 from .budget import Bundle, Option, solve
@@ -75,12 +76,15 @@ def allocate(
     Raises:
         BudgetError: the budget cannot be met.
     """
+    places = {target.name: target for target in targets}
     if recipe.allocation == "own":
-        return Shared({name: _own(name, curve, dense[name]) for name, curve in curves.items()})
+        return Shared(
+            {name: _own(name, curve, dense[name], _unseen(curve, places.get(name))) for name, curve in curves.items()}
+        )
     if budget is None:
         raise ValueError(f"allocation {recipe.allocation} needs a budget")
     left = budget - sum(nbytes for name, nbytes in dense.items() if name not in curves)
-    places = {target.name: target for target in targets}
+    curves = _unseen_as_others(curves, places)
     if (rule := rules().get(recipe.allocation)) is not None:
         opened = [
             Open(name, places[name].role, places[name].group, dense[name], curve, name not in bounded)
@@ -127,6 +131,33 @@ def bundles_of(
     return found
 
 
+def _unseen_as_others(curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
+    """The curves, and for experts that no token reached, whose losses of nought say nothing, the mean of the others of their
+    layer and role."""
+    seen: dict[tuple[int, str, tuple[Offer, ...]], list[Curve]] = {}
+    unseen: dict[str, tuple[int, str, tuple[Offer, ...]]] = {}
+    for name, curve in curves.items():
+        if name in places and places[name].expert is not None:
+            kind = places[name].layer, places[name].role, curve.offers
+            if _unseen(curve, places[name]):
+                unseen[name] = kind
+            else:
+                seen.setdefault(kind, []).append(curve)
+    return {**curves, **{name: _mean(curves[name], seen[kind]) for name, kind in unseen.items() if kind in seen}}
+
+
+def _unseen(curve: Curve, place: Target | None) -> bool:
+    return place is not None and place.expert is not None and curve.total <= 0
+
+
+def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:
+    def over(each: Iterable[Sequence[float]]) -> tuple[float, ...]:
+        return tuple(map(fmean, zip(*each, strict=True)))
+
+    losses, signals = over(other.losses for other in others), over(other.signals for other in others)
+    return replace(curve, total=fmean(other.total for other in others), losses=losses, signals=signals)
+
+
 def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:
     """The choices that all members have, their bytes and losses added up."""
     by_choice = [{way.choice: way for way in ways} for ways in members]
@@ -142,12 +173,13 @@ def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:
     ]
 
 
-def _own(name: str, curve: Curve, dense: int) -> Offer:
-    """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller."""
+def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Offer:
+    """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller, or where
+    calibration has seen nothing to choose by."""
     if curve.preferred is None:
         raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use another allocation than 'own'.")
     wish = curve.preferred.rank
-    if wish is not None:
+    if wish is not None and not unseen:
         for offer in curve.offers:
             if offer.choice.rank is not None and offer.choice.rank >= wish:
                 return offer

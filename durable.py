@@ -56,8 +56,11 @@ def claimed(lock: IO[str], kind: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space)."""
-    temporary = path.with_name(path.name + PARTIAL)
+    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space).
+
+    It is the process's own: two that find the same thing at one moment each put it down whole.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield temporary
         temporary.replace(path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.data import Calibration
-from .compress.base import BACKWARD_NEEDS, Curve, Method, Solution, TargetStats
+from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from .compress.offers import Offer
 from .durable import read_json, write_json
 from .items import Item, items_of, offers_of, shape_of
@@ -62,7 +62,7 @@ def measure(
     Args:
         calibration: where the allocation asks for losses in nats, a few of its tokens are probed, some of every source.
     """
-    work = _Measuring(view, recipe, store, keep, device)
+    work = _Measuring(view, recipe, store, keep, calibration.tokens.numel(), device)
     if recipe.allocation == "kl":
         return work.in_nats(calibration.few(*PROBED), notify)
     return work.curves(notify, calibration.tokens)
@@ -107,11 +107,20 @@ def measure_halves(
 
 
 class _Measuring:
-    """One measurement of all curves; curves of finished layers lie beside the statistics."""
+    """One measurement of all curves; curves of finished layers lie beside the statistics.
 
-    def __init__(self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], device: torch.device) -> None:
+    Args:
+        tokens: of the calibration. In nats an expert's loss counts as often as a token reaches it.
+    """
+
+    def __init__(
+        self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], tokens: int, device: torch.device
+    ) -> None:
         self._view, self._store, self._device = view, store, device
+        self._tokens, self._reached = tokens, dict[str, int]()
         self._method, self._settings = recipe.compression
+        # without statistics of the forward pass nobody has counted
+        self._by_tokens = recipe.allocation in ("kl", "fisher") and bool(self._method.all_needs & FORWARD_NEEDS)
         element = view.dtype.itemsize
         items = items_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
         self._layers: list[list[Item]] = [[] for _ in view.layers]  # an item of several layers belongs to that of its first
@@ -139,6 +148,8 @@ class _Measuring:
             asked["sets"] = [[target.name for target in item.targets] for item in items if item.parts is not None]
         if self._signal:
             asked["signal"] = self._signal
+        if self._by_tokens and any(item.targets[0].expert is not None for item in items):
+            asked["experts"] = "by their tokens"
         if recipe.limits:
             asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -173,7 +184,7 @@ class _Measuring:
 
         def solve(layer: nn.Module, name: str, item: Item) -> Solution:
             solution = self._solve(layer, name, item)
-            plain[item.name] = self._curve(item.name, solution)
+            plain[item.name] = self._curve(item, solution)
             return solution
 
         started = time.perf_counter()
@@ -187,7 +198,7 @@ class _Measuring:
         return found
 
     def _with_signals(self, item: Item, layer: str, solution: Solution) -> Curve:
-        curve = self._curve(item.name, solution)
+        curve = self._curve(item, solution)
         if not self._signal:
             return curve
         (target,) = item.targets  # rules go with methods that solve targets alone
@@ -206,11 +217,16 @@ class _Measuring:
             names = [target.name for target in item.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
         statistics = [held[target.name].to(self._device) for target in item.targets]
+        self._reached[item.name] = statistics[0].group.tokens
         solutions = solve_item(self._method, self._settings, item, weights, statistics)
         return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
 
-    def _curve(self, name: str, solution: Solution) -> Curve:
-        return _curve(solution, self._offers[name], self._method, self._dense[name])
+    def _curve(self, item: Item, solution: Solution) -> Curve:
+        curve = _curve(solution, self._offers[item.name], self._method, self._dense[item.name])
+        if not self._by_tokens or item.targets[0].expert is None:
+            return curve
+        share = self._reached[item.name] / self._tokens
+        return replace(curve, total=share * curve.total, losses=tuple(share * loss for loss in curve.losses))
 
 
 def _curve(solution: Solution, offers: Sequence[Offer], method: Method, dense: int) -> Curve:

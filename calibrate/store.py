@@ -83,6 +83,9 @@ class StatsStore:
         self._claim(fcntl.LOCK_EX)
         with contextlib.ExitStack() as if_it_fails:
             if_it_fails.callback(self._lock.close)  # an object that outlives its failure holds up nobody
+            with _writing(self.folder):
+                for leftover in self.folder.glob("*" + PARTIAL):  # of processes that were killed: nobody else writes now
+                    leftover.unlink()
             yield
             if_it_fails.pop_all()
         self._claim(fcntl.LOCK_SH)

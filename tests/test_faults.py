@@ -17,6 +17,8 @@ from commandline import contents, lrc_ok, run_lrc, untouched
 from tiny import tiny_text
 
 from lrc.artifact import JOURNAL, Artifact
+from lrc.calibrate.store import StatsStore
+from lrc.durable import read_json, replacing, write_json
 from lrc.report import Progress
 
 INDEX = "model.safetensors.index.json"
@@ -281,6 +283,50 @@ def test_two_at_once_on_one_folder(model, request_for, tmp_path):
         assert result.code == 2
         assert f"Another lrc is writing to {out}" in result.err
         assert (out / JOURNAL).exists()
+
+
+def test_statistics_in_another_process_are_not_taken_from_it_and_a_killed_one_holds_up_nobody(model, request_for, tmp_path):
+    folder = tmp_path / "statistics"
+    ready, started = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with StatsStore(folder, {"of": "another model"}, {}).alone():
+                os.write(started, b"!")
+                time.sleep(60)
+        finally:
+            os._exit(70)
+    try:
+        os.close(started)
+        assert os.read(ready, 1) == b"!"  # nothing to read: the child has failed
+        before = untouched(folder)
+        result = run_lrc(*request_for(model, tmp_path / "out", "--statistics", folder))
+        assert result.code == 2
+        assert f"Another lrc works with the statistics in {folder}" in result.err
+        assert untouched(folder) == before
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    lrc_ok(*request_for(model, tmp_path / "out", "--statistics", folder))
+
+
+def test_two_processes_that_write_one_file_at_one_moment_each_put_it_down_whole(tmp_path):
+    path = tmp_path / "losses.json"
+    with replacing(path) as temporary:
+        temporary.write_text("of this ")
+        child = os.fork()
+        if child == 0:
+            try:
+                write_json(path, ["of the other"])
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert read_json(path, list[str]) == ["of the other"]
+        with temporary.open("a") as file:
+            file.write("process")
+    assert path.read_text() == "of this process"
+    assert [each.name for each in tmp_path.iterdir()] == ["losses.json"]
 
 
 @pytest.mark.parametrize("more", [[], ["--restart"]])

@@ -263,6 +263,14 @@ def test_statistics_are_collected_anew_only_where_something_is_missing(tmp_path)
     assert not store("gram", of="another model").has("layers.0")
 
 
+def test_what_a_killed_process_left_half_written_goes_when_statistics_are_collected(tmp_path):
+    store = StatsStore(tmp_path, {"of": "model"}, {"x": frozenset({"gram"})})
+    half = tmp_path / "layers.0.safetensors.4711.lrc-partial"
+    half.write_bytes(b"half")
+    with store.alone():
+        assert not half.exists()
+
+
 def test_statistics_that_another_process_works_from_are_not_taken_from_under_it(tmp_path):
     def store(of="model"):
         return StatsStore(tmp_path, {"of": of}, {"x": frozenset({"gram"})})

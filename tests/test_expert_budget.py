@@ -1,0 +1,77 @@
+"""Budgets over the experts of a mixture: how often a token reaches each, and those that none reaches."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+
+import pytest
+import torch
+from pipeline import compress
+from safetensors.torch import load_file, save_file
+
+from lrc.assemble import target_weight
+from lrc.calibrate.data import load_calibration
+from lrc.locate import locate
+from lrc.measure import measure
+from lrc.model import ModelView
+from lrc.plan import make_plan
+from lrc.reading import load_recipe
+from lrc.survey import collect
+from lrc.verify import verify
+
+
+@pytest.fixture
+def one_expert_in_two(tiny_checkpoints, tmp_path):
+    """A mixture whose router knows two of its four experts."""
+    folder = shutil.copytree(tiny_checkpoints("mixtral", num_experts_per_tok=1), tmp_path / "model")
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith(".gate.weight"):
+                first = tensors[name][0]
+                tensors[name] = torch.stack([first, -first, torch.zeros_like(first), torch.zeros_like(first)])
+        save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("allocation", ["kl", "spectrum"])
+def test_experts_that_no_token_reached_are_weighed_as_the_others(allocation, one_expert_in_two, tiny_text_file, tmp_path):
+    plan = compress(one_expert_in_two, tmp_path / "out", tiny_text_file, ratio=0.3, allocation=allocation)
+    verify(tmp_path / "out")
+    by_role = defaultdict(dict)
+    for step in plan.steps:
+        if step.target.expert is not None:
+            by_role[step.target.layer, step.target.role][step.target.expert] = step.bytes_after
+    assert by_role
+    for sizes in by_role.values():
+        assert min(sizes[0], sizes[1]) <= sizes[2] == sizes[3] <= max(sizes[0], sizes[1])
+
+
+def test_experts_that_no_token_reached_stay_whole_where_the_method_chooses(one_expert_in_two, tiny_text_file, tmp_path):
+    plan = compress(one_expert_in_two, tmp_path / "out", tiny_text_file, "energy")
+    verify(tmp_path / "out")
+    experts = [step for step in plan.steps if step.target.expert is not None]
+    assert all(step.bytes_after == step.bytes_before for step in experts if step.target.expert > 1)
+    assert any(step.bytes_after < step.bytes_before for step in experts if step.target.expert < 2)
+
+
+def test_in_nats_an_expert_counts_as_often_as_a_token_reaches_it(one_expert_in_two, tiny_text_file, tmp_path):
+    cpu = torch.device("cpu")
+    given = {"calibration.source": f"text:{tiny_text_file}", "calibration.samples": 8, "calibration.length": 48}
+    recipe = load_recipe("kfac", given | {"allocation": "fisher", "ratio": 0.3})
+    method, settings = recipe.compression
+    view = ModelView(locate(str(one_expert_in_two)))
+    calibration = load_calibration(recipe.calibration, view.location.tokenizer())
+    store = collect(view, calibration, make_plan(view, recipe, 1).needs, tmp_path / "statistics", [cpu], recipe.gradients)
+    curves = measure(view, recipe, store, frozenset(), calibration, cpu)
+    reached = defaultdict(int)
+    for name, layer in zip(view.layer_names, map(view.load, view.layer_names), strict=True):
+        for target in (target for target in view.targets if target.name.startswith(name + ".") and target.expert is not None):
+            stats = store.read(name, [target.name])[target.name]
+            alone = method.solve(target_weight(layer, name, target)[0], stats, settings)
+            share = stats.group.tokens / calibration.tokens.numel()
+            reached[target.layer, target.role] += stats.group.tokens
+            assert curves[target.name].total == pytest.approx(share * alone.total)
+            assert curves[target.name].losses[0] == pytest.approx(share * alone.loss(curves[target.name].offers[0].choice))
+    assert set(reached.values()) == {calibration.tokens.numel()}
