@@ -14,7 +14,10 @@ from lrc.compress import experts
 from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.feed_forward import feed_forwards
 from lrc.compress.forms import build_module, fill_module
+from lrc.compress.mixture import MixtureSettings, mixture
+from lrc.compress.nystrom import Reading
 from lrc.compress.offers import Choice, JointOffer, Shape
+from lrc.compress.product import ChainSettings, chain
 from lrc.compress.stacked import stack_statistics
 from lrc.errors import LrcError
 from lrc.targets import Target
@@ -276,6 +279,30 @@ def test_a_size_is_the_same_whichever_others_were_asked_for_before():
         assert several.loss(choice) == alone.loss(choice)
         one, other = several.form(choice), alone.form(choice)
         assert torch.equal(one.columns, other.columns) and torch.equal(one.form.weight, other.form.weight)
+
+
+def test_alternatives_that_begin_with_the_same_channels_find_them_once(monkeypatch):
+    inverted, inverse = [], Reading.inverse
+    monkeypatch.setattr(Reading, "inverse", lambda reading: inverted.append(reading.ridge) or inverse(reading))
+    nystrom, rounded = get_method("nystrom"), get_method("rtn")
+    methods = [nystrom, *(chain(nystrom, rounded) for _ in range(3))]
+    steps = [(0.1, 3), (0.1, 4), (0.5, 4)]
+    settings = MixtureSettings(
+        parts=(
+            nystrom.settings(),
+            *(ChainSettings(first=nystrom.settings(ridge=r), second=rounded.settings(bits=b, group_size=16)) for r, b in steps),
+        )
+    )
+    (down,), (h,) = problem((10,), 48, 400)
+    weights, told = [torch.tensor(down.T.copy()), torch.tensor(down)], statistics([h, h], 2)
+    solved = mixture(methods).joint.solve(weights, told, ["up", "down"], settings)
+    found = [solved[1].form(Choice(channels=32, way=way)) for way in range(4)]
+    assert inverted == [0.1, 0.5]
+    monkeypatch.undo()
+    for way, (method, own) in enumerate(zip(methods, settings.parts, strict=True)):
+        alone = method.joint.solve(weights, statistics([h, h], 2), ["up", "down"], own)[1]
+        assert torch.equal(found[way].dense(), alone.form(Choice(channels=32)).dense())
+        assert solved[1].loss(Choice(channels=20, way=way)) == alone.loss(Choice(channels=20))
 
 
 def test_a_ridge_below_what_rounding_leaves_says_so():
