@@ -217,7 +217,7 @@ class _Measuring:
             names = [target.name for target in item.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
         statistics = [held[target.name].to(self._device) for target in item.targets]
-        self._reached[item.name] = statistics[0].group.tokens
+        self._reached[item.name] = max(stats.group.tokens for stats in statistics)  # some may need no statistics
         solutions = solve_item(self._method, self._settings, item, weights, statistics)
         return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
 
