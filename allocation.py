@@ -58,7 +58,7 @@ def allocate(
     dense: Mapping[str, int],
     curves: Mapping[str, Curve],
     budget: int | None,
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target],
     bounded: frozenset[str] = frozenset(),
     bundles: Mapping[str, Bundle] | None = None,
 ) -> Shared:
@@ -69,7 +69,7 @@ def allocate(
         dense: bytes of every target when dense, those that the recipe keeps included.
         curves: of the targets that may be compressed.
         budget: bytes for all of `dense`; may be None where the method decides.
-        targets: all of the model, for rules that look at roles and groups.
+        targets: all of the model, for rules that look at roles and groups, and for what an expert is beside the others.
         bounded: targets whose limits do not leave them dense.
         bundles: targets that the solver may drop together, their losses on the scale of the curves.
 
@@ -77,14 +77,13 @@ def allocate(
         BudgetError: the budget cannot be met.
     """
     places = {target.name: target for target in targets}
+    unseen = {name for name, curve in curves.items() if curve.total <= 0 and places[name].expert is not None}
     if recipe.allocation == "own":
-        return Shared(
-            {name: _own(name, curve, dense[name], _unseen(curve, places.get(name))) for name, curve in curves.items()}
-        )
+        return Shared({name: _own(name, curve, dense[name], name in unseen) for name, curve in curves.items()})
     if budget is None:
         raise ValueError(f"allocation {recipe.allocation} needs a budget")
     left = budget - sum(nbytes for name, nbytes in dense.items() if name not in curves)
-    curves = _unseen_as_others(curves, places)
+    curves = _as_others(unseen, curves, places)
     if (rule := rules().get(recipe.allocation)) is not None:
         opened = [
             Open(name, places[name].role, places[name].group, dense[name], curve, name not in bounded)
@@ -131,23 +130,19 @@ def bundles_of(
     return found
 
 
-def _unseen_as_others(curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
+def _as_others(unseen: Collection[str], curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
     """The curves, and for experts that no token reached, whose losses of nought say nothing, the mean of the others of their
     layer and role."""
+    kinds = {
+        name: (places[name].layer, places[name].role, curve.offers)
+        for name, curve in curves.items()
+        if places[name].expert is not None
+    }
     seen: dict[tuple[int, str, tuple[Offer, ...]], list[Curve]] = {}
-    unseen: dict[str, tuple[int, str, tuple[Offer, ...]]] = {}
-    for name, curve in curves.items():
-        if name in places and places[name].expert is not None:
-            kind = places[name].layer, places[name].role, curve.offers
-            if _unseen(curve, places[name]):
-                unseen[name] = kind
-            else:
-                seen.setdefault(kind, []).append(curve)
-    return {**curves, **{name: _mean(curves[name], seen[kind]) for name, kind in unseen.items() if kind in seen}}
-
-
-def _unseen(curve: Curve, place: Target | None) -> bool:
-    return place is not None and place.expert is not None and curve.total <= 0
+    for name, kind in kinds.items():
+        if name not in unseen:
+            seen.setdefault(kind, []).append(curves[name])
+    return {**curves, **{name: _mean(curves[name], seen[kinds[name]]) for name in unseen if kinds[name] in seen}}
 
 
 def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .durable import PARTIAL, locked, replacing, sha256_of, sync_file, sync_folder, writing
+from .durable import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
 from .errors import CheckpointError, OutputError, RequestError, ResumeError
 
 JOURNAL = "lrc.journal.jsonl"
@@ -107,8 +107,7 @@ class Artifact:
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
-            for leftover in self.folder.glob("*" + PARTIAL):  # only now: a run of something else is left as it is
-                leftover.unlink()
+            clear_leftovers(self.folder)  # only now: a run of something else is left as it is
 
     def _is_finished(self) -> bool:
         """Whether the folder holds the finished result of this very request; raises where it is another's or damaged."""

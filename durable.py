@@ -68,6 +68,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # where all went well it bears its final name
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half written; nobody else may write there now."""
+    for leftover in folder.glob("*" + PARTIAL):
+        leftover.unlink()
+
+
 def read_json(path: Path, shape: type[T]) -> T | None:
     """What a JSON file holds that an earlier run left; None where there is none.
 

@@ -117,7 +117,7 @@ class _Measuring:
         self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], tokens: int, device: torch.device
     ) -> None:
         self._view, self._store, self._device = view, store, device
-        self._tokens, self._reached = tokens, dict[str, int]()
+        self._tokens = tokens
         self._method, self._settings = recipe.compression
         # without statistics of the forward pass nobody has counted
         self._by_tokens = recipe.allocation in ("kl", "fisher") and bool(self._method.all_needs & FORWARD_NEEDS)
@@ -166,7 +166,7 @@ class _Measuring:
                 layer = self._view.load(name)
                 for item in items:
                     if item.name not in held:
-                        held[item.name] = self._with_signals(item, name, self._solve(layer, name, item))
+                        held[item.name] = self._with_signals(item, name, *self._solve(layer, name, item))
                 self._view.unload(name)
                 give_back()
                 write_json(self._file(name), held)
@@ -183,8 +183,8 @@ class _Measuring:
         plain: dict[str, Curve] = {}
 
         def solve(layer: nn.Module, name: str, item: Item) -> Solution:
-            solution = self._solve(layer, name, item)
-            plain[item.name] = self._curve(item, solution)
+            solution, reached = self._solve(layer, name, item)
+            plain[item.name] = self._curve(item, solution, reached)
             return solution
 
         started = time.perf_counter()
@@ -197,8 +197,8 @@ class _Measuring:
         write_json(file, found)
         return found
 
-    def _with_signals(self, item: Item, layer: str, solution: Solution) -> Curve:
-        curve = self._curve(item, solution)
+    def _with_signals(self, item: Item, layer: str, solution: Solution, reached: int) -> Curve:
+        curve = self._curve(item, solution, reached)
         if not self._signal:
             return curve
         (target,) = item.targets  # rules go with methods that solve targets alone
@@ -210,22 +210,23 @@ class _Measuring:
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
 
-    def _solve(self, layer: nn.Module, name: str, item: Item) -> Solution:
+    def _solve(self, layer: nn.Module, name: str, item: Item) -> tuple[Solution, int]:
+        """The item's solution, and how many tokens reached it."""
         weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in item.targets]
         held: dict[str, TargetStats] = {}
         for number in dict.fromkeys(target.layer for target in item.targets):
             names = [target.name for target in item.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
         statistics = [held[target.name].to(self._device) for target in item.targets]
-        self._reached[item.name] = max(stats.group.tokens for stats in statistics)  # some may need no statistics
         solutions = solve_item(self._method, self._settings, item, weights, statistics)
-        return solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
+        solution = solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
+        return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
 
-    def _curve(self, item: Item, solution: Solution) -> Curve:
+    def _curve(self, item: Item, solution: Solution, reached: int) -> Curve:
         curve = _curve(solution, self._offers[item.name], self._method, self._dense[item.name])
         if not self._by_tokens or item.targets[0].expert is None:
             return curve
-        share = self._reached[item.name] / self._tokens
+        share = reached / self._tokens
         return replace(curve, total=share * curve.total, losses=tuple(share * loss for loss in curve.losses))
 
 

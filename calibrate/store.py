@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compress.base import GroupStats, TargetStats
-from ..durable import PARTIAL, claimed, replacing, sync_file
+from ..durable import PARTIAL, claimed, clear_leftovers, replacing, sync_file
 from ..errors import CheckpointError, OutputError, RequestError
 from .triangle import packed, unpacked
 
@@ -84,8 +84,7 @@ class StatsStore:
         with contextlib.ExitStack() as if_it_fails:
             if_it_fails.callback(self._lock.close)  # an object that outlives its failure holds up nobody
             with _writing(self.folder):
-                for leftover in self.folder.glob("*" + PARTIAL):  # of processes that were killed: nobody else writes now
-                    leftover.unlink()
+                clear_leftovers(self.folder)
             yield
             if_it_fails.pop_all()
         self._claim(fcntl.LOCK_SH)

@@ -290,6 +290,7 @@ class Method:
         measured: (offers, dense bytes) -> indices, ascending: where a loss costs a whole solve, only these are measured, and
             the losses of the others are interpolated. None where every loss is had at once.
         ways: the alternatives of a mixture, by their numbers.
+        steps: the two of a chain.
         joint: which targets it solves together, and how; None where each is solved by itself.
     """
 
@@ -301,6 +302,7 @@ class Method:
     offers: Offers = low_rank_offers
     measured: Measured | None = None
     ways: tuple[Method, ...] = ()
+    steps: tuple[Method, ...] = ()
     joint: Joint | None = None
 
     @property

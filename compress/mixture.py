@@ -22,6 +22,7 @@ from ..errors import LrcError
 from .base import Joinable, Joint, Method, Settings, Solution, TargetSet, TargetStats
 from .forms import Form
 from .offers import Choice, JointOffer, Offer, Shape
+from .product import Chained
 
 _SAME_SCALE = 0.05  # totals in one metric differ by rounding (float32 grams), those in two by factors
 
@@ -47,10 +48,8 @@ def mixture(methods: Sequence[Method]) -> Method:
     alone = [way for way, method in enumerate(methods) if method.joint is None] or list(range(len(methods)))
 
     def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Mixed:
-        def solved(way: int) -> Solution:
-            return methods[way].solve(weight, stats, settings.parts[way])
-
-        return Mixed(tuple(methods), solved, alone[0])
+        all_of = _solver(methods, settings, [weight], [stats])
+        return Mixed(tuple(methods), lambda way: all_of(way)[0], alone[0])
 
     def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
         found = [
@@ -105,13 +104,7 @@ def _joint(methods: Sequence[Method]) -> Joint:
         weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
     ) -> Sequence[Solution]:
         """The members, each answering for every method; a method solves them when one of them is first asked."""
-
-        @functools.cache
-        def all_of(way: int) -> Sequence[Solution]:
-            method, part = methods[way], settings.parts[way]
-            if method.joint is not None:
-                return method.joint.solve(weights, statistics, parts, part)
-            return [method.solve(weight, stats, part) for weight, stats in zip(weights, statistics, strict=True)]
+        all_of = _solver(methods, settings, weights, statistics, parts)
 
         def member(number: int) -> Mixed:
             return Mixed(tuple(methods), lambda way: all_of(way)[number], measure)
@@ -123,6 +116,42 @@ def _joint(methods: Sequence[Method]) -> Joint:
     parts = {part for method in methods if method.joint for part in method.joint.needs}
     needs = {part: frozenset[str]().union(*(method.needs_of(part) for method in methods)) for part in parts}
     return Joint(sets, offers, solve, shares=False, needs=needs)
+
+
+def _solver(
+    methods: Sequence[Method],
+    settings: Any,
+    weights: Sequence[Tensor],
+    statistics: Sequence[TargetStats],
+    parts: Sequence[str] | None = None,
+) -> Callable[[int], Sequence[Solution]]:
+    """Number of an alternative -> its solutions of these targets, made when they are first asked for; alternatives that begin
+    with the same step share what it finds.
+
+    Args:
+        parts: what each target is in a set; None for targets that are solved alone.
+    """
+    found: dict[tuple[str, str], Sequence[Solution]] = {}
+
+    def by(method: Method, part: Settings) -> Sequence[Solution]:
+        key = method.name, part.model_dump_json()
+        if key not in found:
+            if parts is not None and method.joint is not None:
+                found[key] = method.joint.solve(weights, statistics, parts, part)
+            else:
+                found[key] = [method.solve(weight, stats, part) for weight, stats in zip(weights, statistics, strict=True)]
+        return found[key]
+
+    @functools.cache
+    def all_of(way: int) -> Sequence[Solution]:
+        method, part = methods[way], settings.parts[way]
+        if not method.steps:
+            return by(method, part)
+        first, second = method.steps
+        begun = zip(by(first, part.first), weights, statistics, strict=True)
+        return [Chained(each, second, part.second, weight, stats) for each, weight, stats in begun]
+
+    return all_of
 
 
 def _alike(each: Sequence[Sequence[Offer]]) -> list[JointOffer]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from pydantic import Field
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from ..errors import LrcError
 from . import svd_llm
-from .base import GroupStats, Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
+from .base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
 from .channels import ChannelSolution, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
 from .offers import Choice, JointOffer, Shape
@@ -126,11 +125,10 @@ class Elimination:
         reading: of the channels.
         outputs: (out, out) float64, by which an error of the outputs is multiplied before it is squared; by default it counts
             as it is. What the reader is fitted to does not change with it.
-        of: the weight that it was made of, for those who look for one that is there.
     """
 
-    def __init__(self, reading: Reading, outputs: Tensor | None = None, of: Tensor | None = None) -> None:
-        self.reading, self._outputs, self.of = reading, outputs, of
+    def __init__(self, reading: Reading, outputs: Tensor | None = None) -> None:
+        self.reading, self._outputs = reading, outputs
         count = len(reading.scale)
         self._left = count
         self._inverse, self._weight = reading.inverse(), self._weighed()
@@ -256,24 +254,9 @@ def solved_feed_forward(
         ridge: as in the settings.
         outputs: as `Elimination` takes it.
     """
-    elimination = _elimination(weights[-1], reads.group, ridge, outputs)
+    assert reads.group.gram is not None
+    elimination = Elimination(Reading.of(weights[-1], reads.group.gram, ridge), outputs)
     return [*(Member(weight, elimination) for weight in weights[:-1]), Fitted(weights[-1], elimination)]
-
-
-_known: WeakKeyDictionary[GroupStats, WeakValueDictionary[tuple[int, float], Elimination]] = WeakKeyDictionary()
-
-
-def _elimination(weight: Tensor, reads: GroupStats, ridge: float, outputs: Tensor | None) -> Elimination:
-    """One for all alternatives that begin with the same channels, as long as one of them is there: it is the dearest of all
-    that a feed-forward needs, in time and in memory."""
-    assert reads.gram is not None
-    if outputs is not None:
-        return Elimination(Reading.of(weight, reads.gram, ridge), outputs)
-    made = _known.setdefault(reads, WeakValueDictionary())
-    found = made.get((id(weight), ridge))
-    if found is None or found.of is not weight:
-        found = made[id(weight), ridge] = Elimination(Reading.of(weight, reads.gram, ridge), of=weight)
-    return found
 
 
 @method(

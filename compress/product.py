@@ -126,7 +126,7 @@ def chain(first: Method, second: Method) -> Method:
     source = f"{first.source}; {second.source}"
     name, joint = f"{first.name}+{second.name}", _joint(first, second)
     measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (probe.py)
-    return Method(name, solve, ChainSettings, needs, source, offers, measured, joint=joint)
+    return Method(name, solve, ChainSettings, needs, source, offers, measured, steps=(first, second), joint=joint)
 
 
 def _joint(first: Method, second: Method) -> Joint | None:

@@ -17,7 +17,7 @@ from lrc.measure import measure
 from lrc.model import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
-from lrc.survey import collect
+from lrc.survey import collect, targets_by_layer
 from lrc.verify import verify
 
 
@@ -69,8 +69,9 @@ def test_in_nats_an_expert_counts_as_often_as_a_token_reaches_it(one_expert_in_t
     store = collect(view, calibration, make_plan(view, recipe, 1).needs, tmp_path / "statistics", [cpu], recipe.gradients)
     curves = measure(view, recipe, store, frozenset(), calibration, cpu)
     reached = defaultdict(int)
-    for name, layer in zip(view.layer_names, map(view.load, view.layer_names), strict=True):
-        for target in (target for target in view.targets if target.name.startswith(name + ".") and target.expert is not None):
+    for name, targets in zip(view.layer_names, targets_by_layer(view), strict=True):
+        layer = view.load(name)
+        for target in (target for target in targets if target.expert is not None):
             stats = store.read(name, [target.name])[target.name]
             alone = method.solve(target_weight(layer, name, target)[0], stats, settings)
             share = stats.group.tokens / calibration.tokens.numel()
