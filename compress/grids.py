@@ -153,7 +153,9 @@ class Grid:
         """(out, in) as (out, groups, width); a last group that is not full is filled with zeros."""
         out_features, in_features = values.shape
         width, groups = self.width(in_features), self.groups(in_features)
-        return torch.nn.functional.pad(values, (0, groups * width - in_features)).view(out_features, groups, width)
+        if groups * width > in_features:
+            values = torch.nn.functional.pad(values, (0, groups * width - in_features))
+        return values.reshape(out_features, groups, width)
 
     def nearest(self, values: Tensor, steps: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Codes (uint8) of the grid's points nearest to the values; steps and zeros broadcast against them."""
@@ -168,9 +170,11 @@ class Grid:
         """The matrix (out, in) that codes (out, in) stand for, computed and returned in `dtype`."""
         # a power of two below the range of float16 still makes values within it
         wide = torch.float32 if self.kind == "mxint" and dtype == torch.float16 else dtype
-        steps, zeros = self.columns(scales, codes.shape[1])
-        values = codes.to(wide).sub_(self.middle if zeros is None else zeros.to(wide))
-        return values.mul_(steps.to(wide)).to(dtype)
+        # by groups: spreading steps and zeros over a matrix of the weight's size first takes five times as long
+        values = self._grouped(codes).to(wide)
+        values.sub_(self.middle if scales.zeros is None else scales.zeros.to(wide)[..., None])
+        values = values.mul_(scales.steps.to(wide)[..., None]).flatten(1)[:, : codes.shape[1]]
+        return values.to(dtype).contiguous()
 
     def columns(self, scales: Scales, in_features: int) -> tuple[Tensor, Tensor | None]:
         """Steps and zeros of every column, (out, in)."""
@@ -222,9 +226,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows, width = packed.shape
     if bits == 8:
         return packed
-    if 8 % bits == 0:
-        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
-        return codes.view(rows, -1)[:, :count]
+    if bits == 4:  # the bytes of wider integers, least significant first, are the codes already, once they lie apart
+        words = packed.to(torch.int16)
+        return (words | words << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :count]
+    if bits == 2:
+        words = packed.to(torch.int32)
+        words = (words | words << 12).bitwise_and_(0x000F000F)
+        return (words | words << 6).bitwise_and_(0x03030303).view(torch.uint8)[:, :count]
     parts = torch.nn.functional.pad(packed, (0, -width % bits)).view(rows, -(-width // bits), bits)
     wide = torch.int32 if 8 * bits < 32 else torch.int64
     words = torch.zeros(parts.shape[:2], dtype=wide, device=packed.device)
