@@ -226,13 +226,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     rows, width = packed.shape
     if bits == 8:
         return packed
-    if bits == 4:  # the bytes of wider integers, least significant first, are the codes already, once they lie apart
-        words = packed.to(torch.int16)
-        return (words | words << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:, :count]
-    if bits == 2:
-        words = packed.to(torch.int32)
-        words = (words | words << 12).bitwise_and_(0x000F000F)
-        return (words | words << 6).bitwise_and_(0x03030303).view(torch.uint8)[:, :count]
+    if 8 % bits == 0:
+        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+        return codes.view(rows, -1)[:, :count]
     parts = torch.nn.functional.pad(packed, (0, -width % bits)).view(rows, -(-width // bits), bits)
     wide = torch.int32 if 8 * bits < 32 else torch.int64
     words = torch.zeros(parts.shape[:2], dtype=wide, device=packed.device)
