@@ -65,17 +65,13 @@ class Compensator:
             return Quantized.nearest(weight, grid)
         weight = weight.double()
         width = grid.width(weight.shape[1])
-        energy = self.factor.square().sum(1)  # the damped gram's diagonal
+        energy = self.factor.square().sum(1) if clip else None  # the damped gram's diagonal
         if self.order is None:
             whole = width == weight.shape[1]
-            scales = grid.fitted(weight, energy) if clip and whole else grid.scales(weight)
-            return _by_columns(weight, self.factor, grid, scales, not whole, energy if clip else None)
-        scales = grid.fitted(weight, energy[torch.argsort(self.order)]) if clip else grid.scales(weight)
-        steps, zeros = grid.columns(scales, weight.shape[1])
-        permuted = Scales(steps[:, self.order], None if zeros is None else zeros[:, self.order])
-        each = replace(grid, group_size=1)
-        codes = _by_columns(weight[:, self.order], self.factor, each, permuted).codes
-        return Quantized(grid, codes[:, torch.argsort(self.order)], scales)
+            scales = grid.scales(weight) if energy is None or not whole else grid.fitted(weight, energy)
+            return _by_columns(weight, self.factor, grid, scales, dynamic=not whole, energy=energy)
+        scales = grid.scales(weight) if energy is None else grid.fitted(weight, energy[torch.argsort(self.order)])
+        return _by_columns(weight, self.factor, grid, scales, self.order)
 
 
 def compensator(gram: Tensor, damping: float = 0.01, act_order: bool = True) -> Compensator:
@@ -114,14 +110,22 @@ def compensator(gram: Tensor, damping: float = 0.01, act_order: bool = True) -> 
 
 
 def _by_columns(
-    weight: Tensor, factor: Tensor, grid: Grid, scales: Scales, dynamic: bool = False, energy: Tensor | None = None
+    weight: Tensor,
+    factor: Tensor,
+    grid: Grid,
+    scales: Scales,
+    order: Tensor | None = None,
+    *,
+    dynamic: bool = False,
+    energy: Tensor | None = None,
 ) -> Quantized:
-    """Round columns from left to right.
+    """Round columns one after the other.
 
     Args:
         weight: (out, in) float64.
-        factor: (in, in) upper triangular.
+        factor: (in, in) upper triangular, of the columns in `order`.
         scales: of the groups; where `dynamic`, they are found anew as each group's turn comes, for what it has become.
+        order: (in,) in which columns are rounded; None: from left to right, as `dynamic` needs it.
         energy: (in,) of the inputs, for which those found anew are fitted; None takes the whole range.
     """
     out_features, count = weight.shape
@@ -129,30 +133,41 @@ def _by_columns(
     block = width if dynamic and width > _BLOCK else max(1, _BLOCK // width) * width
     # a column after the other is read and written: they lie in one piece each in the transposed matrices
     columns = weight.T.contiguous()
+    group_of = torch.arange(count, device=weight.device) // width
+    if order is not None:
+        columns, group_of = columns[order], group_of[order]
+    groups = group_of.tolist()
     codes = torch.empty(count, out_features, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(columns)
     steps = scales.steps.T.contiguous()
     zeros = None if scales.zeros is None else scales.zeros.T.contiguous()
+    offsets = torch.full_like(steps, grid.middle) if zeros is None else zeros.double()
+    # a column is small: what it takes to name its rows costs as much as computing with them, so they are named by the block
+    step_of, offset_of = steps.unbind(), offsets.unbind()
     for start in range(0, count, block):
         end = min(start + block, count)
         carried = factor[:start, start:end].T @ errors[:start]  # (block, out): what earlier columns put into these
-        for column in range(start, end):
-            group = column // width
+        nearest = torch.empty_like(carried)  # codes, in float64 for now
+        rows = (columns[start:end], carried, factor.diagonal()[start:end], nearest, errors[start:end])
+        named = zip(*(part.unbind() for part in rows), strict=True)
+        for column, (value, plus, corner, code, error) in enumerate(named, start):
+            group = groups[column]
             if dynamic and column % width == 0:
                 stop = min(column + width, end)
-                corner = factor[column:stop, column:stop]
-                best = torch.linalg.solve_triangular(corner.T, carried[column - start : stop - start], upper=False)
+                own = factor[column:stop, column:stop]
+                best = torch.linalg.solve_triangular(own.T, carried[column - start : stop - start], upper=False)
                 row, become = replace(grid, group_size=0), (columns[column:stop] + best).T
                 found = row.scales(become) if energy is None else row.fitted(become, energy[column:stop])
                 steps[group] = found.steps[:, 0]
                 if zeros is not None and found.zeros is not None:
-                    zeros[group] = found.zeros[:, 0]
-            zero = None if zeros is None else zeros[group]
-            wanted = columns[column] + carried[column - start] / factor[column, column]
-            codes[column] = grid.nearest(wanted, steps[group], zero)
-            value = (codes[column].double() - (grid.middle if zero is None else zero.double())) * steps[group]
-            errors[column] = columns[column] - value
-            carried[column - start + 1 :].addr_(factor[column, column + 1 : end], errors[column])
+                    zeros[group] = offsets[group] = found.zeros[:, 0]
+            torch.addcdiv(value, plus, corner, out=code)
+            code.div_(step_of[group]).round_().add_(offset_of[group]).clamp_(0, grid.top)
+            torch.addcmul(value, code - offset_of[group], step_of[group], value=-1, out=error)
+            carried[column - start + 1 :].addr_(factor[column, column + 1 : end], error)
+        codes[start:end] = nearest
+    if order is not None:
+        codes = codes[torch.argsort(order)]
     return Quantized(grid, codes.T.contiguous(), Scales(steps.T.contiguous(), None if zeros is None else zeros.T.contiguous()))
 
 

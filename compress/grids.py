@@ -157,20 +157,19 @@ class Grid:
             values = torch.nn.functional.pad(values, (0, groups * width - in_features))
         return values.reshape(out_features, groups, width)
 
-    def nearest(self, values: Tensor, steps: Tensor, zeros: Tensor | None = None) -> Tensor:
-        """Codes (uint8) of the grid's points nearest to the values; steps and zeros broadcast against them."""
-        offset = self.middle if zeros is None else zeros
-        return ((values / steps).round_() + offset).clamp_(0, self.top).to(torch.uint8)
-
     def encode(self, weight: Tensor, scales: Scales) -> Tensor:
-        """Codes (out, in) uint8 of the grid's points nearest to a matrix (out, in)."""
-        return self.nearest(weight.double(), *self.columns(scales, weight.shape[1]))
+        """Codes (out, in) uint8 of the grid's points nearest to a matrix (out, in); float64 inside."""
+        # by groups: spreading steps and zeros over a matrix of the weight's size first takes longer than all the rest
+        values = self._grouped(weight.double()) / scales.steps[..., None]
+        offset = self.middle if scales.zeros is None else scales.zeros[..., None]
+        codes = values.round_().add_(offset).clamp_(0, self.top).to(torch.uint8)
+        return codes.flatten(1)[:, : weight.shape[1]].contiguous()
 
     def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) that codes (out, in) stand for, computed and returned in `dtype`."""
         # a power of two below the range of float16 still makes values within it
         wide = torch.float32 if self.kind == "mxint" and dtype == torch.float16 else dtype
-        # by groups: spreading steps and zeros over a matrix of the weight's size first takes five times as long
+        # by groups, as in `encode`: five times as fast
         values = self._grouped(codes).to(wide)
         values.sub_(self.middle if scales.zeros is None else scales.zeros.to(wide)[..., None])
         values = values.mul_(scales.steps.to(wide)[..., None]).flatten(1)[:, : codes.shape[1]]
