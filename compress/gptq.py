@@ -133,10 +133,9 @@ def _by_columns(
     block = width if dynamic and width > _BLOCK else max(1, _BLOCK // width) * width
     # a column after the other is read and written: they lie in one piece each in the transposed matrices
     columns = weight.T.contiguous()
-    group_of = torch.arange(count, device=weight.device) // width
     if order is not None:
-        columns, group_of = columns[order], group_of[order]
-    groups = group_of.tolist()
+        columns = columns[order]
+    groups = [column // width for column in (range(count) if order is None else order.tolist())]
     codes = torch.empty(count, out_features, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(columns)
     steps = scales.steps.T.contiguous()

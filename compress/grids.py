@@ -175,11 +175,6 @@ class Grid:
         values = values.mul_(scales.steps.to(wide)[..., None]).flatten(1)[:, : codes.shape[1]]
         return values.to(dtype).contiguous()
 
-    def columns(self, scales: Scales, in_features: int) -> tuple[Tensor, Tensor | None]:
-        """Steps and zeros of every column, (out, in)."""
-        group = torch.arange(in_features, device=scales.steps.device) // self.width(in_features)
-        return scales.steps[:, group], None if scales.zeros is None else scales.zeros[:, group]
-
     def spec(self) -> dict[str, Any]:
         """What a loader must know, JSON-able: the arguments of this class."""
         return {"bits": self.bits, "group_size": self.group_size, "kind": self.kind, "symmetric": self.symmetric}

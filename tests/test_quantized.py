@@ -82,7 +82,7 @@ def test_rounding_against_one_value_at_a_time(grid, in_features):
 def test_no_value_is_further_off_than_half_a_step(grid):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     form = Quantized.nearest(weight, grid)
-    steps, _ = grid.columns(form.scales, 64)
+    steps = form.scales.steps.repeat_interleave(grid.width(64), dim=1)
     # a step of eight bits may be a 2^-9th part too small, which the extreme value of a group feels; so does its zero's rounding
     slack = 2.0**-9 * grid.top + (0 if grid.symmetric else 0.5)
     assert float(((weight - form.dense()).abs() / steps).max()) <= 0.5 + slack
@@ -150,38 +150,45 @@ def test_bits_per_weight_count_everything():
     assert 8 * offers[0].nbytes / 4096**2 == pytest.approx(4.5 + 0.133, abs=2e-3)
 
 
-def textbook_gptq(weight: np.ndarray, gram: np.ndarray, group: int, bits: int, order: np.ndarray | None) -> np.ndarray:
-    """Algorithm 1 of the paper: rows of the Cholesky factor of the inverse, updates to the right; symmetric grid."""
+def textbook_gptq(
+    weight: np.ndarray, gram: np.ndarray, group: int, bits: int, order: np.ndarray | None, symmetric: bool
+) -> np.ndarray:
+    """Algorithm 1 of the paper: rows of the Cholesky factor of the inverse, updates to the right."""
     count = weight.shape[1]
     damped = gram + 0.01 * gram.diagonal().mean() * np.eye(count)
     columns = np.arange(count) if order is None else order
     inverse = np.linalg.inv(damped[np.ix_(columns, columns)])
     upper = np.linalg.cholesky(inverse).T
     left, result = weight[:, columns].copy(), np.zeros_like(weight)
+    top = 2**bits - 1
 
-    def step(values: np.ndarray) -> np.ndarray:
-        return torch.tensor(np.abs(values).max(1) / ((2**bits - 1) / 2)).bfloat16().double().numpy()
+    def step(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
+        """Of a group, and the code that stands for zero."""
+        low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
+        span = 2 * np.abs(values).max(1) if symmetric else high - low
+        size = torch.tensor(span / top).bfloat16().double().numpy()
+        return size, 2 ** (bits - 1) if symmetric else np.clip(np.round(-low / size), 0, top)
 
     static = [step(weight[:, i : i + group]) for i in range(0, count, group)]
-    half = 2 ** (bits - 1)
     for i, column in enumerate(columns):
         if order is not None:
-            size = static[column // group]
+            size, zero = static[column // group]
         elif i % group == 0:
-            size = step(left[:, i : i + group])
-        result[:, column] = np.clip(np.round(left[:, i] / size), -half, half - 1) * size
+            size, zero = step(left[:, i : i + group])
+        result[:, column] = (np.clip(np.round(left[:, i] / size) + zero, 0, top) - zero) * size
         left[:, i + 1 :] -= np.outer((left[:, i] - result[:, column]) / upper[i, i], upper[i, i + 1 :])
     return result
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("in_features", "group"), [(30, 8), (300, 32), (300, 200)])
-def test_gptq_against_the_papers_algorithm(act_order, in_features, group):
+def test_gptq_against_the_papers_algorithm(symmetric, act_order, in_features, group):
     weight, x = problem(12, in_features, tokens=2 * in_features)
     gram = (x.T @ x / len(x)).numpy()
     order = np.argsort(-gram.diagonal(), kind="stable") if act_order else None
-    expected = textbook_gptq(weight.numpy(), gram, group, 3, order)
-    _, solution = solved("gptq", weight, x, bits=3, group_size=group, symmetric=True, act_order=act_order)
+    expected = textbook_gptq(weight.numpy(), gram, group, 3, order, symmetric)
+    _, solution = solved("gptq", weight, x, bits=3, group_size=group, symmetric=symmetric, act_order=act_order)
     assert np.allclose(solution.form(Choice(bits=3)).dense().numpy(), expected, rtol=1e-9)
     assert solution.damping == 0.01
     assert solution.loss(Choice(bits=3)) == pytest.approx(error(weight, torch.tensor(expected), x), rel=1e-9)
