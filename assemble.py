@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .compress import experts
 from .compress.forms import Form, Spec, build_module, fill_module, linear_weight
 from .compress.shared import link
-from .planned import Step
 from .targets import Target
 
 
@@ -44,11 +43,11 @@ def stored_tensors(layer: nn.Module, name: str, forms: Mapping[str, Form]) -> di
     return tensors
 
 
-def form_specs(steps: Iterable[Step], forms: Mapping[str, Form]) -> dict[str, Spec]:
+def form_specs(targets: Iterable[Target], forms: Mapping[str, Form]) -> dict[str, Spec]:
     """Module path -> spec, as config.json will carry it; the experts of one parameter together."""
     specs: dict[str, Spec] = {}
-    for step in steps:
-        target, form = step.target, forms.get(step.target.name)
+    for target in targets:
+        form = forms.get(target.name)
         if target.expert is not None:
             parameter = target.name.rpartition(".")[0]
             entry = specs.setdefault(parameter, {"kind": "experts", "forms": []})

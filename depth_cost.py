@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from .depth.base import Score, Training, get_repair, get_score
 from .depth.partial_finetune import LAST_LAYERS
+from .depth.spec import DepthSpec
 from .parts import open_branches, open_layers
-from .planned import COPIES, STATES
-from .recipe import Recipe
 from .surgery import Surgery
+from .variants import BATCH_TOKENS, COPIES, STATES
 
 if TYPE_CHECKING:
+    from .calibrate.data import CalibrationSpec
     from .model import ModelView
 
-BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
 _SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once, unless it needs more
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
 _GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width
@@ -28,12 +28,11 @@ def seen_samples(score: Score, hidden: int, samples: int, length: int) -> int:
     return min(samples, max(1, _SEEN_TOKENS // length, math.ceil(score.tokens_per_channel * hidden / length)))
 
 
-def depth_lines(view: ModelView, recipe: Recipe, surgery: Surgery) -> tuple[str, ...]:
+def depth_lines(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, surgery: Surgery) -> tuple[str, ...]:
     """What choosing and repairing will take, and what the result needs to load, in words."""
-    spec = recipe.dropping
     if spec is None:
         return ()
-    lines, tokens = [], recipe.calibration.samples * recipe.calibration.length
+    lines, tokens = [], calibration.samples * calibration.length
     score = get_score(spec.score)
     if score.tries:
         halves = spec.granularity == "sub-layer"
@@ -41,17 +40,15 @@ def depth_lines(view: ModelView, recipe: Recipe, surgery: Surgery) -> tuple[str,
         candidates = len(open_branches(view.branches, layers, spec) if halves else open_layers(layers, spec))
         rounds = len(surgery.removed) if halves else len(surgery.dropped)
         tries = sum(candidates - gone for gone in range(rounds))
-        seen = min(spec.loss_samples, recipe.calibration.samples) * min(spec.loss_length, recipe.calibration.length)
+        seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
         lines.append(f"score {spec.score}: some {rounds} rounds, {tries} models, each over {seen:,} tokens")
-    lines += _repair_lines(view, recipe, tokens)
+    lines += _repair_lines(view, spec, tokens)
     if surgery.removed:
         lines.append("the result needs lrc to load: half a layer is gone")
     return tuple(lines)
 
 
-def _repair_lines(view: ModelView, recipe: Recipe, tokens: int) -> list[str]:
-    spec = recipe.dropping
-    assert spec is not None
+def _repair_lines(view: ModelView, spec: DepthSpec, tokens: int) -> list[str]:
     if spec.repair == "none":
         return []
     repair, width = get_repair(spec.repair), view.config.get_text_config().hidden_size
@@ -72,16 +69,14 @@ def _repair_lines(view: ModelView, recipe: Recipe, tokens: int) -> list[str]:
     return [f"{started}two forwards over {tokens:,} tokens; {where}; kept where the held-out loss does not rise"]
 
 
-def depth_bytes(view: ModelView, recipe: Recipe, surgery: Surgery) -> int:
+def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, surgery: Surgery) -> int:
     """Predicted resident memory, beside the process, while depth chooses and repairs; docs/memory.md has the formula."""
-    spec = recipe.dropping
     if spec is None:
         return 0
     element = view.dtype.itemsize
     text = view.config.get_text_config()
     layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
     token = text.hidden_size * element
-    calibration = recipe.calibration
     states = calibration.samples * calibration.length * token
     logits = 3 * 4 * BATCH_TOKENS * text.vocab_size + view.outside_nbytes()
     moments, score = [0], get_score(spec.score)

@@ -33,10 +33,11 @@ from .calibrate.packing import token_hash
 from .calibrate.stream import Lockstep
 from .durable import replacing, sync_file, writing
 from .errors import CheckpointError
+from .host_memory import give_back
 from .load import install_stored
 from .locate import Location
 from .model import ModelView
-from .passes import give_back, run_batches
+from .passes import run_batches
 from .refine import EndToEndSettings, refine_end_to_end
 from .training import Refinement, TrainingState, trainable
 

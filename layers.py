@@ -23,8 +23,9 @@ from .compress.absent import ZERO, Guarded
 from .compress.base import NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
 from .edit import NONE, edited
+from .host_memory import give_back, peak_rss
 from .model import ModelView
-from .passes import Visit, give_back, peak_rss, run_batches, through_layers
+from .passes import Visit, run_batches, through_layers
 from .planned import Plan, Step
 from .refine import refine_block
 from .solving import SolvedTarget, solved_forms
@@ -241,7 +242,7 @@ class LayerLoop:
         edits = self._plan.surgery.edit(name) or NONE
         if edits.maps and not forms and not edits.zeroed:
             forms = _guard(self._plan, layer, name, index)
-        specs = form_specs(steps, forms)
+        specs = form_specs((step.target for step in steps), forms)
         record = {"forms": specs, "edits": edits.specs(name), "targets": [asdict(each) for each in records]}
         return specs, stored_tensors(layer, name, forms), record
 

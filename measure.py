@@ -23,10 +23,10 @@ from .calibrate.data import Calibration
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from .compress.offers import Offer
 from .durable import read_json, write_json
+from .host_memory import give_back
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
 from .model import ModelView
-from .passes import give_back
 from .planned import PROBED
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe

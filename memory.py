@@ -12,8 +12,9 @@ from .calibrate.data import WRITTEN_TOGETHER
 from .compress.base import BACKWARD_NEEDS
 from .depth_cost import depth_bytes
 from .model import ModelView
-from .planned import COPIES, PROBED, PROBES_EACH, STATES, Memory, Plan, Step
+from .planned import PROBED, PROBES_EACH, Memory, Plan, Step
 from .targets import Target
+from .variants import COPIES, STATES
 
 _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
 
@@ -53,7 +54,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
         blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
         whole=_whole_bytes(view, plan),
-        depth=depth_bytes(view, plan.recipe, plan.surgery),
+        depth=depth_bytes(view, plan.recipe.dropping, plan.recipe.calibration, plan.surgery),
         probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
         writing=_writing_bytes(view, plan) if plan.recipe.reads_text else 0,
         backward=_backward_bytes(view, plan, devices),

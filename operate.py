@@ -11,9 +11,9 @@ import torch
 from .artifact import Artifact
 from .calibrate.data import Calibration
 from .durable import writing
+from .host_memory import steady_memory
 from .model import ModelView
 from .numerics import full_precision
-from .passes import steady_memory
 from .planned import Plan
 from .prune import choose_parts
 from .repair import repaired

@@ -25,12 +25,11 @@ from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unma
 from .memory import predict_memory
 from .model import ModelView
 from .parts import enough_branches, open_branches
+from .passes import TOKENS_PER_BATCH
 from .planned import Memory, Plan, Step
 from .recipe import Recipe
 from .surgery import Surgery
 from .targets import Target
-
-TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 
 
 def make_plan(
@@ -88,7 +87,7 @@ def make_plan(
         tuple(view.left_out),
         scope.items,
         surgery,
-        depth_lines(view, recipe, surgery),
+        depth_lines(view, recipe.dropping, recipe.calibration, surgery),
         shared.gap,
         found,
     )

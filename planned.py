@@ -20,9 +20,6 @@ from .recipe import Recipe
 from .surgery import Surgery
 from .targets import Target
 
-# Variants of a model go through the layers side by side, and the plan knows what they take.
-STATES = 2 << 30  # bytes of hidden states of those that go together
-COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
 PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
 PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it
 

@@ -34,9 +34,9 @@ from .compress.forms import Form, Spec, build_module, fill_module
 from .compress.offers import Offer, at_shares, at_sizes, coarsest
 from .compress.shared import link
 from .divergence import Predictions
+from .host_memory import give_back
 from .items import Item
 from .model import ModelView
-from .passes import give_back
 from .planned import PROBES_EACH
 from .solving import forms_at
 from .targets import Target

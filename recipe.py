@@ -22,6 +22,7 @@ from .limits import Limit
 from .refine import BlockSettings, EndToEndSettings
 from .rules.base import Rule, rules
 from .steps import Alternative, Steps, fitting
+from .streams import CorrectionSpec
 
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
@@ -56,27 +57,6 @@ class RefineSpec(BaseModel):
         if self.block is None and self.end_to_end is None:
             raise ValueError("name 'block', 'end-to-end' or both; leave the key out for none")
         return self
-
-
-class CorrectionSpec(BaseModel):
-    """Sequential correction: matrices are regressed on the inputs of the compressed model before they are compressed.
-
-    Args:
-        betas: how far towards the original's output; each is tried beside no correction, and held-out tokens choose per layer.
-        damping: ridge added to the gram, relative to its mean diagonal.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    betas: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
-    damping: float = Field(0.01, gt=0, le=1)
-
-    @field_validator("betas")
-    @classmethod
-    def _parts(cls, betas: tuple[float, ...]) -> tuple[float, ...]:
-        if wrong := [beta for beta in betas if not 0 < beta <= 1]:
-            raise ValueError(f"must lie in (0, 1], not {wrong[0]:g}; no correction (0) is tried always")
-        return betas
 
 
 class Recipe(Steps):

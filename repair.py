@@ -28,9 +28,9 @@ from .depth.spec import DepthSpec
 from .depth_cost import HELD_TOKENS, HELD_WINDOW
 from .edit import LayerEdit, LinearMap
 from .errors import CalibrationError
+from .host_memory import give_back
 from .model import ModelView
-from .passes import give_back
-from .plan import TOKENS_PER_BATCH
+from .passes import TOKENS_PER_BATCH
 from .retrain import finetune_end, streamline
 from .surgery import Surgery
 from .variants import Variant, losses

@@ -21,9 +21,9 @@ from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, on_host, 
 from .depth.base import Training
 from .depth.partial_finetune import LAST_LAYERS
 from .edit import LayerEdit, edited
+from .host_memory import give_back
 from .model import ModelView
-from .passes import give_back
-from .plan import TOKENS_PER_BATCH
+from .passes import TOKENS_PER_BATCH
 from .refine import BlockSettings, refine_block
 from .surgery import Surgery
 from .training import Course, Refinement, Trainer, checked_dtypes

@@ -29,6 +29,7 @@ from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from .compress.forms import Spec
 from .distill import refine_artifact
 from .errors import BudgetError
+from .host_memory import give_back, steady_memory
 from .layers import LayerLoop, LayerReport, renamed, staying_layers
 from .load import FORMAT_VERSION, METHOD
 from .locate import Location
@@ -37,7 +38,6 @@ from .model import ModelView
 from .narrower import as_plain
 from .numerics import full_precision
 from .operate import operated
-from .passes import give_back, steady_memory
 from .plan import make_plan
 from .planned import Plan
 from .survey import Statistics, backward_needs, collect, collect_backward

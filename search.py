@@ -28,11 +28,12 @@ from .compress.shared import lenders
 from .distill import from_hidden
 from .durable import read_json, write_json
 from .errors import BudgetError, NonFiniteError
+from .host_memory import give_back, steady_memory
 from .load import install_stored
 from .locate import Location
 from .model import ModelView
 from .numerics import full_precision
-from .passes import give_back, run_batches, steady_memory
+from .passes import run_batches
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe

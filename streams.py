@@ -24,12 +24,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from .assemble import target_weight
 from .calibrate.stream import Call, hidden_of, run_layer
-from .recipe import CorrectionSpec
 from .targets import Target
+
+
+class CorrectionSpec(BaseModel):
+    """Sequential correction: matrices are regressed on the inputs of the compressed model before they are compressed.
+
+    Args:
+        betas: how far towards the original's output; each is tried beside no correction, and held-out tokens choose per layer.
+        damping: ridge added to the gram, relative to its mean diagonal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    betas: tuple[float, ...] = Field((0.5, 1.0), min_length=1)
+    damping: float = Field(0.01, gt=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _parts(cls, betas: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [beta for beta in betas if not 0 < beta <= 1]:
+            raise ValueError(f"must lie in (0, 1], not {wrong[0]:g}; no correction (0) is tried always")
+        return betas
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from .calibrate.store import MANIFEST, StatsStore
 from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .errors import OutputError
+from .host_memory import give_back, steady_memory
 from .model import ModelView
 from .numerics import full_precision
-from .passes import give_back, run_batches, steady_memory, through_layers
-from .plan import TOKENS_PER_BATCH
+from .passes import TOKENS_PER_BATCH, run_batches, through_layers
 from .targets import Target
 
 

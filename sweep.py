@@ -29,8 +29,8 @@ import torch
 
 from .durable import read_json, write_json
 from .errors import BudgetError, RequestError, SweepError
+from .host_memory import peak_rss
 from .model import ModelView
-from .passes import peak_rss
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe

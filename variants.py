@@ -19,14 +19,17 @@ from torch.nn.functional import cross_entropy
 
 from .branches import Branch
 from .calibrate.stream import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
-from .depth_cost import BATCH_TOKENS
 from .divergence import Predictions
 from .edit import LayerEdit, edited
 from .errors import NonFiniteError
+from .host_memory import give_back
 from .likelihood import makes_few_logits
 from .model import ModelView
-from .passes import give_back
-from .planned import COPIES, STATES
+
+# Variants of a model go through the layers side by side, and the plan knows what they take.
+STATES = 2 << 30  # bytes of hidden states of those that go together
+COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
+BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
 
 SKIP = 16  # first tokens of each window, whose predictions have little to go by
 

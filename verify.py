@@ -12,10 +12,10 @@ from .calibrate.stream import Lockstep, check_finite, run_layer
 from .compress.shared import lenders
 from .durable import sha256_of
 from .errors import CheckpointError, NonFiniteError
+from .host_memory import give_back, steady_memory
 from .load import install_stored
 from .locate import Location
 from .model import ModelView
-from .passes import give_back, steady_memory
 
 _TOKENS = 8
 
