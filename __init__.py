@@ -14,4 +14,4 @@ __version__ = version("lrc")
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(_module: object) -> None:
-    importlib.import_module(".load", __name__)  # registers itself at its end
+    importlib.import_module(".checkpoint.hf_quantizer", __name__)  # registers itself at its end

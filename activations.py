@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import find_layers
+from .checkpoint.streamed import find_layers
 from .compress import experts
 from .compress.forms import linear_shape
 from .errors import EvaluationError
-from .model import number_of_experts
+from .model.view import number_of_experts
 
 BLOCK = 16
 

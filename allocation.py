@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from .branches import Branch
 from .budget import Bundle, Option, solve
 from .compress.base import Curve
 from .compress.offers import Choice, Offer
 from .errors import BudgetError
 from .items import Item
+from .model.sublayers import Branch
+from .model.targets import Target
 from .recipe import Recipe
 from .rules.base import Open, rules
-from .targets import Target
 
 
 @dataclass(frozen=True)

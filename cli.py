@@ -188,9 +188,9 @@ def evaluate_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
-    from .artifact import RECORD, read_record
+    from .checkpoint.artifact import RECORD, read_record
+    from .checkpoint.hf_quantizer import open_model
     from .evaluate import measure, refuse_calibration_text
-    from .load import open_model
     from .results import reporting
     from .tasks import check_positions, prepare
 
@@ -266,7 +266,7 @@ def _plan(
     out: Path | None = None,
 ) -> tuple[Any, Plan, list[Any]]:  # fmt: skip
     """Check the request from the cheapest part to the dearest, then make the plan: (view, plan, devices)."""
-    from .artifact import require_usable
+    from .checkpoint.artifact import require_usable
     from .reading import load_recipe
 
     wanted, number, devices, *_ = checked(
@@ -276,7 +276,7 @@ def _plan(
         *([partial(require_usable, out)] if out else []),
     )
     quiet()
-    from .model import ModelView
+    from .model.view import ModelView
     from .plan import make_plan
 
     location = located(model)

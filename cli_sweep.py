@@ -103,7 +103,7 @@ def _sweep_jobs(
     readers = [partial(load_recipe, name, overrides, settings) for name in names]
     loaded = checked(*readers, lambda: dtype_of(dtype), lambda: devices_of(device))
     quiet()
-    from .model import ModelView
+    from .model.view import ModelView
     from .sweep import planned_jobs
 
     view = ModelView(located(model), dtype_of(dtype), trust)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from .depth.base import Score, Training, get_repair, get_score
 from .depth.partial_finetune import LAST_LAYERS
 from .depth.spec import DepthSpec
+from .model.ablation import BATCH_TOKENS, COPIES, STATES
 from .parts import open_branches, open_layers
 from .surgery import Surgery
-from .variants import BATCH_TOKENS, COPIES, STATES
 
 if TYPE_CHECKING:
     from .calibrate.data import CalibrationSpec
-    from .model import ModelView
+    from .model.view import ModelView
 
 _SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once, unless it needs more
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows

@@ -28,15 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifact import UNCHECKED, Artifact
 from .calibrate.packing import token_hash
-from .calibrate.stream import Lockstep
-from .durable import replacing, sync_file, writing
+from .checkpoint.artifact import UNCHECKED, Artifact
+from .checkpoint.atomic import replacing, sync_file, writing
+from .checkpoint.hf_quantizer import install_stored
+from .checkpoint.location import Location
 from .errors import CheckpointError
-from .host_memory import give_back
-from .load import install_stored
-from .locate import Location
-from .model import ModelView
+from .model.host_memory import give_back
+from .model.lockstep import Lockstep
+from .model.view import ModelView
 from .passes import run_batches
 from .refine import EndToEndSettings, refine_end_to_end
 from .training import Refinement, TrainingState, trainable

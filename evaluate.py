@@ -26,8 +26,8 @@ from . import harness
 from .activations import rounded_activations
 from .calibrate.data import same_text
 from .errors import EvaluationError, RequestError
-from .likelihood import window_nll
-from .numerics import float32_products, full_precision
+from .model.likelihood import window_nll
+from .model.precision import float32_products, full_precision
 from .tasks import Request, check_positions, metric_name, prepare
 
 if TYPE_CHECKING:

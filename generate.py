@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .calibrate.data import WRITTEN_TOGETHER
-from .load import open_model
-from .model import require_positions
+from .checkpoint.hf_quantizer import open_model
+from .model.view import require_positions
 
 
 def generator(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .compress.base import Method, Settings
 from .compress.offers import Choice, JointOffer, Offer, Shape
-from .targets import Target
+from .model.targets import Target
 
 
 @dataclass(frozen=True)

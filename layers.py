@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifact import Artifact
-from .assemble import form_specs, install, stored_tensors, target_weight
 from .calibrate.data import Calibration
-from .calibrate.stream import Call, hidden_of
+from .checkpoint.artifact import Artifact
 from .compress.absent import ZERO, Guarded
 from .compress.base import NOTHING_SEEN, TargetStats
 from .compress.forms import Form, Spec
-from .edit import NONE, edited
-from .host_memory import give_back, peak_rss
-from .model import ModelView
+from .model.host_memory import give_back, peak_rss
+from .model.layer_edit import NONE, edited
+from .model.layer_forms import form_specs, install, stored_tensors, target_weight
+from .model.lockstep import Call, hidden_of
+from .model.view import ModelView
 from .passes import Visit, run_batches, through_layers
 from .planned import Plan, Step
 from .refine import refine_block

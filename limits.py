@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .compress.offers import JointOffer, Offer, Shape
 from .errors import BudgetError, RecipeError, did_you_mean
 from .items import Item
-from .targets import Target
+from .model.targets import Target
 
 
 class Limit(BaseModel):

@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.data import Calibration
+from .checkpoint.atomic import read_json, write_json
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from .compress.offers import Offer
-from .durable import read_json, write_json
-from .host_memory import give_back
 from .items import Item, items_of, offers_of, shape_of
 from .limits import bounds_of, within
-from .model import ModelView
+from .model.ablation import WithoutBranches, divergences
+from .model.host_memory import give_back
+from .model.view import ModelView
 from .planned import PROBED
 from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
 from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
 from .survey import Statistics
-from .variants import WithoutBranches, divergences
 
 _PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error

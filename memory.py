@@ -11,10 +11,10 @@ from .calibrate.backward import LOGITS_AT_ONCE
 from .calibrate.data import WRITTEN_TOGETHER
 from .compress.base import BACKWARD_NEEDS
 from .depth_cost import depth_bytes
-from .model import ModelView
+from .model.ablation import COPIES, STATES
+from .model.targets import Target
+from .model.view import ModelView
 from .planned import PROBED, PROBES_EACH, Memory, Plan, Step
-from .targets import Target
-from .variants import COPIES, STATES
 
 _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .artifact import Artifact
 from .calibrate.data import Calibration
-from .durable import writing
-from .host_memory import steady_memory
-from .model import ModelView
-from .numerics import full_precision
+from .checkpoint.artifact import Artifact
+from .checkpoint.atomic import writing
+from .model.host_memory import steady_memory
+from .model.precision import full_precision
+from .model.view import ModelView
 from .planned import Plan
 from .prune import choose_parts
 from .repair import repaired

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.stats import LayerCollector, TargetLike, Wanted
-from .calibrate.stream import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
 from .compress.base import TargetStats
-from .edit import LayerEdit, edited
-from .host_memory import give_back
-from .model import ModelView
+from .model.host_memory import give_back
+from .model.layer_edit import LayerEdit, edited
+from .model.lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
+from .model.view import ModelView
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 

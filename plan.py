@@ -23,13 +23,13 @@ from .errors import BudgetError, RecipeError
 from .items import Item, items_of, offers_of, shape_of
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
 from .memory import predict_memory
-from .model import ModelView
+from .model.targets import Target
+from .model.view import ModelView
 from .parts import enough_branches, open_branches
 from .passes import TOKENS_PER_BATCH
 from .planned import Memory, Plan, Step
 from .recipe import Recipe
 from .surgery import Surgery
-from .targets import Target
 
 
 def make_plan(

@@ -15,10 +15,10 @@ from .amount import Found
 from .calibrate.stats import Wanted, wanted
 from .compress.offers import Choice
 from .items import Item, needs_of
-from .model import Kept
+from .model.targets import Target
+from .model.view import Kept
 from .recipe import Recipe
 from .surgery import Surgery
-from .targets import Target
 
 PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
 PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it

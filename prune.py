@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch
 from .calibrate.packing import token_hash
-from .calibrate.stream import Call, hidden_of
+from .checkpoint.atomic import read_json, write_json
 from .depth.base import get_repair, get_score
 from .depth.spec import DepthSpec, how_many
 from .depth_cost import seen_samples
-from .durable import read_json, write_json
-from .model import ModelView
+from .model.ablation import Variant, WithoutBranches, divergences, losses
+from .model.lockstep import Call, hidden_of
+from .model.sublayers import Branch
+from .model.view import ModelView
 from .parts import enough_branches, open_branches, open_layers
 from .passes import run_batches, through_layers
 from .surgery import Surgery
-from .variants import Variant, WithoutBranches, divergences, losses
 
 
 def choose_parts(

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .calibrate.stream import Call, run_layer
-from .divergence import divergence
+from .model.divergence import divergence
+from .model.lockstep import Call, run_layer
 from .training import (
     Course,
     Notify,

@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, branches_of
-from .calibrate.stream import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
 from .compress.forms import linear_weight
 from .depth.base import Fit, Repair, get_repair
 from .depth.spec import DepthSpec
 from .depth_cost import HELD_TOKENS, HELD_WINDOW
-from .edit import LayerEdit, LinearMap
 from .errors import CalibrationError
-from .host_memory import give_back
-from .model import ModelView
+from .model.ablation import Variant, losses
+from .model.host_memory import give_back
+from .model.layer_edit import LayerEdit, LinearMap
+from .model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
+from .model.sublayers import Branch, branches_of
+from .model.view import ModelView
 from .passes import TOKENS_PER_BATCH
 from .retrain import finetune_end, streamline
 from .surgery import Surgery
-from .variants import Variant, losses
 
 Notify = Callable[[str, int, float], None]
 

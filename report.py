@@ -15,8 +15,8 @@ from rich.table import Table
 
 from .amount import readable as size
 from .depth.base import get_score
-from .host_memory import peak_rss
 from .layers import LayerReport
+from .model.host_memory import peak_rss
 from .planned import Plan, Step
 
 if TYPE_CHECKING:

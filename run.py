@@ -20,23 +20,23 @@ from typing import Any
 
 import torch
 
-from .artifact import UNCHECKED, Artifact
 from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings, backward_passes
 from .calibrate.store import TRIALS
 from .card import model_card
+from .checkpoint.artifact import UNCHECKED, Artifact
+from .checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
+from .checkpoint.location import Location
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from .compress.forms import Spec
 from .distill import refine_artifact
 from .errors import BudgetError
-from .host_memory import give_back, steady_memory
 from .layers import LayerLoop, LayerReport, renamed, staying_layers
-from .load import FORMAT_VERSION, METHOD
-from .locate import Location
 from .measure import measure, measure_halves
-from .model import ModelView
+from .model.host_memory import give_back, steady_memory
+from .model.precision import full_precision
+from .model.view import ModelView
 from .narrower import as_plain
-from .numerics import full_precision
 from .operate import operated
 from .plan import make_plan
 from .planned import Plan

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from .amount import Found
-from .artifact import Artifact
 from .calibrate.data import Calibration
-from .calibrate.stream import Lockstep
+from .checkpoint.artifact import Artifact
+from .checkpoint.atomic import read_json, write_json
+from .checkpoint.hf_quantizer import install_stored
+from .checkpoint.location import Location
 from .compress.shared import lenders
 from .distill import from_hidden
-from .durable import read_json, write_json
 from .errors import BudgetError, NonFiniteError
-from .host_memory import give_back, steady_memory
-from .load import install_stored
-from .locate import Location
-from .model import ModelView
-from .numerics import full_precision
+from .model.host_memory import give_back, steady_memory
+from .model.lockstep import Lockstep
+from .model.precision import full_precision
+from .model.view import ModelView
 from .passes import run_batches
 from .plan import make_plan
 from .planned import Plan

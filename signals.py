@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.stream import Call, hidden_of
 from .compress.base import LowRankSolution, Solution, TargetStats
 from .compress.forms import LowRank
 from .compress.offers import Choice
-from .model import ModelView
+from .model.lockstep import Call, hidden_of
+from .model.view import ModelView
 from .passes import run_batches, through_layers
 
 _LOOKED_AT = 8192  # tokens by which layers are compared

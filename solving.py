@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .assemble import target_weight
 from .compress.base import Method, Settings, Solution, TargetStats
 from .compress.forms import Form
 from .compress.offers import Choice, JointOffer, Offer
 from .errors import NonFiniteError
 from .items import Item
-from .model import ModelView
+from .model.layer_forms import target_weight
+from .model.targets import Target
+from .model.view import ModelView
 from .planned import Plan
-from .targets import Target
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
 

@@ -15,11 +15,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .branches import Branch
+from .checkpoint.atomic import read_json, replacing, write_json
 from .compress.forms import Spec
-from .durable import read_json, replacing, write_json
-from .edit import LayerEdit, LinearMap
-from .targets import Target
+from .model.layer_edit import LayerEdit, LinearMap
+from .model.sublayers import Branch
+from .model.targets import Target
 
 _FILE = "surgery.json"
 _OUTSIDE = "outside"

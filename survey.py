@@ -24,14 +24,14 @@ from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings
 from .calibrate.stats import wanted
 from .calibrate.store import MANIFEST, StatsStore
-from .calibrate.stream import Call
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from .errors import OutputError
-from .host_memory import give_back, steady_memory
-from .model import ModelView
-from .numerics import full_precision
+from .model.host_memory import give_back, steady_memory
+from .model.lockstep import Call
+from .model.precision import full_precision
+from .model.targets import Target
+from .model.view import ModelView
 from .passes import TOKENS_PER_BATCH, run_batches, through_layers
-from .targets import Target
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from .durable import read_json, write_json
+from .checkpoint.atomic import read_json, write_json
 from .errors import BudgetError, RequestError, SweepError
-from .host_memory import peak_rss
-from .model import ModelView
+from .model.host_memory import peak_rss
+from .model.view import ModelView
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe

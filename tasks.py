@@ -14,7 +14,7 @@ from . import harness
 from .activations import ROUNDINGS
 from .calibrate.data import EvaluationText, evaluation_text
 from .errors import RequestError, did_you_mean
-from .model import require_positions
+from .model.view import require_positions
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from .artifact import read_record
-from .calibrate.stream import Lockstep, check_finite, run_layer
+from .checkpoint.artifact import read_record
+from .checkpoint.atomic import sha256_of
+from .checkpoint.hf_quantizer import install_stored
+from .checkpoint.location import Location
 from .compress.shared import lenders
-from .durable import sha256_of
 from .errors import CheckpointError, NonFiniteError
-from .host_memory import give_back, steady_memory
-from .load import install_stored
-from .locate import Location
-from .model import ModelView
+from .model.host_memory import give_back, steady_memory
+from .model.lockstep import Lockstep, check_finite, run_layer
+from .model.view import ModelView
 
 _TOKENS = 8
 

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from lrc.arguments import quiet
-from lrc.assemble import target_weight
 from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.gradients import GradientSettings
+from lrc.checkpoint.location import locate
 from lrc.compress.base import TargetStats, get_method
 from lrc.compress.offers import Choice, break_even
 from lrc.items import shape_of
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.layer_forms import target_weight
+from lrc.model.view import ModelView
 from lrc.survey import collect, targets_by_layer
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from lrc.calibrate.data import Calibration, load_calibration
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
-from lrc.numerics import full_precision
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
+from lrc.model.precision import full_precision
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.recipe import Recipe

@@ -35,13 +35,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..compress.base import BACKWARD_NEEDS, TargetStats
 from ..errors import CheckpointError, NonFiniteError
+from ..model.lockstep import Call, Lockstep, check_finite, on_host, run_layer, side_by_side
 from .gradients import GradientCollector, GradientSettings
 from .labels import draw, uniforms
 from .packing import token_hash
 from .spill import Spill
 from .stats import TargetLike
 from .store import LAYOUT, MANIFEST, StatsStore
-from .stream import Call, Lockstep, check_finite, on_host, run_layer, side_by_side
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
 LOGITS_AT_ONCE = 1 << 24  # widened to float32 together

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..durable import replacing
+from ..checkpoint.atomic import replacing
 from ..errors import CheckpointError, OutputError
 
 _GRADIENT = "gradient.safetensors"

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.atomic import PARTIAL, claimed, clear_leftovers, replacing, sync_file
 from ..compress.base import GroupStats, TargetStats
-from ..durable import PARTIAL, claimed, clear_leftovers, replacing, sync_file
 from ..errors import CheckpointError, OutputError, RequestError
 from .triangle import packed, unpacked
 

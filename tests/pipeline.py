@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.compress.forms import linear_weight
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.planned import Plan
 from lrc.reading import load_recipe

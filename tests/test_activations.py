@@ -13,10 +13,10 @@ from tiny import tiny_text
 from torch import nn
 
 from lrc.activations import int8, mxint8, rounded_activations
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress import experts
 from lrc.errors import EvaluationError
 from lrc.evaluate import compare, evaluate
-from lrc.load import open_model
 
 IDS = torch.arange(3, 40)[None]
 

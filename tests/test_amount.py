@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline import compress
 
 from lrc.amount import Footprint, bytes_of, rise_of, share_of, targets_bytes
+from lrc.checkpoint.location import locate
 from lrc.errors import BudgetError, RecipeError
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.verify import verify

@@ -15,11 +15,11 @@ from lrc.calibrate import backward
 from lrc.calibrate.backward import collect_gradients, read_gradients
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.labels import draw, uniforms
+from lrc.checkpoint.location import locate
 from lrc.compress import experts
 from lrc.compress.forms import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 

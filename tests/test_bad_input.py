@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_text
 from transformers import AutoTokenizer
 
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
+from lrc.model.view import ModelView
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

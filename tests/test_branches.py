@@ -10,11 +10,11 @@ from stock import logits_without_lrc
 from test_depth import compress
 from test_repair import IDS, deep, logits
 
-from lrc.branches import branches_of, require_branches
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.errors import ModelError
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.sublayers import branches_of, require_branches
+from lrc.model.view import ModelView
 from lrc.verify import verify
 
 BRANCHES = {

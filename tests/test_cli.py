@@ -19,9 +19,9 @@ from commandline import contents, lrc_ok, run_lrc
 from safetensors import safe_open
 
 import lrc
+from lrc.checkpoint.location import locate
 from lrc.cli import app
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.report import size

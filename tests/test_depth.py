@@ -12,13 +12,13 @@ from stock import logits_without_lrc
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.location import locate
 from lrc.depth.base import scores
 from lrc.depth.block_influence import influences
 from lrc.depth.linearity import linearity
 from lrc.depth_cost import seen_samples
 from lrc.errors import BudgetError, RecipeError
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pipeline import compress, logits
 
-from lrc.assemble import install
 from lrc.compress.base import GroupStats, TargetStats
+from lrc.model.layer_forms import install
 from lrc.verify import verify
 
 META = torch.device("meta")

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from test_methods import problem, statistics
 from transformers import AutoModelForCausalLM
 
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress import compot
 from lrc.compress.base import get_method
 from lrc.compress.coding import MOST_OFFERS
 from lrc.compress.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.forms import build_module, fill_module
 from lrc.compress.offers import Shape
-from lrc.load import open_model
 from lrc.verify import verify
 
 NAMES = ["compot", "cospadi"]

@@ -12,9 +12,9 @@ from commandline import contents, lrc_ok, run_lrc
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import lrc.artifact
+import lrc.checkpoint.artifact
 import lrc.run
-from lrc.artifact import JOURNAL
+from lrc.checkpoint.artifact import JOURNAL
 from lrc.report import Progress
 
 
@@ -111,7 +111,7 @@ def test_no_space_however_it_is_reported(refusal, model, request_for, uninterrup
             raise refusal
 
     with monkeypatch.context() as patched:
-        patched.setattr(lrc.artifact, "save_file", full)
+        patched.setattr(lrc.checkpoint.artifact, "save_file", full)
         result = run_lrc(*request_for(model, tmp_path / "out"))
     assert result.code == 1
     assert "model-00002-of-00003.safetensors" in result.err and "Free some space" in result.err

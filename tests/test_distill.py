@@ -10,15 +10,15 @@ import torch
 from pipeline import compress
 from tiny import CONFIGS, tiny_model
 
-import lrc.artifact
+import lrc.checkpoint.artifact
 import lrc.distill
-from lrc.artifact import Artifact
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.artifact import Artifact
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.distill import from_hidden
 from lrc.errors import RecipeError
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.run import SURVEY, execute
@@ -118,7 +118,7 @@ def test_killed_between_two_shards_that_are_written_again(
     options = {"ratio": 0.7, "samples": 12, "calibration__held_out": 4, "refine": refine}
     compress(model, tmp_path / "whole", tiny_text_file, recipe, **options)
     seen: list[str] = []
-    place, name = (Artifact, "_append") if moment == "before the journal" else (lrc.artifact, "sync_folder")
+    place, name = (Artifact, "_append") if moment == "before the journal" else (lrc.checkpoint.artifact, "sync_folder")
     before = getattr(place, name)
 
     def killed_in_the_second(*arguments: object) -> object:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import lrc.divergence
-from lrc.divergence import Predictions, divergence
+import lrc.model.divergence
+from lrc.model.divergence import Predictions, divergence
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -23,7 +23,7 @@ def test_small_divergences_over_large_vocabularies(change, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_divergence_and_its_slope(dtype, monkeypatch):
     """In parts of 7 tokens, the last one short, against autograd in float64."""
-    monkeypatch.setattr(lrc.divergence, "_AT_ONCE", 7 * 500)
+    monkeypatch.setattr(lrc.model.divergence, "_AT_ONCE", 7 * 500)
     generator = torch.Generator().manual_seed(1)
     original, changed = (torch.randn(40, 500, generator=generator).to(dtype) for _ in range(2))
     theirs = changed.double().requires_grad_(True)

@@ -11,10 +11,10 @@ import torch
 from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
 
 from lrc import evaluate as evaluation
-from lrc import likelihood
 from lrc.calibrate.data import evaluation_text
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
 from lrc.evaluate import compare, evaluate, results_json
+from lrc.model import likelihood
 
 
 def read(task: str) -> str:

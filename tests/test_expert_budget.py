@@ -10,11 +10,11 @@ import torch
 from pipeline import compress
 from safetensors.torch import load_file, save_file
 
-from lrc.assemble import target_weight
 from lrc.calibrate.data import load_calibration
-from lrc.locate import locate
+from lrc.checkpoint.location import locate
 from lrc.measure import measure
-from lrc.model import ModelView
+from lrc.model.layer_forms import target_weight
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.survey import collect, targets_by_layer

@@ -16,9 +16,9 @@ import pytest
 from commandline import contents, lrc_ok, run_lrc, untouched
 from tiny import tiny_text
 
-from lrc.artifact import JOURNAL, Artifact
 from lrc.calibrate.store import StatsStore
-from lrc.durable import read_json, replacing, write_json
+from lrc.checkpoint.artifact import JOURNAL, Artifact
+from lrc.checkpoint.atomic import read_json, replacing, write_json
 from lrc.report import Progress
 
 INDEX = "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from lrc.compress.offers import Choice, JointOffer, Shape
 from lrc.compress.product import ChainSettings, chain
 from lrc.compress.stacked import stack_statistics
 from lrc.errors import LrcError
-from lrc.targets import Target
+from lrc.model.targets import Target
 
 # rows of the members, width of their input, tokens: tall, wide, a member of one row, an exactly singular gram
 SETS = [((12, 7, 7), 10, 200), ((3, 4), 20, 200), ((1, 9), 6, 200), ((8, 8), 16, 5)]

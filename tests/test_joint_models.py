@@ -16,11 +16,11 @@ from stock import refused_without_lrc
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress import experts
 from lrc.compress.forms import linear_weight
 from lrc.compress.shared import Borrowing
 from lrc.errors import CheckpointError
-from lrc.load import open_model
 from lrc.run import Artifact
 from lrc.verify import verify
 

@@ -11,7 +11,7 @@ from commandline import contents, lrc_ok, run_lrc
 from tiny import tiny_text
 
 import lrc.evaluate
-from lrc.load import open_model
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.reading import load_recipe
 
 

@@ -24,22 +24,22 @@ from tiny import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrc.assemble import target_weight
 from lrc.calibrate.data import Calibration, load_calibration
 from lrc.calibrate.gradients import GradientSettings
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.compress import experts
 from lrc.compress.base import NEEDS, GroupStats, LowRankSolution, Method, Settings, TargetStats, methods
 from lrc.compress.forms import linear_weight
 from lrc.compress.offers import Choice, Shape
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.layer_forms import target_weight
+from lrc.model.targets import Target
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.planned import Plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare
 from lrc.survey import Statistics, collect
-from lrc.targets import Target
 from lrc.verify import verify
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ from pipeline import compress
 from safetensors.torch import load_file
 
 from lrc.calibrate.data import CalibrationSpec, load_calibration
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.compress.offers import Choice, Offer, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
-from lrc.load import open_model
-from lrc.locate import locate
 from lrc.measure import thinned
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.probe import probed, scaled
 from lrc.reading import load_recipe
 from lrc.verify import verify

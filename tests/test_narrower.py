@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from stock import refused_without_lrc, stock_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lrc.load import open_model
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.narrower import as_plain
 from lrc.verify import verify
 

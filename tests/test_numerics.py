@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from lrc import numerics
 from lrc.evaluate import evaluate
+from lrc.model import precision as numerics
 
 
 def set_up() -> tuple[object, ...]:

@@ -10,7 +10,7 @@ import torch
 from pipeline import IDS, compress, logits, place_of
 from safetensors.torch import load_file
 
-from lrc.load import open_model
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.verify import verify
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pipeline import compress
 
+import lrc.model.ablation
 import lrc.probe
-import lrc.variants
-from lrc.load import open_model
+from lrc.checkpoint.hf_quantizer import open_model
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("recipe", ["svd-llm", "basis-sharing"])
 def test_passes_that_hold_few_variants_find_the_same(recipe, tiny_checkpoints, tiny_text_file, tmp_path, watched, monkeypatch):
     model, found = tiny_checkpoints("llama"), {}
-    for states in (lrc.variants.STATES, 1 << 18):
-        monkeypatch.setattr(lrc.variants, "STATES", states)
+    for states in (lrc.model.ablation.STATES, 1 << 18):
+        monkeypatch.setattr(lrc.model.ablation, "STATES", states)
         compress(model, tmp_path / str(states), tiny_text_file, recipe, ratio=0.3, allocation="kl")
         found[watched["passes"]] = watched["found"]
     (one, whole), (several, parts) = sorted(found.items())

@@ -9,10 +9,10 @@ import yaml
 from tiny import tiny_text
 
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.location import locate
 from lrc.compress.base import methods
 from lrc.errors import RecipeError
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe, shipped, summary
 from lrc.recipe import Recipe

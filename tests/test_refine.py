@@ -13,10 +13,10 @@ from pipeline import compress
 from torch import nn
 from torch.nn.functional import kl_div
 
-from lrc.calibrate.stream import Call, Lockstep, run_layer
+from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
-from lrc.load import open_model
+from lrc.model.lockstep import Call, Lockstep, run_layer
 from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
 from lrc.training import Course, Trainer, TrainingSettings, TrainingState, trainable
 

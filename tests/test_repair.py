@@ -12,18 +12,18 @@ from test_depth import compress, without
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.depth.base import repairs
 from lrc.depth.linear_map import LeastSquares
 from lrc.errors import BudgetError, RecipeError
 from lrc.generate import generator
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.ablation import losses
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.repair import divided
 from lrc.run import execute, prepare
-from lrc.variants import losses
 from lrc.verify import verify
 
 IDS = torch.arange(3, 15)[None]

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import compress
 
-from lrc.artifact import read_record
+from lrc.checkpoint.artifact import read_record
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.compress.absent import ZeroLinear
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.offers import Choice, Offer
 from lrc.errors import BudgetError, RecipeError
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.rules.base import Open, in_proportion, rules

@@ -11,10 +11,10 @@ from commandline import lrc_ok, run_lrc
 from tiny import tiny_text
 
 from lrc import search
-from lrc.likelihood import window_nll
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
+from lrc.model.likelihood import window_nll
+from lrc.model.view import ModelView
 from lrc.search import STEPS, perplexity
 
 

@@ -16,12 +16,12 @@ from lrc import survey
 from lrc.calibrate.data import Calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, wanted
+from lrc.checkpoint.location import locate
 from lrc.compress.base import FORWARD_NEEDS
 from lrc.compress.forms import linear_weight
 from lrc.errors import NonFiniteError
-from lrc.locate import locate
-from lrc.model import ModelView, Target
-from lrc.numerics import full_precision
+from lrc.model.precision import full_precision
+from lrc.model.view import ModelView, Target
 from lrc.verify import verify
 
 CPU = torch.device("cpu")

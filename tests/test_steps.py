@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from lrc.budget import uniform
 from lrc.calibrate.data import load_calibration
 from lrc.calibrate.store import StatsStore
+from lrc.checkpoint.location import locate
 from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_method
 from lrc.compress.forms import build_module, fill_module
 from lrc.compress.offers import Choice, Offer, Shape
 from lrc.compress.product import chain, refit
 from lrc.errors import RecipeError, RequestError
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare

@@ -10,10 +10,10 @@ import torch
 from pipeline import compress
 
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.checkpoint.location import locate
 from lrc.errors import RecipeError
-from lrc.load import open_model
-from lrc.locate import locate
-from lrc.model import ModelView
+from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
 from lrc.run import execute

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.stream import Lockstep, run_layer
-from .checkpoint import Checkpoint
-from .compress.experts import channels_are_free, expert_parameters
-from .compress.forms import linear_shape
+from ..checkpoint.streamed import Checkpoint
+from ..compress.experts import channels_are_free, expert_parameters
+from ..compress.forms import linear_shape
+from .lockstep import Lockstep, run_layer
 
 TINY = 4  # tokens of the forward that finds the groups
 

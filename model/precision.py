@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .products import onednn_multiplies, replacements
+from .cpu_16bit import onednn_multiplies, replacements
 
 _FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
 _BACKENDS: Any = torch.backends  # whose types name no precisions

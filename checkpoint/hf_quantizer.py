@@ -21,12 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .calibrate.weights import SafetensorsSource
-from .compress import experts, mapped
-from .compress.forms import MODULES, Spec, build_module, linear_shape
-from .compress.shared import link
-from .errors import CheckpointError, ModelError, one_line
-from .locate import locate
+from ..compress import experts, mapped
+from ..compress.forms import MODULES, Spec, build_module, linear_shape
+from ..compress.shared import link
+from ..errors import CheckpointError, ModelError, one_line
+from .location import locate
+from .weights import SafetensorsSource
 
 METHOD = "lrc"
 FORMAT_VERSION = 1

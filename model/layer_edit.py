@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .compress import experts, mapped
-from .compress.absent import ZERO, ZeroLinear
-from .compress.forms import Spec, fill_module
+from ..compress import experts, mapped
+from ..compress.absent import ZERO, ZeroLinear
+from ..compress.forms import Spec, fill_module
 from .targets import Target
 
 

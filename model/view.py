@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, require_branches
-from .checkpoint import Checkpoint
-from .errors import CalibrationError
+from ..checkpoint.streamed import Checkpoint
+from ..errors import CalibrationError
+from .sublayers import Branch, require_branches
 from .targets import Target, watch
 
 

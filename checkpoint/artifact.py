@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .durable import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
-from .errors import CheckpointError, OutputError, RequestError, ResumeError
+from ..errors import CheckpointError, OutputError, RequestError, ResumeError
+from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
-from .compress.experts import IMPLEMENTATION, register
-from .errors import CheckpointError, ModelError, NonFiniteError, one_line
-from .locate import Location
+from ..compress.experts import IMPLEMENTATION, register
+from ..errors import CheckpointError, ModelError, NonFiniteError, one_line
+from .location import Location
+from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 
 
 class Checkpoint:

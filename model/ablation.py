@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .branches import Branch
-from .calibrate.stream import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
+from ..errors import NonFiniteError
 from .divergence import Predictions
-from .edit import LayerEdit, edited
-from .errors import NonFiniteError
 from .host_memory import give_back
+from .layer_edit import LayerEdit, edited
 from .likelihood import makes_few_logits
-from .model import ModelView
+from .lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
+from .sublayers import Branch
+from .view import ModelView
 
 # Variants of a model go through the layers side by side, and the plan knows what they take.
 STATES = 2 << 30  # bytes of hidden states of those that go together

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .calibrate.stream import Call, Lockstep, hidden_of, passed_by, run_layer, with_hidden
-from .checkpoint import Checkpoint
-from .edit import LayerEdit, edited
-from .errors import ModelError
+from ..checkpoint.streamed import Checkpoint
+from ..errors import ModelError
+from .layer_edit import LayerEdit, edited
+from .lockstep import Call, Lockstep, hidden_of, passed_by, run_layer, with_hidden
 from .targets import Target, standing_in
 
 _EQUAL = 1e-3  # relative; float32 through a layer is far better, and what is no tail is far worse

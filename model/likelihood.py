@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from .errors import NonFiniteError
+from ..errors import NonFiniteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from .errors import CheckpointError, OutputError, RequestError
+from ..errors import CheckpointError, OutputError, RequestError
 
 PARTIAL = ".lrc-partial"
 T = TypeVar("T")

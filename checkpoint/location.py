@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError, ModelError, did_you_mean, one_line
+from ..errors import CheckpointError, ModelError, did_you_mean, one_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
 _HUB_LEFT = [

@@ -1,0 +1,1 @@
+"""The model: its layers, targets and sub-layers, found by watching a forward; edits; precision."""
