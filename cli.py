@@ -107,7 +107,7 @@ def compress(
         return
     require_calibration_fits(view, plan)
     from .calibrate.data import NO_TEXT, load_calibration
-    from .generate import generator
+    from .calibrate.generate import generator
     from .run import execute, prepare
 
     texts = NO_TEXT

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .calibrate.layerwise import run_batches
 from .calibrate.packing import token_hash
 from .checkpoint.artifact import UNCHECKED, Artifact
 from .checkpoint.atomic import replacing, sync_file, writing
@@ -37,7 +38,6 @@ from .errors import CheckpointError
 from .model.host_memory import give_back
 from .model.lockstep import Lockstep
 from .model.view import ModelView
-from .passes import run_batches
 from .refine import EndToEndSettings, refine_end_to_end
 from .training import Refinement, TrainingState, trainable
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibrate.collect import Statistics
 from .calibrate.data import Calibration
+from .calibrate.layerwise import Visit, run_batches, through_layers
 from .checkpoint.artifact import Artifact
 from .compress.absent import ZERO, Guarded
 from .compress.base import NOTHING_SEEN, TargetStats
@@ -25,12 +27,10 @@ from .model.layer_edit import NONE, edited
 from .model.layer_forms import form_specs, install, stored_tensors, target_weight
 from .model.lockstep import Call, hidden_of
 from .model.view import ModelView
-from .passes import Visit, run_batches, through_layers
 from .planned import Plan, Step
 from .refine import refine_block
 from .solving import SolvedTarget, solved_forms
 from .streams import Pair, Solved, correct, restored
-from .survey import Statistics
 
 
 @dataclass(frozen=True)

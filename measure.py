@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibrate.collect import Statistics
 from .calibrate.data import Calibration
 from .checkpoint.atomic import read_json, write_json
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
@@ -33,7 +34,6 @@ from .probe import Probing, by_way, scaled, units
 from .recipe import Recipe
 from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
-from .survey import Statistics
 
 _PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error

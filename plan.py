@@ -15,6 +15,7 @@ from . import amount
 from .allocation import Shared, allocate, bundles_of
 from .amount import Footprint, Found
 from .budget import uniform
+from .calibrate.layerwise import TOKENS_PER_BATCH
 from .compress.base import DENSE, Curve
 from .compress.offers import Choice, Offer, Shape
 from .depth.spec import how_many
@@ -26,7 +27,6 @@ from .memory import predict_memory
 from .model.targets import Target
 from .model.view import ModelView
 from .parts import enough_branches, open_branches
-from .passes import TOKENS_PER_BATCH
 from .planned import Memory, Plan, Step
 from .recipe import Recipe
 from .surgery import Surgery

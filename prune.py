@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibrate.layerwise import run_batches, through_layers
 from .calibrate.packing import token_hash
 from .checkpoint.atomic import read_json, write_json
 from .depth.base import get_repair, get_score
@@ -26,7 +27,6 @@ from .model.lockstep import Call, hidden_of
 from .model.sublayers import Branch
 from .model.view import ModelView
 from .parts import enough_branches, open_branches, open_layers
-from .passes import run_batches, through_layers
 from .surgery import Surgery
 
 

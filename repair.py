@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibrate.layerwise import TOKENS_PER_BATCH
 from .compress.forms import linear_weight
 from .depth.base import Fit, Repair, get_repair
 from .depth.spec import DepthSpec
@@ -31,7 +32,6 @@ from .model.layer_edit import LayerEdit, LinearMap
 from .model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
 from .model.sublayers import Branch, branches_of
 from .model.view import ModelView
-from .passes import TOKENS_PER_BATCH
 from .retrain import finetune_end, streamline
 from .surgery import Surgery
 

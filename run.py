@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .calibrate.collect import Statistics, backward_needs, collect, collect_backward
 from .calibrate.data import Calibration
 from .calibrate.gradients import GradientSettings, backward_passes
 from .calibrate.store import TRIALS
@@ -40,7 +41,6 @@ from .narrower import as_plain
 from .operate import operated
 from .plan import make_plan
 from .planned import Plan
-from .survey import Statistics, backward_needs, collect, collect_backward
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished

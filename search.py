@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .amount import Found
 from .calibrate.data import Calibration
+from .calibrate.layerwise import run_batches
 from .checkpoint.artifact import Artifact
 from .checkpoint.atomic import read_json, write_json
 from .checkpoint.hf_quantizer import install_stored
@@ -33,7 +34,6 @@ from .model.host_memory import give_back, steady_memory
 from .model.lockstep import Lockstep
 from .model.precision import full_precision
 from .model.view import ModelView
-from .passes import run_batches
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe

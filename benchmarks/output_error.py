@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lrc.arguments import quiet
+from lrc.calibrate.collect import collect, targets_by_layer
 from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.location import locate
@@ -30,7 +31,6 @@ from lrc.compress.offers import Choice, break_even
 from lrc.items import shape_of
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
-from lrc.survey import collect, targets_by_layer
 
 
 def held_out_error(weight: Tensor, form: Any, stats: TargetStats) -> float:

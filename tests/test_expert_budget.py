@@ -10,6 +10,7 @@ import torch
 from pipeline import compress
 from safetensors.torch import load_file, save_file
 
+from lrc.calibrate.collect import collect, targets_by_layer
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.location import locate
 from lrc.measure import measure
@@ -17,7 +18,6 @@ from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
-from lrc.survey import collect, targets_by_layer
 from lrc.verify import verify
 
 

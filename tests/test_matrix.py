@@ -24,6 +24,7 @@ from tiny import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lrc.calibrate.collect import Statistics, collect
 from lrc.calibrate.data import Calibration, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.hf_quantizer import open_model
@@ -39,7 +40,6 @@ from lrc.plan import make_plan
 from lrc.planned import Plan
 from lrc.reading import load_recipe
 from lrc.run import execute, prepare
-from lrc.survey import Statistics, collect
 from lrc.verify import verify
 
 CPU = torch.device("cpu")
@@ -333,7 +333,7 @@ def test_how_samples_are_batched_changes_nothing_but_rounding(name, surveyed, ti
     errors = []
     for tokens in (48, 8 * 48):
         monkeypatch.setattr("lrc.plan.TOKENS_PER_BATCH", tokens)
-        monkeypatch.setattr("lrc.survey.TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr("lrc.calibrate.collect.TOKENS_PER_BATCH", tokens)
         plan = model.plan(name, **{"calibration.length": 48})
         out = tmp_path / str(tokens)
         final, held = prepare(plan, model.view, model.calibration, out, statistics=tmp_path / f"statistics-{tokens}")

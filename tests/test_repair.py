@@ -12,12 +12,12 @@ from test_depth import compress, without
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate.data import load_calibration
+from lrc.calibrate.generate import generator
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.depth.base import repairs
 from lrc.depth.linear_map import LeastSquares
 from lrc.errors import BudgetError, RecipeError
-from lrc.generate import generator
 from lrc.model.ablation import losses
 from lrc.model.view import ModelView
 from lrc.plan import make_plan

@@ -12,7 +12,7 @@ from pipeline import compress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lrc import survey
+from lrc.calibrate import collect as survey
 from lrc.calibrate.data import Calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, wanted

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .calibrate.data import WRITTEN_TOGETHER
-from .checkpoint.hf_quantizer import open_model
-from .model.view import require_positions
+from ..checkpoint.hf_quantizer import open_model
+from ..model.view import require_positions
+from .data import WRITTEN_TOGETHER
 
 
 def generator(

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibrate.backward import collect_gradients
-from .calibrate.data import Calibration
-from .calibrate.gradients import GradientSettings
-from .calibrate.stats import wanted
-from .calibrate.store import MANIFEST, StatsStore
-from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
-from .errors import OutputError
-from .model.host_memory import give_back, steady_memory
-from .model.lockstep import Call
-from .model.precision import full_precision
-from .model.targets import Target
-from .model.view import ModelView
-from .passes import TOKENS_PER_BATCH, run_batches, through_layers
+from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
+from ..errors import OutputError
+from ..model.host_memory import give_back, steady_memory
+from ..model.lockstep import Call
+from ..model.precision import full_precision
+from ..model.targets import Target
+from ..model.view import ModelView
+from .backward import collect_gradients
+from .data import Calibration
+from .gradients import GradientSettings
+from .layerwise import TOKENS_PER_BATCH, run_batches, through_layers
+from .stats import wanted
+from .store import MANIFEST, StatsStore
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.stats import LayerCollector, TargetLike, Wanted
-from .compress.base import TargetStats
-from .model.host_memory import give_back
-from .model.layer_edit import LayerEdit, edited
-from .model.lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
-from .model.view import ModelView
+from ..compress.base import TargetStats
+from ..model.host_memory import give_back
+from ..model.layer_edit import LayerEdit, edited
+from ..model.lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
+from ..model.view import ModelView
+from .stats import LayerCollector, TargetLike, Wanted
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 
