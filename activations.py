@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.streamed import find_layers
-from .compress import experts
-from .compress.forms import linear_shape
+from .compress.forms import experts
+from .compress.forms.base import linear_shape
 from .errors import EvaluationError
 from .model.view import number_of_experts
 

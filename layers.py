@@ -19,9 +19,9 @@ from .calibrate.collect import Statistics
 from .calibrate.data import Calibration
 from .calibrate.layerwise import Visit, run_batches, through_layers
 from .checkpoint.artifact import Artifact
-from .compress.absent import ZERO, Guarded
 from .compress.base import NOTHING_SEEN, TargetStats
-from .compress.forms import Form, Spec
+from .compress.forms.absent import ZERO, Guarded
+from .compress.forms.base import Form, Spec
 from .model.host_memory import give_back, peak_rss
 from .model.layer_edit import NONE, edited
 from .model.layer_forms import form_specs, install, stored_tensors, target_weight

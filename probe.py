@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from .compress.base import Curve, Solution
-from .compress.forms import Form, Spec, build_module, fill_module
+from .compress.forms.base import Form, Spec, build_module, fill_module
+from .compress.forms.shared import link
 from .compress.offers import Offer, at_shares, at_sizes, coarsest
-from .compress.shared import link
 from .items import Item
 from .model.ablation import scored, together
 from .model.divergence import Predictions

@@ -1,4 +1,4 @@
-"""What registers itself on import: the modules of a package, one file each."""
+"""Modules that register themselves on import, one file each, in a package and in the folders inside it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any
 
 
 def import_all(package: str) -> None:
-    """Import every module in all folders of a package; a folder that someone adds to its `__path__` later counts, too."""
+    """Import every module of a package and of the packages inside it; folders added to its `__path__` later count, too."""
     _import_from(package, tuple(importlib.import_module(package).__path__))
 
 
 @functools.cache  # names are looked up for every target
 def _import_from(package: str, folders: tuple[str, ...]) -> None:
-    for module in pkgutil.iter_modules(folders, package + "."):
+    for module in pkgutil.walk_packages(folders, package + ".", onerror=_stop):
         importlib.import_module(module.name)
+
+
+def _stop(name: str) -> None:
+    """Let the error of a package that cannot be imported be seen: `walk_packages` hides an ImportError by itself."""
+    raise  # noqa: PLE0704  # called while the error is handled
 
 
 def first_line(registered: Callable[..., Any], name: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate.layerwise import TOKENS_PER_BATCH
-from .compress.forms import linear_weight
+from .compress.forms.base import linear_weight
 from .depth.base import Fit, Repair, get_repair
 from .depth.spec import DepthSpec
 from .depth_cost import HELD_TOKENS, HELD_WINDOW

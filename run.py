@@ -29,7 +29,7 @@ from .checkpoint.artifact import UNCHECKED, Artifact
 from .checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
 from .checkpoint.location import Location
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
-from .compress.forms import Spec
+from .compress.forms.base import Spec
 from .distill import refine_artifact
 from .errors import BudgetError
 from .layers import LayerLoop, LayerReport, renamed, staying_layers

@@ -27,7 +27,7 @@ from .checkpoint.artifact import Artifact
 from .checkpoint.atomic import read_json, write_json
 from .checkpoint.hf_quantizer import install_stored
 from .checkpoint.location import Location
-from .compress.shared import lenders
+from .compress.forms.shared import lenders
 from .distill import from_hidden
 from .errors import BudgetError, NonFiniteError
 from .model.host_memory import give_back, steady_memory

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .calibrate.layerwise import run_batches, through_layers
 from .compress.base import LowRankSolution, Solution, TargetStats
-from .compress.forms import LowRank
+from .compress.forms.base import LowRank
 from .compress.offers import Choice
 from .model.lockstep import Call, hidden_of
 from .model.view import ModelView

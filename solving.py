@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compress.base import Method, Settings, Solution, TargetStats
-from .compress.forms import Form
+from .compress.forms.base import Form
 from .compress.offers import Choice, JointOffer, Offer
 from .errors import NonFiniteError
 from .items import Item

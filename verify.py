@@ -11,7 +11,7 @@ from .checkpoint.artifact import read_record
 from .checkpoint.atomic import sha256_of
 from .checkpoint.hf_quantizer import install_stored
 from .checkpoint.location import Location
-from .compress.shared import lenders
+from .compress.forms.shared import lenders
 from .errors import CheckpointError, NonFiniteError
 from .model.host_memory import give_back, steady_memory
 from .model.lockstep import Lockstep, check_finite, run_layer

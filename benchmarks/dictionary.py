@@ -26,8 +26,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lrc.compress.dictionary import Dictionary, DictionaryLinear
-from lrc.compress.forms import build_module, fill_module
+from lrc.compress.forms.base import build_module, fill_module
+from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (8192, 2048)]
 TOKENS = [1, 8, 64, 128, 256, 512, 1024, 2048]

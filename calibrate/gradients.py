@@ -16,8 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..compress import experts
 from ..compress.base import GroupStats, Settings, TargetStats
+from ..compress.forms import experts
 from ..errors import ModelError, NonFiniteError
 from .stats import MeanOuter, TargetLike
 

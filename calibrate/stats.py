@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..compress import experts
 from ..compress.base import FORWARD_NEEDS, GroupStats, TargetStats
-from ..compress.forms import linear_weight
+from ..compress.forms import experts
+from ..compress.forms.base import linear_weight
 from ..errors import NonFiniteError
 
 _BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed

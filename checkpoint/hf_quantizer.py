@@ -21,9 +21,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress import experts, mapped
-from ..compress.forms import MODULES, Spec, build_module, linear_shape
-from ..compress.shared import link
+from ..compress.forms import experts
+from ..compress.forms import stream_map as mapped
+from ..compress.forms.base import MODULES, Spec, build_module, linear_shape
+from ..compress.forms.shared import link
 from ..errors import CheckpointError, ModelError, one_line
 from .location import locate
 from .weights import SafetensorsSource

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.experts import IMPLEMENTATION, register
+from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError, one_line
 from .location import Location
 from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
 from ..registry import first_line, import_all
-from .forms import Form, LowRank
+from .forms.base import Form, LowRank
 from .linalg import OutputDirections, root
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
 

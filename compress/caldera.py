@@ -27,12 +27,12 @@ from torch import Tensor
 from .base import Solution, TargetStats, method
 from .corrections import CorrectionSettings, best_correction, correction_offers
 from .factors import Base, quantize_factors
-from .forms import LowRank
+from .forms.base import LowRank
+from .forms.product import Product
+from .forms.quantized import Quantized, QuantizedLowRank
 from .gptq import Compensator, compensator
 from .metric import Metric
 from .offers import Choice
-from .product import Product
-from .quantized import Quantized, QuantizedLowRank
 from .rtn import Bits
 
 _PATIENCE = 2  # rounds without a better one before the search ends

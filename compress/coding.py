@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import Settings, Solution, TargetStats
-from .dictionary import Dictionary, Pattern, nbytes
+from .forms.dictionary import Dictionary, Pattern, nbytes
 from .offers import Choice, Offer, Shape
 
 MOST_OFFERS = 256

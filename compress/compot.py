@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .base import TargetStats, method
 from .coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, dictionary_offers, most_atoms, refined
-from .dictionary import Pattern
+from .forms.dictionary import Pattern
 from .offers import at_sizes
 
 Share = Literal["target", "row"]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .base import Factored, Solution, TargetStats, balanced
 from .factors import quantize_factors
+from .forms.grids import Grid
+from .forms.quantized import Quantized, QuantizedLowRank
 from .gptq import Compensator
-from .grids import Grid
 from .metric import Metric
 from .offers import Choice, Offer, Shape
-from .quantized import Quantized, QuantizedLowRank
 from .rtn import Bits, OneGridSettings
 from .svd_llm import Projected
 

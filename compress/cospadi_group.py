@@ -25,10 +25,10 @@ from torch import Tensor
 from . import cospadi
 from .base import Joint, Solution, TargetStats, method
 from .coding import DictionarySolution, best_atoms, dictionary_offers
-from .dictionary import Dictionary, nbytes
+from .forms.dictionary import Dictionary, nbytes
+from .forms.shared import SharedDictionary
 from .neighbours import NeighbourSettings, neighbours
 from .offers import Choice, JointOffer, Offer, Shape, at_sizes
-from .shared import SharedDictionary
 from .stacked import stack_shape, stack_statistics
 
 

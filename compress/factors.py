@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .base import TargetStats
-from .forms import LowRank
+from .forms.base import LowRank
+from .forms.grids import Grid
+from .forms.product import Product
+from .forms.quantized import Quantized
 from .gptq import Compensator, compensator
-from .grids import Grid
 from .metric import Metric
-from .product import Product, refit
-from .quantized import Quantized
+from .product import refit
 
 Base = Literal["rtn", "gptq"]
 

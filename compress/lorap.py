@@ -30,7 +30,7 @@ from torch import Tensor
 from .base import Factored, Joinable, Joint, LowRankSolution, Settings, Solution, TargetSet, TargetStats, method
 from .channels import Channels, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_group, by_layer, feed_forwards, in_attention
-from .forms import LowRank
+from .forms.base import LowRank
 from .offers import Choice, JointOffer, Offer, Shape, break_even, low_rank_offers
 from .scaled import scaled_svd
 

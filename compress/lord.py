@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .forms import LowRank
+from .forms.base import LowRank
 from .linalg import OutputDirections, project
 from .offers import Choice, Offer, Shape, low_rank_offers
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import LrcError
 from .base import Joinable, Joint, Method, Settings, Solution, TargetSet, TargetStats
-from .forms import Form
+from .forms.base import Form
 from .offers import Choice, JointOffer, Offer, Shape
 from .product import Chained
 

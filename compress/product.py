@@ -1,4 +1,4 @@
-"""Products of forms: what one method factored or pruned, another one compresses again.
+"""Two methods, one after the other: what the first factored or pruned, the second compresses again.
 
 A recipe of two steps, such as `svd-llm` and then `gptq`, first finds low-rank factors and then treats each factor as a weight
 of its own. The right factor reads the target's input; the left one reads what the compressed right factor puts out, and is
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import GroupStats, Joint, Method, Settings, Solution, TargetStats
-from .channels import Pruned, gone_biases, pruned_shape
-from .forms import MODULES, Dense, Form, LowRank, Spec, build_module
+from .channels import gone_biases, pruned_shape
+from .forms.base import Dense, Form, LowRank
+from .forms.product import Product
+from .forms.pruned import Pruned
 from .offers import Choice, JointOffer, Offer, Shape, at_shares
 
 # what can be told of a factor's input from the target's own statistics
@@ -29,63 +31,6 @@ _ALWAYS = frozenset({"gram"})  # what the inputs of factors, and the second step
 _ANY = Shape(512, 512, 2)  # steps that do not fit each other do so at no shape
 _HELD = 3  # forms of a target that are kept, since a loss is asked for and then the form
 _RANGE = 1e-10  # eigenvalues below this part of the largest one are no information about the input
-
-
-@dataclass(frozen=True)
-class Product(Form):
-    """`weight ≈ left · right`, each a form of its own.
-
-    Args:
-        left: stands for an (out, rank) matrix; carries the bias.
-        right: stands for a (rank, in) matrix.
-        rank: inner size.
-    """
-
-    kind: ClassVar[str] = "product"
-    left: Form
-    right: Form
-    rank: int
-
-    def tensors(self) -> dict[str, Tensor]:
-        guard = next(iter(self.right.tensors().values())).new_empty(0)
-        named = {"weight": guard}  # a reader without lrc fails on its shape
-        for side, form in (("right", self.right), ("left", self.left)):
-            named |= {f"{side}.{name}": tensor for name, tensor in form.tensors().items()}
-        return named
-
-    def dense(self) -> Tensor:
-        return self.left.dense() @ self.right.dense()
-
-    def spec(self) -> Spec:
-        return {"kind": self.kind, "rank": self.rank, "left": self.left.spec(), "right": self.right.spec()}
-
-    def with_bias(self, bias: Tensor | None) -> Product:
-        return Product(self.left.with_bias(bias), self.right, self.rank)
-
-    def stored(self, dtype: torch.dtype) -> Product:
-        return Product(self.left.stored(dtype), self.right.stored(dtype), self.rank)
-
-    @property
-    def nbytes(self) -> int:
-        return self.left.nbytes + self.right.nbytes
-
-
-class ProductLinear(nn.Module):
-    """`y = left(right(x))`; `weight` is an empty guard under the target's original name."""
-
-    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        self.right = build_module(spec["right"], in_features, spec["rank"], dtype)
-        self.left = build_module(spec["left"], spec["rank"], out_features, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.left(self.right(x))
-        return y
-
-
-MODULES[Product.kind] = ProductLinear
 
 
 class ChainSettings(Settings):

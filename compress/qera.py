@@ -23,9 +23,9 @@ from torch import Tensor
 from .base import TargetStats, method
 from .corrections import Corrected, CorrectionSettings, best_correction, correction_offers
 from .factors import Base
+from .forms.quantized import Quantized
 from .gptq import compensator
 from .metric import Metric
-from .quantized import Quantized
 
 
 class QeraSettings(CorrectionSettings):

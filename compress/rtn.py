@@ -17,10 +17,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from .base import Settings, Solution, TargetStats, method
-from .grids import BITS, Grid
+from .forms.grids import BITS, Grid
+from .forms.quantized import Quantized
 from .metric import Metric
 from .offers import Choice, Offer, Shape
-from .quantized import Quantized
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
+from .forms.shared import SharedLowRank
 from .linalg import OutputDirections, project
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
-from .shared import SharedLowRank
 
 
 def stack_shape(shapes: Sequence[Shape]) -> Shape:

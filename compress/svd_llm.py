@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .forms import LowRank
+from .forms.base import LowRank
 from .linalg import OutputDirections, project
 from .offers import Choice
 

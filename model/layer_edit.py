@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..compress import experts, mapped
-from ..compress.absent import ZERO, ZeroLinear
-from ..compress.forms import Spec, fill_module
+from ..compress.forms import experts
+from ..compress.forms import stream_map as mapped
+from ..compress.forms.absent import ZERO, ZeroLinear
+from ..compress.forms.base import Spec, fill_module
 from .targets import Target
 
 

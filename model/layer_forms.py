@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress import experts
-from ..compress.forms import Form, Spec, build_module, fill_module, linear_weight
-from ..compress.shared import link
+from ..compress.forms import experts
+from ..compress.forms.base import Form, Spec, build_module, fill_module, linear_weight
+from ..compress.forms.shared import link
 from .targets import Target
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
-from ..compress.experts import channels_are_free, expert_parameters
-from ..compress.forms import linear_shape
+from ..compress.forms.base import linear_shape
+from ..compress.forms.experts import channels_are_free, expert_parameters
 from .lockstep import Lockstep, run_layer
 
 TINY = 4  # tokens of the forward that finds the groups

@@ -11,7 +11,7 @@ import torch
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
-from lrc.compress.forms import linear_weight
+from lrc.compress.forms.base import linear_weight
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.planned import Plan

@@ -14,7 +14,7 @@ from torch import nn
 
 from lrc.activations import int8, mxint8, rounded_activations
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.compress import experts
+from lrc.compress.forms import experts
 from lrc.errors import EvaluationError
 from lrc.evaluate import compare, evaluate
 

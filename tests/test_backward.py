@@ -16,8 +16,8 @@ from lrc.calibrate.backward import collect_gradients, read_gradients
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.labels import draw, uniforms
 from lrc.checkpoint.location import locate
-from lrc.compress import experts
-from lrc.compress.forms import linear_shape, linear_weight
+from lrc.compress.forms import experts
+from lrc.compress.forms.base import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
 from lrc.model.view import ModelView
 from lrc.plan import make_plan

@@ -17,8 +17,8 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress import compot
 from lrc.compress.base import get_method
 from lrc.compress.coding import MOST_OFFERS
-from lrc.compress.dictionary import Dictionary, DictionaryLinear, pack, unpack
-from lrc.compress.forms import build_module, fill_module
+from lrc.compress.forms.base import build_module, fill_module
+from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.offers import Shape
 from lrc.verify import verify
 
@@ -180,7 +180,7 @@ def test_an_artifact_loads_and_multiplies_as_its_dense_matrices_do(
         small.eval()
         expected = original(IDS).logits
         assert torch.allclose(small(IDS).logits, expected, atol=1e-4)
-        monkeypatch.setattr("lrc.compress.dictionary.GATHER_UP_TO", 0)  # and by expanding
+        monkeypatch.setattr("lrc.compress.forms.dictionary.GATHER_UP_TO", 0)  # and by expanding
         assert torch.allclose(small(IDS).logits, expected, atol=1e-4)
     half = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     kinds = {m.support.dtype for m in half.modules() if isinstance(m, DictionaryLinear)}

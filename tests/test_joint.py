@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lrc.compress import experts
 from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.feed_forward import feed_forwards
-from lrc.compress.forms import build_module, fill_module
+from lrc.compress.forms import experts
+from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.compress.nystrom import Reading
 from lrc.compress.offers import Choice, JointOffer, Shape

@@ -17,9 +17,9 @@ from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.compress import experts
-from lrc.compress.forms import linear_weight
-from lrc.compress.shared import Borrowing
+from lrc.compress.forms import experts
+from lrc.compress.forms.base import linear_weight
+from lrc.compress.forms.shared import Borrowing
 from lrc.errors import CheckpointError
 from lrc.run import Artifact
 from lrc.verify import verify

@@ -29,9 +29,9 @@ from lrc.calibrate.data import Calibration, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
-from lrc.compress import experts
 from lrc.compress.base import NEEDS, GroupStats, LowRankSolution, Method, Settings, TargetStats, methods
-from lrc.compress.forms import linear_weight
+from lrc.compress.forms import experts
+from lrc.compress.forms.base import linear_weight
 from lrc.compress.offers import Choice, Shape
 from lrc.model.layer_forms import target_weight
 from lrc.model.targets import Target

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.compress.forms import LowRankLinear
+from lrc.compress.forms.base import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
 from lrc.model.lockstep import Call, Lockstep, run_layer
 from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end

@@ -14,8 +14,8 @@ from pipeline import compress
 from lrc.checkpoint.artifact import read_record
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
-from lrc.compress.absent import ZeroLinear
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
+from lrc.compress.forms.absent import ZeroLinear
 from lrc.compress.offers import Choice, Offer
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView

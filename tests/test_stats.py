@@ -18,7 +18,7 @@ from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, wanted
 from lrc.checkpoint.location import locate
 from lrc.compress.base import FORWARD_NEEDS
-from lrc.compress.forms import linear_weight
+from lrc.compress.forms.base import linear_weight
 from lrc.errors import NonFiniteError
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView, Target

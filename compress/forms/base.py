@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..registry import import_all
+from ...registry import import_all
 
 Spec = dict[str, Any]
 
@@ -157,7 +157,7 @@ MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = 
 def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights follow later."""
     if spec["kind"] not in MODULES:
-        import_all(__package__ or "lrc.compress")
+        import_all(__package__ or "lrc.compress.forms")
     return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
 
 

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from .base import MODULES, Form, Spec
 from .dictionary import GATHER_UP_TO, Dictionary, DictionaryLinear, Pattern, expand, support_nbytes
-from .forms import MODULES, Form, Spec
 
 
 @dataclass(frozen=True)

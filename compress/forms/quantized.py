@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .forms import MODULES, Form, LowRank, Spec, build_module
+from .base import MODULES, Form, LowRank, Spec, build_module
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .product import Product
 

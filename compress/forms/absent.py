@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .forms import MODULES, Dense
+from .base import MODULES, Dense
 
 ZERO = "zero"
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ...errors import NonFiniteError
 
 BITS = (2, 3, 4, 5, 6, 8)
 _SHRUNK = tuple(1 - 0.05 * turn for turn in range(13))  # parts of a group's range that `fitted` tries

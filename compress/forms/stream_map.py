@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .forms import Spec
+from .base import Spec
 
 KIND = "map"
 NAME = "stream_map"

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .forms import MODULES, Form, Spec
-from .offers import Shape
+from ..offers import Shape
+from .base import MODULES, Form, Spec
 
 Pattern = Literal["free", "2:4"]
 # inputs of at most this many tokens are multiplied by gathering; the measurement stands in benchmarks/dictionary.py

@@ -1,0 +1,68 @@
+"""The product of two forms: each factor of a low-rank target in a form of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import MODULES, Form, Spec, build_module
+
+
+@dataclass(frozen=True)
+class Product(Form):
+    """`weight ≈ left · right`, each a form of its own.
+
+    Args:
+        left: stands for an (out, rank) matrix; carries the bias.
+        right: stands for a (rank, in) matrix.
+        rank: inner size.
+    """
+
+    kind: ClassVar[str] = "product"
+    left: Form
+    right: Form
+    rank: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        guard = next(iter(self.right.tensors().values())).new_empty(0)
+        named = {"weight": guard}  # a reader without lrc fails on its shape
+        for side, form in (("right", self.right), ("left", self.left)):
+            named |= {f"{side}.{name}": tensor for name, tensor in form.tensors().items()}
+        return named
+
+    def dense(self) -> Tensor:
+        return self.left.dense() @ self.right.dense()
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "rank": self.rank, "left": self.left.spec(), "right": self.right.spec()}
+
+    def with_bias(self, bias: Tensor | None) -> Product:
+        return Product(self.left.with_bias(bias), self.right, self.rank)
+
+    def stored(self, dtype: torch.dtype) -> Product:
+        return Product(self.left.stored(dtype), self.right.stored(dtype), self.rank)
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+
+class ProductLinear(nn.Module):
+    """`y = left(right(x))`; `weight` is an empty guard under the target's original name."""
+
+    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.right = build_module(spec["right"], in_features, spec["rank"], dtype)
+        self.left = build_module(spec["left"], spec["rank"], out_features, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.left(self.right(x))
+        return y
+
+
+MODULES[Product.kind] = ProductLinear
