@@ -18,10 +18,10 @@ from .factors import quantize_factors
 from .forms.grids import Grid
 from .forms.quantized import Quantized, QuantizedLowRank
 from .gptq import Compensator
+from .low_rank.svd_llm import Projected
 from .metric import Metric
 from .offers import Choice, Offer, Shape
 from .rtn import Bits, OneGridSettings
-from .svd_llm import Projected
 
 
 class CorrectionSettings(OneGridSettings):

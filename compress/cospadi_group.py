@@ -27,9 +27,9 @@ from .base import Joint, Solution, TargetStats, method
 from .coding import DictionarySolution, best_atoms, dictionary_offers
 from .forms.dictionary import Dictionary, nbytes
 from .forms.shared import SharedDictionary
+from .low_rank.stacked import stack_shape, stack_statistics
 from .neighbours import NeighbourSettings, neighbours
 from .offers import Choice, JointOffer, Offer, Shape, at_sizes
-from .stacked import stack_shape, stack_statistics
 
 
 class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):

@@ -14,11 +14,11 @@ from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.feed_forward import feed_forwards
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import build_module, fill_module
+from lrc.compress.low_rank.stacked import stack_statistics
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.compress.nystrom import Reading
 from lrc.compress.offers import Choice, JointOffer, Shape
 from lrc.compress.product import ChainSettings, chain
-from lrc.compress.stacked import stack_statistics
 from lrc.errors import LrcError
 from lrc.model.targets import Target
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Factored, Settings, TargetStats, balanced, method
+from ..base import Factored, Settings, TargetStats, balanced, method
 
 
 @method("svd", source="Eckart & Young 1936")

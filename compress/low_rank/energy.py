@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
+from ..base import TargetStats, method
+from ..offers import Choice, break_even
 from . import lord
-from .base import TargetStats, method
-from .offers import Choice, break_even
 
 
 class EnergySettings(lord.LordSettings):

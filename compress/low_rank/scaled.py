@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Factored, balanced
+from ..base import Factored, balanced
 
 
 def scaled_svd(weight: Tensor, scale: Tensor) -> Factored:

@@ -22,10 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .forms.base import LowRank
-from .linalg import OutputDirections, project
-from .offers import Choice, Offer, Shape, low_rank_offers
+from ..base import LowRankSolution, Settings, TargetStats, balanced, method
+from ..forms.base import LowRank
+from ..linalg import OutputDirections, project
+from ..offers import Choice, Offer, Shape, low_rank_offers
 
 
 class LordSettings(Settings):

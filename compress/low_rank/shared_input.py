@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..base import Joinable, Joint, Settings, TargetSet, TargetStats, method
 from . import svd_llm
-from .base import Joinable, Joint, Settings, TargetSet, TargetStats, method
 from .stacked import StackMember, shared_offers, solve_stack
 
 

@@ -23,10 +23,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..base import Settings, TargetStats, method
+from ..offers import Choice, break_even
 from . import svd_llm
-from .base import Settings, TargetStats, method
 from .energy import rank_for_energy
-from .offers import Choice, break_even
 
 
 class UtilizedRankSettings(Settings):

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .forms.base import LowRank
-from .linalg import OutputDirections, project
-from .offers import Choice
+from ..base import LowRankSolution, Settings, TargetStats, balanced, method
+from ..forms.base import LowRank
+from ..linalg import OutputDirections, project
+from ..offers import Choice
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..base import Factored, Settings, TargetStats, method
+from ..offers import Choice, break_even
 from . import svd
-from .base import Factored, Settings, TargetStats, method
-from .offers import Choice, break_even
 
 
 class WeloreSettings(Settings):

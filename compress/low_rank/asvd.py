@@ -18,7 +18,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from .base import Factored, Settings, TargetStats, method
+from ..base import Factored, Settings, TargetStats, method
 from .scaled import scaled_svd
 
 

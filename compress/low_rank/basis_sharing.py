@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..base import Joint, TargetStats, method
+from ..neighbours import NeighbourSettings, neighbours
 from . import svd_llm
-from .base import Joint, TargetStats, method
-from .neighbours import NeighbourSettings, neighbours
 from .stacked import StackMember, shared_offers, solve_stack
 
 

@@ -22,10 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import LowRankSolution, Settings, TargetStats, balanced, method
-from .forms.base import LowRank
-from .linalg import Eigen, OutputDirections, eigh
-from .offers import Choice
+from ..base import LowRankSolution, Settings, TargetStats, balanced, method
+from ..forms.base import LowRank
+from ..linalg import Eigen, OutputDirections, eigh
+from ..offers import Choice
 
 
 class KfacSettings(Settings):

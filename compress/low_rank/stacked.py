@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
-from .forms.shared import SharedLowRank
-from .linalg import OutputDirections, project
-from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
+from ..base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
+from ..forms.shared import SharedLowRank
+from ..linalg import OutputDirections, project
+from ..offers import Choice, JointOffer, Offer, Shape, low_rank_offers
 
 
 def stack_shape(shapes: Sequence[Shape]) -> Shape:
