@@ -16,12 +16,12 @@ from safetensors.torch import save
 from test_methods import error, problem, statistics
 
 from lrc.compress.base import get_method
-from lrc.compress.factors import quantize_form
 from lrc.compress.forms.base import LowRank, build_module, fill_module
 from lrc.compress.forms.grids import BITS, Grid, pack, packed_width, unpack
 from lrc.compress.forms.quantized import Quantized, QuantizedLowRank, bits_per_weight
-from lrc.compress.gptq import compensator
 from lrc.compress.offers import Choice, Shape
+from lrc.compress.quantize.factors import quantize_form
+from lrc.compress.quantize.gptq import compensator
 from lrc.errors import LrcError, NonFiniteError, RecipeError
 from lrc.reading import load_recipe
 

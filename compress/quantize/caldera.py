@@ -24,15 +24,15 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .base import Solution, TargetStats, method
+from ..base import Solution, TargetStats, method
+from ..forms.base import LowRank
+from ..forms.product import Product
+from ..forms.quantized import Quantized, QuantizedLowRank
+from ..metric import Metric
+from ..offers import Choice
 from .corrections import CorrectionSettings, best_correction, correction_offers
 from .factors import Base, quantize_factors
-from .forms.base import LowRank
-from .forms.product import Product
-from .forms.quantized import Quantized, QuantizedLowRank
 from .gptq import Compensator, compensator
-from .metric import Metric
-from .offers import Choice
 from .rtn import Bits
 
 _PATIENCE = 2  # rounds without a better one before the search ends

@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from .base import TargetStats, method
+from ..base import TargetStats, method
 from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers
 
 

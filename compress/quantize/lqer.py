@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import TargetStats, method
+from ..base import TargetStats, method
 from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers
 
 

@@ -16,11 +16,11 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from .base import Settings, Solution, TargetStats, method
-from .forms.grids import BITS, Grid
-from .forms.quantized import Quantized
-from .metric import Metric
-from .offers import Choice, Offer, Shape
+from ..base import Settings, Solution, TargetStats, method
+from ..forms.grids import BITS, Grid
+from ..forms.quantized import Quantized
+from ..metric import Metric
+from ..offers import Choice, Offer, Shape
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 

@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import TargetStats
-from .forms.base import LowRank
-from .forms.grids import Grid
-from .forms.product import Product
-from .forms.quantized import Quantized
+from ..base import TargetStats
+from ..forms.base import LowRank
+from ..forms.grids import Grid
+from ..forms.product import Product
+from ..forms.quantized import Quantized
+from ..metric import Metric
+from ..product import refit
 from .gptq import Compensator, compensator
-from .metric import Metric
-from .product import refit
 
 Base = Literal["rtn", "gptq"]
 

@@ -25,12 +25,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import LrcError, NonFiniteError
-from .base import TargetStats, method
-from .forms.grids import Grid, Scales
-from .forms.quantized import Quantized
-from .metric import Metric
-from .offers import coarsest
+from ...errors import LrcError, NonFiniteError
+from ..base import TargetStats, method
+from ..forms.grids import Grid, Scales
+from ..forms.quantized import Quantized
+from ..metric import Metric
+from ..offers import coarsest
 from .rtn import GridSettings, OnGrid, grid_offers
 
 _BLOCK = 64  # columns whose errors are carried on one by one; those of earlier blocks by one multiplication

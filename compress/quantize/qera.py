@@ -20,12 +20,12 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from .base import TargetStats, method
+from ..base import TargetStats, method
+from ..forms.quantized import Quantized
+from ..metric import Metric
 from .corrections import Corrected, CorrectionSettings, best_correction, correction_offers
 from .factors import Base
-from .forms.quantized import Quantized
 from .gptq import compensator
-from .metric import Metric
 
 
 class QeraSettings(CorrectionSettings):

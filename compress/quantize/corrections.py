@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Factored, Solution, TargetStats, balanced
+from ..base import Factored, Solution, TargetStats, balanced
+from ..forms.grids import Grid
+from ..forms.quantized import Quantized, QuantizedLowRank
+from ..low_rank.svd_llm import Projected
+from ..metric import Metric
+from ..offers import Choice, Offer, Shape
 from .factors import quantize_factors
-from .forms.grids import Grid
-from .forms.quantized import Quantized, QuantizedLowRank
 from .gptq import Compensator
-from .low_rank.svd_llm import Projected
-from .metric import Metric
-from .offers import Choice, Offer, Shape
 from .rtn import Bits, OneGridSettings
 
 

@@ -1,0 +1,1 @@
+"""Quantizing methods, with and without a low-rank correction, one file each."""
