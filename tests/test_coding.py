@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from test_dictionary import NAMES, offers, solve
 from test_methods import error, problem, statistics
 
-from lrc.compress import compot, cospadi
 from lrc.compress.base import get_method
-from lrc.compress.coding import Problem, best_atoms, best_values
+from lrc.compress.dictionary import compot, cospadi
+from lrc.compress.dictionary.sparse_coding import Problem, best_atoms, best_values
 from lrc.compress.offers import Choice, Shape
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]

@@ -14,9 +14,9 @@ from test_methods import problem, statistics
 from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.compress import compot
 from lrc.compress.base import get_method
-from lrc.compress.coding import MOST_OFFERS
+from lrc.compress.dictionary import compot
+from lrc.compress.dictionary.sparse_coding import MOST_OFFERS
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.offers import Shape

@@ -11,8 +11,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from lrc.compress import cospadi
 from lrc.compress.base import GroupStats, TargetStats, get_method
+from lrc.compress.dictionary import cospadi
 from lrc.compress.offers import Choice
 
 SHAPES = [(18, 12), (12, 18)]

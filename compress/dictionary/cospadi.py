@@ -26,9 +26,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import TargetStats, method
-from .coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, best_atoms, dictionary_offers, refined
-from .offers import Offer, Shape, at_sizes
+from ..base import TargetStats, method
+from ..offers import Offer, Shape, at_sizes
+from .sparse_coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, best_atoms, dictionary_offers, refined
 
 # Of workspace for the rows that OMP codes at once: on a processor what its cache holds, which takes half the time.
 _IN_CACHE, _AT_ONCE = 8 * 2**20, 256 * 2**20

@@ -29,10 +29,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import TargetStats, method
-from .coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, dictionary_offers, most_atoms, refined
-from .forms.dictionary import Pattern
-from .offers import at_sizes
+from ..base import TargetStats, method
+from ..forms.dictionary import Pattern
+from ..offers import at_sizes
+from .sparse_coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, dictionary_offers, most_atoms, refined
 
 Share = Literal["target", "row"]
 _STAGES = (3, 8)  # iterations after which splits are compared and half of them go on

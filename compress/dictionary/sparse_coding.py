@@ -17,9 +17,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import Settings, Solution, TargetStats
-from .forms.dictionary import Dictionary, Pattern, nbytes
-from .offers import Choice, Offer, Shape
+from ..base import Settings, Solution, TargetStats
+from ..forms.dictionary import Dictionary, Pattern, nbytes
+from ..offers import Choice, Offer, Shape
 
 MOST_OFFERS = 256
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information

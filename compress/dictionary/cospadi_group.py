@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base import Joint, Solution, TargetStats, method
+from ..forms.dictionary import Dictionary, nbytes
+from ..forms.shared import SharedDictionary
+from ..low_rank.stacked import stack_shape, stack_statistics
+from ..neighbours import NeighbourSettings, neighbours
+from ..offers import Choice, JointOffer, Offer, Shape, at_sizes
 from . import cospadi
-from .base import Joint, Solution, TargetStats, method
-from .coding import DictionarySolution, best_atoms, dictionary_offers
-from .forms.dictionary import Dictionary, nbytes
-from .forms.shared import SharedDictionary
-from .low_rank.stacked import stack_shape, stack_statistics
-from .neighbours import NeighbourSettings, neighbours
-from .offers import Choice, JointOffer, Offer, Shape, at_sizes
+from .sparse_coding import DictionarySolution, best_atoms, dictionary_offers
 
 
 class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):

@@ -1,0 +1,1 @@
+"""Dictionary methods, one file each."""
