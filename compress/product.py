@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import GroupStats, Joint, Method, Settings, Solution, TargetStats
-from .channels import gone_biases, pruned_shape
+from .channels.base import gone_biases, pruned_shape
 from .forms.base import Dense, Form, LowRank
 from .forms.product import Product
 from .forms.pruned import Pruned

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .base import Joinable, TargetSet
+from ..base import Joinable, TargetSet
 
 # what the targets of a feed-forward are to it
 GATE_UP, MAKER, READER = "gate and up", "up", "down"

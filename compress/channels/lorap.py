@@ -27,12 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Factored, Joinable, Joint, LowRankSolution, Settings, Solution, TargetSet, TargetStats, method
-from .channels import Channels, channel_offers
+from ..base import Factored, Joinable, Joint, LowRankSolution, Settings, Solution, TargetSet, TargetStats, method
+from ..forms.base import LowRank
+from ..low_rank.scaled import scaled_svd
+from ..offers import Choice, JointOffer, Offer, Shape, break_even, low_rank_offers
+from .base import Channels, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_group, by_layer, feed_forwards, in_attention
-from .forms.base import LowRank
-from .low_rank.scaled import scaled_svd
-from .offers import Choice, JointOffer, Offer, Shape, break_even, low_rank_offers
 
 # what each part keeps, relative to queries; q, k, v in one matrix keep the mean of their three
 _QUERY, _KEY, _VALUE, _OUTPUT, _FUSED, _PLAIN = "query", "key", "value", "output", "query, key and value", "attention"

@@ -28,12 +28,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import LrcError
-from .base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
-from .channels import ChannelSolution, channel_offers
+from ...errors import LrcError
+from ..base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
+from ..low_rank import svd_llm
+from ..offers import Choice, JointOffer, Shape
+from .base import ChannelSolution, channel_offers
 from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
-from .low_rank import svd_llm
-from .offers import Choice, JointOffer, Shape
 
 _BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
 _READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram"})}  # of a feed-forward, the one gram

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..base import Joint, Solution, TargetStats, method
+from ..low_rank import kfac
 from . import nystrom
-from .base import Joint, Solution, TargetStats, method
 from .feed_forward import GATE_UP, MAKER, READER
-from .low_rank import kfac
 
 _READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram", "grad_gram"})}
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Solution
+from ..base import Solution
+from ..forms.base import Dense
+from ..forms.pruned import Pruned
+from ..offers import Choice, JointOffer, Offer, Shape
 from .feed_forward import READER
-from .forms.base import Dense
-from .forms.pruned import Pruned
-from .offers import Choice, JointOffer, Offer, Shape
 
 
 def channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOffer]:
