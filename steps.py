@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from .compress.base import DENSE, Method, Settings, get_method, methods
-from .compress.product import combine, require_fit
+from .compress.chain import combine, require_fit
 from .errors import did_you_mean
 from .mistakes import problems_of
 

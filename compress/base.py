@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..errors import RequestError, did_you_mean
-from ..registry import first_line, import_all
 from .forms.base import Form, LowRank
 from .linalg import OutputDirections, root
 from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
+from .registry import first_line, import_all
 
 # the statistics that a method may ask for; calibrate/stats.py collects those of a forward, calibrate/backward.py the gradients'
 FORWARD_NEEDS = frozenset({"gram", "output_gram", "mean", "abs_mean", "mean_square", "peak_abs_mean"})

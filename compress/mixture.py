@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import LrcError
 from .base import Joinable, Joint, Method, Settings, Solution, TargetSet, TargetStats
+from .chain import Chained
 from .forms.base import Form
 from .offers import Choice, JointOffer, Offer, Shape
-from .product import Chained
 
 _SAME_SCALE = 0.05  # totals in one metric differ by rounding (float32 grams), those in two by factors
 

@@ -27,8 +27,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..compress.registry import first_line, import_all
 from ..errors import RequestError, did_you_mean
-from ..registry import first_line, import_all
 
 Looks = Literal["states", "loss", "divergence", ""]
 # boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many go -> the layers that go, ascending

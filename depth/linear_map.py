@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compress.product import refit
+from ..compress.chain import refit
 from .base import repair
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..compress.base import Curve, Method, Settings
 from ..compress.offers import Choice, Offer, low_rank_offers
-from ..registry import first_line, import_all
+from ..compress.registry import first_line, import_all
 
 
 @dataclass(frozen=True)

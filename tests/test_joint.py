@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lrc.compress.base import GroupStats, TargetStats, get_method
+from lrc.compress.chain import ChainSettings, chain
 from lrc.compress.channels.feed_forward import feed_forwards
 from lrc.compress.channels.nystrom import Reading
 from lrc.compress.forms import experts
@@ -18,7 +19,6 @@ from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.low_rank.stacked import stack_statistics
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.compress.offers import Choice, JointOffer, Shape
-from lrc.compress.product import ChainSettings, chain
 from lrc.errors import LrcError
 from lrc.model.targets import Target
 

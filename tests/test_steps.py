@@ -17,9 +17,9 @@ from lrc.calibrate.data import load_calibration
 from lrc.calibrate.store import StatsStore
 from lrc.checkpoint.location import locate
 from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_method
+from lrc.compress.chain import chain, refit
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.offers import Choice, Offer, Shape
-from lrc.compress.product import chain, refit
 from lrc.errors import RecipeError, RequestError
 from lrc.model.view import ModelView
 from lrc.plan import make_plan

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...registry import import_all
+from ..registry import import_all
 
 Spec = dict[str, Any]
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..base import TargetStats
+from ..chain import refit
 from ..forms.base import LowRank
 from ..forms.grids import Grid
 from ..forms.product import Product
 from ..forms.quantized import Quantized
 from ..metric import Metric
-from ..product import refit
 from .gptq import Compensator, compensator
 
 Base = Literal["rtn", "gptq"]
