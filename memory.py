@@ -10,7 +10,7 @@ import psutil
 from .calibrate.backward import LOGITS_AT_ONCE
 from .calibrate.data import WRITTEN_TOGETHER
 from .compress.base import BACKWARD_NEEDS
-from .depth_cost import depth_bytes
+from .depth.cost import depth_bytes
 from .model.ablation import COPIES, STATES
 from .model.targets import Target
 from .model.view import ModelView

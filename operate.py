@@ -11,13 +11,13 @@ import torch
 from .calibrate.data import Calibration
 from .checkpoint.artifact import Artifact
 from .checkpoint.atomic import writing
+from .depth.choose import choose_parts
+from .depth.model_edit import Surgery, read_surgery
+from .depth.repair import repaired
 from .model.host_memory import steady_memory
 from .model.precision import full_precision
 from .model.view import ModelView
 from .planned import Plan
-from .prune import choose_parts
-from .repair import repaired
-from .surgery import Surgery, read_surgery
 
 
 @full_precision

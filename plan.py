@@ -18,18 +18,18 @@ from .budget import uniform
 from .calibrate.layerwise import TOKENS_PER_BATCH
 from .compress.base import DENSE, Curve
 from .compress.offers import Choice, Offer, Shape
+from .depth.candidates import enough_branches, open_branches
+from .depth.cost import depth_lines
+from .depth.model_edit import Surgery
 from .depth.spec import how_many
-from .depth_cost import depth_lines
 from .errors import BudgetError, RecipeError
 from .items import Item, items_of, offers_of, shape_of
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
 from .memory import predict_memory
 from .model.targets import Target
 from .model.view import ModelView
-from .parts import enough_branches, open_branches
 from .planned import Memory, Plan, Step
 from .recipe import Recipe
-from .surgery import Surgery
 
 
 def make_plan(

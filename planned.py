@@ -14,11 +14,11 @@ import torch
 from .amount import Found
 from .calibrate.stats import Wanted, wanted
 from .compress.offers import Choice
+from .depth.model_edit import Surgery
 from .items import Item, needs_of
 from .model.targets import Target
 from .model.view import Kept
 from .recipe import Recipe
-from .surgery import Surgery
 
 PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
 PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.location import locate
 from lrc.depth.base import scores
-from lrc.depth.block_influence import influences
-from lrc.depth.linearity import linearity
-from lrc.depth_cost import seen_samples
+from lrc.depth.cost import seen_samples
+from lrc.depth.scores.block_influence import influences
+from lrc.depth.scores.linearity import linearity
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
@@ -153,7 +153,7 @@ def test_a_score_that_needs_more_tokens_for_a_wider_model_gets_them(tiny_checkpo
     assert [seen_samples(wide, 8192, 256, length) for length in (2048, 1500, 20_000)] == [8, 11, 1]
     assert [seen_samples(usual, 8192, 256, length) for length in (2048, 1500, 20_000)] == [4, 5, 1]
     assert seen_samples(wide, 8192, 3, 2048) == 3, "no more than there are"
-    monkeypatch.setattr("lrc.depth_cost._SEEN_TOKENS", 32)  # fewer than twice the width of the tiny model
+    monkeypatch.setattr("lrc.depth.cost._SEEN_TOKENS", 32)  # fewer than twice the width of the tiny model
     compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, **{"depth.score": "linearity", "depth.drop": 1})
 
 

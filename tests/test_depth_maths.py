@@ -8,11 +8,11 @@ import scipy.linalg
 import torch
 
 from lrc.depth.base import greedily
-from lrc.depth.hadamard import hadamard, orthogonal
-from lrc.depth.linear_map import LeastSquares
-from lrc.depth.linear_patch import Ratios
+from lrc.depth.repair import divided, runs_of
+from lrc.depth.repairs.hadamard import hadamard, orthogonal
+from lrc.depth.repairs.linear_map import LeastSquares
+from lrc.depth.repairs.linear_patch import Ratios
 from lrc.errors import CalibrationError
-from lrc.repair import divided, runs_of
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 12, 20, 28, 36, 48, 60, 576, 768, 896, 960])

@@ -16,13 +16,13 @@ from lrc.calibrate.generate import generator
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.depth.base import repairs
-from lrc.depth.linear_map import LeastSquares
+from lrc.depth.repair import divided
+from lrc.depth.repairs.linear_map import LeastSquares
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.ablation import losses
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
-from lrc.repair import divided
 from lrc.run import execute, prepare
 from lrc.verify import verify
 
@@ -236,7 +236,7 @@ def test_a_killed_search_goes_on_with_its_round_and_one_for_more_parts_after_it(
         tried.append(len(variants))
         return losses(view, tokens, variants, device)
 
-    monkeypatch.setattr("lrc.prune.losses", counted)
+    monkeypatch.setattr("lrc.depth.choose.losses", counted)
     with pytest.raises(KeyboardInterrupt):
         operate(model, tmp_path / "killed", "sleb", **few)
     last = None

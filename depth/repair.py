@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.layerwise import TOKENS_PER_BATCH
-from .compress.forms.base import linear_weight
-from .depth.base import Fit, Repair, get_repair
-from .depth.spec import DepthSpec
-from .depth_cost import HELD_TOKENS, HELD_WINDOW
-from .errors import CalibrationError
-from .model.ablation import Variant, losses
-from .model.host_memory import give_back
-from .model.layer_edit import LayerEdit, LinearMap
-from .model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
-from .model.sublayers import Branch, branches_of
-from .model.view import ModelView
-from .retrain import finetune_end, streamline
-from .surgery import Surgery
+from ..calibrate.layerwise import TOKENS_PER_BATCH
+from ..compress.forms.base import linear_weight
+from ..errors import CalibrationError
+from ..model.ablation import Variant, losses
+from ..model.host_memory import give_back
+from ..model.layer_edit import LayerEdit, LinearMap
+from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
+from ..model.sublayers import Branch, branches_of
+from ..model.view import ModelView
+from .base import Fit, Repair, get_repair
+from .cost import HELD_TOKENS, HELD_WINDOW
+from .model_edit import Surgery
+from .spec import DepthSpec
+from .trained_repair import finetune_end, streamline
 
 Notify = Callable[[str, int, float], None]
 

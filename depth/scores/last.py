@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import score
+from ..base import score
 
 
 @score("last", source="arXiv 2411.15558", looks="", one_run=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .depth.base import Enough
-from .depth.spec import DepthSpec
-from .errors import BudgetError
-from .model.sublayers import Branch
+from ..errors import BudgetError
+from ..model.sublayers import Branch
+from .base import Enough
+from .spec import DepthSpec
 
 
 def open_layers(layers: int, spec: DepthSpec) -> range:

@@ -11,7 +11,7 @@ Source: Lu et al., Reassessing Layer Pruning in LLMs, arXiv 2411.15558 (§4: lea
 
 from __future__ import annotations
 
-from .base import Training, repair
+from ..base import Training, repair
 
 LAST_LAYERS = 3
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .depth.base import Score, Training, get_repair, get_score
-from .depth.partial_finetune import LAST_LAYERS
-from .depth.spec import DepthSpec
-from .model.ablation import BATCH_TOKENS, COPIES, STATES
-from .parts import open_branches, open_layers
-from .surgery import Surgery
+from ..model.ablation import BATCH_TOKENS, COPIES, STATES
+from .base import Score, Training, get_repair, get_score
+from .candidates import open_branches, open_layers
+from .model_edit import Surgery
+from .repairs.partial_finetune import LAST_LAYERS
+from .spec import DepthSpec
 
 if TYPE_CHECKING:
-    from .calibrate.data import CalibrationSpec
-    from .model.view import ModelView
+    from ..calibrate.data import CalibrationSpec
+    from ..model.view import ModelView
 
 _SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once, unless it needs more
 HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows

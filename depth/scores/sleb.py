@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .base import Enough, Trial, greedily, score
+from ..base import Enough, Trial, greedily, score
 
 
 @score("sleb", source="arXiv 2402.09025", looks="loss")

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
-from .base import score
+from ...errors import CalibrationError
+from ..base import score
 
 _PER_CHANNEL = 2  # tokens; as many as channels, and every layer looks linear
 

@@ -14,7 +14,7 @@ of all tokens, where the authors take their mean cosine.
 
 from __future__ import annotations
 
-from .base import Training, repair
+from ..base import Training, repair
 
 
 @repair("streamline", source="arXiv 2403.19135", on="layer")

@@ -15,11 +15,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoint.atomic import read_json, replacing, write_json
-from .compress.forms.base import Spec
-from .model.layer_edit import LayerEdit, LinearMap
-from .model.sublayers import Branch
-from .model.targets import Target
+from ..checkpoint.atomic import read_json, replacing, write_json
+from ..compress.forms.base import Spec
+from ..model.layer_edit import LayerEdit, LinearMap
+from ..model.sublayers import Branch
+from ..model.targets import Target
 
 _FILE = "surgery.json"
 _OUTSIDE = "outside"

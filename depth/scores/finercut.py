@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .base import Enough, Trial, greedily, score
+from ..base import Enough, Trial, greedily, score
 
 
 @score("finercut", source="arXiv 2405.18218", looks="divergence")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import repair
+from ..base import repair
 from .hadamard import orthogonal
 
 

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.layerwise import run_batches, through_layers
-from .calibrate.packing import token_hash
-from .checkpoint.atomic import read_json, write_json
-from .depth.base import get_repair, get_score
-from .depth.spec import DepthSpec, how_many
-from .depth_cost import seen_samples
-from .model.ablation import Variant, WithoutBranches, divergences, losses
-from .model.lockstep import Call, hidden_of
-from .model.sublayers import Branch
-from .model.view import ModelView
-from .parts import enough_branches, open_branches, open_layers
-from .surgery import Surgery
+from ..calibrate.layerwise import run_batches, through_layers
+from ..calibrate.packing import token_hash
+from ..checkpoint.atomic import read_json, write_json
+from ..model.ablation import Variant, WithoutBranches, divergences, losses
+from ..model.lockstep import Call, hidden_of
+from ..model.sublayers import Branch
+from ..model.view import ModelView
+from .base import get_repair, get_score
+from .candidates import enough_branches, open_branches, open_layers
+from .cost import seen_samples
+from .model_edit import Surgery
+from .spec import DepthSpec, how_many
 
 
 def choose_parts(

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
-from .base import score
+from ...errors import BudgetError
+from ..base import score
 
 
 def distance(x: Tensor, y: Tensor) -> float:

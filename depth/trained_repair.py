@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .calibrate.layerwise import TOKENS_PER_BATCH
-from .depth.base import Training
-from .depth.partial_finetune import LAST_LAYERS
-from .model.ablation import Variant, losses
-from .model.host_memory import give_back
-from .model.layer_edit import LayerEdit, edited
-from .model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
-from .model.view import ModelView
-from .refine import BlockSettings, refine_block
-from .surgery import Surgery
-from .training import Course, Refinement, Trainer, checked_dtypes
+from ..calibrate.layerwise import TOKENS_PER_BATCH
+from ..model.ablation import Variant, losses
+from ..model.host_memory import give_back
+from ..model.layer_edit import LayerEdit, edited
+from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
+from ..model.view import ModelView
+from ..refine import BlockSettings, refine_block
+from ..training import Course, Refinement, Trainer, checked_dtypes
+from .base import Training
+from .model_edit import Surgery
+from .repairs.partial_finetune import LAST_LAYERS
 
 Notify = Callable[[str, int, float], None]
 

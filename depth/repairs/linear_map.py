@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compress.chain import refit
-from .base import repair
+from ...compress.chain import refit
+from ..base import repair
 
 
 class LeastSquares:

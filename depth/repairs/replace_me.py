@@ -13,7 +13,7 @@ authors: the bias is mapped too; directions that calibration does not show stay 
 
 from __future__ import annotations
 
-from .base import repair
+from ..base import repair
 from .linear_map import LeastSquares
 
 

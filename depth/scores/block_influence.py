@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .base import score
+from ..base import score
 
 
 def influences(boundaries: Sequence[Tensor]) -> list[float]:

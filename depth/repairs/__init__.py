@@ -1,0 +1,1 @@
+"""Repairs of a model that lost layers, one file each."""

@@ -1,0 +1,1 @@
+"""Importance scores of layers and sub-layers, one file each."""
