@@ -28,9 +28,9 @@ from .model.layer_forms import form_specs, install, stored_tensors, target_weigh
 from .model.lockstep import Call, hidden_of
 from .model.view import ModelView
 from .planned import Plan, Step
-from .refine import refine_block
+from .refine.correction import Pair, Solved, correct, restored
+from .refine.objectives import refine_block
 from .solving import SolvedTarget, solved_forms
-from .streams import Pair, Solved, correct, restored
 
 
 @dataclass(frozen=True)

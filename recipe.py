@@ -19,10 +19,10 @@ from .compress.mixture import MixtureSettings, mixture
 from .depth.spec import DepthSpec
 from .errors import BudgetError, did_you_mean
 from .limits import Limit
-from .refine import BlockSettings, EndToEndSettings
+from .refine.correction import CorrectionSpec
+from .refine.objectives import BlockSettings, EndToEndSettings
 from .rules.base import Rule, rules
 from .steps import Alternative, Steps, fitting
-from .streams import CorrectionSpec
 
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does

@@ -30,7 +30,6 @@ from .checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
 from .checkpoint.location import Location
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from .compress.forms.base import Spec
-from .distill import refine_artifact
 from .errors import BudgetError
 from .layers import LayerLoop, LayerReport, renamed, staying_layers
 from .measure import measure, measure_halves
@@ -41,6 +40,7 @@ from .narrower import as_plain
 from .operate import operated
 from .plan import make_plan
 from .planned import Plan
+from .refine.end_to_end import refine_artifact
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished

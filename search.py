@@ -28,7 +28,6 @@ from .checkpoint.atomic import read_json, write_json
 from .checkpoint.hf_quantizer import install_stored
 from .checkpoint.location import Location
 from .compress.forms.shared import lenders
-from .distill import from_hidden
 from .errors import BudgetError, NonFiniteError
 from .model.host_memory import give_back, steady_memory
 from .model.lockstep import Lockstep
@@ -37,6 +36,7 @@ from .model.view import ModelView
 from .plan import make_plan
 from .planned import Plan
 from .recipe import Recipe
+from .refine.end_to_end import from_hidden
 from .run import SEARCHED, SURVEY, execute, prepare
 
 STEPS = 128  # ratios lie on this grid: the answer is within 1 / 128 of the targets' bytes of the largest that would do

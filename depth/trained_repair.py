@@ -23,8 +23,8 @@ from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
 from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
 from ..model.view import ModelView
-from ..refine import BlockSettings, refine_block
-from ..training import Course, Refinement, Trainer, checked_dtypes
+from ..refine.objectives import BlockSettings, refine_block
+from ..refine.trainer import Course, Refinement, Trainer, checked_dtypes
 from .base import Training
 from .model_edit import Surgery
 from .repairs.partial_finetune import LAST_LAYERS

@@ -11,16 +11,16 @@ from pipeline import compress
 from tiny import CONFIGS, tiny_model
 
 import lrc.checkpoint.artifact
-import lrc.distill
+import lrc.refine.end_to_end
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
-from lrc.distill import from_hidden
 from lrc.errors import RecipeError
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
+from lrc.refine.end_to_end import from_hidden
 from lrc.run import SURVEY, execute
 from lrc.verify import verify
 
@@ -130,7 +130,7 @@ def test_killed_between_two_shards_that_are_written_again(
         return before(*arguments)
 
     inside: list[bool] = []
-    refined = lrc.distill.Distillation.run
+    refined = lrc.refine.end_to_end.Distillation.run
 
     def run(*arguments: object) -> object:
         found = refined(*arguments)
@@ -138,7 +138,7 @@ def test_killed_between_two_shards_that_are_written_again(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(lrc.distill.Distillation, "run", run)
+        patched.setattr(lrc.refine.end_to_end.Distillation, "run", run)
         patched.setattr(place, name, killed_in_the_second)
         with pytest.raises(Killed):
             compress(model, tmp_path / "out", tiny_text_file, recipe, **options)

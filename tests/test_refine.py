@@ -17,8 +17,8 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms.base import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
 from lrc.model.lockstep import Call, Lockstep, run_layer
-from lrc.refine import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
-from lrc.training import Course, Trainer, TrainingSettings, TrainingState, trainable
+from lrc.refine.objectives import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
+from lrc.refine.trainer import Course, Trainer, TrainingSettings, TrainingState, trainable
 
 FAST = BlockSettings(lr=3e-3, epochs=4, batch_tokens=96, patience=4)
 

@@ -16,8 +16,8 @@ from lrc.errors import RecipeError
 from lrc.model.view import ModelView
 from lrc.plan import make_plan
 from lrc.reading import load_recipe
+from lrc.refine.correction import regressed
 from lrc.run import execute
-from lrc.streams import regressed
 from lrc.verify import verify
 
 REFINE = {"block": {"lr": 3e-3, "epochs": 3, "batch_tokens": 96}}

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .model.divergence import divergence
-from .model.lockstep import Call, run_layer
-from .training import (
+from ..model.divergence import divergence
+from ..model.lockstep import Call, run_layer
+from .trainer import (
     Course,
     Notify,
     Refinement,

@@ -28,18 +28,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .calibrate.layerwise import run_batches
-from .calibrate.packing import token_hash
-from .checkpoint.artifact import UNCHECKED, Artifact
-from .checkpoint.atomic import replacing, sync_file, writing
-from .checkpoint.hf_quantizer import install_stored
-from .checkpoint.location import Location
-from .errors import CheckpointError
-from .model.host_memory import give_back
-from .model.lockstep import Lockstep
-from .model.view import ModelView
-from .refine import EndToEndSettings, refine_end_to_end
-from .training import Refinement, TrainingState, trainable
+from ..calibrate.layerwise import run_batches
+from ..calibrate.packing import token_hash
+from ..checkpoint.artifact import UNCHECKED, Artifact
+from ..checkpoint.atomic import replacing, sync_file, writing
+from ..checkpoint.hf_quantizer import install_stored
+from ..checkpoint.location import Location
+from ..errors import CheckpointError
+from ..model.host_memory import give_back
+from ..model.lockstep import Lockstep
+from ..model.view import ModelView
+from .objectives import EndToEndSettings, refine_end_to_end
+from .trainer import Refinement, TrainingState, trainable
 
 _TEACHER = "teacher.safetensors"
 _STATE = "state.safetensors"

@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .compress import forms
-from .compress.base import Settings
-from .errors import NonFiniteError, RequestError
+from ..compress import forms
+from ..compress.base import Settings
+from ..errors import NonFiniteError, RequestError
 
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
 _TRAINED = (torch.bfloat16, torch.float32, torch.float64)

@@ -27,9 +27,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from .model.layer_forms import target_weight
-from .model.lockstep import Call, hidden_of, run_layer
-from .model.targets import Target
+from ..model.layer_forms import target_weight
+from ..model.lockstep import Call, hidden_of, run_layer
+from ..model.targets import Target
 
 
 class CorrectionSpec(BaseModel):
