@@ -190,9 +190,9 @@ def evaluate_command(
     """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
     from .checkpoint.artifact import RECORD, read_record
     from .checkpoint.hf_quantizer import open_model
-    from .evaluate import measure, refuse_calibration_text
+    from .evaluation.evaluate import measure, refuse_calibration_text
+    from .evaluation.request import check_positions, prepare
     from .results import reporting
-    from .tasks import check_positions, prepare
 
     if json_file is not None:
         require_writable(json_file)

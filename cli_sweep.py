@@ -51,10 +51,10 @@ def sweep(
 ) -> None:
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
     from .calibrate.data import load_calibration
+    from .evaluation.request import check_positions, prepare
     from .report import plain_or_terminal
     from .run import shared_statistics
     from .sweep import Job, markdown, run_sweep
-    from .tasks import check_positions, prepare
 
     require_folder(out)
     overrides = calibration_overrides(None, calibration, samples, length, seed)

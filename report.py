@@ -21,7 +21,7 @@ from .planned import Plan, Step
 
 if TYPE_CHECKING:
     from .calibrate.data import Calibration
-    from .evaluate import TaskResult
+    from .evaluation.evaluate import TaskResult
 
 
 def plain_or_terminal() -> Console:
@@ -291,7 +291,7 @@ def print_results(
     model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
 ) -> None:
     """A table of metrics, with the baseline and differences beside them where there is one."""
-    from .evaluate import compare  # brings in lm-eval, which compressing does not need
+    from .evaluation.evaluate import compare  # brings in lm-eval, which compressing does not need
 
     console = plain_or_terminal()
     rows = compare(results, baseline_results) if baseline_results is not None else []

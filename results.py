@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import EvaluationError, OutputError
-from .evaluate import TaskResult, results_json
+from .evaluation.evaluate import TaskResult, results_json
 from .report import print_results
 
 

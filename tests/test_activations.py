@@ -12,11 +12,11 @@ from pipeline import compress
 from tiny import tiny_text
 from torch import nn
 
-from lrc.activations import int8, mxint8, rounded_activations
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms import experts
 from lrc.errors import EvaluationError
-from lrc.evaluate import compare, evaluate
+from lrc.evaluation.activation_rounding import int8, mxint8, rounded_activations
+from lrc.evaluation.evaluate import compare, evaluate
 
 IDS = torch.arange(3, 40)[None]
 

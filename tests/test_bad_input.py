@@ -264,7 +264,7 @@ def test_a_results_file_that_cannot_be_written_is_told_before_the_work(model, ot
     def measure(*_: object, **__: object) -> None:
         raise AssertionError("hours of evaluation")
 
-    monkeypatch.setattr("lrc.evaluate.measure", measure)
+    monkeypatch.setattr("lrc.evaluation.evaluate.measure", measure)
     result = run_lrc(*evaluation(model, other_text, "--json", tmp_path))
     assert result.code == 2
     assert f"--json {tmp_path} is a folder" in result.err

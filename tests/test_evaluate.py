@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
 
-from lrc import evaluate as evaluation
 from lrc.calibrate.data import evaluation_text
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
-from lrc.evaluate import compare, evaluate, results_json
+from lrc.evaluation import evaluate as evaluation
+from lrc.evaluation.evaluate import compare, evaluate, results_json
 from lrc.model import likelihood
 
 
@@ -262,7 +262,7 @@ def test_another_text_of_the_same_name_is_not_compared_but_the_same_text_elsewhe
 
 
 def test_metric_names_say_how_they_were_measured():
-    from lrc.harness import _readable
+    from lrc.evaluation.lm_eval import _readable
 
     assert _readable("wikitext", "word_perplexity", "none", 0) == "wikitext-word-ppl"
     assert _readable("wikitext", "bits_per_byte", "none", 0) == "wikitext-bits-per-byte"

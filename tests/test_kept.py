@@ -10,7 +10,7 @@ import yaml
 from commandline import contents, lrc_ok, run_lrc
 from tiny import tiny_text
 
-import lrc.evaluate
+import lrc.evaluation.evaluate
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.reading import load_recipe
 
@@ -132,7 +132,7 @@ def test_a_sweep_that_is_another_one_says_what_differs(model, texts, tmp_path):
 
 
 def test_an_evaluation_that_is_interrupted_keeps_the_tasks_that_are_done(model, texts, tmp_path, monkeypatch):
-    perplexity, seen = lrc.evaluate._token_perplexity, []
+    perplexity, seen = lrc.evaluation.evaluate._token_perplexity, []
 
     def until_the_second(*arguments: object) -> object:
         seen.append(arguments)
@@ -140,7 +140,7 @@ def test_an_evaluation_that_is_interrupted_keeps_the_tasks_that_are_done(model, 
             raise KeyboardInterrupt
         return perplexity(*arguments)
 
-    monkeypatch.setattr(lrc.evaluate, "_token_perplexity", until_the_second)
+    monkeypatch.setattr(lrc.evaluation.evaluate, "_token_perplexity", until_the_second)
     tasks = ",".join(f"text:{text}" for text in texts[1:])
     result = run_lrc("eval", model, "--tasks", tasks, "--length", 64, "--json", tmp_path / "r.json")
     assert result.code == 130 and "interrupted" in result.err
@@ -165,7 +165,7 @@ def test_a_baseline_that_has_seen_the_text_is_refused_before_anything_is_measure
         "compress", model, "--out", tmp_path / "out", "--recipe", "svd-llm", "--ratio", 0.3,
         "--calibration", f"text:{texts[0]}", "--samples", 4, "--length", 32,
     )  # fmt: skip
-    monkeypatch.setattr(lrc.evaluate, "measure", None)
+    monkeypatch.setattr(lrc.evaluation.evaluate, "measure", None)
     result = run_lrc("eval", model, "--tasks", f"text:{texts[0]}", "--length", 64, "--baseline", tmp_path / "out")
     assert result.code == 2 and f"{tmp_path / 'out'} was calibrated on the text" in result.err
 

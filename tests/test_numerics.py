@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from lrc.evaluate import evaluate
+from lrc.evaluation.evaluate import evaluate
 from lrc.model import precision as numerics
 
 

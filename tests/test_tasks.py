@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
-from lrc.evaluate import evaluate, results_json
+from lrc.evaluation.evaluate import evaluate, results_json
 
 TASK = """
 task: {name}

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.streamed import find_layers
-from .compress.forms import experts
-from .compress.forms.base import linear_shape
-from .errors import EvaluationError
-from .model.view import number_of_experts
+from ..checkpoint.streamed import find_layers
+from ..compress.forms import experts
+from ..compress.forms.base import linear_shape
+from ..errors import EvaluationError
+from ..model.view import number_of_experts
 
 BLOCK = 16
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import harness
-from .activations import ROUNDINGS
-from .calibrate.data import EvaluationText, evaluation_text
-from .errors import RequestError, did_you_mean
-from .model.view import require_positions
+from ..calibrate.data import EvaluationText, evaluation_text
+from ..errors import RequestError, did_you_mean
+from ..model.view import require_positions
+from . import lm_eval as harness
+from .activation_rounding import ROUNDINGS
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

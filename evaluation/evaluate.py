@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import harness
-from .activations import rounded_activations
-from .calibrate.data import same_text
-from .errors import EvaluationError, RequestError
-from .model.likelihood import window_nll
-from .model.precision import float32_products, full_precision
-from .tasks import Request, check_positions, metric_name, prepare
+from ..calibrate.data import same_text
+from ..errors import EvaluationError, RequestError
+from ..model.likelihood import window_nll
+from ..model.precision import float32_products, full_precision
+from . import lm_eval as harness
+from .activation_rounding import rounded_activations
+from .request import Request, check_positions, metric_name, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

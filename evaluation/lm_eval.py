@@ -19,7 +19,7 @@ import datasets
 import torch
 import yaml
 
-from .errors import EvaluationError, NonFiniteError, RequestError
+from ..errors import EvaluationError, NonFiniteError, RequestError
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
