@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .depth.base import get_repair, get_score
-from .planned import Plan
+from .plan.plan import Plan
 
 
 def _origin(plan: Plan) -> str:

@@ -50,7 +50,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .planned import Plan
+    from .plan.plan import Plan
 
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
@@ -267,7 +267,7 @@ def _plan(
 ) -> tuple[Any, Plan, list[Any]]:  # fmt: skip
     """Check the request from the cheapest part to the dearest, then make the plan: (view, plan, devices)."""
     from .checkpoint.artifact import require_usable
-    from .reading import load_recipe
+    from .plan.load_recipe import load_recipe
 
     wanted, number, devices, *_ = checked(
         lambda: load_recipe(recipe, overrides, settings),
@@ -277,7 +277,7 @@ def _plan(
     )
     quiet()
     from .model.view import ModelView
-    from .plan import make_plan
+    from .plan.planner import make_plan
 
     location = located(model)
     if out is not None and out.resolve() == location.path.resolve():

@@ -24,7 +24,7 @@ from .arguments import (
 from .options import Activations, Calibrate, Device, Dtype, Length, Model, Samples, Seed, Set, Trust
 
 if TYPE_CHECKING:
-    from .planned import Plan
+    from .plan.plan import Plan
     from .sweep import Job
 
 
@@ -96,7 +96,7 @@ def _sweep_jobs(
     trust: bool,
 ) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
-    from .reading import load_recipe, shipped
+    from .plan.load_recipe import load_recipe, shipped
 
     names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
     numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]

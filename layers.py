@@ -27,7 +27,7 @@ from .model.layer_edit import NONE, edited
 from .model.layer_forms import form_specs, install, stored_tensors, target_weight
 from .model.lockstep import Call, hidden_of
 from .model.view import ModelView
-from .planned import Plan, Step
+from .plan.plan import Plan, Step
 from .refine.correction import Pair, Solved, correct, restored
 from .refine.objectives import refine_block
 from .solving import SolvedTarget, solved_forms

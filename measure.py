@@ -24,14 +24,14 @@ from .calibrate.data import Calibration
 from .checkpoint.atomic import read_json, write_json
 from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from .compress.offers import Offer
-from .items import Item, items_of, offers_of, shape_of
-from .limits import bounds_of, within
 from .model.ablation import WithoutBranches, divergences
 from .model.host_memory import give_back
 from .model.view import ModelView
-from .planned import PROBED
+from .plan.limits import bounds_of, within
+from .plan.plan import PROBED
+from .plan.recipe import Recipe
+from .plan.units import Item, items_of, offers_of, shape_of
 from .probe import Probing, by_way, scaled, units
-from .recipe import Recipe
 from .signals import layer_angles, of_target
 from .solving import Together, solve_item, weight_at
 

@@ -17,7 +17,7 @@ from .depth.repair import repaired
 from .model.host_memory import steady_memory
 from .model.precision import full_precision
 from .model.view import ModelView
-from .planned import Plan
+from .plan.plan import Plan
 
 
 @full_precision

@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .amount import readable as size
 from .depth.base import get_score
 from .layers import LayerReport
 from .model.host_memory import peak_rss
-from .planned import Plan, Step
+from .plan.budget import readable as size
+from .plan.plan import Plan, Step
 
 if TYPE_CHECKING:
     from .calibrate.data import Calibration

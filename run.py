@@ -38,8 +38,8 @@ from .model.precision import full_precision
 from .model.view import ModelView
 from .narrower import as_plain
 from .operate import operated
-from .plan import make_plan
-from .planned import Plan
+from .plan.plan import Plan
+from .plan.planner import make_plan
 from .refine.end_to_end import refine_artifact
 from .verify import verify
 

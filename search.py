@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .amount import Found
 from .calibrate.data import Calibration
 from .calibrate.layerwise import run_batches
 from .checkpoint.artifact import Artifact
@@ -33,9 +32,10 @@ from .model.host_memory import give_back, steady_memory
 from .model.lockstep import Lockstep
 from .model.precision import full_precision
 from .model.view import ModelView
-from .plan import make_plan
-from .planned import Plan
-from .recipe import Recipe
+from .plan.budget import Found
+from .plan.plan import Plan
+from .plan.planner import make_plan
+from .plan.recipe import Recipe
 from .refine.end_to_end import from_hidden
 from .run import SEARCHED, SURVEY, execute, prepare
 

@@ -16,11 +16,11 @@ from .compress.base import Method, Settings, Solution, TargetStats
 from .compress.forms.base import Form
 from .compress.offers import Choice, JointOffer, Offer
 from .errors import NonFiniteError
-from .items import Item
 from .model.layer_forms import target_weight
 from .model.targets import Target
 from .model.view import ModelView
-from .planned import Plan
+from .plan.plan import Plan
+from .plan.units import Item
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
 

@@ -31,9 +31,9 @@ from .checkpoint.atomic import read_json, write_json
 from .errors import BudgetError, RequestError, SweepError
 from .model.host_memory import peak_rss
 from .model.view import ModelView
-from .plan import make_plan
-from .planned import Plan
-from .recipe import Recipe
+from .plan.plan import Plan
+from .plan.planner import make_plan
+from .plan.recipe import Recipe
 
 TABLE = "sweep.json"
 _LAST_LINES = 12

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lrc.amount import bytes_of
+from lrc.plan.budget import bytes_of
 
 VOCABULARY = 32_000
 

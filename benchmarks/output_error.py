@@ -28,9 +28,9 @@ from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.location import locate
 from lrc.compress.base import TargetStats, get_method
 from lrc.compress.offers import Choice, break_even
-from lrc.items import shape_of
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
+from lrc.plan.units import shape_of
 
 
 def held_out_error(weight: Tensor, form: Any, stats: TargetStats) -> float:

@@ -12,8 +12,8 @@ import argparse
 import random
 import time
 
-from lrc.budget import Bundle, Option, solve
 from lrc.compress.offers import Choice
+from lrc.plan.knapsack import Bundle, Option, solve
 
 SHAPES = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from lrc.calibrate.readers import stdlib_docstrings
-from lrc.reading import load_recipe, shipped
+from lrc.plan.load_recipe import load_recipe, shipped
 
 HERE = Path(__file__).parent
 

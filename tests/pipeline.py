@@ -13,9 +13,9 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.compress.forms.base import linear_weight
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.planned import Plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.plan import Plan
+from lrc.plan.planner import make_plan
 from lrc.run import execute, prepare
 
 IDS = torch.arange(3, 40)[None]

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import compress
 
-from lrc.amount import Footprint, bytes_of, rise_of, share_of, targets_bytes
 from lrc.checkpoint.location import locate
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.budget import Footprint, bytes_of, rise_of, share_of, targets_bytes
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.verify import verify
 
 KL = {"allocation": "kl"}

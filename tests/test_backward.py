@@ -20,8 +20,8 @@ from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 
 SAMPLES, LENGTH = 5, 24
 NEEDS = frozenset({"grad_gram", "fisher_in"})

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.budget import Bundle, Option, solve
 from lrc.compress.offers import Choice
 from lrc.errors import BudgetError
+from lrc.plan.knapsack import Bundle, Option, solve
 
 WAYS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=5)
 

@@ -22,8 +22,8 @@ import lrc
 from lrc.checkpoint.location import locate
 from lrc.cli import app
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.report import size
 
 
@@ -261,7 +261,7 @@ def test_an_evaluation_that_cannot_be_done(more, said, model, tiny_text_file, tm
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("lrc.reading.shipped", lambda: 1 / 0)
+    monkeypatch.setattr("lrc.plan.load_recipe.shipped", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_lrc("recipe", "list")
 

@@ -19,8 +19,8 @@ from lrc.depth.scores.block_influence import influences
 from lrc.depth.scores.linearity import linearity
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.run import execute, prepare
 from lrc.verify import verify
 

@@ -18,8 +18,8 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.errors import RecipeError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.refine.end_to_end import from_hidden
 from lrc.run import SURVEY, execute
 from lrc.verify import verify

@@ -16,8 +16,8 @@ from lrc.checkpoint.location import locate
 from lrc.measure import measure
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.verify import verify
 
 

@@ -10,7 +10,7 @@ from pipeline import compress, logits
 from safetensors.torch import load_file
 
 from lrc.errors import BudgetError, RecipeError
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
 from lrc.verify import verify
 
 

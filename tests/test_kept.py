@@ -12,7 +12,7 @@ from tiny import tiny_text
 
 import lrc.evaluation.evaluate
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

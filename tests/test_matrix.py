@@ -36,9 +36,9 @@ from lrc.compress.offers import Choice, Shape
 from lrc.model.layer_forms import target_weight
 from lrc.model.targets import Target
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.planned import Plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.plan import Plan
+from lrc.plan.planner import make_plan
 from lrc.run import execute, prepare
 from lrc.verify import verify
 
@@ -332,7 +332,7 @@ def test_how_samples_are_batched_changes_nothing_but_rounding(name, surveyed, ti
     model = surveyed("llama")
     errors = []
     for tokens in (48, 8 * 48):
-        monkeypatch.setattr("lrc.plan.TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr("lrc.plan.planner.TOKENS_PER_BATCH", tokens)
         monkeypatch.setattr("lrc.calibrate.collect.TOKENS_PER_BATCH", tokens)
         plan = model.plan(name, **{"calibration.length": 48})
         out = tmp_path / str(tokens)

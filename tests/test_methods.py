@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.budget import uniform
 from lrc.compress.base import GroupStats, TargetStats, get_method, method, methods
 from lrc.compress.linalg import OutputDirections, root
 from lrc.compress.offers import Choice, Shape, break_even, low_rank_offers
 from lrc.errors import BudgetError, NonFiniteError, RequestError
+from lrc.plan.knapsack import uniform
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 # methods that a rank and forward statistics say everything to

@@ -18,8 +18,8 @@ from lrc.compress.offers import Choice, Offer, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
 from lrc.measure import thinned
 from lrc.model.view import ModelView
+from lrc.plan.load_recipe import load_recipe
 from lrc.probe import probed, scaled
-from lrc.reading import load_recipe
 from lrc.verify import verify
 
 BOTH = [{"method": "svd-llm"}, {"method": "gptq", "settings": {"bits": None, "group_size": 16}}]

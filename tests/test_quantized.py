@@ -23,7 +23,7 @@ from lrc.compress.offers import Choice, Shape
 from lrc.compress.quantize.factors import quantize_form
 from lrc.compress.quantize.gptq import compensator
 from lrc.errors import LrcError, NonFiniteError, RecipeError
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
 
 GRIDS = [
     Grid(bits, group, kind, symmetric)

@@ -13,9 +13,9 @@ from lrc.checkpoint.location import locate
 from lrc.compress.base import methods
 from lrc.errors import RecipeError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe, shipped, summary
-from lrc.recipe import Recipe
+from lrc.plan.load_recipe import load_recipe, shipped, summary
+from lrc.plan.planner import make_plan
+from lrc.plan.recipe import Recipe
 
 
 @pytest.fixture

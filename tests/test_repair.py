@@ -21,8 +21,8 @@ from lrc.depth.repairs.linear_map import LeastSquares
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.ablation import losses
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.run import execute, prepare
 from lrc.verify import verify
 

@@ -19,9 +19,9 @@ from lrc.compress.forms.absent import ZeroLinear
 from lrc.compress.offers import Choice, Offer
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
-from lrc.rules.base import Open, in_proportion, rules
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
+from lrc.plan.rules.base import Open, in_proportion, rules
 from lrc.signals import effective_rank, first_order
 from lrc.sweep import planned_jobs
 from lrc.verify import verify

@@ -12,7 +12,6 @@ from pipeline import compress
 from tiny import tiny_text
 from transformers import AutoModelForCausalLM
 
-from lrc.budget import uniform
 from lrc.calibrate.data import load_calibration
 from lrc.calibrate.store import StatsStore
 from lrc.checkpoint.location import locate
@@ -22,8 +21,9 @@ from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.offers import Choice, Offer, Shape
 from lrc.errors import RecipeError, RequestError
 from lrc.model.view import ModelView
-from lrc.plan import make_plan
-from lrc.reading import load_recipe
+from lrc.plan.knapsack import uniform
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.run import execute, prepare
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lrc.calibrate.gradients import GradientSettings, backward_passes
 from lrc.cli import main
 from lrc.errors import SweepError
-from lrc.reading import load_recipe
+from lrc.plan.load_recipe import load_recipe
 from lrc.sweep import Job, Row, _run, run_sweep
 
 

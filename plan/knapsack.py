@@ -23,9 +23,9 @@ from typing import Protocol
 
 import numpy as np
 
-from . import amount
-from .compress.offers import Choice, Offer
-from .errors import BudgetError
+from ..compress.offers import Choice, Offer
+from ..errors import BudgetError
+from . import budget as amount
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from .budget import Bundle, Option, solve
-from .compress.base import Curve
-from .compress.offers import Choice, Offer
-from .errors import BudgetError
-from .items import Item
-from .model.sublayers import Branch
-from .model.targets import Target
+from ..compress.base import Curve
+from ..compress.offers import Choice, Offer
+from ..errors import BudgetError
+from ..model.sublayers import Branch
+from ..model.targets import Target
+from .knapsack import Bundle, Option, solve
 from .recipe import Recipe
 from .rules.base import Open, rules
+from .units import Item
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .compress.offers import JointOffer, Offer, Shape
-from .errors import BudgetError, RecipeError, did_you_mean
-from .items import Item
-from .model.targets import Target
+from ..compress.offers import JointOffer, Offer, Shape
+from ..errors import BudgetError, RecipeError, did_you_mean
+from ..model.targets import Target
+from .units import Item
 
 
 class Limit(BaseModel):

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ..compress.base import Settings
-from ..compress.offers import Offer
-from ..errors import BudgetError
+from ...compress.base import Settings
+from ...compress.offers import Offer
+from ...errors import BudgetError
 from .base import Open, in_proportion, rule
 
 

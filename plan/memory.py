@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
-from .calibrate.backward import LOGITS_AT_ONCE
-from .calibrate.data import WRITTEN_TOGETHER
-from .compress.base import BACKWARD_NEEDS
-from .depth.cost import depth_bytes
-from .model.ablation import COPIES, STATES
-from .model.targets import Target
-from .model.view import ModelView
-from .planned import PROBED, PROBES_EACH, Memory, Plan, Step
+from ..calibrate.backward import LOGITS_AT_ONCE
+from ..calibrate.data import WRITTEN_TOGETHER
+from ..compress.base import BACKWARD_NEEDS
+from ..depth.cost import depth_bytes
+from ..model.ablation import COPIES, STATES
+from ..model.targets import Target
+from ..model.view import ModelView
+from .plan import PROBED, PROBES_EACH, Memory, Plan, Step
 
 _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
 

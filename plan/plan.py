@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from .amount import Found
-from .calibrate.stats import Wanted, wanted
-from .compress.offers import Choice
-from .depth.model_edit import Surgery
-from .items import Item, needs_of
-from .model.targets import Target
-from .model.view import Kept
+from ..calibrate.stats import Wanted, wanted
+from ..compress.offers import Choice
+from ..depth.model_edit import Surgery
+from ..model.targets import Target
+from ..model.view import Kept
+from .budget import Found
 from .recipe import Recipe
+from .units import Item, needs_of
 
 PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
 PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it

@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from . import amount
-from .calibrate.data import CalibrationSpec
-from .calibrate.gradients import GradientSettings
-from .compress.base import BACKWARD_NEEDS, Method, Settings
-from .compress.mixture import MixtureSettings, mixture
-from .depth.spec import DepthSpec
-from .errors import BudgetError, did_you_mean
+from ..calibrate.data import CalibrationSpec
+from ..calibrate.gradients import GradientSettings
+from ..compress.base import BACKWARD_NEEDS, Method, Settings
+from ..compress.mixture import MixtureSettings, mixture
+from ..depth.spec import DepthSpec
+from ..errors import BudgetError, did_you_mean
+from ..refine.correction import CorrectionSpec
+from ..refine.objectives import BlockSettings, EndToEndSettings
+from . import budget as amount
 from .limits import Limit
-from .refine.correction import CorrectionSpec
-from .refine.objectives import BlockSettings, EndToEndSettings
+from .method_steps import Alternative, Steps, fitting
 from .rules.base import Rule, rules
-from .steps import Alternative, Steps, fitting
 
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .compress.base import DENSE, Method, Settings, get_method, methods
-from .compress.chain import combine, require_fit
-from .errors import did_you_mean
-from .mistakes import problems_of
+from ..compress.base import DENSE, Method, Settings, get_method, methods
+from ..compress.chain import combine, require_fit
+from ..errors import did_you_mean
+from .recipe_errors import problems_of
 
 
 class MethodStep(BaseModel):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compress.base import Curve, Method, Settings
-from ..compress.offers import Choice, Offer, low_rank_offers
-from ..compress.registry import first_line, import_all
+from ...compress.base import Curve, Method, Settings
+from ...compress.offers import Choice, Offer, low_rank_offers
+from ...compress.registry import first_line, import_all
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import amount
+from ..calibrate.layerwise import TOKENS_PER_BATCH
+from ..compress.base import DENSE, Curve
+from ..compress.offers import Choice, Offer, Shape
+from ..depth.candidates import enough_branches, open_branches
+from ..depth.cost import depth_lines
+from ..depth.model_edit import Surgery
+from ..depth.spec import how_many
+from ..errors import BudgetError, RecipeError
+from ..model.targets import Target
+from ..model.view import ModelView
+from . import budget as amount
 from .allocation import Shared, allocate, bundles_of
-from .amount import Footprint, Found
-from .budget import uniform
-from .calibrate.layerwise import TOKENS_PER_BATCH
-from .compress.base import DENSE, Curve
-from .compress.offers import Choice, Offer, Shape
-from .depth.candidates import enough_branches, open_branches
-from .depth.cost import depth_lines
-from .depth.model_edit import Surgery
-from .depth.spec import how_many
-from .errors import BudgetError, RecipeError
-from .items import Item, items_of, offers_of, shape_of
+from .budget import Footprint, Found
+from .knapsack import uniform
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
 from .memory import predict_memory
-from .model.targets import Target
-from .model.view import ModelView
-from .planned import Memory, Plan, Step
+from .plan import Memory, Plan, Step
 from .recipe import Recipe
+from .units import Item, items_of, offers_of, shape_of
 
 
 def make_plan(

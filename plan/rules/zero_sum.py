@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ..compress.base import Settings
-from ..compress.offers import Choice, Offer
-from ..errors import BudgetError
+from ...compress.base import Settings
+from ...compress.offers import Choice, Offer
+from ...errors import BudgetError
 from .base import Open, rule
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .compress.base import Method, Settings
-from .compress.offers import Choice, JointOffer, Offer, Shape
-from .model.targets import Target
+from ..compress.base import Method, Settings
+from ..compress.offers import Choice, JointOffer, Offer, Shape
+from ..model.targets import Target
 
 
 @dataclass(frozen=True)

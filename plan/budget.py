@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import BudgetError
+from ..errors import BudgetError
 
 WAYS = ("ratio", "bits", "size", "max_ppl_increase")
 ASK = "Add --ratio 0.2 (removes 20 % of the targets' bytes), --bits 4 or --size 300MB."

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import amount
-from .errors import RecipeError, did_you_mean, one_line
-from .mistakes import problems_of
+from ..errors import RecipeError, did_you_mean, one_line
+from . import budget as amount
 from .recipe import Recipe
+from .recipe_errors import problems_of
 
 
 def shipped() -> dict[str, str]:

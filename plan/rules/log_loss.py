@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..compress.base import Settings
-from ..compress.offers import Offer
-from ..errors import BudgetError
+from ...compress.base import Settings
+from ...compress.offers import Offer
+from ...errors import BudgetError
 from .base import Open, error_at, in_proportion, rule
 
 

@@ -1,0 +1,1 @@
+"""What will happen: the recipe, the budget, and the plan."""
