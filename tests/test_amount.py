@@ -17,7 +17,7 @@ from lrc.model.view import ModelView
 from lrc.plan.budget import Footprint, bytes_of, rise_of, share_of, targets_bytes
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 KL = {"allocation": "kl"}
 

@@ -15,7 +15,7 @@ from lrc.checkpoint.location import locate
 from lrc.errors import ModelError
 from lrc.model.sublayers import branches_of, require_branches
 from lrc.model.view import ModelView
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 BRANCHES = {
     "llama": (["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),

@@ -21,8 +21,8 @@ from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.run import execute, prepare
-from lrc.verify import verify
+from lrc.run.run import execute, prepare
+from lrc.run.verify import verify
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "opt", "mixtral", "gpt_neox"]
 IDS = torch.arange(3, 15)[None]

@@ -8,7 +8,7 @@ from pipeline import compress, logits
 
 from lrc.compress.base import GroupStats, TargetStats
 from lrc.model.layer_forms import install
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 META = torch.device("meta")
 

@@ -20,7 +20,7 @@ from lrc.compress.dictionary.sparse_coding import MOST_OFFERS
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.offers import Shape
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 NAMES = ["compot", "cospadi"]
 

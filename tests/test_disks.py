@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lrc.checkpoint.artifact
-import lrc.run
+import lrc.run.run
 from lrc.checkpoint.artifact import JOURNAL
 from lrc.report import Progress
 

@@ -21,8 +21,8 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
 from lrc.refine.end_to_end import from_hidden
-from lrc.run import SURVEY, execute
-from lrc.verify import verify
+from lrc.run.run import SURVEY, execute
+from lrc.run.verify import verify
 
 REFINE = {"end-to-end": {"lr": 1e-3, "steps": 60, "every": 15, "batch_tokens": 96}}
 OPTIONS = {"ratio": 0.5, "samples": 100, "calibration__held_out": 4}

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from lrc.calibrate.collect import collect, targets_by_layer
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.location import locate
-from lrc.measure import measure
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.verify import verify
+from lrc.run.loss_curves import measure
+from lrc.run.verify import verify
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lrc.errors import BudgetError, RecipeError
 from lrc.plan.load_recipe import load_recipe
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 
 def test_kept_members_leave_the_others_to_share(tiny_checkpoints, tiny_text_file, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.offers import Choice, Shape, low_rank_offers
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 

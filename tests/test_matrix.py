@@ -39,8 +39,8 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.plan import Plan
 from lrc.plan.planner import make_plan
-from lrc.run import execute, prepare
-from lrc.verify import verify
+from lrc.run.run import execute, prepare
+from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]

@@ -16,11 +16,11 @@ from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.mixture import MixtureSettings, mixture
 from lrc.compress.offers import Choice, Offer, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
-from lrc.measure import thinned
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.probe import probed, scaled
-from lrc.verify import verify
+from lrc.run.loss_curves import thinned
+from lrc.run.probe import probed, scaled
+from lrc.run.verify import verify
 
 BOTH = [{"method": "svd-llm"}, {"method": "gptq", "settings": {"bits": None, "group_size": 16}}]
 

@@ -10,8 +10,8 @@ from stock import refused_without_lrc, stock_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.narrower import as_plain
-from lrc.verify import verify
+from lrc.run.plain_export import as_plain
+from lrc.run.verify import verify
 
 IDS = torch.arange(3, 15)[None]
 WIDTH = {"llama": "intermediate_size", "gemma3_text": "intermediate_size", "phi3": "intermediate_size",

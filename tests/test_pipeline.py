@@ -11,7 +11,7 @@ from pipeline import IDS, compress, logits, place_of
 from safetensors.torch import load_file
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 
 def multiplied_out(model, record, tensors) -> torch.Tensor:

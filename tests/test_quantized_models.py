@@ -10,7 +10,7 @@ from pipeline import IDS, compress, logits, place_of
 from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 EXACT = torch.float32  # half-precision rounding before a router may send a token to another expert
 

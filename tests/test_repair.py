@@ -23,8 +23,8 @@ from lrc.model.ablation import losses
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.run import execute, prepare
-from lrc.verify import verify
+from lrc.run.run import execute, prepare
+from lrc.run.verify import verify
 
 IDS = torch.arange(3, 15)[None]
 
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_without_choosing_or_training_again(operate, tiny_c
     with pytest.raises(KilledError):
         operate(model, tmp_path / "killed", "sleb", notify=kill, **wanted)
     with monkeypatch.context() as patched:
-        patched.setattr("lrc.operate.choose_parts", lambda *_: pytest.fail("chosen again"))
+        patched.setattr("lrc.run.depth_stage.choose_parts", lambda *_: pytest.fail("chosen again"))
         operate(model, tmp_path / "killed", "sleb", **wanted)
     operate(model, tmp_path / "straight", "sleb", **wanted)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")

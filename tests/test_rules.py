@@ -22,9 +22,9 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
 from lrc.plan.rules.base import Open, in_proportion, rules
-from lrc.signals import effective_rank, first_order
+from lrc.run.importance_scores import effective_rank, first_order
+from lrc.run.verify import verify
 from lrc.sweep import planned_jobs
-from lrc.verify import verify
 
 NAMES = ["effective-rank", "importance", "log-loss", "zero-sum"]
 

@@ -10,12 +10,12 @@ import torch
 from commandline import lrc_ok, run_lrc
 from tiny import tiny_text
 
-from lrc import search
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.model.likelihood import window_nll
 from lrc.model.view import ModelView
-from lrc.search import STEPS, perplexity
+from lrc.run import search
+from lrc.run.search import STEPS, perplexity
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lrc.compress.forms.base import linear_weight
 from lrc.errors import NonFiniteError
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView, Target
-from lrc.verify import verify
+from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
 SAMPLES, LENGTH = 12, 24

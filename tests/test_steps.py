@@ -24,7 +24,7 @@ from lrc.model.view import ModelView
 from lrc.plan.knapsack import uniform
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.run import execute, prepare
+from lrc.run.run import execute, prepare
 
 
 @pytest.fixture(scope="module")

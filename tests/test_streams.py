@@ -17,8 +17,8 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
 from lrc.refine.correction import regressed
-from lrc.run import execute
-from lrc.verify import verify
+from lrc.run.run import execute
+from lrc.run.verify import verify
 
 REFINE = {"block": {"lr": 3e-3, "epochs": 3, "batch_tokens": 96}}
 OPTIONS = {"ratio": 0.5, "samples": 60, "calibration__held_out": 8}

@@ -20,23 +20,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calibrate.data import Calibration
-from .calibrate.layerwise import run_batches
-from .checkpoint.artifact import Artifact
-from .checkpoint.atomic import read_json, write_json
-from .checkpoint.hf_quantizer import install_stored
-from .checkpoint.location import Location
-from .compress.forms.shared import lenders
-from .errors import BudgetError, NonFiniteError
-from .model.host_memory import give_back, steady_memory
-from .model.lockstep import Lockstep
-from .model.precision import full_precision
-from .model.view import ModelView
-from .plan.budget import Found
-from .plan.plan import Plan
-from .plan.planner import make_plan
-from .plan.recipe import Recipe
-from .refine.end_to_end import from_hidden
+from ..calibrate.data import Calibration
+from ..calibrate.layerwise import run_batches
+from ..checkpoint.artifact import Artifact
+from ..checkpoint.atomic import read_json, write_json
+from ..checkpoint.hf_quantizer import install_stored
+from ..checkpoint.location import Location
+from ..compress.forms.shared import lenders
+from ..errors import BudgetError, NonFiniteError
+from ..model.host_memory import give_back, steady_memory
+from ..model.lockstep import Lockstep
+from ..model.precision import full_precision
+from ..model.view import ModelView
+from ..plan.budget import Found
+from ..plan.plan import Plan
+from ..plan.planner import make_plan
+from ..plan.recipe import Recipe
+from ..refine.end_to_end import from_hidden
 from .run import SEARCHED, SURVEY, execute, prepare
 
 STEPS = 128  # ratios lie on this grid: the answer is within 1 / 128 of the targets' bytes of the largest that would do

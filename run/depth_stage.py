@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from .calibrate.data import Calibration
-from .checkpoint.artifact import Artifact
-from .checkpoint.atomic import writing
-from .depth.choose import choose_parts
-from .depth.model_edit import Surgery, read_surgery
-from .depth.repair import repaired
-from .model.host_memory import steady_memory
-from .model.precision import full_precision
-from .model.view import ModelView
-from .plan.plan import Plan
+from ..calibrate.data import Calibration
+from ..checkpoint.artifact import Artifact
+from ..checkpoint.atomic import writing
+from ..depth.choose import choose_parts
+from ..depth.model_edit import Surgery, read_surgery
+from ..depth.repair import repaired
+from ..model.host_memory import steady_memory
+from ..model.precision import full_precision
+from ..model.view import ModelView
+from ..plan.plan import Plan
 
 
 @full_precision

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compress.forms.base import Dense
-from .compress.forms.pruned import Pruned
+from ..compress.forms.base import Dense
+from ..compress.forms.pruned import Pruned
 
 Shapes = dict[str, tuple[int, ...]]
 

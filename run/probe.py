@@ -27,20 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compress.base import Curve, Solution
-from .compress.forms.base import Form, Spec, build_module, fill_module
-from .compress.forms.shared import link
-from .compress.offers import Offer, at_shares, at_sizes, coarsest
-from .model.ablation import scored, together
-from .model.divergence import Predictions
-from .model.host_memory import give_back
-from .model.layer_forms import target_weight
-from .model.lockstep import Call, Lockstep, check_finite, on_host, run_layer
-from .model.targets import Target
-from .model.view import ModelView
-from .plan.plan import PROBES_EACH
-from .plan.units import Item
-from .solving import forms_at
+from ..compress.base import Curve, Solution
+from ..compress.forms.base import Form, Spec, build_module, fill_module
+from ..compress.forms.shared import link
+from ..compress.offers import Offer, at_shares, at_sizes, coarsest
+from ..model.ablation import scored, together
+from ..model.divergence import Predictions
+from ..model.host_memory import give_back
+from ..model.layer_forms import target_weight
+from ..model.lockstep import Call, Lockstep, check_finite, on_host, run_layer
+from ..model.targets import Target
+from ..model.view import ModelView
+from ..plan.plan import PROBES_EACH
+from ..plan.units import Item
+from .solve import forms_at
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
 SHARES = (0.5, 0.85)  # of the largest form, where that is smaller

@@ -20,27 +20,27 @@ from typing import Any
 
 import torch
 
-from .calibrate.collect import Statistics, backward_needs, collect, collect_backward
-from .calibrate.data import Calibration
-from .calibrate.gradients import GradientSettings, backward_passes
-from .calibrate.store import TRIALS
-from .card import model_card
-from .checkpoint.artifact import UNCHECKED, Artifact
-from .checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
-from .checkpoint.location import Location
-from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
-from .compress.forms.base import Spec
-from .errors import BudgetError
-from .layers import LayerLoop, LayerReport, renamed, staying_layers
-from .measure import measure, measure_halves
-from .model.host_memory import give_back, steady_memory
-from .model.precision import full_precision
-from .model.view import ModelView
-from .narrower import as_plain
-from .operate import operated
-from .plan.plan import Plan
-from .plan.planner import make_plan
-from .refine.end_to_end import refine_artifact
+from ..calibrate.collect import Statistics, backward_needs, collect, collect_backward
+from ..calibrate.data import Calibration
+from ..calibrate.gradients import GradientSettings, backward_passes
+from ..calibrate.store import TRIALS
+from ..checkpoint.artifact import UNCHECKED, Artifact
+from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
+from ..checkpoint.location import Location
+from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
+from ..compress.forms.base import Spec
+from ..errors import BudgetError
+from ..model.host_memory import give_back, steady_memory
+from ..model.precision import full_precision
+from ..model.view import ModelView
+from ..plan.plan import Plan
+from ..plan.planner import make_plan
+from ..refine.end_to_end import refine_artifact
+from .depth_stage import operated
+from .layer_loop import LayerLoop, LayerReport, renamed, staying_layers
+from .loss_curves import measure, measure_halves
+from .model_card import model_card
+from .plain_export import as_plain
 from .verify import verify
 
 SURVEY = ".lrc-statistics"  # beside the artifact until it is finished

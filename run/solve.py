@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .compress.base import Method, Settings, Solution, TargetStats
-from .compress.forms.base import Form
-from .compress.offers import Choice, JointOffer, Offer
-from .errors import NonFiniteError
-from .model.layer_forms import target_weight
-from .model.targets import Target
-from .model.view import ModelView
-from .plan.plan import Plan
-from .plan.units import Item
+from ..compress.base import Method, Settings, Solution, TargetStats
+from ..compress.forms.base import Form
+from ..compress.offers import Choice, JointOffer, Offer
+from ..errors import NonFiniteError
+from ..model.layer_forms import target_weight
+from ..model.targets import Target
+from ..model.view import ModelView
+from ..plan.plan import Plan
+from ..plan.units import Item
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
 

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calibrate.collect import Statistics
-from .calibrate.data import Calibration
-from .checkpoint.atomic import read_json, write_json
-from .compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
-from .compress.offers import Offer
-from .model.ablation import WithoutBranches, divergences
-from .model.host_memory import give_back
-from .model.view import ModelView
-from .plan.limits import bounds_of, within
-from .plan.plan import PROBED
-from .plan.recipe import Recipe
-from .plan.units import Item, items_of, offers_of, shape_of
+from ..calibrate.collect import Statistics
+from ..calibrate.data import Calibration
+from ..checkpoint.atomic import read_json, write_json
+from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
+from ..compress.offers import Offer
+from ..model.ablation import WithoutBranches, divergences
+from ..model.host_memory import give_back
+from ..model.view import ModelView
+from ..plan.limits import bounds_of, within
+from ..plan.plan import PROBED
+from ..plan.recipe import Recipe
+from ..plan.units import Item, items_of, offers_of, shape_of
+from .importance_scores import layer_angles, of_target
 from .probe import Probing, by_way, scaled, units
-from .signals import layer_angles, of_target
-from .solving import Together, solve_item, weight_at
+from .solve import Together, solve_item, weight_at
 
 _PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error

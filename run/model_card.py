@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .depth.base import get_repair, get_score
-from .plan.plan import Plan
+from ..depth.base import get_repair, get_score
+from ..plan.plan import Plan
 
 
 def _origin(plan: Plan) -> str:

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from .checkpoint.artifact import read_record
-from .checkpoint.atomic import sha256_of
-from .checkpoint.hf_quantizer import install_stored
-from .checkpoint.location import Location
-from .compress.forms.shared import lenders
-from .errors import CheckpointError, NonFiniteError
-from .model.host_memory import give_back, steady_memory
-from .model.lockstep import Lockstep, check_finite, run_layer
-from .model.view import ModelView
+from ..checkpoint.artifact import read_record
+from ..checkpoint.atomic import sha256_of
+from ..checkpoint.hf_quantizer import install_stored
+from ..checkpoint.location import Location
+from ..compress.forms.shared import lenders
+from ..errors import CheckpointError, NonFiniteError
+from ..model.host_memory import give_back, steady_memory
+from ..model.lockstep import Lockstep, check_finite, run_layer
+from ..model.view import ModelView
 
 _TOKENS = 8
 

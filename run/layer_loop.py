@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate.collect import Statistics
-from .calibrate.data import Calibration
-from .calibrate.layerwise import Visit, run_batches, through_layers
-from .checkpoint.artifact import Artifact
-from .compress.base import NOTHING_SEEN, TargetStats
-from .compress.forms.absent import ZERO, Guarded
-from .compress.forms.base import Form, Spec
-from .model.host_memory import give_back, peak_rss
-from .model.layer_edit import NONE, edited
-from .model.layer_forms import form_specs, install, stored_tensors, target_weight
-from .model.lockstep import Call, hidden_of
-from .model.view import ModelView
-from .plan.plan import Plan, Step
-from .refine.correction import Pair, Solved, correct, restored
-from .refine.objectives import refine_block
-from .solving import SolvedTarget, solved_forms
+from ..calibrate.collect import Statistics
+from ..calibrate.data import Calibration
+from ..calibrate.layerwise import Visit, run_batches, through_layers
+from ..checkpoint.artifact import Artifact
+from ..compress.base import NOTHING_SEEN, TargetStats
+from ..compress.forms.absent import ZERO, Guarded
+from ..compress.forms.base import Form, Spec
+from ..model.host_memory import give_back, peak_rss
+from ..model.layer_edit import NONE, edited
+from ..model.layer_forms import form_specs, install, stored_tensors, target_weight
+from ..model.lockstep import Call, hidden_of
+from ..model.view import ModelView
+from ..plan.plan import Plan, Step
+from ..refine.correction import Pair, Solved, correct, restored
+from ..refine.objectives import refine_block
+from .solve import SolvedTarget, solved_forms
 
 
 @dataclass(frozen=True)
