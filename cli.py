@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import (
+from .commands.arguments import (
     calibration_overrides,
     checked,
     devices_of,
@@ -27,10 +27,7 @@ from .arguments import (
     require_finished,
     require_writable,
 )
-from .cli_recipe import recipe_app
-from .cli_sweep import sweep
-from .errors import CalibrationError, LrcError, RequestError
-from .options import (
+from .commands.options import (
     Activations,
     Bits,
     Calibrate,
@@ -48,6 +45,9 @@ from .options import (
     Size,
     Trust,
 )
+from .commands.recipe import recipe_app
+from .commands.sweep import sweep
+from .errors import CalibrationError, LrcError, RequestError
 
 if TYPE_CHECKING:
     from .plan.plan import Plan
@@ -96,7 +96,7 @@ def compress(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
-    from .report import Progress, print_calibration, print_plan
+    from .commands.terminal import Progress, print_calibration, print_plan
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
     overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
@@ -157,7 +157,7 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what `lrc compress` would do; reads headers, and one layer's weights where halves of layers may go."""
-    from .report import print_plan
+    from .commands.terminal import print_plan
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
     overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
@@ -190,9 +190,9 @@ def evaluate_command(
     """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
     from .checkpoint.artifact import RECORD, read_record
     from .checkpoint.hf_quantizer import open_model
+    from .commands.eval_output import reporting
     from .evaluation.evaluate import measure, refuse_calibration_text
     from .evaluation.request import check_positions, prepare
-    from .results import reporting
 
     if json_file is not None:
         require_writable(json_file)

@@ -21,10 +21,10 @@ from safetensors import safe_open
 import lrc
 from lrc.checkpoint.location import locate
 from lrc.cli import app
+from lrc.commands.terminal import size
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.report import size
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import lrc.checkpoint.artifact
 import lrc.run.run
 from lrc.checkpoint.artifact import JOURNAL
-from lrc.report import Progress
+from lrc.commands.terminal import Progress
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tiny import tiny_text
 from lrc.calibrate.store import StatsStore
 from lrc.checkpoint.artifact import JOURNAL, Artifact
 from lrc.checkpoint.atomic import read_json, replacing, write_json
-from lrc.report import Progress
+from lrc.commands.terminal import Progress
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,6 +14,7 @@ from pipeline import compress
 from lrc.checkpoint.artifact import read_record
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
+from lrc.commands.sweep_rows import planned_jobs
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.forms.absent import ZeroLinear
 from lrc.compress.offers import Choice, Offer
@@ -24,7 +25,6 @@ from lrc.plan.planner import make_plan
 from lrc.plan.rules.base import Open, in_proportion, rules
 from lrc.run.importance_scores import effective_rank, first_order
 from lrc.run.verify import verify
-from lrc.sweep import planned_jobs
 
 NAMES = ["effective-rank", "importance", "log-loss", "zero-sum"]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from lrc.calibrate.gradients import GradientSettings, backward_passes
 from lrc.cli import main
+from lrc.commands.sweep_rows import Job, Row, _run, run_sweep
 from lrc.errors import SweepError
 from lrc.plan.load_recipe import load_recipe
-from lrc.sweep import Job, Row, _run, run_sweep
 
 
 @pytest.fixture(params=[False, True], ids=["forked", "begun anew"])
@@ -146,7 +146,7 @@ def test_rows_that_end_at_one_moment_are_all_kept(tmp_path, monkeypatch):
         together.wait(timeout=60)
         return Row(job.name, {"ppl": 1.0}, 1)
 
-    monkeypatch.setattr("lrc.sweep._row", row)
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
     assert len(run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[], parallel=4)) == 16
     assert {row["name"] for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]} == {job.name for job in jobs}
 
@@ -154,7 +154,7 @@ def test_rows_that_end_at_one_moment_are_all_kept(tmp_path, monkeypatch):
 def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
     """Both would measure the losses that the second finds where the first left them."""
     asked = []
-    monkeypatch.setattr("lrc.sweep._row", lambda model, job, *_: asked.append(job.name) or Row(job.name, {}, 0))
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", lambda model, job, *_: asked.append(job.name) or Row(job.name, {}, 0))
     jobs = [Job(None), Job("lrc-fast", 0.2), Job("lrc-fast", 0.4), Job("svd", 0.2), Job("svd", 0.4), Job("energy")]
     rows = run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[])
     assert asked == ["original", "lrc-fast-0.2", "svd-0.2", "energy", "lrc-fast-0.4", "svd-0.4"]

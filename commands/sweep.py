@@ -24,8 +24,8 @@ from .arguments import (
 from .options import Activations, Calibrate, Device, Dtype, Length, Model, Samples, Seed, Set, Trust
 
 if TYPE_CHECKING:
-    from .plan.plan import Plan
-    from .sweep import Job
+    from ..plan.plan import Plan
+    from .sweep_rows import Job
 
 
 def sweep(
@@ -50,11 +50,11 @@ def sweep(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
-    from .calibrate.data import load_calibration
-    from .evaluation.request import check_positions, prepare
-    from .report import plain_or_terminal
-    from .run.run import shared_statistics
-    from .sweep import Job, markdown, run_sweep
+    from ..calibrate.data import load_calibration
+    from ..evaluation.request import check_positions, prepare
+    from ..run.run import shared_statistics
+    from .sweep_rows import Job, markdown, run_sweep
+    from .terminal import plain_or_terminal
 
     require_folder(out)
     overrides = calibration_overrides(None, calibration, samples, length, seed)
@@ -96,15 +96,15 @@ def _sweep_jobs(
     trust: bool,
 ) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
-    from .plan.load_recipe import load_recipe, shipped
+    from ..plan.load_recipe import load_recipe, shipped
 
     names = list(shipped()) if recipes == "all" else names_of(recipes, "--recipes")
     numbers = [ratio_of(text) for text in names_of(ratios, "--ratios")]
     readers = [partial(load_recipe, name, overrides, settings) for name in names]
     loaded = checked(*readers, lambda: dtype_of(dtype), lambda: devices_of(device))
     quiet()
-    from .model.view import ModelView
-    from .sweep import planned_jobs
+    from ..model.view import ModelView
+    from .sweep_rows import planned_jobs
 
     view = ModelView(located(model), dtype_of(dtype), trust)
     return view, *planned_jobs(view, dict(zip(names, loaded, strict=False)), numbers)

@@ -14,7 +14,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 @recipe_app.command("list")
 def recipe_list() -> None:
     """The shipped recipes."""
-    from .plan.load_recipe import shipped, summary
+    from ..plan.load_recipe import shipped, summary
 
     recipes = shipped()
     for name, text in recipes.items():
@@ -24,7 +24,7 @@ def recipe_list() -> None:
 @recipe_app.command("methods")
 def recipe_methods() -> None:
     """The methods that recipes may name."""
-    from .compress.base import methods
+    from ..compress.base import methods
 
     known = methods()
     for name, method in known.items():
@@ -34,7 +34,7 @@ def recipe_methods() -> None:
 @recipe_app.command("scores")
 def recipe_scores() -> None:
     """The scores by which recipes may drop layers, and the repairs that make up for it."""
-    from .depth.base import repairs, scores
+    from ..depth.base import repairs, scores
 
     width = max(map(len, [*scores(), *repairs()]))
     for title, known in (("scores (depth.score)", scores()), ("repairs (depth.repair)", repairs())):
@@ -46,7 +46,7 @@ def recipe_scores() -> None:
 @recipe_app.command("rules")
 def recipe_rules() -> None:
     """The rules by which recipes may share the budget out."""
-    from .plan.allocation import described
+    from ..plan.allocation import described
 
     known = described()
     for name, line in known.items():
@@ -56,7 +56,7 @@ def recipe_rules() -> None:
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
     """Print a recipe; redirect it into a file to make your own."""
-    from .plan.load_recipe import read_recipe
+    from ..plan.load_recipe import read_recipe
 
     print(read_recipe(name)[1], end="")
 
@@ -68,6 +68,6 @@ def recipe_check(
     """Check a recipe and print it with every default spelled out."""
     import yaml
 
-    from .plan.load_recipe import load_recipe
+    from ..plan.load_recipe import load_recipe
 
     print(yaml.safe_dump(load_recipe(file, settings=set_ or []).resolved(), sort_keys=False), end="")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import LrcError, OutputError, RequestError, did_you_mean
+from ..errors import LrcError, OutputError, RequestError, did_you_mean
 
 
 def checked(*checks: Callable[[], Any]) -> list[Any]:
@@ -30,7 +30,7 @@ def checked(*checks: Callable[[], Any]) -> list[Any]:
 
 def located(name: str) -> Any:
     """Where a model lies; an interrupted run's folder is none, and says so."""
-    from .checkpoint.location import locate
+    from ..checkpoint.location import locate
 
     require_finished(name)
     return locate(name)
@@ -38,7 +38,7 @@ def located(name: str) -> Any:
 
 def require_finished(name: str) -> None:
     """Refuse the folder of an interrupted run."""
-    from .checkpoint.artifact import JOURNAL
+    from ..checkpoint.artifact import JOURNAL
 
     if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
         raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
@@ -65,7 +65,7 @@ def require_folder(folder: Path) -> None:
     Raises:
         OutputError: it cannot be made.
     """
-    from .checkpoint.atomic import writing
+    from ..checkpoint.atomic import writing
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def calibration_overrides(
 
 def require_calibration_fits(view: Any, plan: Any) -> None:
     """Refuse samples that the model cannot take before anything lies in --out."""
-    from .model.view import require_positions
+    from ..model.view import require_positions
 
     if plan.recipe.reads_text:
         require_positions(view.config, plan.recipe.calibration.length, "calibration.length")

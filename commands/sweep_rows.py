@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint.atomic import read_json, write_json
-from .errors import BudgetError, RequestError, SweepError
-from .model.host_memory import peak_rss
-from .model.view import ModelView
-from .plan.plan import Plan
-from .plan.planner import make_plan
-from .plan.recipe import Recipe
+from ..checkpoint.atomic import read_json, write_json
+from ..errors import BudgetError, RequestError, SweepError
+from ..model.host_memory import peak_rss
+from ..model.view import ModelView
+from ..plan.plan import Plan
+from ..plan.planner import make_plan
+from ..plan.recipe import Recipe
 
 TABLE = "sweep.json"
 _LAST_LINES = 12

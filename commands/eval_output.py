@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import EvaluationError, OutputError
-from .evaluation.evaluate import TaskResult, results_json
-from .report import print_results
+from ..errors import EvaluationError, OutputError
+from ..evaluation.evaluate import TaskResult, results_json
+from .terminal import print_results
 
 
 @contextmanager

@@ -13,15 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .depth.base import get_score
-from .model.host_memory import peak_rss
-from .plan.budget import readable as size
-from .plan.plan import Plan, Step
-from .run.layer_loop import LayerReport
+from ..depth.base import get_score
+from ..model.host_memory import peak_rss
+from ..plan.budget import readable as size
+from ..plan.plan import Plan, Step
+from ..run.layer_loop import LayerReport
 
 if TYPE_CHECKING:
-    from .calibrate.data import Calibration
-    from .evaluation.evaluate import TaskResult
+    from ..calibrate.data import Calibration
+    from ..evaluation.evaluate import TaskResult
 
 
 def plain_or_terminal() -> Console:
@@ -291,7 +291,7 @@ def print_results(
     model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
 ) -> None:
     """A table of metrics, with the baseline and differences beside them where there is one."""
-    from .evaluation.evaluate import compare  # brings in lm-eval, which compressing does not need
+    from ..evaluation.evaluate import compare  # brings in lm-eval, which compressing does not need
 
     console = plain_or_terminal()
     rows = compare(results, baseline_results) if baseline_results is not None else []
