@@ -33,8 +33,10 @@ def canonical(name: str) -> str:
 
 def package_folders() -> list[Path]:
     """Every folder of the repository that holds shipped modules, relative to its root."""
-    found = {file.parent.relative_to(ROOT) for file in ROOT.glob("*/*.py")} | {Path()}
-    return sorted(folder for folder in found if not folder.parts or folder.parts[0] not in NOT_SHIPPED)
+    found = {file.parent.relative_to(ROOT) for file in ROOT.rglob("*.py")}
+    return sorted(
+        folder for folder in found if not folder.parts or (folder.parts[0] not in NOT_SHIPPED and folder.parts[0][0] != ".")
+    )
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

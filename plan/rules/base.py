@@ -121,7 +121,7 @@ def rule(
 
 def rules() -> dict[str, Rule]:
     """All rules by name: every module of this package registers its own on import."""
-    import_all(__package__ or "lrc.rules")
+    import_all(__package__ or "lrc.plan.rules")
     return dict(sorted(_RULES.items()))
 
 

@@ -12,8 +12,8 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import error, problem, statistics
 from safetensors.torch import save
-from test_methods import error, problem, statistics
 
 from lrc.compress.base import get_method
 from lrc.compress.forms.base import LowRank, build_module, fill_module

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from dictionaries import NAMES, offers, solve
+from problems import error, problem, statistics
 from pydantic import ValidationError
-from test_dictionary import NAMES, offers, solve
-from test_methods import error, problem, statistics
 
 from lrc.compress.base import get_method
 from lrc.compress.dictionary import compot, cospadi

@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
+from shallow import IDS, compress, deep, logits
 from stock import logits_without_lrc
-from test_depth import compress
-from test_repair import IDS, deep, logits
 
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate

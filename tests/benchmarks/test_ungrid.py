@@ -169,7 +169,7 @@ def test_smollm2_keeps_its_logits_and_its_checkpoint_loads_plainly(tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
-    text = Path(__file__).with_name("tiny.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "tiny.py").read_text(encoding="utf-8")
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :64]
     assert tokens.shape == (1, 64)
     assert torch.equal(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from pipeline import compress as run_pipeline
+from shallow import compress, without
 from stock import logits_without_lrc
 from transformers import AutoModelForCausalLM
 
-from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.location import locate
 from lrc.depth.base import scores
 from lrc.depth.cost import seen_samples
@@ -21,39 +21,10 @@ from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
 from lrc.run.verify import verify
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "opt", "mixtral", "gpt_neox"]
 IDS = torch.arange(3, 15)[None]
-
-
-def compress(model, out, text, recipe="block-influence", **overrides):
-    wanted = {"calibration.source": f"text:{text}", "calibration.samples": 8, "calibration.length": 32} | overrides
-    view = ModelView(locate(str(model)))
-    plan = make_plan(view, load_recipe(recipe, wanted))
-    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
-    plan, store = prepare(plan, view, calibration, out)
-    execute(plan, view, calibration, out, statistics=store)
-    return plan, calibration
-
-
-def without(model, dropped):
-    """The original model with layers taken out by hand."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-    kept = [layer for index, layer in enumerate(layers) if index not in dropped]
-    for name, module in model.named_modules():
-        for child, value in module.named_children():
-            if value is layers:
-                setattr(model.get_submodule(name), child, torch.nn.ModuleList(kept))
-    for _, module in model.named_modules():
-        if hasattr(module, "config"):
-            module.config.num_hidden_layers = len(kept)
-            kinds = getattr(module.config, "layer_types", None)
-            if kinds is not None and len(kinds) == len(layers):
-                module.config.layer_types = [kind for index, kind in enumerate(kinds) if index not in dropped]
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

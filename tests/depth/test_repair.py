@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from commandline import contents, run_lrc
+from shallow import IDS, compress, deep, logits, without
 from stock import logits_without_lrc
-from test_depth import compress, without
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate.data import load_calibration
@@ -25,15 +25,6 @@ from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_plan
 from lrc.run.run import execute, prepare
 from lrc.run.verify import verify
-
-IDS = torch.arange(3, 15)[None]
-
-
-def deep(tiny_checkpoints, family="llama", layers=5, **changes):
-    if family == "gemma3_text":
-        changes["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
-    depth = {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
-    return tiny_checkpoints(family, initializer_range=0.2, **depth, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +53,6 @@ def operate():
         return plan, calibration
 
     return operate
-
-
-def logits(folder):
-    with torch.no_grad():
-        return open_model(str(folder))[0](IDS).logits
 
 
 def loss_of(model, windows):

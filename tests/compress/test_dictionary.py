@@ -7,14 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from dictionaries import NAMES, offers, solve
 from pipeline import IDS, compress, place_of
+from problems import problem, statistics
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_methods import problem, statistics
 from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.compress.base import get_method
 from lrc.compress.dictionary import compot
 from lrc.compress.dictionary.sparse_coding import MOST_OFFERS
 from lrc.compress.forms.base import build_module, fill_module
@@ -22,22 +22,10 @@ from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, un
 from lrc.compress.offers import Shape
 from lrc.run.verify import verify
 
-NAMES = ["compot", "cospadi"]
-
 
 @pytest.fixture(autouse=True)
 def same_numbers_in_any_order() -> None:
     torch.manual_seed(0)
-
-
-def solve(name: str, weight: torch.Tensor, stats, **settings):
-    chosen = get_method(name)
-    return chosen.solve(weight, stats, chosen.settings(**settings))
-
-
-def offers(name: str, shape: Shape, **settings):
-    chosen = get_method(name)
-    return chosen.offers(shape, chosen.settings(**settings), 1)
 
 
 def some_form(pattern="free", out_features=13, in_features=9, atoms=8, seed=0) -> Dictionary:

