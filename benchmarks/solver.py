@@ -1,9 +1,8 @@
 """The solver on a problem of a 70B model's shape: seconds, and how far the relaxation is from the exact answer.
 
 80 layers × 7 targets × 60 options, losses that fall as random powers of the size, scales that differ by orders of magnitude.
-With --droppable the attention and the feed-forward of each layer may go as wholes.
 
-    python benchmarks/solver.py [--layers 80] [--options 60] [--seed 0] [--droppable]
+    python benchmarks/solver.py [--layers 80] [--options 60] [--seed 0]
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import random
 import time
 
 from lrc.compress.offers import Choice
-from lrc.plan.knapsack import Bundle, Option, solve
+from lrc.plan.knapsack import PredictedOption, solve
 
 SHAPES = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))
 
 
-def problem(layers: int, ways: int, seed: int) -> dict[str, list[Option]]:
+def problem(layers: int, ways: int, seed: int) -> dict[str, list[PredictedOption]]:
     """Options of every target, the dense one included."""
     chance = random.Random(seed)
     found = {}
@@ -27,10 +26,10 @@ def problem(layers: int, ways: int, seed: int) -> dict[str, list[Option]]:
             scale, power, dense = chance.lognormvariate(0, 2), chance.uniform(0.5, 2), 2 * out * width
             ranks = [(i + 1) * (out * width // (out + width)) // (ways + 1) for i in range(ways)]
             options = [
-                Option(Choice(rank=r), 2 * r * (out + width), scale * (1 - r * (out + width) / out / width) ** power)
+                PredictedOption(Choice(rank=r), 2 * r * (out + width), scale * (1 - r * (out + width) / out / width) ** power)
                 for r in ranks
             ]
-            found[f"{layer}.{number}"] = [*options, Option(Choice(), dense, 0.0)]
+            found[f"{layer}.{number}"] = [*options, PredictedOption(Choice(), dense, 0.0)]
     return found
 
 
@@ -39,30 +38,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--options", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--droppable", action="store_true")
     arguments = parser.parse_args()
     options = problem(arguments.layers, arguments.options, arguments.seed)
     dense = sum(ways[-1].nbytes for ways in options.values())
     print(f"{len(options)} targets × {arguments.options + 1} options, {dense / 1e9:.1f} GB dense")
-    bundles = {}
-    if arguments.droppable:
-        chance = random.Random(arguments.seed)
-        halves = [
-            (f"{layer}.{half}", numbers)
-            for layer in range(arguments.layers)
-            for half, numbers in (("a", range(4)), ("f", range(4, 7)))
-        ]
-        for name, numbers in halves:
-            items = tuple(f"{name.split('.')[0]}.{number}" for number in numbers)
-            bundles[name] = Bundle(items, chance.uniform(0.3, 1) * sum(options[item][0].loss for item in items))
     for ratio in (0.1, 0.2, 0.4, 0.6, 0.8):
         started = time.perf_counter()
-        found = solve(options, int((1 - ratio) * dense), bundles)
+        found = solve(options, int((1 - ratio) * dense))
         above = (found.loss - found.bound) / found.bound
         print(
             f"ratio {ratio}: {time.perf_counter() - started:.2f} s, loss {above:.2e} above the bound, "
             f"{'exact' if found.exact else f'gap {found.gap:.2e}'}"
-            + (f", {len(found.dropped)} halves dropped" if bundles else "")
         )
 
 

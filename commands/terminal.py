@@ -67,8 +67,6 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
         _print_dropped(console, plan)
-    elif plan.surgery.removed:
-        console.print(f"the solver drops {len(plan.surgery.removed)} halves of layers: {', '.join(plan.surgery.removed)}")
     if plan.stages:
         after = "".join(f" → {size(nbytes)} ({what})" for what, nbytes in plan.stages)
         console.print(f"steps: {size(plan.targets_before)}{after}")

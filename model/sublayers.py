@@ -108,12 +108,12 @@ def require_branches(view: Checkpoint, targets: Sequence[Target]) -> list[Branch
             raise ModelError(
                 f"{name}: {type(view.layers[index]).__name__} is no sum of its input and residual branches, or a matrix of it "
                 "belongs to several.",
-                "Use depth.granularity: layer, and no droppable.",
+                "Use depth.granularity: layer.",
             )
         if stays := [branch.name for branch in branches if not branch.vanishes]:
             raise ModelError(
                 f"{stays[0]} adds something even where all its matrices give zeros (a bias or norm behind them).",
-                "Use depth.granularity: layer, and no droppable.",
+                "Use depth.granularity: layer.",
             )
         everything += branches
     return everything

@@ -16,12 +16,10 @@ from statistics import fmean
 from ..compress.base import Curve
 from ..compress.offers import Choice, Offer
 from ..errors import BudgetError
-from ..model.sublayers import Branch
 from ..model.targets import Target
-from .knapsack import Bundle, Option, solve
+from .knapsack import PredictedOption, solve
 from .recipe import Recipe
 from .rules.base import Open, rules
-from .units import Item
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,10 @@ class Shared:
     Args:
         offers: target -> its offer; a dense one has an empty `Choice`.
         gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
-        dropped: the bundles of targets that go altogether; their targets have no offer.
     """
 
     offers: dict[str, Offer]
     gap: float | None = None
-    dropped: tuple[str, ...] = ()
 
 
 _SOLVED = {
@@ -60,7 +56,6 @@ def allocate(
     budget: int | None,
     targets: Sequence[Target],
     bounded: frozenset[str] = frozenset(),
-    bundles: Mapping[str, Bundle] | None = None,
 ) -> Shared:
     """One offer per target that has a curve.
 
@@ -71,7 +66,6 @@ def allocate(
         budget: bytes for all of `dense`; may be None where the method decides.
         targets: all of the model, for rules that look at roles and groups, and for what an expert is beside the others.
         bounded: targets whose limits do not leave them dense.
-        bundles: targets that the solver may drop together, their losses on the scale of the curves.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -91,43 +85,9 @@ def allocate(
         ]
         return Shared(rule.share(opened, left, recipe.rule_settings)) if opened else Shared({})
     options = {name: _options(recipe.allocation, curve, dense[name], name not in bounded) for name, curve in curves.items()}
-    if recipe.uniform_within is None:
-        found = solve(options, left, bundles)
-        offers = {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
-        return Shared(offers, found.gap, found.dropped)
-    roles: dict[str, list[str]] = {}
-    for name in options:
-        roles.setdefault(places[name].role, []).append(name)
-    found = solve({role: _together(role, [options[name] for name in names]) for role, names in roles.items()}, left)
-    offers = {}
-    for role, names in roles.items():
-        for name in names:
-            choice = found.options[role].choice
-            offers[name] = next(Offer(way.choice, way.nbytes) for way in options[name] if way.choice == choice)
+    found = solve(options, left)
+    offers = {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
     return Shared(offers, found.gap)
-
-
-def bundles_of(
-    halves: Iterable[Branch], losses: Mapping[str, float], items: Sequence[Item], held: Collection[str]
-) -> dict[str, Bundle]:
-    """The halves of layers that the solver may drop: those all of whose targets the budget decides on, and may take away.
-
-    Args:
-        losses: half -> what is lost without it, in nats per token.
-        items: of the budget; one that reaches beyond a half holds it back.
-        held: items of which limits say that a part stays.
-    """
-    item_of = {target.name: item for item in items for target in item.targets}
-    found = {}
-    for half in halves:
-        inside = {target.name for target in half.targets}
-        if not inside <= item_of.keys():
-            continue
-        mine = {item.name: item for item in (item_of[target.name] for target in half.targets)}
-        beyond = any(target.name not in inside for item in mine.values() for target in item.targets)
-        if not beyond and not mine.keys() & set(held):
-            found[half.name] = Bundle(tuple(mine), losses[half.name])
-    return found
 
 
 def _as_others(unseen: Collection[str], curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
@@ -153,21 +113,6 @@ def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:
     return replace(curve, total=fmean(other.total for other in others), losses=losses, signals=signals)
 
 
-def _together(role: str, members: Sequence[Sequence[Option]]) -> list[Option]:
-    """The choices that all members have, their bytes and losses added up."""
-    by_choice = [{way.choice: way for way in ways} for ways in members]
-    common = [choice for choice in by_choice[0] if all(choice in ways for ways in by_choice)]
-    if not common:
-        raise BudgetError(
-            f"uniform_within: no form fits all {len(members)} targets of role {role}.",
-            "Give all layers the same limits, or leave uniform_within out.",
-        )
-    return [
-        Option(choice, sum(ways[choice].nbytes for ways in by_choice), sum(ways[choice].loss for ways in by_choice))
-        for choice in common
-    ]
-
-
 def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Offer:
     """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller, or where
     calibration has seen nothing to choose by."""
@@ -181,7 +126,10 @@ def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Offer:
     return Offer(Choice(), dense)
 
 
-def _options(rule: str, curve: Curve, dense: int, may_be_dense: bool = True) -> list[Option]:
+def _options(rule: str, curve: Curve, dense: int, may_be_dense: bool = True) -> list[PredictedOption]:
     scale = 1 / curve.total if rule == "spectrum" and curve.total > 0 else 1.0
-    ways = [Option(offer.choice, offer.nbytes, scale * loss) for offer, loss in zip(curve.offers, curve.losses, strict=True)]
-    return [*ways, Option(Choice(), dense, 0.0)] if may_be_dense else ways
+    ways = [
+        PredictedOption(offer.choice, offer.nbytes, scale * loss)
+        for offer, loss in zip(curve.offers, curve.losses, strict=True)
+    ]
+    return [*ways, PredictedOption(Choice(), dense, 0.0)] if may_be_dense else ways

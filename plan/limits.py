@@ -79,11 +79,6 @@ class Bounds:
     def may_be_dense(self) -> bool:
         return self.max >= 1 and self.rank is None
 
-    @property
-    def may_go(self) -> bool:
-        """Whether the target may be dropped altogether: nothing says that a part of it stays."""
-        return self.min <= 0 and self.rank is None
-
 
 def matches(target: Target, pattern: str, layers: int) -> bool:
     """Whether a pattern is this target's name or role; layers may be counted from the end.
@@ -155,11 +150,6 @@ def _contradiction(name: str, before: Bounds, now: Bounds, limit: Limit, pattern
 def may_be_dense(item: Item, bounds: Mapping[str, Bounds]) -> bool:
     """Whether all targets of an item may stay whole."""
     return all(bounds[target.name].may_be_dense for target in item.targets if target.name in bounds)
-
-
-def may_go(item: Item, bounds: Mapping[str, Bounds]) -> bool:
-    """Whether all targets of an item may be dropped altogether."""
-    return all(bounds[target.name].may_go for target in item.targets if target.name in bounds)
 
 
 def within(item: Item, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape], offers: Sequence[Offer]) -> list[Offer]:

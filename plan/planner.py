@@ -22,10 +22,10 @@ from ..errors import BudgetError, RecipeError
 from ..model.targets import Target
 from ..model.view import ModelView
 from . import budget as amount
-from .allocation import Shared, allocate, bundles_of
+from .allocation import Shared, allocate
 from .budget import Footprint, Found
 from .knapsack import uniform
-from .limits import Bounds, bounds_of, even, matches, may_be_dense, may_go, unmatched, within
+from .limits import Bounds, bounds_of, even, matches, may_be_dense, unmatched, within
 from .memory import predict_memory
 from .plan import Memory, Plan, Step
 from .recipe import Recipe
@@ -39,7 +39,6 @@ def make_plan(
     curves: Mapping[str, Curve] | None = None,
     surgery: Surgery | None = None,
     found: Found | None = None,
-    halves: Mapping[str, float] | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
@@ -49,7 +48,6 @@ def make_plan(
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
         found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
             `amount.ASSUMED`.
-        halves: half of a layer -> what is lost without it, in nats per token; where the solver may drop them.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
@@ -67,10 +65,7 @@ def make_plan(
     if curves is None:
         shared = Shared(_evenly(recipe, scope, amounts, footprint))
     else:
-        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint), halves)
-    if shared.dropped:
-        surgery = _dropped(view, shared.dropped, halves or {})
-        scope = _scope(view, recipe, surgery, kept, bounds)
+        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint))
     plan = Plan(
         recipe,
         _steps(view.targets, scope, shared.offers),
@@ -106,7 +101,6 @@ class _Scope:
         items: what the budget decides on.
         offers: item -> the ways in which the method can store it.
         bounded: items whose limits do not leave them dense.
-        held: items of which limits say that a part stays.
         idle: whether the recipe compresses no matrix.
     """
 
@@ -117,7 +111,6 @@ class _Scope:
     items: tuple[Item, ...]
     offers: Mapping[str, Sequence[Offer]]
     bounded: frozenset[str]
-    held: frozenset[str]
     idle: bool
 
     @property
@@ -147,11 +140,10 @@ def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, st
             kept |= dict.fromkeys((target.name for target in item.targets), next((why for why in limited if why), ""))
     items = [item for item in items if item.name not in kept]
     bounded = frozenset(item.name for item in items if not may_be_dense(item, bounds))
-    held = frozenset(item.name for item in items if not may_go(item, bounds))
     targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
     biases = sum(target.out_features for target in surgery.zeroed if target.bias)
     beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)
-    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, held, method is DENSE)
+    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, method is DENSE)
 
 
 def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Offer]:
@@ -174,19 +166,11 @@ def _by_losses(
     scope: _Scope,
     curves: Mapping[str, Curve],
     budget: int | None,
-    halves: Mapping[str, float] | None,
 ) -> Shared:
     """What every item gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
     in_items = {target.name for item in scope.items for target in item.targets}
     settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_items}
-    bundles = bundles_of(view.branches, halves, scope.items, scope.held) if halves else {}
-    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded, bundles)
-
-
-def _dropped(view: ModelView, names: Sequence[str], halves: Mapping[str, float]) -> Surgery:
-    """The halves of layers that the solver drops."""
-    chosen = [half for half in view.branches if half.name in names]
-    return Surgery.without(chosen, {"solver": {half.name: halves[half.name] for half in chosen}})
+    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded)
 
 
 def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]) -> tuple[Step, ...]:

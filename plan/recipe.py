@@ -6,8 +6,9 @@ reads recipes from YAML and the command line.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -27,8 +28,7 @@ from .rules.base import Rule, rules
 _HELD_OUT = 4  # windows that judge a searched size
 # keys that ask for no text by themselves; a key that is not named here counts as one that does
 _BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", "rank_multiple", "propagate", "keep",
-          "calibration", "gradients", "bits", "size", "allocation_settings", "limits",
-          "uniform_within", "droppable"}  # fmt: skip
+          "calibration", "gradients", "bits", "size", "allocation_settings", "limits"}  # fmt: skip
 
 SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
 
@@ -84,11 +84,15 @@ class Recipe(Steps):
         refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
         limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (limits.py).
-        uniform_within: 'role': all layers store one role in one way, for engines that want it.
-        droppable: 'sub-layer': the solver may also drop the attention or the feed-forward of a layer as a whole; with `kl`.
         calibration: what statistics are taken on.
         gradients: how the backward pass is made, for methods that need one.
     """
+
+    # keys of earlier versions -> what a recipe that still has one is told
+    gone: ClassVar[Mapping[str, str]] = {
+        "droppable": "Dropping sub-layers never paid beside low rank: leave it out, or use depth.granularity (docs/allocation.md).",
+        "uniform_within": "No recipe used it: leave it out. allocation: uniform treats all layers alike.",
+    }
 
     alternatives: tuple[Alternative, ...] = ()
     depth: DepthSpec | None = None
@@ -104,8 +108,6 @@ class Recipe(Steps):
     refine: RefineSpec | None = None
     keep: tuple[str, ...] = ()
     limits: dict[str, Limit] = Field(default_factory=dict)
-    uniform_within: Literal["role"] | None = None
-    droppable: Literal["sub-layer"] | None = None
     calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
     gradients: GradientSettings = GradientSettings()
 
@@ -183,8 +185,6 @@ class Recipe(Steps):
         _ = self.compression
         self._fits_rule()
         self._fits_joint()
-        if self.droppable is not None:
-            self._fits_droppable()
         return self
 
     def _one_budget(self) -> None:
@@ -193,17 +193,13 @@ class Recipe(Steps):
             raise ValueError(f"{' and '.join(said)} say the budget {len(said)} times; give one of them")
         if self.allocation == "own" and said and said != ["ratio"]:
             raise ValueError(f"allocation: own lets the method's settings decide every size; leave out {said[0]}")
-        if self.allocation == "own" and (self.limits or self.uniform_within):
-            raise ValueError("allocation: own lets the method's settings decide every size; leave out limits, uniform_within")
+        if self.allocation == "own" and self.limits:
+            raise ValueError("allocation: own lets the method's settings decide every size; leave out limits")
         if self.max_ppl_increase is not None and not (self.method or self.steps or self.alternatives):
             raise ValueError("max_ppl_increase: the search goes by ratios, and whole layers have none; say depth.drop or ratio")
 
     def _fits_rule(self) -> None:
         method, rule = self.compression[0], self.rule
-        if self.uniform_within and (rule is not None or self.allocation == "own"):
-            raise ValueError(
-                f"uniform_within goes with uniform and with rules that a solver follows, not with {self.allocation}"
-            )
         if self.allocation == "fisher" and "grad_gram" not in method.needs:
             raise ValueError(f"allocation: fisher takes losses that are in nats, and {method.name}'s are not; use kl or kfac")
         if rule is None:
@@ -243,20 +239,6 @@ class Recipe(Steps):
             raise ValueError(f"{name} shares between layers, which refine: block would train apart; use refine: end-to-end")
         if self.depth is not None:
             raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
-
-    def _fits_droppable(self) -> None:
-        if self.allocation != "kl":
-            raise ValueError(
-                f"droppable: what a half of a layer costs is known in nats: take allocation: kl, not {self.allocation}"
-            )
-        if self.uniform_within or self.depth is not None:
-            other = "uniform_within" if self.uniform_within else "depth"
-            raise ValueError(f"droppable lets the solver drop halves of single layers; leave out {other}")
-        joint = self.compression[0].joint
-        if joint is not None and joint.across_layers:
-            raise ValueError(f"{self.method} solves targets of several layers at once; leave out droppable")
-        if self.correction is not None or (self.refine is not None and self.refine.block is not None):
-            raise ValueError("droppable: correction and refine: block follow whole layers; take refine: end-to-end")
 
     def _fits_depth(self) -> None:
         assert self.depth is not None
@@ -322,6 +304,4 @@ _ABSENT = (
     "size",
     "max_ppl_increase",
     "limits",
-    "uniform_within",
-    "droppable",
 )

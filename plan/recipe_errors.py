@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -18,7 +18,8 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
         path = _named(model, item["loc"])
         key = prefix + ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{key}'. {_nearest(model, path)}".rstrip())
+            gone = _gone(model, path)
+            lines.append(gone or f"unknown key '{key}'. {_nearest(model, path)}".rstrip())
         elif item["type"] == "settings":
             lines += item["ctx"]["problems"]
         elif item["type"] == "missing":
@@ -45,6 +46,13 @@ def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | st
         kind = inner
         found.append(part)
     return found
+
+
+def _gone(model: type[BaseModel], path: Sequence[int | str]) -> str:
+    """What is said of a key of an earlier version; empty for one that never was."""
+    told: Mapping[str, str] = getattr(_model_at(model, path[:-1]), "gone", {})
+    why = told.get(str(path[-1]))
+    return f"the key '{'.'.join(map(str, path))}' is gone. {why}" if why else ""
 
 
 def _nearest(model: type[BaseModel], path: Sequence[int | str]) -> str:

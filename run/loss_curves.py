@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from ..calibrate.data import Calibration
 from ..checkpoint.atomic import read_json, write_json
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from ..compress.offers import Offer
-from ..model.ablation import WithoutBranches, divergences
 from ..model.host_memory import give_back
 from ..model.view import ModelView
 from ..plan.limits import bounds_of, within
@@ -66,44 +64,6 @@ def measure(
     if recipe.allocation == "kl":
         return work.in_nats(calibration.few(*PROBED), notify)
     return work.curves(notify, calibration.tokens)
-
-
-def measure_halves(
-    view: ModelView,
-    store: Statistics,
-    calibration: Calibration,
-    device: torch.device,
-    notify: Callable[[float], None] = lambda seconds: None,
-) -> dict[str, float]:
-    """Half of a layer -> what the model's predictions lose without it, in nats per token; on the targets' own probes.
-
-    Several halves cost far more together than the sum of what each costs alone. Halves are therefore put in the order of their
-    own costs, and what one costs is by how much the model without all cheaper ones gets worse (its own cost at least).
-
-    Args:
-        notify: called with the seconds that it took.
-
-    Raises:
-        ModelError: halves of layers cannot be told apart in this model.
-    """
-    file = store.folder / "halves.json"
-    held = read_json(file, dict[str, float])
-    if held is not None:
-        return held
-    started, halves, probes = time.perf_counter(), view.branches, calibration.few(*PROBED)
-    without = WithoutBranches(halves)
-    view = view.widened()  # as probes are, and for their reason
-    alone = divergences(view, probes, [without([number]) for number in range(len(halves))], device)
-    order = sorted(range(len(halves)), key=alone.__getitem__)
-    nested = [without(order[:count]) for count in range(1, len(order) + 1)]
-    together = [0.0, *divergences(view, probes, nested, device)]
-    found = {
-        halves[number].name: max(alone[number], after - before)
-        for number, (before, after) in zip(order, pairwise(together), strict=True)
-    }
-    write_json(file, found)
-    notify(time.perf_counter() - started)
-    return found
 
 
 class _Measuring:

@@ -10,14 +10,12 @@ def _origin(plan: Plan) -> str:
     method, lines = plan.recipe.compression[0], []
     if plan.recipe.depth is not None:
         score = get_score(plan.recipe.depth.score)
-        halves = plan.surgery.removed
-        what = f"{len(halves)} halves of layers" if halves else f"{len(plan.dropped)} of {plan.layers} layers"
+        sublayers = plan.surgery.removed
+        what = f"{len(sublayers)} sub-layers" if sublayers else f"{len(plan.dropped)} of {plan.layers} layers"
         lines.append(f"{what} were dropped by {score.name}. Source: {score.source}.")
         if plan.recipe.depth.repair != "none":
             repair = get_repair(plan.recipe.depth.repair)
             lines.append(f"Repaired by {repair.name}. Source: {repair.source}.")
-    elif plan.surgery.removed:
-        lines.append(f"{len(plan.surgery.removed)} halves of layers were dropped by the solver.")
     if method.source:
         lines.append(f"{method.summary} Source: {method.source}.")
     return " ".join(lines)

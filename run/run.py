@@ -38,7 +38,7 @@ from ..plan.planner import make_plan
 from ..refine.end_to_end import refine_artifact
 from .depth_stage import operated
 from .layer_loop import LayerLoop, LayerReport, renamed, staying_layers
-from .loss_curves import measure, measure_halves
+from .loss_curves import measure
 from .model_card import model_card
 from .plain_export import as_plain
 from .verify import verify
@@ -97,12 +97,7 @@ def prepare(
             view, recipe, store, keep, calibration, devices[0],
             lambda layer, seconds: notify("losses", layer, seconds),
         )  # fmt: skip
-        halves = None
-        if recipe.droppable is not None:
-            halves = measure_halves(
-                view, store, calibration, devices[0], lambda seconds: notify("halves of layers", 0, seconds)
-            )
-        plan = make_plan(view, recipe, len(devices), curves, found=plan.found, halves=halves)
+        plan = make_plan(view, recipe, len(devices), curves, found=plan.found)
     return plan, store
 
 

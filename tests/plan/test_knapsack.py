@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from lrc.compress.offers import Choice
 from lrc.errors import BudgetError
-from lrc.plan.knapsack import Bundle, Option, solve
+from lrc.plan.knapsack import PredictedOption, solve
 
 WAYS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=5)
 
 
 def _options(problem):
     return {
-        f"t{number}": [Option(Choice(rank=i), nbytes, loss) for i, (nbytes, loss) in enumerate(ways)]
+        f"t{number}": [PredictedOption(Choice(rank=i), nbytes, loss) for i, (nbytes, loss) in enumerate(ways)]
         for number, ways in enumerate(problem)
     }
 
@@ -43,44 +43,6 @@ def test_the_solver_finds_what_brute_force_finds(problem, budget):
     assert found.bound <= found.loss * (1 + 1e-9) + 1e-12
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(WAYS, min_size=1, max_size=5), st.lists(st.floats(0, 20), max_size=2), st.integers(0, 160))
-def test_items_that_may_be_dropped_together(problem, losses, budget):
-    """Two items to a bundle, as many bundles as there are losses; brute force over what is dropped and what the rest become."""
-    options = _options(problem)
-    names = list(options)
-    pairs = [names[2 * i : 2 * i + 2] for i in range(len(losses))]
-    bundles = {f"b{i}": Bundle(tuple(pair), loss) for i, (pair, loss) in enumerate(zip(pairs, losses, strict=True)) if pair}
-    best = None
-    for gone in itertools.product((False, True), repeat=len(bundles)):
-        dropped = [bundle for bundle, goes in zip(bundles.values(), gone, strict=True) if goes]
-        stay = {n: ways for n, ways in options.items() if not any(n in bundle.items for bundle in dropped)}
-        rest = _best(stay, budget)
-        if rest is not None and (best is None or rest + sum(bundle.loss for bundle in dropped) < best):
-            best = rest + sum(bundle.loss for bundle in dropped)
-    if best is None:
-        with pytest.raises(BudgetError, match="smallest forms"):
-            solve(options, budget, bundles)
-        return
-    found = solve(options, budget, bundles)
-    gone = {name for bundle in found.dropped for name in bundles[bundle].items}
-    assert found.options.keys() == options.keys() - gone
-    assert found.nbytes == sum(way.nbytes for way in found.options.values()) <= budget
-    lost = sum(way.loss for way in found.options.values()) + sum(bundles[name].loss for name in found.dropped)
-    assert found.loss == pytest.approx(lost, rel=1e-9, abs=1e-12)
-    assert found.loss == pytest.approx(best, rel=1e-6, abs=1e-9)
-    assert found.bound <= found.loss * (1 + 1e-9) + 1e-12
-
-
-def test_bundles_that_overlap_are_refused():
-    options = _options([[(1, 1.0)], [(2, 1.0)]])
-    for bundles in ({"a": Bundle(("t0",), 1.0), "b": Bundle(("t0", "t1"), 1.0)}, {"a": Bundle(("t9",), 1.0)}):
-        with pytest.raises(ValueError, match="share items"):
-            solve(options, 10, bundles)
-    with pytest.raises(ValueError, match="not finite"):
-        solve(options, 10, {"a": Bundle(("t0",), float("nan"))})
-
-
 def _large(layers=80, targets=7, ways=60):
     chance = random.Random(0)
     options = {}
@@ -88,8 +50,8 @@ def _large(layers=80, targets=7, ways=60):
         scale, power, dense = chance.lognormvariate(0, 2), chance.uniform(0.5, 2), chance.choice([67, 8, 235]) * 2_000_000
         sizes = [dense * (i + 1) // (ways + 1) for i in range(ways)]
         options[f"t{number:03}"] = [
-            *(Option(Choice(rank=i + 1), size, scale * (1 - size / dense) ** power) for i, size in enumerate(sizes)),
-            Option(Choice(), dense, 0.0),
+            *(PredictedOption(Choice(rank=i + 1), size, scale * (1 - size / dense) ** power) for i, size in enumerate(sizes)),
+            PredictedOption(Choice(), dense, 0.0),
         ]
     return options
 
@@ -117,10 +79,10 @@ def test_a_target_without_options_and_a_loss_that_is_no_number_are_refused():
     with pytest.raises(ValueError, match="has no option"):
         solve({"x": []}, 10)
     with pytest.raises(ValueError, match="not finite"):
-        solve({"x": [Option(Choice(), 1, float("nan"))]}, 10)
+        solve({"x": [PredictedOption(Choice(), 1, float("nan"))]}, 10)
 
 
 def test_an_impossible_budget_says_what_is_possible():
     with pytest.raises(BudgetError, match="come to 30") as error:
-        solve({"x": [Option(Choice(rank=1), 30, 1.0), Option(Choice(), 100, 0.0)]}, 20)
+        solve({"x": [PredictedOption(Choice(rank=1), 30, 1.0), PredictedOption(Choice(), 100, 0.0)]}, 20)
     assert "ratio up to 0.7" in str(error.value)
