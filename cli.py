@@ -156,7 +156,7 @@ def plan(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every target and everything that is kept.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Print what `lrc compress` would do; reads headers, and one layer's weights where halves of layers may go."""
+    """Print what `lrc compress` would do; reads headers, and one layer's weights where sub-layers may go."""
     from .commands.terminal import print_plan
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}

@@ -27,7 +27,7 @@ from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.location import locate
 from lrc.commands.arguments import quiet
 from lrc.compress.base import TargetStats, get_method
-from lrc.compress.offers import Choice, break_even
+from lrc.compress.options import Choice, break_even
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
 from lrc.plan.units import shape_of
@@ -109,7 +109,7 @@ def main() -> None:
                     if key not in solutions:
                         solutions[key] = method.solve(weight, seen, settings)
                     if ratio is None:
-                        choice = method.offers(shape, settings, 1)[0].choice
+                        choice = method.options(shape, settings, 1)[0].choice
                     else:
                         choice = Choice(rank=int((1 - ratio) * break_even(shape.out_features, shape.in_features)))
                     form = solutions[key].form(choice)

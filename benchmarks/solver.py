@@ -11,7 +11,7 @@ import argparse
 import random
 import time
 
-from lrc.compress.offers import Choice
+from lrc.compress.options import Choice
 from lrc.plan.knapsack import PredictedOption, solve
 
 SHAPES = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))

@@ -122,12 +122,12 @@ def _print_dropped(console: Console, plan: Plan) -> None:
     assert spec is not None
     score = get_score(spec.score)
     what = f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))})"
-    if plan.surgery.removed:
-        what = f"halves of layers: {len(plan.surgery.removed)} go ({', '.join(plan.surgery.removed)})"
-    known = not score.looks or plan.surgery.folder is not None
+    if plan.model_edit.removed:
+        what = f"sub-layers: {len(plan.model_edit.removed)} go ({', '.join(plan.model_edit.removed)})"
+    known = not score.looks or plan.model_edit.folder is not None
     console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is known after calibration"))
-    if plan.surgery.folder is not None:
-        _print_repair(console, plan.surgery.record.get("repair", {}))
+    if plan.model_edit.folder is not None:
+        _print_repair(console, plan.model_edit.record.get("repair", {}))
     else:
         for line in plan.notes:
             console.print(line)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RequestError, did_you_mean
 from .forms.base import Form, LowRank
 from .linalg import OutputDirections, root
-from .offers import Choice, JointOffer, Offer, Shape, low_rank_offers
+from .options import Choice, JointOption, Option, Shape, low_rank_options
 from .registry import first_line, import_all
 
 # the statistics that a method may ask for; calibrate/stats.py collects those of a forward, calibrate/backward.py the gradients'
@@ -151,17 +151,17 @@ class Curve:
 
     Args:
         total: loss of dropping the target altogether, in the method's own metric.
-        offers: ascending in bytes; the dense form is not among them.
-        losses: one per offer, in the same metric.
+        options: ascending in bytes; the dense form is not among them.
+        losses: one per option, in the same metric.
         preferred: the choice that the method itself would make, None where it leaves that to the budget.
-        signals: what the recipe's rule reads beside the losses (signals.py); empty for most.
+        scores: what the recipe's rule reads beside the losses (scores.py); empty for most.
     """
 
     total: float
-    offers: tuple[Offer, ...]
+    options: tuple[Option, ...]
     losses: tuple[float, ...]
     preferred: Choice | None = None
-    signals: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Factored(LowRankSolution):
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # the last is the method's own Settings
 S = TypeVar("S", bound=Solve)
 # shape, the method's own Settings, rank multiple -> offers, ascending in bytes
-Offers = Callable[[Shape, Any, int], list[Offer]]
-Measured = Callable[[Sequence[Offer], int], list[int]]
+Options = Callable[[Shape, Any, int], list[Option]]
+Measured = Callable[[Sequence[Option], int], list[int]]
 
 
 class Joinable(Protocol):
@@ -254,7 +254,7 @@ class Joint:
 
     Args:
         sets: (open targets in the order of a forward, settings) -> the sets; a target in none of them is solved alone.
-        offers: (shapes, parts, settings, rank multiple) -> the ways in which such a set can be stored, ascending in bytes.
+        options: (shapes, parts, settings, rank multiple) -> the ways in which such a set can be stored, ascending in bytes.
         solve: (weights, statistics, parts, settings) -> one solution per member, each answering its own choices; pure.
         across_layers: whether a set may hold targets of several layers. Their statistics then have to lie on disk.
         shares: whether a member's form lends to or borrows from the others'; where none does, a second step may follow.
@@ -262,7 +262,7 @@ class Joint:
     """
 
     sets: Callable[[Sequence[Joinable], Any], list[TargetSet]]
-    offers: Callable[[Sequence[Shape], Sequence[str], Any, int], list[JointOffer]]
+    options: Callable[[Sequence[Shape], Sequence[str], Any, int], list[JointOption]]
     solve: Callable[[Sequence[Tensor], Sequence[TargetStats], Sequence[str], Any], Sequence[Solution]]
     across_layers: bool = False
     shares: bool = True
@@ -285,9 +285,9 @@ class Method:
         needs: the statistics it reads, of `NEEDS`. 'output_gram' asks for the second moment of the outputs from whichever
             side is cheaper: as `TargetStats.output_gram`, or as the group's gram.
         source: the paper or work it comes from.
-        offers: (shape, settings, rank multiple) -> the ways in which it can store such a target, ascending in bytes. One
-            offer alone means that the settings fix the size, and no ratio is asked for.
-        measured: (offers, dense bytes) -> indices, ascending: where a loss costs a whole solve, only these are measured, and
+        options: (shape, settings, rank multiple) -> the ways in which it can store such a target, ascending in bytes. One
+            option alone means that the settings fix the size, and no ratio is asked for.
+        measured: (options, dense bytes) -> indices, ascending: where a loss costs a whole solve, only these are measured, and
             the losses of the others are interpolated. None where every loss is had at once.
         ways: the alternatives of a mixture, by their numbers.
         steps: the two of a chain.
@@ -299,9 +299,9 @@ class Method:
     settings: type[Settings]
     needs: frozenset[str]
     source: str
-    offers: Offers = low_rank_offers
+    options: Options = low_rank_options
     measured: Measured | None = None
-    ways: tuple[Method, ...] = ()
+    alternatives: tuple[Method, ...] = ()
     steps: tuple[Method, ...] = ()
     joint: Joint | None = None
 
@@ -314,9 +314,9 @@ class Method:
         """The statistics that it reads of a target that it solves alone (None), or as this part of a set."""
         return self.needs if part is None or self.joint is None else self.joint.needs.get(part, self.needs)
 
-    def measured_of(self, way: int | None) -> Measured | None:
+    def measured_of(self, alternative: int | None) -> Measured | None:
         """Which offers are measured, of one alternative where there are several."""
-        return self.measured if way is None else self.ways[way].measured
+        return self.measured if alternative is None else self.alternatives[alternative].measured
 
     @property
     def summary(self) -> str:
@@ -340,7 +340,7 @@ def method(
     source: str,
     needs: Iterable[str] = (),
     settings: type[Settings] = Settings,
-    offers: Offers = low_rank_offers,
+    options: Options = low_rank_options,
     measured: Measured | None = None,
     joint: Joint | None = None,
 ) -> Callable[[S], S]:
@@ -352,7 +352,7 @@ def method(
     def register(solve: S) -> S:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source, offers, measured, joint=joint)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, options, measured, joint=joint)
         return solve
 
     return register

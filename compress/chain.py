@@ -23,7 +23,7 @@ from .channels.base import gone_biases, pruned_shape
 from .forms.base import Dense, Form, LowRank
 from .forms.product import Product
 from .forms.pruned import Pruned
-from .offers import Choice, JointOffer, Offer, Shape, at_shares
+from .options import Choice, JointOption, Option, Shape, at_shares
 
 # what can be told of a factor's input from the target's own statistics
 DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
@@ -60,18 +60,18 @@ def chain(first: Method, second: Method) -> Method:
     def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Chained:
         return Chained(first.solve(weight, stats, settings.first), second, settings.second, weight, stats)
 
-    def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
+    def options(shape: Shape, settings: Any, multiple: int) -> list[Option]:
         """Every rank of the first step, with both factors at the size that the second gives them."""
         found = [
-            _smaller(first, offer, shape, second, settings.second) for offer in first.offers(shape, settings.first, multiple)
+            _smaller(first, option, shape, second, settings.second) for option in first.options(shape, settings.first, multiple)
         ]
-        return [offer for offer in found if offer.nbytes < shape.nbytes]
+        return [option for option in found if option.nbytes < shape.nbytes]
 
     needs = first.needs | second.needs | _ALWAYS
     source = f"{first.source}; {second.source}"
     name, joint = f"{first.name}+{second.name}", _joint(first, second)
     measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (probe.py)
-    return Method(name, solve, ChainSettings, needs, source, offers, measured, steps=(first, second), joint=joint)
+    return Method(name, solve, ChainSettings, needs, source, options, measured, steps=(first, second), joint=joint)
 
 
 def _joint(first: Method, second: Method) -> Joint | None:
@@ -80,20 +80,20 @@ def _joint(first: Method, second: Method) -> Joint | None:
     if joint is None:
         return None
 
-    def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+    def options(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOption]:
         """Those of the first step, each member at the size that the second gives it."""
         found = []
-        for offer in joint.offers(shapes, parts, settings.first, multiple):
+        for option in joint.options(shapes, parts, settings.first, multiple):
             members = []
-            for member, shape, part in zip(offer.members, shapes, parts, strict=True):
+            for member, shape, part in zip(option.members, shapes, parts, strict=True):
                 if member.choice.channels is not None:
                     left = pruned_shape(shape, part, shapes[-1].in_features, member.choice.channels)
                     nbytes = _only(second, left, settings.second).nbytes - gone_biases(shape, left)
-                    members.append(Offer(member.choice, nbytes, halfway=member.nbytes))
+                    members.append(Option(member.choice, nbytes, halfway=member.nbytes))
                 else:
                     members.append(member if member.choice.dense else _smaller(first, member, shape, second, settings.second))
-            found.append(JointOffer(offer.choice, sum(member.nbytes for member in members), tuple(members)))
-        return [offer for offer in found if offer.nbytes < sum(shape.nbytes for shape in shapes)]
+            found.append(JointOption(option.choice, sum(member.nbytes for member in members), tuple(members)))
+        return [option for option in found if option.nbytes < sum(shape.nbytes for shape in shapes)]
 
     def solve(
         weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
@@ -102,15 +102,15 @@ def _joint(first: Method, second: Method) -> Joint | None:
         return [Chained(each, second, settings.second, w, s) for each, w, s in zip(solved, weights, statistics, strict=True)]
 
     needs = {part: first.needs_of(part) | second.needs | _ALWAYS for part in joint.needs}
-    return Joint(lambda targets, settings: joint.sets(targets, settings.first), offers, solve, shares=False, needs=needs)
+    return Joint(lambda targets, settings: joint.sets(targets, settings.first), options, solve, shares=False, needs=needs)
 
 
-def _smaller(first: Method, offer: Offer, shape: Shape, second: Method, settings: Settings) -> Offer:
-    """An offer of the first step with what it leaves at the size that the second gives it."""
-    if (rank := offer.choice.rank) is not None:
+def _smaller(first: Method, option: Option, shape: Shape, second: Method, settings: Settings) -> Option:
+    """An option of the first step with what it leaves at the size that the second gives it."""
+    if (rank := option.choice.rank) is not None:
         plain = rank * (shape.out_features + shape.in_features) * shape.element
         parts = [_only(second, part, settings) for part in _parts(shape, rank)]
-        return Offer(offer.choice, offer.nbytes - plain + sum(part.nbytes for part in parts), halfway=offer.nbytes)
+        return Option(option.choice, option.nbytes - plain + sum(part.nbytes for part in parts), halfway=option.nbytes)
     raise ValueError(f"{second.name} cannot follow {first.name}, which leaves no factors to compress")
 
 
@@ -118,12 +118,12 @@ def _parts(shape: Shape, rank: int) -> tuple[Shape, Shape]:
     return Shape(rank, shape.in_features, shape.element), Shape(shape.out_features, rank, shape.element)
 
 
-def _only(method: Method, shape: Shape, settings: Settings) -> Offer:
+def _only(method: Method, shape: Shape, settings: Settings) -> Option:
     """The one way in which the second method stores a factor; dense where it has none that is smaller."""
-    ways = method.offers(shape, settings, 1)
-    if len(ways) > 1:
+    options = method.options(shape, settings, 1)
+    if len(options) > 1:
         raise ValueError(f"as a second step {method.name} needs settings that fix its size (a rank, bits)")
-    return ways[0] if ways else Offer(Choice(), shape.nbytes)
+    return options[0] if options else Option(Choice(), shape.nbytes)
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ class Chained(Solution):
         return replace(left, form=self._compress(left.form.dense(), seen, shape))
 
     def _compress(self, factor: Tensor, group: GroupStats, shape: Shape) -> Form:
-        offer = _only(self.second, shape, self.settings)
-        if offer.choice.dense:
+        option = _only(self.second, shape, self.settings)
+        if option.choice.dense:
             return Dense(factor)
         if group.gram is not None:
             group.mean_square = group.gram.diagonal()
-        return self.second.solve(factor, TargetStats(group), self.settings).form(offer.choice)
+        return self.second.solve(factor, TargetStats(group), self.settings).form(option.choice)
 
 
 def _gram(stats: TargetStats) -> Tensor:
@@ -230,4 +230,4 @@ def require_fit(both: Method, settings: Settings) -> None:
     Raises:
         ValueError: there are no factors, or their size is left open.
     """
-    both.offers(_ANY, settings, 1)
+    both.options(_ANY, settings, 1)

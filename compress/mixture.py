@@ -1,7 +1,7 @@
 """Mixtures: every target is stored by whichever of several methods the budget prefers there.
 
 A recipe with `alternatives` (svd-llm, gptq at every number of bits, low rank with quantized factors, …) makes one method of
-them: it offers all that they offer, and every offer says whose it is. What they lose is compared as it stands, so all of them
+them: it offers all that they offer, and every option says whose it is. What they lose is compared as it stands, so all of them
 must measure in one metric, the mean squared output error; that is checked where they are solved, since the loss of dropping a
 target altogether is then the same for all.
 
@@ -22,7 +22,7 @@ from ..errors import LrcError
 from .base import Joinable, Joint, Method, Settings, Solution, TargetSet, TargetStats
 from .chain import Chained
 from .forms.base import Form
-from .offers import Choice, JointOffer, Offer, Shape
+from .options import Choice, JointOption, Option, Shape
 
 _SAME_SCALE = 0.05  # totals in one metric differ by rounding (float32 grams), those in two by factors
 
@@ -45,19 +45,19 @@ def mixture(methods: Sequence[Method]) -> Method:
     """
     if shared := [method.name for method in methods if method.joint is not None and not method.joint.separable]:
         raise ValueError(f"{shared[0]} shares factors among targets and cannot be one of several alternatives")
-    alone = [way for way, method in enumerate(methods) if method.joint is None] or list(range(len(methods)))
+    alone = [alternative for alternative, method in enumerate(methods) if method.joint is None] or list(range(len(methods)))
 
     def solve(weight: Tensor, stats: TargetStats, settings: Any) -> Mixed:
         all_of = _solver(methods, settings, [weight], [stats])
-        return Mixed(tuple(methods), lambda way: all_of(way)[0], alone[0])
+        return Mixed(tuple(methods), lambda alternative: all_of(alternative)[0], alone[0])
 
-    def offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
+    def options(shape: Shape, settings: Any, multiple: int) -> list[Option]:
         found = [
-            replace(offer, choice=replace(offer.choice, way=way))
-            for way in alone
-            for offer in methods[way].offers(shape, settings.parts[way], multiple)
+            replace(option, choice=replace(option.choice, alternative=alternative))
+            for alternative in alone
+            for option in methods[alternative].options(shape, settings.parts[alternative], multiple)
         ]
-        return sorted(found, key=lambda offer: offer.nbytes)
+        return sorted(found, key=lambda option: option.nbytes)
 
     return Method(
         " | ".join(method.name for method in methods),
@@ -65,8 +65,8 @@ def mixture(methods: Sequence[Method]) -> Method:
         MixtureSettings,
         frozenset[str]().union(*(method.needs for method in methods)),
         "; ".join(dict.fromkeys(method.source for method in methods)),
-        offers,
-        ways=tuple(methods),
+        options,
+        alternatives=tuple(methods),
         joint=_joint(methods) if any(method.joint is not None for method in methods) else None,
     )
 
@@ -88,17 +88,17 @@ def _joint(methods: Sequence[Method]) -> Joint:
                         )
         return list(dict.fromkeys(each for each, _ in found.values()))
 
-    def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOffer]:
+    def options(shapes: Sequence[Shape], parts: Sequence[str], settings: Any, multiple: int) -> list[JointOption]:
         """Every method's ways to store the set."""
         found = []
-        for way, (method, part) in enumerate(zip(methods, settings.parts, strict=True)):
+        for alternative, (method, part) in enumerate(zip(methods, settings.parts, strict=True)):
             ways = (
-                _alike([method.offers(shape, part, multiple) for shape in shapes])
+                _alike([method.options(shape, part, multiple) for shape in shapes])
                 if method.joint is None
-                else method.joint.offers(shapes, parts, part, multiple)
+                else method.joint.options(shapes, parts, part, multiple)
             )
-            found += [_of_way(offer, way) for offer in ways]
-        return sorted(found, key=lambda offer: offer.nbytes)
+            found += [_of_alternative(option, alternative) for option in ways]
+        return sorted(found, key=lambda option: option.nbytes)
 
     def solve(
         weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: Any
@@ -107,15 +107,15 @@ def _joint(methods: Sequence[Method]) -> Joint:
         all_of = _solver(methods, settings, weights, statistics, parts)
 
         def member(number: int) -> Mixed:
-            return Mixed(tuple(methods), lambda way: all_of(way)[number], measure)
+            return Mixed(tuple(methods), lambda alternative: all_of(alternative)[number], measure)
 
         # totals are those of an alternative that measures each target's own output, if there is one
-        measure = next((way for way, method in enumerate(methods) if method.joint is None), 0)
+        measure = next((alternative for alternative, method in enumerate(methods) if method.joint is None), 0)
         return [member(number) for number in range(len(weights))]
 
     parts = {part for method in methods if method.joint for part in method.joint.needs}
     needs = {part: frozenset[str]().union(*(method.needs_of(part) for method in methods)) for part in parts}
-    return Joint(sets, offers, solve, shares=False, needs=needs)
+    return Joint(sets, options, solve, shares=False, needs=needs)
 
 
 def _solver(
@@ -143,8 +143,8 @@ def _solver(
         return found[key]
 
     @functools.cache
-    def all_of(way: int) -> Sequence[Solution]:
-        method, part = methods[way], settings.parts[way]
+    def all_of(alternative: int) -> Sequence[Solution]:
+        method, part = methods[alternative], settings.parts[alternative]
         if not method.steps:
             return by(method, part)
         first, second = method.steps
@@ -154,20 +154,21 @@ def _solver(
     return all_of
 
 
-def _alike(each: Sequence[Sequence[Offer]]) -> list[JointOffer]:
+def _alike(each: Sequence[Sequence[Option]]) -> list[JointOption]:
     """The choices that are offered to all of several targets."""
-    known = [{offer.choice: offer for offer in offers} for offers in each]
+    known = [{option.choice: option for option in options} for options in each]
     common = [choice for choice in known[0] if all(choice in ways for ways in known)]
     members = [tuple(ways[choice] for ways in known) for choice in common]
-    return [JointOffer(c, sum(offer.nbytes for offer in m), m) for c, m in zip(common, members, strict=True)]
+    return [JointOption(c, sum(option.nbytes for option in m), m) for c, m in zip(common, members, strict=True)]
 
 
-def _of_way(offer: JointOffer, way: int) -> JointOffer:
-    """The same offer as one of an alternative; a member that it leaves dense stays dense."""
+def _of_alternative(option: JointOption, alternative: int) -> JointOption:
+    """The same option as one of an alternative; a member that it leaves dense stays dense."""
     members = tuple(
-        member if member.choice.dense else replace(member, choice=replace(member.choice, way=way)) for member in offer.members
+        member if member.choice.dense else replace(member, choice=replace(member.choice, alternative=alternative))
+        for member in option.members
     )
-    return JointOffer(replace(offer.choice, way=way), offer.nbytes, members)
+    return JointOption(replace(option.choice, alternative=alternative), option.nbytes, members)
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,17 @@ class Mixed(Solution):
 
     def part(self, choice: Choice) -> tuple[Solution, Choice]:
         """The solution that a choice belongs to, and the choice in that method's own terms."""
-        if choice.way is None:
+        if choice.alternative is None:
             raise ValueError("a choice of a mixture says which alternative it is of")
-        if choice.way not in self._solved:
-            self._solved[choice.way] = self.solve(choice.way)
+        if choice.alternative not in self._solved:
+            self._solved[choice.alternative] = self.solve(choice.alternative)
             self._require_one_scale()
-        return self._solved[choice.way], replace(choice, way=None)
+        return self._solved[choice.alternative], replace(choice, alternative=None)
 
     def _require_one_scale(self) -> None:
-        totals = {way: each.total for way, each in self._solved.items() if self.methods[way].joint is None}
+        totals = {
+            alternative: each.total for alternative, each in self._solved.items() if self.methods[alternative].joint is None
+        }
         if not totals:
             return
         least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
@@ -217,7 +220,7 @@ class Mixed(Solution):
     @property
     def total(self) -> float:
         if not self._solved:
-            self.part(Choice(way=self.measure))
+            self.part(Choice(alternative=self.measure))
         return next(iter(self._solved.values())).total
 
     @property

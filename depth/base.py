@@ -1,6 +1,6 @@
-"""Dropping layers or halves of layers, and repairing what is left: contracts and registry of scores and repairs.
+"""Dropping layers or sub-layers, and repairing what is left: contracts and registry of scores and repairs.
 
-A score is one pure function that says which parts go. A part is a layer, or one residual branch of a layer (attention, or
+A score is one pure function that says which parts go. A part is a layer, or one residual sub-layer of a layer (attention, or
 feed-forward); the score knows parts by their numbers only, in the order of a forward. What it is shown is its own choice:
 
 * `states`: the hidden states that a few calibration tokens have before and after every layer;
@@ -94,7 +94,7 @@ class Repair:
         name: as recipes write it.
         make: (width, damping) -> `Fit` where it is fitted; `Training` -> `Training` with its own defaults where it is trained.
         source: the paper it comes from.
-        on: what it changes: `stream`: the hidden state where the run was; `branch`: what the last branch before the run
+        on: what it changes: `stream`: the hidden state where the run was; `sub-layer`: what the last sub-layer before the run
             adds to it; `layer`: one layer of the run stays and stands in for it; `end`: norm, head and the last layers.
         damped: whether it is fitted by least squares, which damping pulls towards leaving the state as it is.
     """
@@ -102,7 +102,7 @@ class Repair:
     name: str
     make: Callable[..., Any]
     source: str
-    on: Literal["stream", "branch", "layer", "end"]
+    on: Literal["stream", "sub-layer", "layer", "end"]
     damped: bool = False
 
     @property
@@ -162,7 +162,7 @@ def score(
 
 
 def repair(
-    name: str, *, source: str, on: Literal["stream", "branch", "layer", "end"], damped: bool = False
+    name: str, *, source: str, on: Literal["stream", "sub-layer", "layer", "end"], damped: bool = False
 ) -> Callable[[F], F]:
     """Register a function as the repair `name`."""
 

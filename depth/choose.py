@@ -1,4 +1,4 @@
-"""Which layers, or which halves of layers, go: a score's question to the original model, asked with a few calibration tokens.
+"""Which layers, or which sub-layers, go: a score's question to the original model, asked with a few calibration tokens.
 
 The answer is part of the plan. From there on the model simply has fewer parts: statistics of what stays are taken without those
 that go, and the artifact is renumbered (run.py).
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from ..calibrate.layerwise import run_batches, through_layers
 from ..calibrate.packing import token_hash
 from ..checkpoint.atomic import read_json, write_json
-from ..model.ablation import Variant, WithoutBranches, divergences, losses
+from ..model.ablation import Variant, WithoutSubLayers, divergences, losses
 from ..model.lockstep import Call, hidden_of
-from ..model.sublayers import Branch
+from ..model.sublayers import SubLayer
 from ..model.view import ModelView
 from .base import get_repair, get_score
-from .candidates import enough_branches, open_branches, open_layers
+from .candidates import enough_sublayers, open_layers, open_sublayers
 from .cost import seen_samples
-from .model_edit import Surgery
+from .model_edit import ModelEdit
 from .spec import DepthSpec, how_many
 
 
@@ -37,7 +37,7 @@ def choose_parts(
     devices: Sequence[torch.device],
     folder: Path,
     notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
-) -> Surgery:
+) -> ModelEdit:
     """The parts that go; repairs come later (repair.py).
 
     Args:
@@ -47,20 +47,20 @@ def choose_parts(
     """
     score = get_score(spec.score)
     if spec.granularity == "sub-layer":
-        candidates = open_branches(view.branches, len(view.layers), spec)
-        trial = _Trying(view, spec, tokens, devices[0], view.branches, folder, notify)
-        gone = score.choose(trial, candidates, enough_branches(view.branches, spec))
-        return Surgery.without([view.branches[part] for part in gone], trial.record)
+        candidates = open_sublayers(view.sublayers, len(view.layers), spec)
+        trial = _Trying(view, spec, tokens, devices[0], view.sublayers, folder, notify)
+        gone = score.choose(trial, candidates, enough_sublayers(view.sublayers, spec))
+        return ModelEdit.without([view.sublayers[part] for part in gone], trial.record)
     layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
     if score.tries:
         trial = _Trying(view, spec, tokens, devices[0], None, folder, notify)
         chosen_layers = score.choose(trial, layers, lambda gone: len(gone) >= count)
-        return Surgery(tuple(chosen_layers), record=trial.record)
+        return ModelEdit(tuple(chosen_layers), record=trial.record)
     boundaries: list[Tensor] = []
     if score.looks:
         shown = seen_samples(score, view.config.get_text_config().hidden_size, *tokens.shape)
         boundaries = _boundaries(view, spread(tokens, shown), devices)
-    return Surgery(tuple(score.choose(boundaries, layers, count)))
+    return ModelEdit(tuple(score.choose(boundaries, layers, count)))
 
 
 def layers_chosen(view: ModelView, spec: DepthSpec) -> int:
@@ -77,17 +77,17 @@ class _Trying:
         spec: DepthSpec,
         tokens: Tensor,
         device: torch.device,
-        branches: Sequence[Branch] | None,
+        sublayers: Sequence[SubLayer] | None,
         folder: Path,
         notify: Callable[[str, int, float], None],
     ) -> None:
         self._view, self._device, self._notify = view, device, notify
-        self._variant = Variant if branches is None else WithoutBranches(branches)
+        self._variant = Variant if sublayers is None else WithoutSubLayers(sublayers)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
         of = [view.source.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
-        of += ["layers"] if branches is None else [branch.name for branch in branches]
+        of += ["layers"] if sublayers is None else [sublayer.name for sublayer in sublayers]
         self._file = folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
         self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 

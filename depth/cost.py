@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..model.ablation import BATCH_TOKENS, COPIES, STATES
 from .base import Score, Training, get_repair, get_score
-from .candidates import open_branches, open_layers
-from .model_edit import Surgery
+from .candidates import open_layers, open_sublayers
+from .model_edit import ModelEdit
 from .repairs.partial_finetune import LAST_LAYERS
 from .spec import DepthSpec
 
@@ -28,23 +28,25 @@ def seen_samples(score: Score, hidden: int, samples: int, length: int) -> int:
     return min(samples, max(1, _SEEN_TOKENS // length, math.ceil(score.tokens_per_channel * hidden / length)))
 
 
-def depth_lines(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, surgery: Surgery) -> tuple[str, ...]:
+def depth_lines(
+    view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, model_edit: ModelEdit
+) -> tuple[str, ...]:
     """What choosing and repairing will take, and what the result needs to load, in words."""
     if spec is None:
         return ()
     lines, tokens = [], calibration.samples * calibration.length
     score = get_score(spec.score)
     if score.tries:
-        halves = spec.granularity == "sub-layer"
+        sublayers = spec.granularity == "sub-layer"
         layers = len(view.layers)
-        candidates = len(open_branches(view.branches, layers, spec) if halves else open_layers(layers, spec))
-        rounds = len(surgery.removed) if halves else len(surgery.dropped)
+        candidates = len(open_sublayers(view.sublayers, layers, spec) if sublayers else open_layers(layers, spec))
+        rounds = len(model_edit.removed) if sublayers else len(model_edit.dropped)
         tries = sum(candidates - gone for gone in range(rounds))
         seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
         lines.append(f"score {spec.score}: some {rounds} rounds, {tries} models, each over {seen:,} tokens")
     lines += _repair_lines(view, spec, tokens)
-    if surgery.removed:
-        lines.append("the result needs lrc to load: half a layer is gone")
+    if model_edit.removed:
+        lines.append("the result needs lrc to load: a sub-layer is gone")
     return tuple(lines)
 
 
@@ -63,13 +65,13 @@ def _repair_lines(view: ModelView, spec: DepthSpec, tokens: int) -> list[str]:
         ]
     where = (
         f"into the matrix before each cut, or behind it as {width} × {width} numbers that need lrc to load"
-        if repair.on == "branch"
+        if repair.on == "sub-layer"
         else f"each run of dropped layers adds {width} × {width} numbers, and the result needs lrc to load"
     )
     return [f"{started}two forwards over {tokens:,} tokens; {where}; kept where the held-out loss does not rise"]
 
 
-def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, surgery: Surgery) -> int:
+def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, model_edit: ModelEdit) -> int:
     """Predicted resident memory, beside the process, while depth chooses and repairs; docs/memory.md has the formula."""
     if spec is None:
         return 0
@@ -84,13 +86,13 @@ def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: Calibratio
         seen = seen_samples(score, text.hidden_size, calibration.samples, calibration.length) * calibration.length
         moments.append(layer + (len(view.layers) + 1) * seen * token + _WIDENED * 8 * seen * text.hidden_size)
     if score.tries:
-        parts = len(view.branches) if spec.granularity == "sub-layer" else len(view.layers)
+        parts = len(view.sublayers) if spec.granularity == "sub-layer" else len(view.layers)
         seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
         moments.append(layer + min(STATES, parts * COPIES * seen * token) + logits)
     if spec.repair != "none":
         repair = get_repair(spec.repair)
         held = min(HELD_TOKENS, calibration.samples * calibration.length)
-        moments.append(layer + min(STATES, (len(surgery.dropped) + 1) * COPIES * held * token) + logits)
+        moments.append(layer + min(STATES, (len(model_edit.dropped) + 1) * COPIES * held * token) + logits)
         if repair.trained:
             at_once = calibration.length if repair.on == "end" else max(2048, calibration.length)
             widest = max(max(t.out_features, t.in_features) for t in view.targets)

@@ -1,4 +1,4 @@
-"""What depth does to one model: layers and halves of layers that go, edits of those that stay, and why; kept on disk.
+"""What depth does to one model: layers and sub-layers that go, edits of those that stay, and why; kept on disk.
 
 Finding it can cost hours, so it lies in a folder beside the unfinished artifact and is read again, layer by layer, by the run
 that stores the result and by one that continues it.
@@ -18,20 +18,20 @@ from torch import Tensor
 from ..checkpoint.atomic import read_json, replacing, write_json
 from ..compress.forms.base import Spec
 from ..model.layer_edit import LayerEdit, LinearMap
-from ..model.sublayers import Branch
+from ..model.sublayers import SubLayer
 from ..model.targets import Target
 
-_FILE = "surgery.json"
+_FILE = "model_edit.json"
 _OUTSIDE = "outside"
 
 
 @dataclass(frozen=True)
-class Surgery:
+class ModelEdit:
     """What goes, and what is changed.
 
     Args:
         dropped: layers that go, ascending.
-        removed: names of the branches that go.
+        removed: names of the sub-layers that go.
         zeroed: their targets.
         edits: layer name -> its edit, where they are held in memory.
         outside: parameters outside the layers -> new values, where they are held in memory.
@@ -50,10 +50,10 @@ class Surgery:
     folder: Path | None = None
 
     @classmethod
-    def without(cls, branches: Sequence[Branch], record: Mapping[str, Any] | None = None) -> Surgery:
-        """These branches go."""
-        zeroed = tuple(target for branch in branches for target in branch.targets)
-        return cls((), tuple(branch.name for branch in branches), zeroed, record=record or {})
+    def without(cls, sublayers: Sequence[SubLayer], record: Mapping[str, Any] | None = None) -> ModelEdit:
+        """These sub-layers go."""
+        zeroed = tuple(target for sublayer in sublayers for target in sublayer.targets)
+        return cls((), tuple(sublayer.name for sublayer in sublayers), zeroed, record=record or {})
 
     def edit(self, layer: str) -> LayerEdit | None:
         """What is changed in a layer; reads its file."""
@@ -77,7 +77,7 @@ class Surgery:
         specs = [spec for layer in self.maps.values() for spec in layer.values()]
         return sum(spec["width"] * (spec["width"] + (1 if spec["bias"] else 0)) for spec in specs)
 
-    def write(self, folder: Path, identity: Mapping[str, Any]) -> Surgery:
+    def write(self, folder: Path, identity: Mapping[str, Any]) -> ModelEdit:
         """Put it into a folder, in the place of another one; returns the same, read from there when needed."""
         folder.mkdir(parents=True, exist_ok=True)
         for earlier in (folder / _FILE, *folder.glob("*.safetensors")):
@@ -95,12 +95,12 @@ class Surgery:
         zeroed = [target.name for target in self.zeroed]
         held = _Held(dict(identity), self.dropped, self.removed, zeroed, maps, dict(self.record))
         write_json(folder / _FILE, held)  # the last to appear: edits without it are written again
-        return Surgery(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
+        return ModelEdit(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A surgery's file; `identity` is of the run that found it, `zeroed` names targets, tensors lie beside it."""
+    """A model edit's file; `identity` is of the run that found it, `zeroed` names targets, tensors lie beside it."""
 
     identity: dict[str, Any]
     dropped: tuple[int, ...]
@@ -110,14 +110,14 @@ class _Held:
     record: dict[str, Any]
 
 
-def read_surgery(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> Surgery | None:
+def read_model_edit(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> ModelEdit | None:
     """What an interrupted run of the same identity found; None where there is nothing of it."""
     held = read_json(folder / _FILE, _Held)
     if held is None or held.identity != json.loads(json.dumps(identity)):
         return None
     named = {target.name: target for target in targets}
     zeroed = tuple(named[name] for name in held.zeroed)
-    return Surgery(held.dropped, held.removed, zeroed, maps=held.maps, record=held.record, folder=folder)
+    return ModelEdit(held.dropped, held.removed, zeroed, maps=held.maps, record=held.record, folder=folder)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -27,11 +27,11 @@ from ..model.ablation import Variant, losses
 from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, LinearMap
 from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
-from ..model.sublayers import Branch, branches_of
+from ..model.sublayers import SubLayer, sublayers_of
 from ..model.view import ModelView
 from .base import Fit, Repair, get_repair
 from .cost import HELD_TOKENS, HELD_WINDOW
-from .model_edit import Surgery
+from .model_edit import ModelEdit
 from .spec import DepthSpec
 from .trained_repair import finetune_end, streamline
 
@@ -59,15 +59,15 @@ class Mend:
 
 def repaired(
     view: ModelView,
-    surgery: Surgery,
+    model_edit: ModelEdit,
     spec: DepthSpec,
     tokens: Tensor,
     apart: Tensor,
     seed: int,
     device: torch.device,
     notify: Notify,
-) -> Surgery:
-    """The same surgery with the repair that the recipe asks for, as far as it helps.
+) -> ModelEdit:
+    """The same model edit with the repair that the recipe asks for, as far as it helps.
 
     Args:
         tokens: (samples, length) calibration tokens.
@@ -79,15 +79,15 @@ def repaired(
         CalibrationError: one sample, which cannot be divided.
     """
     if spec.repair == "none":
-        return surgery
+        return model_edit
     repair = get_repair(spec.repair)
     train, held = (tokens, held_windows(apart)) if len(apart) else divided(tokens, spec.hold_out)
     if repair.on == "layer":
-        return streamline(view, surgery, repair.make(spec.training), train, held, seed, device, notify)
+        return streamline(view, model_edit, repair.make(spec.training), train, held, seed, device, notify)
     if repair.on == "end":
-        return finetune_end(view, surgery, repair.make(spec.training), train, held, seed, device, notify)
-    mends = fitted(view, surgery.dropped, repair, spec.damping, train, device, notify)
-    kept, before, after = accepted(view, surgery.dropped, mends, held, device)
+        return finetune_end(view, model_edit, repair.make(spec.training), train, held, seed, device, notify)
+    mends = fitted(view, model_edit.dropped, repair, spec.damping, train, device, notify)
+    kept, before, after = accepted(view, model_edit.dropped, mends, held, device)
     runs = [
         {"layers": list(range(*mend.layers)), "accepted": mend in kept, "where": mend.how, "tokens": mend.tokens}
         for mend in mends
@@ -95,7 +95,7 @@ def repaired(
     record = {"repair": spec.repair, "held_out_tokens": held.numel(), "loss_without": before, "loss": after, "runs": runs}
     edits = {view.layer_names[at]: edit for at, edit in _merged(kept).items()}
     maps = {name: {path: each.spec for path, each in edit.maps.items()} for name, edit in edits.items() if edit.maps}
-    return replace(surgery, edits=edits, maps=maps, record={**surgery.record, "repair": record})
+    return replace(model_edit, edits=edits, maps=maps, record={**model_edit.record, "repair": record})
 
 
 def divided(tokens: Tensor, hold_out: float) -> tuple[Tensor, Tensor]:
@@ -169,14 +169,14 @@ class _Run:
     """One run while its map is fitted.
 
     Args:
-        branch: the last branch of the layer before the run, where the map goes behind it.
-        added: what that branch added to the pruned stream, one tensor per batch.
-        matrix: (weight (out, in), bias) of the branch's last target, where the map can be multiplied into it.
+        sublayer: the last sub-layer of the layer before the run, where the map goes behind it.
+        added: what that sub-layer added to the pruned stream, one tensor per batch.
+        matrix: (weight (out, in), bias) of the sub-layer's last target, where the map can be multiplied into it.
     """
 
     first: int
     end: int
-    branch: Branch | None = None
+    sublayer: SubLayer | None = None
     added: list[Tensor] = field(default_factory=list)
     matrix: tuple[Tensor, Tensor | None] | None = None
 
@@ -211,12 +211,12 @@ class _Fitting:
         self._view, self._dropped, self._repair, self._damping = view, frozenset(dropped), repair, damping
         self._tokens, self._device = tokens, device
         self._runs = [_Run(first, end) for first, end in runs_of(dropped)]
-        if repair.on == "branch":
+        if repair.on == "sub-layer":
             before = [run.first - 1 for run in self._runs if run.first]
-            found = branches_of(view, view.targets, before) if before else {}
+            found = sublayers_of(view, view.targets, before) if before else {}
             for run in self._runs:
-                if branches := found.get(run.first - 1, ()):
-                    run.branch = branches[-1]
+                if sublayers := found.get(run.first - 1, ()):
+                    run.sublayer = sublayers[-1]
 
     @torch.no_grad()
     def run(self, notify: Notify) -> list[Mend]:
@@ -237,7 +237,7 @@ class _Fitting:
                 whole = self._through(layer, name, steps.calls[:count])
                 if index in self._dropped:
                     pruned = [with_hidden(template, call.hidden) for call in steps.calls[count:]]
-                elif index < self._runs[0].first and not (following and following.branch):
+                elif index < self._runs[0].first and not (following and following.sublayer):
                     pruned = whole  # the streams have not parted yet
                 else:
                     pruned = self._through(layer, name, steps.calls[count:], following)
@@ -253,18 +253,18 @@ class _Fitting:
         return mends
 
     def _through(self, layer: nn.Module, name: str, calls: Sequence[Call], following: _Run | None = None) -> list[Any]:
-        """The layer's outputs; what its last branch adds is kept for the run that follows."""
+        """The layer's outputs; what its last sub-layer adds is kept for the run that follows."""
         handle = None
-        if following and following.branch:
-            branch = following.branch
-            tail = layer.get_submodule(branch.tail)
+        if following and following.sublayer:
+            sublayer = following.sublayer
+            tail = layer.get_submodule(sublayer.tail)
 
             def keep(_: nn.Module, __: Any, output: Any) -> None:
-                following.added.append(branch.scale * hidden_of(output).to("cpu"))
+                following.added.append(sublayer.scale * hidden_of(output).to("cpu"))
 
             handle = tail.register_forward_hook(keep)
-            if branch.last is not None:
-                module: Any = layer.get_submodule(branch.last.role)
+            if sublayer.last is not None:
+                module: Any = layer.get_submodule(sublayer.last.role)
                 bias = None if module.bias is None else module.bias.to("cpu", copy=True)
                 following.matrix = (linear_weight(module).to("cpu", copy=True), bias)
         outputs = []
@@ -307,18 +307,18 @@ class _Fitting:
     def _placed(self, run: _Run, change: Tensor, narrow: LinearMap) -> tuple[int, LayerEdit, str]:
         """Where the map lives: (layer, edit, in words)."""
         names = self._view.layer_names
-        if run.branch is not None and run.branch.last is not None and run.matrix is not None:
+        if run.sublayer is not None and run.sublayer.last is not None and run.matrix is not None:
             weight, bias = run.matrix
-            path = run.branch.last.role
+            path = run.sublayer.last.role
             fused = weight.double() + change.cpu() @ weight.double()
             held = self._view.layers[run.first - 1].get_submodule(path)
             tensors = {f"{path}.weight": fused if isinstance(held, nn.Linear) else fused.T}
             if bias is not None:
                 tensors[f"{path}.bias"] = bias.double() + change.cpu() @ bias.double()
             narrowed = {key: value.to(self._view.dtype).contiguous() for key, value in tensors.items()}
-            return run.first - 1, LayerEdit((), narrowed), f"in the weight of {run.branch.last.name}"
-        if run.branch is not None:
-            path = run.branch.tail
+            return run.first - 1, LayerEdit((), narrowed), f"in the weight of {run.sublayer.last.name}"
+        if run.sublayer is not None:
+            path = run.sublayer.tail
             behind: Mapping[str, LinearMap] = {path: replace(narrow, side="output")}
             return run.first - 1, LayerEdit(maps=behind), f"a linear layer behind {names[run.first - 1]}.{path}"
         if run.end < len(names):

@@ -11,13 +11,13 @@ from .base import Training, repairs, scores
 
 
 class DepthSpec(BaseModel):
-    """Whole layers, or halves of layers, that go before anything else happens.
+    """Whole layers, or sub-layers, that go before anything else happens.
 
     Args:
         score: what decides (`lrc recipe scores`).
         granularity: 'layer', or 'sub-layer': attention and feed-forward go each on its own.
         drop: how many of them; or
-        ratio: of layers, which fraction, rounded up; of halves of layers, which fraction of the targets' bytes at least.
+        ratio: of layers, which fraction, rounded up; of sub-layers, which fraction of the targets' bytes at least.
         protect_first, protect_last: layers at either end that stay.
         repair: how to make up for what went (`lrc recipe scores` lists them too).
         damping: of least squares in a repair, relative to the mean diagonal of the gram, towards leaving the state as it is.

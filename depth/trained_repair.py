@@ -26,7 +26,7 @@ from ..model.view import ModelView
 from ..refine.objectives import BlockSettings, refine_block
 from ..refine.trainer import Course, Refinement, Trainer, checked_dtypes
 from .base import Training
-from .model_edit import Surgery
+from .model_edit import ModelEdit
 from .repairs.partial_finetune import LAST_LAYERS
 
 Notify = Callable[[str, int, float], None]
@@ -71,24 +71,24 @@ def train(
 
 def streamline(
     view: ModelView,
-    surgery: Surgery,
+    model_edit: ModelEdit,
     training: Training,
     tokens: Tensor,
     held: Tensor,
     seed: int,
     device: torch.device,
     notify: Notify,
-) -> Surgery:
-    """The surgery's one run, less its first layer, which is trained to give what the run gave.
+) -> ModelEdit:
+    """The model edit's one run, less its first layer, which is trained to give what the run gave.
 
     Args:
-        surgery: drops the run whole.
+        model_edit: drops the run whole.
         training: with its defaults filled in.
         tokens: (samples, length) to train on.
         held: (windows, length) to judge by: first the squared error, then the model's loss.
     """
-    first, *rest = surgery.dropped
-    name, end = view.layer_names[first], surgery.dropped[-1]
+    first, *rest = model_edit.dropped
+    name, end = view.layer_names[first], model_edit.dropped[-1]
     count = len(batches := tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
     calls: list[Call] = []
     with torch.no_grad(), _states(view, [*batches, *held.split(max(1, TOKENS_PER_BATCH // held.shape[1]))]) as steps:
@@ -114,37 +114,37 @@ def streamline(
     keep = after <= before
     record = {
         "repair": "streamline", "held_out_tokens": held.numel(), "loss_without": before, "loss": after if keep else before,
-        "runs": [{"layers": list(surgery.dropped), "accepted": keep, "where": name, "tokens": tokens.numel()}],
+        "runs": [{"layers": list(model_edit.dropped), "accepted": keep, "where": name, "tokens": tokens.numel()}],
         "training": _facts(report),
     }  # fmt: skip
     return replace(
-        surgery, dropped=tuple(rest), edits={name: learnt} if keep else {}, record={**surgery.record, "repair": record}
+        model_edit, dropped=tuple(rest), edits={name: learnt} if keep else {}, record={**model_edit.record, "repair": record}
     )
 
 
 def finetune_end(
     view: ModelView,
-    surgery: Surgery,
+    model_edit: ModelEdit,
     training: Training,
     tokens: Tensor,
     held: Tensor,
     seed: int,
     device: torch.device,
     notify: Notify,
-) -> Surgery:
-    """The surgery, with the final norm, the output head and the last layers trained on the tokens themselves; as `streamline`.
+) -> ModelEdit:
+    """The model edit, with final norm, output head and the last layers trained on the tokens themselves; as `streamline`.
 
     A head that is tied to the embedding stays.
     """
-    stays = [layer for layer in range(len(view.layers)) if layer not in surgery.dropped]
+    stays = [layer for layer in range(len(view.layers)) if layer not in model_edit.dropped]
     last = stays[-LAST_LAYERS:]
     windows = [*tokens.split(1), *held.split(1)]
     states: list[Tensor] = []
     with torch.no_grad(), _states(view, windows) as steps:
         while steps.index < last[0]:
-            steps.answer(_outputs(view, steps, device, surgery))
+            steps.answer(_outputs(view, steps, device, model_edit))
         states = [call.hidden for call in steps.calls]
-    with _End(view, surgery, last, device) as end:
+    with _End(view, model_edit, last, device) as end:
         parameters = end.parameters()
 
         def loss(window: int) -> Tensor:
@@ -170,7 +170,7 @@ def finetune_end(
         "layers": last, "accepted": better, "head": "tied, not trained" if view.untied_head is None else "trained",
         "training": _facts(report),
     }  # fmt: skip
-    return replace(surgery, edits=edits, outside=outside, record={**surgery.record, "repair": record})
+    return replace(model_edit, edits=edits, outside=outside, record={**model_edit.record, "repair": record})
 
 
 def _apart(view: ModelView, values: Mapping[str, Tensor]) -> tuple[dict[str, LayerEdit], dict[str, Tensor]]:
@@ -203,13 +203,13 @@ def _states(view: ModelView, batches: Sequence[Tensor]) -> Iterator[Lockstep]:
         yield steps
 
 
-def _outputs(view: ModelView, steps: Lockstep, device: torch.device, surgery: Surgery | None = None) -> list[Any]:
-    """What the layer that all forwards stand before puts out, with the surgery where there is one."""
+def _outputs(view: ModelView, steps: Lockstep, device: torch.device, model_edit: ModelEdit | None = None) -> list[Any]:
+    """What the layer that all forwards stand before puts out, with the model edit where there is one."""
     name = view.layer_names[steps.index]
-    if surgery is not None and steps.index in surgery.dropped:
+    if model_edit is not None and steps.index in model_edit.dropped:
         return [passed_by(view.layers[steps.index], call) for call in steps.calls]
     outputs = []
-    with edited(view.load(name).to(device), name, surgery.edit(name) if surgery else None) as layer:
+    with edited(view.load(name).to(device), name, model_edit.edit(name) if model_edit else None) as layer:
         for batch, call in enumerate(steps.calls):
             output = run_layer(layer, call.to(device))
             check_finite(output, name, batch)
@@ -225,8 +225,8 @@ class _End:
     The model's own forward runs, so that whatever it does to states and logits is done; its earlier layers hand on the state.
     """
 
-    def __init__(self, view: ModelView, surgery: Surgery, last: Sequence[int], device: torch.device) -> None:
-        self._view, self._surgery, self._last, self._device = view, surgery, list(last), device
+    def __init__(self, view: ModelView, model_edit: ModelEdit, last: Sequence[int], device: torch.device) -> None:
+        self._view, self._model_edit, self._last, self._device = view, model_edit, list(last), device
         self._state = torch.empty(0)
         self._templates: dict[int, Any] = {}
         self._open = ExitStack()
@@ -241,7 +241,7 @@ class _End:
             layer = view.layers[index]
             if index in self._last:
                 self._open.callback(view.unload, name)
-                self._open.enter_context(edited(view.load(name).to(self._device), name, self._surgery.edit(name)))
+                self._open.enter_context(edited(view.load(name).to(self._device), name, self._model_edit.edit(name)))
             else:
                 layer.forward = partial(self._hand_on, index)
                 self._open.callback(delattr, layer, "forward")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compress.base import Method, methods
-from lrc.compress.offers import Shape
+from lrc.compress.options import Shape
 from lrc.plan.load_recipe import load_recipe, shipped, summary
 
 FOLDER = Path(__file__).resolve().parent / "methods"
@@ -75,8 +75,8 @@ def _capital(text: str) -> str:
 
 def family(method: Method) -> str:
     """Where a method stands in the index, by what it offers."""
-    offers = method.offers(Shape(4096, 4096, 2), method.settings(), 1)
-    held = {key for key, value in vars(offers[-1].choice).items() if value is not None} if offers else set()
+    options = method.options(Shape(4096, 4096, 2), method.settings(), 1)
+    held = {key for key, value in vars(options[-1].choice).items() if value is not None} if options else set()
     return next((name for keys, name in FAMILIES if keys <= held), "Others")
 
 

@@ -1,4 +1,4 @@
-"""What a model loses with some layers or halves of layers gone or changed: many such variants in one pass over the weights.
+"""What a model loses with some layers or sub-layers gone or changed: many such variants in one pass over the weights.
 
 Every variant is the model with its own layers dropped and edited. Variants go through the layers in lockstep, each layer's
 weights are read once for all of them, and as long as two variants have met the same changes they are one computation. Only so
@@ -23,7 +23,7 @@ from .host_memory import give_back
 from .layer_edit import LayerEdit, edited
 from .likelihood import makes_few_logits
 from .lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
-from .sublayers import Branch
+from .sublayers import SubLayer
 from .view import ModelView
 
 # Variants of a model go through the layers side by side, and the plan knows what they take.
@@ -51,27 +51,27 @@ class Variant:
         return "dropped" if layer in self.dropped else self.edits.get(layer)
 
 
-class WithoutBranches:
-    """Variants of a model that lack some of its branches; equal edits are one object, so that variants share what they can.
+class WithoutSubLayers:
+    """Variants of a model that lack some of its sub-layers; equal edits are one object, so that variants share what they can.
 
     Args:
-        branches: of the model, by number.
+        sublayers: of the model, by number.
     """
 
-    def __init__(self, branches: Sequence[Branch]) -> None:
-        self._branches = branches
+    def __init__(self, sublayers: Sequence[SubLayer]) -> None:
+        self._sublayers = sublayers
         self._edits: dict[frozenset[int], LayerEdit] = {}
 
     def __call__(self, parts: Collection[int]) -> Variant:
-        """The model without the branches of these numbers."""
+        """The model without the sub-layers of these numbers."""
         by_layer: dict[int, set[int]] = {}
         for part in parts:
-            by_layer.setdefault(self._branches[part].layer, set()).add(part)
+            by_layer.setdefault(self._sublayers[part].layer, set()).add(part)
         return Variant(edits={layer: self._edit(frozenset(mine)) for layer, mine in by_layer.items()})
 
     def _edit(self, mine: frozenset[int]) -> LayerEdit:
         if mine not in self._edits:
-            self._edits[mine] = reduce(LayerEdit.with_others, (self._branches[part].zeroed for part in sorted(mine)))
+            self._edits[mine] = reduce(LayerEdit.with_others, (self._sublayers[part].zeroed for part in sorted(mine)))
         return self._edits[mine]
 
 

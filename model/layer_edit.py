@@ -1,6 +1,6 @@
 """A layer with something changed: values of its tensors, targets that are gone, maps laid around its modules.
 
-Dropping halves of layers and repairing after layers were dropped (prune.py, repair.py) are edits: data, kept on disk beside an
+Dropping sub-layers and repairing after layers were dropped (prune.py, repair.py) are edits: data, kept on disk beside an
 unfinished artifact, laid on a layer after its weights came in and taken off before they go. Whatever runs or stores the layer
 between sees the edited one.
 """

@@ -1,12 +1,12 @@
-"""The residual branches of a layer, and which targets belong to each: found by trial, whatever the architecture calls them.
+"""The residual sub-layers of a layer, and which targets belong to each: found by trial, whatever the architecture calls them.
 
-A branch reads the stream of hidden states and adds to it: attention, feed-forward. Its tail is the module whose output is
+A sub-layer reads the stream of hidden states and adds to it: attention, feed-forward. Its tail is the module whose output is
 added. A module is a tail if, while all others keep the outputs that they had, adding something to its output adds just that
-(times a constant) to the layer's output; and the tails are all branches if the layer without their outputs gives back what it
-was given. A target belongs to the branch whose tail it reaches while the other branches keep their outputs.
+(times a constant) to the layer's output; and the tails are all sub-layers if the layer without their outputs gives back what it
+was given. A target belongs to the sub-layer whose tail it reaches while the other sub-layers keep their outputs.
 
-Direct children of the layer are tried first, so that a branch is a whole attention or feed-forward, a norm behind it included;
-then all modules with weights of their own. Layers that are built alike are looked at once.
+Direct children of the layer are tried first, so that a sub-layer is a whole attention or feed-forward with the norm behind
+it; then all modules with weights of their own. Layers that are built alike are looked at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _EQUAL = 1e-3  # relative; float32 through a layer is far better, and what is no
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One residual branch.
+class SubLayer:
+    """One residual sub-layer.
 
     Args:
         layer: its number.
@@ -55,14 +55,14 @@ class Branch:
 
     @property
     def zeroed(self) -> LayerEdit:
-        """The edit that takes the branch out."""
+        """The edit that takes the sub-layer out."""
         return LayerEdit(self.targets)
 
 
-def branches_of(
+def sublayers_of(
     view: Checkpoint, targets: Sequence[Target], layers: Sequence[int] | None = None
-) -> dict[int, tuple[Branch, ...]]:
-    """Layer -> its branches in the order of a forward; empty where they cannot be told apart.
+) -> dict[int, tuple[SubLayer, ...]]:
+    """Layer -> its sub-layers in the order of a forward; empty where they cannot be told apart.
 
     Reads the weights of one layer of each kind.
 
@@ -70,8 +70,8 @@ def branches_of(
         targets: of all layers, in the order of a forward.
         layers: those to look at; None takes all.
     """
-    found: dict[int, tuple[Branch, ...]] = {}
-    alike: dict[Any, tuple[Branch, ...]] = {}
+    found: dict[int, tuple[SubLayer, ...]] = {}
+    alike: dict[Any, tuple[SubLayer, ...]] = {}
     wanted = range(len(view.layers)) if layers is None else sorted(layers)
     inside = {index: list(each) for index, each in groupby(targets, lambda target: target.layer)}
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, view.layers) as steps:
@@ -88,45 +88,47 @@ def branches_of(
                 finally:
                     view.unload(name)
             if index in wanted:
-                found[index] = tuple(_moved(branch, index, name, mine) for branch in alike[kind])
+                found[index] = tuple(_moved(sublayer, index, name, mine) for sublayer in alike[kind])
             if index == len(view.layers) - 1:
                 break
             steps.answer([output])
     return found
 
 
-def require_branches(view: Checkpoint, targets: Sequence[Target]) -> list[Branch]:
-    """All branches of all layers, numbered by their place in the list.
+def require_sublayers(view: Checkpoint, targets: Sequence[Target]) -> list[SubLayer]:
+    """All sub-layers of all layers, numbered by their place in the list.
 
     Raises:
-        ModelError: a layer's branches cannot be told apart, or cannot be taken out by zeros.
+        ModelError: a layer's sub-layers cannot be told apart, or cannot be taken out by zeros.
     """
-    everything: list[Branch] = []
-    for index, branches in branches_of(view, targets).items():
+    everything: list[SubLayer] = []
+    for index, sublayers in sublayers_of(view, targets).items():
         name = view.layer_names[index]
-        if not branches:
+        if not sublayers:
             raise ModelError(
-                f"{name}: {type(view.layers[index]).__name__} is no sum of its input and residual branches, or a matrix of it "
-                "belongs to several.",
+                f"{name}: {type(view.layers[index]).__name__} is no sum of its input and residual sub-layers, or one of its "
+                "matrices belongs to several.",
                 "Use depth.granularity: layer.",
             )
-        if stays := [branch.name for branch in branches if not branch.vanishes]:
+        if stays := [sublayer.name for sublayer in sublayers if not sublayer.vanishes]:
             raise ModelError(
                 f"{stays[0]} adds something even where all its matrices give zeros (a bias or norm behind them).",
                 "Use depth.granularity: layer.",
             )
-        everything += branches
+        everything += sublayers
     return everything
 
 
-def _moved(branch: Branch, index: int, name: str, targets: Sequence[Target]) -> Branch:
-    """The same branch of another layer that is built alike."""
-    if branch.layer == index:
-        return branch
+def _moved(sublayer: SubLayer, index: int, name: str, targets: Sequence[Target]) -> SubLayer:
+    """The same sub-layer of another layer that is built alike."""
+    if sublayer.layer == index:
+        return sublayer
     mine = {(target.role, target.expert): target for target in targets}
-    last = None if branch.last is None else mine[branch.last.role, branch.last.expert]
-    members = tuple(mine[target.role, target.expert] for target in branch.targets)
-    return Branch(index, f"{name}.{_inside(members, branch.tail)}", members, branch.tail, branch.scale, last, branch.vanishes)
+    last = None if sublayer.last is None else mine[sublayer.last.role, sublayer.last.expert]
+    members = tuple(mine[target.role, target.expert] for target in sublayer.targets)
+    return SubLayer(
+        index, f"{name}.{_inside(members, sublayer.tail)}", members, sublayer.tail, sublayer.scale, last, sublayer.vanishes
+    )
 
 
 def _inside(targets: Sequence[Target], tail: str) -> str:
@@ -138,7 +140,7 @@ def _inside(targets: Sequence[Target], tail: str) -> str:
     return ".".join(common) or tail
 
 
-def _look(layer: nn.Module, name: str, index: int, targets: Sequence[Target], call: Call) -> tuple[Branch, ...]:
+def _look(layer: nn.Module, name: str, index: int, targets: Sequence[Target], call: Call) -> tuple[SubLayer, ...]:
     alone = copy.deepcopy(layer).float()
     alone.__dict__.pop("forward", None)  # that of Lockstep
     width = call.hidden.shape[-1]
@@ -159,7 +161,7 @@ def _look(layer: nn.Module, name: str, index: int, targets: Sequence[Target], ca
     return ()
 
 
-def _assigned(trial: _Trial, tails: dict[str, float], name: str, index: int, targets: Sequence[Target]) -> tuple[Branch, ...]:
+def _assigned(trial: _Trial, tails: dict[str, float], name: str, index: int, targets: Sequence[Target]) -> tuple[SubLayer, ...]:
     members: dict[str, list[Target]] = {tail: [] for tail in tails}
     last: dict[str, Target] = {}
     for target in targets:
@@ -176,7 +178,7 @@ def _assigned(trial: _Trial, tails: dict[str, float], name: str, index: int, tar
     found = []
     for tail, mine in sorted(members.items(), key=lambda item: targets.index(item[1][0])):
         vanishes = trial.vanishes(tail, name, LayerEdit(tuple(mine)))
-        found.append(Branch(index, f"{name}.{_inside(mine, tail)}", tuple(mine), tail, tails[tail], last.get(tail), vanishes))
+        found.append(SubLayer(index, f"{name}.{_inside(mine, tail)}", tuple(mine), tail, tails[tail], last.get(tail), vanishes))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
 from ..errors import CalibrationError
-from .sublayers import Branch, require_branches
+from .sublayers import SubLayer, require_sublayers
 from .targets import Target, watch
 
 
@@ -43,9 +43,9 @@ class ModelView(Checkpoint):
         return [target for target in self._matrices() if not self._why_kept(target)]
 
     @cached_property
-    def branches(self) -> list[Branch]:
-        """The residual branches of all layers; reads the weights of one layer of each kind (see `require_branches`)."""
-        return require_branches(self, self.targets)
+    def sublayers(self) -> list[SubLayer]:
+        """The residual sub-layers of all layers; reads the weights of one layer of each kind (see `require_branches`)."""
+        return require_sublayers(self, self.targets)
 
     @cached_property
     def kept(self) -> list[Kept]:

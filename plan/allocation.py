@@ -1,4 +1,4 @@
-"""Sharing the budget out: curves in, one offer per target out, by the recipe's rule.
+"""Sharing the budget out: curves in, one option per target out, by the recipe's rule.
 
 Losses of different targets can be weighed against each other only on a common scale. `spectrum` takes each loss relative to
 the target's own output energy; `kl` and `fisher` take losses that are in nats already; `own` asks no solver and takes what
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ..compress.base import Curve
-from ..compress.offers import Choice, Offer
+from ..compress.options import Choice, Option
 from ..errors import BudgetError
 from ..model.targets import Target
 from .knapsack import PredictedOption, solve
@@ -27,11 +27,11 @@ class Shared:
     """What every target gets.
 
     Args:
-        offers: target -> its offer; a dense one has an empty `Choice`.
+        options: target -> its option; a dense one has an empty `Choice`.
         gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
     """
 
-    offers: dict[str, Offer]
+    options: dict[str, Option]
     gap: float | None = None
 
 
@@ -57,7 +57,7 @@ def allocate(
     targets: Sequence[Target],
     bounded: frozenset[str] = frozenset(),
 ) -> Shared:
-    """One offer per target that has a curve.
+    """One option per target that has a curve.
 
     Args:
         recipe: its rule.
@@ -84,21 +84,21 @@ def allocate(
             for name, curve in curves.items()
         ]
         return Shared(rule.share(opened, left, recipe.rule_settings)) if opened else Shared({})
-    options = {name: _options(recipe.allocation, curve, dense[name], name not in bounded) for name, curve in curves.items()}
-    found = solve(options, left)
-    offers = {name: Offer(option.choice, option.nbytes) for name, option in found.options.items()}
-    return Shared(offers, found.gap)
+    predicted = {name: _predicted(recipe.allocation, curve, dense[name], name not in bounded) for name, curve in curves.items()}
+    found = solve(predicted, left)
+    options = {name: Option(one.choice, one.nbytes) for name, one in found.options.items()}
+    return Shared(options, found.gap)
 
 
 def _as_others(unseen: Collection[str], curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
     """The curves, and for experts that no token reached, whose losses of nought say nothing, the mean of the others of their
     layer and role."""
     kinds = {
-        name: (places[name].layer, places[name].role, curve.offers)
+        name: (places[name].layer, places[name].role, curve.options)
         for name, curve in curves.items()
         if places[name].expert is not None
     }
-    seen: dict[tuple[int, str, tuple[Offer, ...]], list[Curve]] = {}
+    seen: dict[tuple[int, str, tuple[Option, ...]], list[Curve]] = {}
     for name, kind in kinds.items():
         if name not in unseen:
             seen.setdefault(kind, []).append(curves[name])
@@ -109,27 +109,27 @@ def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:
     def over(each: Iterable[Sequence[float]]) -> tuple[float, ...]:
         return tuple(map(fmean, zip(*each, strict=True)))
 
-    losses, signals = over(other.losses for other in others), over(other.signals for other in others)
-    return replace(curve, total=fmean(other.total for other in others), losses=losses, signals=signals)
+    losses, scores = over(other.losses for other in others), over(other.scores for other in others)
+    return replace(curve, total=fmean(other.total for other in others), losses=losses, scores=scores)
 
 
-def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Offer:
+def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Option:
     """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller, or where
     calibration has seen nothing to choose by."""
     if curve.preferred is None:
         raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use another allocation than 'own'.")
     wish = curve.preferred.rank
     if wish is not None and not unseen:
-        for offer in curve.offers:
-            if offer.choice.rank is not None and offer.choice.rank >= wish:
-                return offer
-    return Offer(Choice(), dense)
+        for option in curve.options:
+            if option.choice.rank is not None and option.choice.rank >= wish:
+                return option
+    return Option(Choice(), dense)
 
 
-def _options(rule: str, curve: Curve, dense: int, may_be_dense: bool = True) -> list[PredictedOption]:
+def _predicted(rule: str, curve: Curve, dense: int, may_be_dense: bool = True) -> list[PredictedOption]:
     scale = 1 / curve.total if rule == "spectrum" and curve.total > 0 else 1.0
     ways = [
-        PredictedOption(offer.choice, offer.nbytes, scale * loss)
-        for offer, loss in zip(curve.offers, curve.losses, strict=True)
+        PredictedOption(option.choice, option.nbytes, scale * loss)
+        for option, loss in zip(curve.options, curve.losses, strict=True)
     ]
     return [*ways, PredictedOption(Choice(), dense, 0.0)] if may_be_dense else ways

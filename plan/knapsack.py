@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..compress.offers import Choice, Offer
+from ..compress.options import Choice, Option
 from ..errors import BudgetError
 from . import budget as amount
 
@@ -44,37 +44,37 @@ def require_ratio(ratio: float) -> None:
 
 
 def uniform(
-    offers: Mapping[str, tuple[int, Sequence[Offer]]], ratio: float | None, asked: str | None = None
-) -> dict[str, Offer]:
-    """Every target keeps 1 - ratio of its bytes: the largest offer that fits, or dense where that is no saving.
+    options: Mapping[str, tuple[int, Sequence[Option]]], ratio: float | None, asked: str | None = None
+) -> dict[str, Option]:
+    """Every target keeps 1 - ratio of its bytes: the largest option that fits, or dense where that is no saving.
 
     Args:
-        offers: target -> (its bytes when dense, what its method offers, ascending in bytes).
-        ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense. None takes the only offer
+        options: target -> (its bytes when dense, what its method offers, ascending in bytes).
+        ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense. None takes the only option
             of methods whose settings fix the size.
         asked: what was asked for, for the error; a ratio where nothing is said.
 
     Returns:
-        target -> the offer; a dense one has an empty `Choice` and the dense bytes.
+        target -> the option; a dense one has an empty `Choice` and the dense bytes.
 
     Raises:
         BudgetError: the ratio is out of range, missing, or some target would be left with nothing.
     """
     if ratio is not None:
         require_ratio(ratio)
-    chosen: dict[str, Offer] = {}
+    chosen: dict[str, Option] = {}
     starved: list[str] = []
-    for name, (dense, ways) in offers.items():
+    for name, (dense, own) in options.items():
         if ratio is None:
-            if len(ways) > 1:
+            if len(own) > 1:
                 raise BudgetError("How much should go? The recipe names no ratio.", amount.ASK)
-            chosen[name] = ways[0] if ways and ways[0].nbytes < dense else Offer(Choice(), dense)
+            chosen[name] = own[0] if own and own[0].nbytes < dense else Option(Choice(), dense)
             continue
         # guards against 0.6 * 100 = 59.99999: a rank must not depend on how a decimal is rounded
         allowed = int((1 - ratio) * dense + 1e-6)
-        fitting = [way for way in ways if way.nbytes <= allowed]
-        if ratio == 0 or not ways:
-            chosen[name] = Offer(Choice(), dense)
+        fitting = [option for option in own if option.nbytes <= allowed]
+        if ratio == 0 or not own:
+            chosen[name] = Option(Choice(), dense)
         elif fitting:
             chosen[name] = fitting[-1]
         else:

@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..compress.offers import JointOffer, Offer, Shape
+from ..compress.options import JointOption, Option, Shape
 from ..errors import BudgetError, RecipeError, did_you_mean
 from ..model.targets import Target
-from .units import Item
+from .units import Unit
 
 
 class Limit(BaseModel):
@@ -147,13 +147,13 @@ def _contradiction(name: str, before: Bounds, now: Bounds, limit: Limit, pattern
     return ""
 
 
-def may_be_dense(item: Item, bounds: Mapping[str, Bounds]) -> bool:
-    """Whether all targets of an item may stay whole."""
-    return all(bounds[target.name].may_be_dense for target in item.targets if target.name in bounds)
+def may_be_dense(unit: Unit, bounds: Mapping[str, Bounds]) -> bool:
+    """Whether all targets of a unit may stay whole."""
+    return all(bounds[target.name].may_be_dense for target in unit.targets if target.name in bounds)
 
 
-def within(item: Item, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape], offers: Sequence[Offer]) -> list[Offer]:
-    """The offers of an item that the bounds of all its targets allow; the dense form is no offer (`may_be_dense`).
+def within(unit: Unit, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape], options: Sequence[Option]) -> list[Option]:
+    """The offers of a unit that the bounds of all its targets allow; the dense form is no option (`may_be_dense`).
 
     Args:
         bounds: target -> its bounds, where it has some.
@@ -162,12 +162,12 @@ def within(item: Item, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape]
     Raises:
         BudgetError: nothing is left and the targets may not stay dense either; says what the method offers.
     """
-    left, hold = list(offers), [number for number, target in enumerate(item.targets) if target.name in bounds]
+    left, hold = list(options), [number for number, target in enumerate(unit.targets) if target.name in bounds]
     for number in hold:
-        name = item.targets[number].name
+        name = unit.targets[number].name
         left = _within(name, bounds[name], shapes[name], left, number)
-    if hold and not left and not may_be_dense(item, bounds):
-        names = [item.targets[number].name for number in hold]
+    if hold and not left and not may_be_dense(unit, bounds):
+        names = [unit.targets[number].name for number in hold]
         raise BudgetError(
             f"limits: {' and '.join(names)} are solved together, and no form keeps all of them within their limits.",
             "Widen the limits of one of them, or take a method that solves every target alone.",
@@ -175,11 +175,11 @@ def within(item: Item, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape]
     return left
 
 
-def _within(name: str, bounds: Bounds, shape: Shape, offers: Sequence[Offer], number: int) -> list[Offer]:
-    """The offers in which this target, the `number`-th of its item, keeps to its bounds."""
-    own = [offer.members[number] if isinstance(offer, JointOffer) else offer for offer in offers]
+def _within(name: str, bounds: Bounds, shape: Shape, options: Sequence[Option], number: int) -> list[Option]:
+    """The offers in which this target, the `number`-th of its unit, keeps to its bounds."""
+    own = [option.members[number] if isinstance(option, JointOption) else option for option in options]
     if bounds.rank is not None:
-        left = [offer for offer, mine in zip(offers, own, strict=True) if mine.choice.rank == bounds.rank]
+        left = [option for option, mine in zip(options, own, strict=True) if mine.choice.rank == bounds.rank]
         if not left:
             ranks = [mine.choice.rank for mine in own if mine.choice.rank is not None]
             has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method offers it no ranks"
@@ -190,7 +190,7 @@ def _within(name: str, bounds: Bounds, shape: Shape, offers: Sequence[Offer], nu
             )
         return left
     low, high = bounds.min * shape.nbytes, bounds.max * shape.nbytes * (1 + 1e-12)
-    left = [offer for offer, mine in zip(offers, own, strict=True) if low <= mine.nbytes <= high]
+    left = [option for option, mine in zip(options, own, strict=True) if low <= mine.nbytes <= high]
     if not left and not bounds.may_be_dense:
         sizes = [mine.nbytes / shape.nbytes for mine in own]
         has = f"the method's forms keep {min(sizes):.3f} to {max(sizes):.3f}" if sizes else "the method has no form for it"
@@ -202,34 +202,36 @@ def _within(name: str, bounds: Bounds, shape: Shape, offers: Sequence[Offer], nu
 
 
 def even(
-    offers: Mapping[str, tuple[int, Sequence[Offer]]], whole: Collection[str], budget: int | None
-) -> dict[str, Offer | None]:
+    options: Mapping[str, tuple[int, Sequence[Option]]], whole: Collection[str], budget: int | None
+) -> dict[str, Option | None]:
     """The same share for every target as far as its limits allow, and the largest one that the budget holds.
 
     Args:
-        offers: target -> (its bytes when dense, the offers within its limits, ascending in bytes).
+        options: target -> (its bytes when dense, the options within its limits, ascending in bytes).
         whole: targets that may stay dense.
         budget: bytes of all of them; None lets each be as large as its limits allow.
 
     Returns:
-        target -> its offer, None for dense.
+        target -> its option, None for dense.
 
     Raises:
         BudgetError: the floors alone exceed the budget.
     """
 
-    def at(share: float) -> dict[str, Offer | None]:
-        found: dict[str, Offer | None] = {}
-        for name, (dense, ways) in offers.items():
+    def at(share: float) -> dict[str, Option | None]:
+        found: dict[str, Option | None] = {}
+        for name, (dense, own) in options.items():
             allowed = int(share * dense + 1e-6)
-            if name in whole and (allowed >= dense or not ways):
+            if name in whole and (allowed >= dense or not own):
                 found[name] = None
             else:
-                found[name] = max((way for way in ways if way.nbytes <= allowed), key=lambda way: way.nbytes, default=ways[0])
+                found[name] = max(
+                    (option for option in own if option.nbytes <= allowed), key=lambda option: option.nbytes, default=own[0]
+                )
         return found
 
-    def nbytes(chosen: Mapping[str, Offer | None]) -> int:
-        return sum(offers[name][0] if offer is None else offer.nbytes for name, offer in chosen.items())
+    def nbytes(chosen: Mapping[str, Option | None]) -> int:
+        return sum(options[name][0] if option is None else option.nbytes for name, option in chosen.items())
 
     if budget is None or nbytes(at(1.0)) <= budget:
         return at(1.0)

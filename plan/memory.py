@@ -37,7 +37,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
     dense = {step.target.name for step in plan.steps if step.choice.dense}
-    solve = max((_solve_bytes([t for t in item.targets if t.name not in dense]) for item in plan.items), default=0)
+    solve = max((_solve_bytes([t for t in unit.targets if t.name not in dense]) for unit in plan.units), default=0)
     refine = plan.recipe.refine
     both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
     if both:  # two streams of everything, and the windows that are held out
@@ -54,7 +54,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
         factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
         blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
         whole=_whole_bytes(view, plan),
-        depth=depth_bytes(view, plan.recipe.dropping, plan.recipe.calibration, plan.surgery),
+        depth=depth_bytes(view, plan.recipe.dropping, plan.recipe.calibration, plan.model_edit),
         probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
         writing=_writing_bytes(view, plan) if plan.recipe.reads_text else 0,
         backward=_backward_bytes(view, plan, devices),
@@ -94,8 +94,8 @@ def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:
     wide = max(1, 4 // view.dtype.itemsize)  # float64 stays
     samples = min(max(PROBED[0], len(calibration.parts())), calibration.samples)  # as `Calibration.few` takes them
     tokens = samples * min(PROBED[1], calibration.length)
-    units = len({(target.layer, target.role) for item in plan.items for target in item.targets})
-    variants = units * PROBES_EACH * max(1, len(plan.recipe.alternatives))
+    groups = len({(target.layer, target.role) for unit in plan.units for target in unit.targets})
+    variants = groups * PROBES_EACH * max(1, len(plan.recipe.alternatives))
     states = min(STATES, (1 + variants) * COPIES * tokens * text.hidden_size * 4)
     layer = wide * max(view.layer_nbytes(index) for index in range(len(view.layers)))
     end = wide * view.outside_nbytes() + 3 * 4 * tokens * text.vocab_size
@@ -133,7 +133,7 @@ def _whole_bytes(view: ModelView, plan: Plan) -> int:
 
 
 def _solve_bytes(targets: Sequence[Target]) -> int:
-    """Workspace of one item in float64: about four copies of the weights and six of the smaller side's square."""
+    """Workspace of one unit in float64: about four copies of the weights and six of the smaller side's square."""
     if not targets:
         return 0
     small = min(sum(target.out_features for target in targets), max(target.in_features for target in targets))

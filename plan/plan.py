@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ..calibrate.stats import Wanted, wanted
-from ..compress.offers import Choice
-from ..depth.model_edit import Surgery
+from ..compress.options import Choice
+from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
 from ..model.view import Kept
 from .budget import Found
 from .recipe import Recipe
-from .units import Item, needs_of
+from .units import Unit, needs_of
 
 PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
 PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it
@@ -38,7 +38,7 @@ class Step:
 
     @property
     def leaves(self) -> bool:
-        """Whether it goes with its layer, or its half of one."""
+        """Whether it goes with its layer, or its sub-layer."""
         return self.bytes_after == 0
 
 
@@ -93,8 +93,8 @@ class Plan:
         dropped: layers that go.
         dropped_beside: bytes of what is no target in them, less what a repair adds.
         left_out: what the checkpoint holds and the model has no place for.
-        items: the targets that may be compressed, those that are solved together as one.
-        surgery: halves of layers that go, and repairs.
+        units: the targets that may be compressed, those that are solved together as one.
+        model_edit: sub-layers that go, and repairs.
         notes: what depth will take, in words.
         gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
         found: what the search for a size has found; None where the recipe says the size, and before the search.
@@ -113,8 +113,8 @@ class Plan:
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
-    items: tuple[Item, ...] = ()
-    surgery: Surgery = field(default_factory=Surgery)
+    units: tuple[Unit, ...] = ()
+    model_edit: ModelEdit = field(default_factory=ModelEdit)
     notes: tuple[str, ...] = ()
     gap: float | None = None
     found: Found | None = None
@@ -176,7 +176,7 @@ class Plan:
     def needs(self) -> dict[str, frozenset[str]]:
         """Target -> the statistics that are read of it where it is not left dense, and where another recipe shares them."""
         method = self.recipe.compression[0]
-        return {step.target.name: method.needs for step in self.steps} | needs_of(method, self.items)
+        return {step.target.name: method.needs for step in self.steps} | needs_of(method, self.units)
 
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.base import DENSE, Curve
-from ..compress.offers import Choice, Offer, Shape
-from ..depth.candidates import enough_branches, open_branches
+from ..compress.options import Choice, Option, Shape
+from ..depth.candidates import enough_sublayers, open_sublayers
 from ..depth.cost import depth_lines
-from ..depth.model_edit import Surgery
+from ..depth.model_edit import ModelEdit
 from ..depth.spec import how_many
 from ..errors import BudgetError, RecipeError
 from ..model.targets import Target
@@ -29,7 +29,7 @@ from .limits import Bounds, bounds_of, even, matches, may_be_dense, unmatched, w
 from .memory import predict_memory
 from .plan import Memory, Plan, Step
 from .recipe import Recipe
-from .units import Item, items_of, offers_of, shape_of
+from .units import Unit, options_of, shape_of, units_of
 
 
 def make_plan(
@@ -37,14 +37,14 @@ def make_plan(
     recipe: Recipe,
     devices: int = 1,
     curves: Mapping[str, Curve] | None = None,
-    surgery: Surgery | None = None,
+    model_edit: ModelEdit | None = None,
     found: Found | None = None,
 ) -> Plan:
     """Resolve a recipe against a model.
 
     Args:
-        surgery: what goes and what is changed, once the recipe's score has chosen; until then the plan assumes the last ones.
-        curves: what each target loses at each offer, from the survey; without them the budget is shared out evenly, and where
+        model_edit: what is dropped and changed, once the score has chosen; until then the plan assumes the last layers.
+        curves: what each target loses at each option, from the survey; without them the budget is shared out evenly, and where
             the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
         found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
             `amount.ASSUMED`.
@@ -56,8 +56,8 @@ def make_plan(
     recipe = _counted(view, recipe)
     kept = _kept_dense(view.targets, recipe.keep, len(view.layers))
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
-    surgery = assumed(view, recipe) if surgery is None else surgery
-    scope = _scope(view, recipe, surgery, kept, bounds)
+    model_edit = assumed(view, recipe) if model_edit is None else model_edit
+    scope = _scope(view, recipe, model_edit, kept, bounds)
     footprint = _footprint(view, scope.shapes, scope.leaving, scope.beside, scope.kept.keys() - scope.leaving)
     amounts = recipe.amounts
     if recipe.max_ppl_increase is not None:
@@ -68,7 +68,7 @@ def make_plan(
         shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint))
     plan = Plan(
         recipe,
-        _steps(view.targets, scope, shared.offers),
+        _steps(view.targets, scope, shared.options),
         tuple(view.kept),
         view.dtype,
         _identify(view),
@@ -77,12 +77,12 @@ def make_plan(
         max(1, TOKENS_PER_BATCH // recipe.calibration.length),
         Memory(),
         len(view.layers),
-        surgery.dropped,
+        model_edit.dropped,
         scope.beside,
         tuple(view.left_out),
-        scope.items,
-        surgery,
-        depth_lines(view, recipe.dropping, recipe.calibration, surgery),
+        scope.units,
+        model_edit,
+        depth_lines(view, recipe.dropping, recipe.calibration, model_edit),
         shared.gap,
         found,
     )
@@ -98,9 +98,9 @@ class _Scope:
         kept: targets that stay dense whatever the budget -> why.
         leaving: targets that are dropped -> why.
         beside: bytes of what goes with them, less what a repair adds.
-        items: what the budget decides on.
-        offers: item -> the ways in which the method can store it.
-        bounded: items whose limits do not leave them dense.
+        units: what the budget decides on.
+        options: unit -> the ways in which the method can store it.
+        bounded: units whose limits do not leave them dense.
         idle: whether the recipe compresses no matrix.
     """
 
@@ -108,56 +108,58 @@ class _Scope:
     kept: Mapping[str, str]
     leaving: Mapping[str, str]
     beside: int
-    items: tuple[Item, ...]
-    offers: Mapping[str, Sequence[Offer]]
+    units: tuple[Unit, ...]
+    options: Mapping[str, Sequence[Option]]
     bounded: frozenset[str]
     idle: bool
 
     @property
     def dense(self) -> dict[str, int]:
         """Item -> bytes when dense."""
-        return {item.name: sum(self.shapes[target.name].nbytes for target in item.targets) for item in self.items}
+        return {unit.name: sum(self.shapes[target.name].nbytes for target in unit.targets) for unit in self.units}
 
 
-def _scope(view: ModelView, recipe: Recipe, surgery: Surgery, kept: dict[str, str], bounds: Mapping[str, Bounds]) -> _Scope:
+def _scope(
+    view: ModelView, recipe: Recipe, model_edit: ModelEdit, kept: dict[str, str], bounds: Mapping[str, Bounds]
+) -> _Scope:
     element = view.dtype.itemsize
     shapes = {target.name: shape_of(target, element) for target in view.targets}
-    zeroed = {target.name for target in surgery.zeroed}
+    zeroed = {target.name for target in model_edit.zeroed}
     leaving = {
-        target.name: "its half of the layer is dropped" if target.name in zeroed else "its layer is dropped"
+        target.name: "its sub-layer is dropped" if target.name in zeroed else "its layer is dropped"
         for target in view.targets
-        if target.layer in surgery.dropped or target.name in zeroed
+        if target.layer in model_edit.dropped or target.name in zeroed
     }
     kept = {name: each.why_min for name, each in bounds.items() if each.dense} | kept
     method, settings = recipe.compression
     free = [target for target in view.targets if target.name not in kept and target.name not in leaving]
-    items = items_of(method, settings, free)
-    ways = offers_of(items, method, settings, recipe.rank_multiple, element)
-    offers = {item.name: within(item, bounds, shapes, ways[item.name]) for item in items}
-    for item in items:  # limits leave nothing but the dense form
-        limited = [bounds[target.name].why_min for target in item.targets if target.name in bounds]
-        if limited and not offers[item.name]:
-            kept |= dict.fromkeys((target.name for target in item.targets), next((why for why in limited if why), ""))
-    items = [item for item in items if item.name not in kept]
-    bounded = frozenset(item.name for item in items if not may_be_dense(item, bounds))
+    units = units_of(method, settings, free)
+    own = options_of(units, method, settings, recipe.rank_multiple, element)
+    options = {unit.name: within(unit, bounds, shapes, own[unit.name]) for unit in units}
+    for unit in units:  # limits leave nothing but the dense form
+        limited = [bounds[target.name].why_min for target in unit.targets if target.name in bounds]
+        if limited and not options[unit.name]:
+            kept |= dict.fromkeys((target.name for target in unit.targets), next((why for why in limited if why), ""))
+    units = [unit for unit in units if unit.name not in kept]
+    bounded = frozenset(unit.name for unit in units if not may_be_dense(unit, bounds))
     targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
-    biases = sum(target.out_features for target in surgery.zeroed if target.bias)
-    beside = sum(map(view.layer_nbytes, surgery.dropped)) - targets_alone + element * (biases - surgery.added)
-    return _Scope(shapes, kept, leaving, beside, tuple(items), offers, bounded, method is DENSE)
+    biases = sum(target.out_features for target in model_edit.zeroed if target.bias)
+    beside = sum(map(view.layer_nbytes, model_edit.dropped)) - targets_alone + element * (biases - model_edit.added)
+    return _Scope(shapes, kept, leaving, beside, tuple(units), options, bounded, method is DENSE)
 
 
-def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Offer]:
-    """What every item gets while no losses are known: the same share for all, or where the method decides the most."""
-    offers = {name: (whole, scope.offers[name]) for name, whole in scope.dense.items()}
+def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Option]:
+    """What every unit gets while no losses are known: the same share for all, or where the method decides the most."""
+    options = {name: (whole, scope.options[name]) for name, whole in scope.dense.items()}
     if recipe.allocation == "own":
-        return {name: ways[-1] if ways else Offer(Choice(), whole) for name, (whole, ways) in offers.items()}
+        return {name: own[-1] if own else Option(Choice(), whole) for name, (whole, own) in options.items()}
     if recipe.limits:
         sized = any(each is not None for each in amounts.values())
         if not sized and (recipe.allocation != "uniform" or not scope.bounded):  # floors alone leave everything whole
             raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", amount.ASK)
-        return _even(offers, scope.bounded, amounts, footprint)
+        return _even(options, scope.bounded, amounts, footprint)
     share = _share(amounts, footprint)
-    return uniform(offers, share, amount.said(amounts, share))
+    return uniform(options, share, amount.said(amounts, share))
 
 
 def _by_losses(
@@ -167,43 +169,43 @@ def _by_losses(
     curves: Mapping[str, Curve],
     budget: int | None,
 ) -> Shared:
-    """What every item gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
-    in_items = {target.name for item in scope.items for target in item.targets}
-    settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_items}
+    """What every unit gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
+    in_units = {target.name for unit in scope.units for target in unit.targets}
+    settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_units}
     return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded)
 
 
-def _steps(targets: Iterable[Target], scope: _Scope, offers: Mapping[str, Offer]) -> tuple[Step, ...]:
-    """One step per target, in the targets' order, where the items got these offers."""
+def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Option]) -> tuple[Step, ...]:
+    """One step per target, in the targets' order, where the units got these options."""
     nbytes = {name: shape.nbytes for name, shape in scope.shapes.items()}
-    chosen: dict[str, Offer] = {}
-    for item in scope.items:
-        chosen |= item.shared_out(offers[item.name], scope.offers[item.name], nbytes)
+    chosen: dict[str, Option] = {}
+    for unit in scope.units:
+        chosen |= unit.shared_out(options[unit.name], scope.options[unit.name], nbytes)
 
     def step(target: Target) -> Step:
         before = nbytes[target.name]
         if target.name in scope.leaving:
             return Step(target, Choice(), before, 0, scope.leaving[target.name])
-        offer = chosen.get(target.name, Offer(Choice(), before))
-        why = _why_dense(target, offer.choice, scope)
-        return Step(target, offer.choice, before, offer.nbytes, why, target.name in scope.kept, offer.halfway)
+        option = chosen.get(target.name, Option(Choice(), before))
+        why = _why_dense(target, option.choice, scope)
+        return Step(target, option.choice, before, option.nbytes, why, target.name in scope.kept, option.halfway)
 
     return tuple(map(step, targets))
 
 
-def assumed(view: ModelView, recipe: Recipe) -> Surgery:
-    """As many of the last open layers, or halves of layers, as the recipe drops, before its score has said which."""
+def assumed(view: ModelView, recipe: Recipe) -> ModelEdit:
+    """As many of the last open layers, or sub-layers, as the recipe drops, before its score has said which."""
     spec = recipe.dropping
     if spec is None:
-        return Surgery()
+        return ModelEdit()
     if spec.granularity == "layer":
         end = len(view.layers) - spec.protect_last
-        return Surgery(tuple(range(end - how_many(spec, len(view.layers)), end)))
+        return ModelEdit(tuple(range(end - how_many(spec, len(view.layers)), end)))
     gone: list[int] = []
-    parts, enough = open_branches(view.branches, len(view.layers), spec), enough_branches(view.branches, spec)
+    parts, enough = open_sublayers(view.sublayers, len(view.layers), spec), enough_sublayers(view.sublayers, spec)
     while not enough(gone):
         gone.append(parts.pop())
-    return Surgery.without([view.branches[part] for part in sorted(gone)])
+    return ModelEdit.without([view.sublayers[part] for part in sorted(gone)])
 
 
 def _counted(view: ModelView, recipe: Recipe) -> Recipe:
@@ -271,13 +273,16 @@ def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
 
 
 def _even(
-    offers: Mapping[str, tuple[int, Sequence[Offer]]], bounded: frozenset[str], amounts: Mapping[str, Any], footprint: Footprint
-) -> dict[str, Offer]:
+    options: Mapping[str, tuple[int, Sequence[Option]]],
+    bounded: frozenset[str],
+    amounts: Mapping[str, Any],
+    footprint: Footprint,
+) -> dict[str, Option]:
     """An even share inside limits; with no budget, each target as large as its limits let it."""
     share = _share(amounts, footprint)
     budget = None if share is None else int((1 - share) * footprint.open + 1e-6)
-    found = even(offers, offers.keys() - bounded, budget)
-    return {name: offer or Offer(Choice(), offers[name][0]) for name, offer in found.items()}
+    found = even(options, options.keys() - bounded, budget)
+    return {name: option or Option(Choice(), options[name][0]) for name, option in found.items()}
 
 
 def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -> dict[str, str]:

@@ -90,7 +90,7 @@ class Recipe(Steps):
 
     # keys of earlier versions -> what a recipe that still has one is told
     gone: ClassVar[Mapping[str, str]] = {
-        "droppable": "Dropping sub-layers never paid beside low rank: leave it out, or use depth.granularity (docs/allocation.md).",
+        "droppable": "Dropping sub-layers beside low rank never paid: leave it out (docs/allocation.md).",
         "uniform_within": "No recipe used it: leave it out. allocation: uniform treats all layers alike.",
     }
 

@@ -12,7 +12,7 @@ from ..calibrate.data import Calibration
 from ..checkpoint.artifact import Artifact
 from ..checkpoint.atomic import writing
 from ..depth.choose import choose_parts
-from ..depth.model_edit import Surgery, read_surgery
+from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
 from ..model.host_memory import steady_memory
 from ..model.precision import full_precision
@@ -31,7 +31,7 @@ def operated(
     devices: Sequence[torch.device],
     restart: bool,
     notify: Callable[[str, int, float], None],
-) -> Surgery | None:
+) -> ModelEdit | None:
     """What depth does to the model, found or read from where an interrupted run found it; None where all is finished.
 
     Args:
@@ -48,7 +48,7 @@ def operated(
             return None
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
-        held = read_surgery(folder, identity, view.targets)
+        held = read_model_edit(folder, identity, view.targets)
         if held is not None:
             return held
         spec = plan.recipe.dropping

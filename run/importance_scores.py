@@ -18,32 +18,32 @@ from torch import Tensor, nn
 from ..calibrate.layerwise import run_batches, through_layers
 from ..compress.base import LowRankSolution, Solution, TargetStats
 from ..compress.forms.base import LowRank
-from ..compress.offers import Choice
+from ..compress.options import Choice
 from ..model.lockstep import Call, hidden_of
 from ..model.view import ModelView
 
 _LOOKED_AT = 8192  # tokens by which layers are compared
 
 
-def of_target(signal: str, solution: Solution, stats: TargetStats, shape: tuple[int, int], angle: float) -> tuple[float, ...]:
-    """The signals of one target.
+def of_target(score: str, solution: Solution, stats: TargetStats, shape: tuple[int, int], angle: float) -> tuple[float, ...]:
+    """The scores of one target.
 
     Args:
-        signal: see above; '' for none.
+        score: see above; '' for none.
         stats: with `weight_grad` for 'components'.
         shape: (out, in) of its weight.
         angle: of its layer.
     """
-    if signal == "components":
+    if score == "components":
         if stats.weight_grad is None:
             raise ValueError("first-order changes need the mean gradient of the weight")
         form = solution.form(Choice(rank=min(shape)))
         assert isinstance(form, LowRank)
         return tuple(first_order(form.left, form.right, stats.weight_grad).tolist())
-    if signal == "effective-rank":
+    if score == "effective-rank":
         assert isinstance(solution, LowRankSolution)
         return (effective_rank(solution.energy),)
-    return (angle, float(stats.group.tokens)) if signal in ("angular", "tokens") else ()
+    return (angle, float(stats.group.tokens)) if score in ("angular", "tokens") else ()
 
 
 def first_order(left: Tensor, right: Tensor, gradient: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class LayerLoop:
         self._tokens, self._apart = calibration.tokens.split(plan.batch), calibration.held_out.split(plan.batch)
         self._sequential = plan.recipe.propagate == "compressed"
         self._block = None if plan.recipe.refine is None else plan.recipe.refine.block
-        self._items = {target.name: item for item in plan.items for target in item.targets}
+        self._units = {target.name: unit for unit in plan.units for target in unit.targets}
         self._waiting: dict[str, SolvedTarget] = {}  # of sets across layers, until their layer comes
 
     def run(self) -> None:
@@ -146,7 +146,7 @@ class LayerLoop:
             self._each_alone()
 
     def _through(self, tokens: Sequence[Tensor], visit: Visit) -> None:
-        through_layers(self._view, tokens, visit, self._plan.dropped, self._plan.surgery.edit)
+        through_layers(self._view, tokens, visit, self._plan.dropped, self._plan.model_edit.edit)
 
     def _each_alone(self) -> None:
         """Compress the layers with no activations between them, from statistics that lie on disk or from none."""
@@ -158,7 +158,7 @@ class LayerLoop:
             if not resumed:
                 names = [target.name for target in self._plan.solved(index) if target.name not in self._waiting]
                 stats = self._statistics.read(name, names) if self._statistics else dict.fromkeys(names, NOTHING_SEEN)
-                with edited(self._view.load(name), name, self._plan.surgery.edit(name)) as layer:
+                with edited(self._view.load(name), name, self._plan.model_edit.edit(name)) as layer:
                     self._finish(index, name, layer, stats)
                 self._view.unload(name)
                 give_back()
@@ -239,7 +239,7 @@ class LayerLoop:
         """What the artifact will hold of a layer, which itself is not changed; statistics are used up."""
         steps = self._plan.layer_steps(index)
         forms, records = self._solve(index, layer, steps, stats)
-        edits = self._plan.surgery.edit(name) or NONE
+        edits = self._plan.model_edit.edit(name) or NONE
         if edits.maps and not forms and not edits.zeroed:
             forms = _guard(self._plan, layer, name, index)
         specs = form_specs((step.target for step in steps), forms)
@@ -258,7 +258,7 @@ class LayerLoop:
             if not step.choice.dense:
                 if name not in self._waiting:
                     self._waiting |= solved_forms(
-                        self._plan, self._view, self._items[name], layer, index, stats, read, self._devices[0]
+                        self._plan, self._view, self._units[name], layer, index, stats, read, self._devices[0]
                     )
                 found = self._waiting.pop(name)
                 forms[name] = found.form

@@ -22,28 +22,28 @@ from ..calibrate.collect import Statistics
 from ..calibrate.data import Calibration
 from ..checkpoint.atomic import read_json, write_json
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
-from ..compress.offers import Offer
+from ..compress.options import Option
 from ..model.host_memory import give_back
 from ..model.view import ModelView
 from ..plan.limits import bounds_of, within
 from ..plan.plan import PROBED
 from ..plan.recipe import Recipe
-from ..plan.units import Item, items_of, offers_of, shape_of
+from ..plan.units import Unit, options_of, shape_of, units_of
 from .importance_scores import layer_angles, of_target
-from .probe import Probing, by_way, scaled, units
-from .solve import Together, solve_item, weight_at
+from .probe import Probing, by_alternative, probe_groups, scaled
+from .solve import Together, solve_unit, weight_at
 
 _PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
-def thinned(offers: Sequence[Offer], most: int = MOST_OPTIONS) -> list[Offer]:
-    """At most `most` of each alternative's offers, evenly spaced, the smallest and the largest among them."""
+def thinned(options: Sequence[Option], most: int = MOST_OPTIONS) -> list[Option]:
+    """At most `most` of each alternative's options, evenly spaced, the smallest and the largest among them."""
     kept: set[int] = set()
-    for indices in by_way(offers).values():
+    for indices in by_alternative(options).values():
         count = min(most, len(indices))
         kept |= {indices[round(i * (len(indices) - 1) / max(1, count - 1))] for i in range(count)}
-    return [offers[index] for index in sorted(kept)]
+    return [options[index] for index in sorted(kept)]
 
 
 def measure(
@@ -82,19 +82,19 @@ class _Measuring:
         # without statistics of the forward pass nobody has counted
         self._by_tokens = recipe.allocation in ("kl", "fisher") and bool(self._method.all_needs & FORWARD_NEEDS)
         element = view.dtype.itemsize
-        items = items_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
-        self._layers: list[list[Item]] = [[] for _ in view.layers]  # an item of several layers belongs to that of its first
-        for item in items:
-            self._layers[item.targets[0].layer].append(item)
-        self._offers = offers_of(items, self._method, self._settings, recipe.rank_multiple, element)
+        units = units_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
+        self._layers: list[list[Unit]] = [[] for _ in view.layers]  # a unit of several layers belongs to that of its first
+        for unit in units:
+            self._layers[unit.targets[0].layer].append(unit)
+        self._options = options_of(units, self._method, self._settings, recipe.rank_multiple, element)
         bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
         shapes = {target.name: shape_of(target, element) for target in view.targets if target.name in bounds}
-        self._offers = {item.name: within(item, bounds, shapes, self._offers[item.name]) for item in items}
-        self._signal = recipe.rule.signal if recipe.rule is not None else ""
-        exact = recipe.allocation == "own" or self._signal != ""  # looks for one size that it knows, or at every rank
+        self._options = {unit.name: within(unit, bounds, shapes, self._options[unit.name]) for unit in units}
+        self._score = recipe.rule.score if recipe.rule is not None else ""
+        exact = recipe.allocation == "own" or self._score != ""  # looks for one size that it knows, or at every rank
         if not exact:
-            self._offers = {name: thinned(ways) for name, ways in self._offers.items()}
-        self._dense = {item.name: sum(shape_of(t, element).nbytes for t in item.targets) for item in items}
+            self._options = {name: thinned(own) for name, own in self._options.items()}
+        self._dense = {unit.name: sum(shape_of(t, element).nbytes for t in unit.targets) for unit in units}
         asked = {
             "file": "curves as they are",
             "method": self._method.name,
@@ -105,104 +105,104 @@ class _Measuring:
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
-            asked["sets"] = [[target.name for target in item.targets] for item in items if item.parts is not None]
-        if self._signal:
-            asked["signal"] = self._signal
-        if self._by_tokens and any(item.targets[0].expert is not None for item in items):
+            asked["sets"] = [[target.name for target in unit.targets] for unit in units if unit.parts is not None]
+        if self._score:
+            asked["score"] = self._score
+        if self._by_tokens and any(unit.targets[0].expert is not None for unit in units):
             asked["experts"] = "by their tokens"
         if recipe.limits:
             asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
         self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     def curves(self, notify: Callable[[int, float], None], tokens: Tensor) -> dict[str, Curve]:
-        """Losses in the method's own metric, with the signals that the recipe's rule reads."""
+        """Losses in the method's own metric, with the scores that the recipe's rule reads."""
         found: dict[str, Curve] = {}
-        if self._signal == "angular":
+        if self._score == "angular":
             self._angles = layer_angles(self._view, tokens, self._device)
-        for index, items in enumerate(self._layers):
+        for index, units in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
             held = read_json(self._file(name), dict[str, Curve]) or {}
-            if any(item.name not in held for item in items):
+            if any(unit.name not in held for unit in units):
                 layer = self._view.load(name)
-                for item in items:
-                    if item.name not in held:
-                        held[item.name] = self._with_signals(item, name, *self._solve(layer, name, item))
+                for unit in units:
+                    if unit.name not in held:
+                        held[unit.name] = self._with_scores(unit, name, *self._solve(layer, name, unit))
                 self._view.unload(name)
                 give_back()
                 write_json(self._file(name), held)
-            found |= {item.name: held[item.name] for item in items}
+            found |= {unit.name: held[unit.name] for unit in units}
             notify(index + 1, time.perf_counter() - started)
         return found
 
     def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
         """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
         file = self._store.folder / f"nats-{self._tag}.json"
-        names = {item.name for layer in self._layers for item in layer}
+        names = {unit.name for layer in self._layers for unit in layer}
         if names <= (held := read_json(file, dict[str, Curve]) or {}).keys():
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 
-        def solve(layer: nn.Module, name: str, item: Item) -> Solution:
-            solution, reached = self._solve(layer, name, item)
-            plain[item.name] = self._curve(item, solution, reached)
+        def solve(layer: nn.Module, name: str, unit: Unit) -> Solution:
+            solution, reached = self._solve(layer, name, unit)
+            plain[unit.name] = self._curve(unit, solution, reached)
             return solution
 
         started = time.perf_counter()
-        probing = Probing(self._view, tokens, self._layers, self._offers, self._dense)
+        probing = Probing(self._view, tokens, self._layers, self._options, self._dense)
         divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
         found: dict[str, Curve] = {}
-        for items in self._layers:
-            for unit in units(items):
-                found |= scaled({item.name: plain[item.name] for item in unit.items}, divergences[unit.name])
+        for units in self._layers:
+            for group in probe_groups(units):
+                found |= scaled({unit.name: plain[unit.name] for unit in group.units}, divergences[group.name])
         write_json(file, found)
         return found
 
-    def _with_signals(self, item: Item, layer: str, solution: Solution, reached: int) -> Curve:
-        curve = self._curve(item, solution, reached)
-        if not self._signal:
+    def _with_scores(self, unit: Unit, layer: str, solution: Solution, reached: int) -> Curve:
+        curve = self._curve(unit, solution, reached)
+        if not self._score:
             return curve
-        (target,) = item.targets  # rules go with methods that solve targets alone
+        (target,) = unit.targets  # rules go with methods that solve targets alone
         stats = self._store.read(layer, [target.name])[target.name]
-        angle = self._angles[target.layer] if self._signal == "angular" else 0.0
+        angle = self._angles[target.layer] if self._score == "angular" else 0.0
         shape = (target.out_features, target.in_features)
-        return replace(curve, signals=of_target(self._signal, solution, stats, shape, angle))
+        return replace(curve, scores=of_target(self._score, solution, stats, shape, angle))
 
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
 
-    def _solve(self, layer: nn.Module, name: str, item: Item) -> tuple[Solution, int]:
-        """The item's solution, and how many tokens reached it."""
-        weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in item.targets]
+    def _solve(self, layer: nn.Module, name: str, unit: Unit) -> tuple[Solution, int]:
+        """The unit's solution, and how many tokens reached it."""
+        weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in unit.targets]
         held: dict[str, TargetStats] = {}
-        for number in dict.fromkeys(target.layer for target in item.targets):
-            names = [target.name for target in item.targets if target.layer == number]
+        for number in dict.fromkeys(target.layer for target in unit.targets):
+            names = [target.name for target in unit.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
-        statistics = [held[target.name].to(self._device) for target in item.targets]
-        solutions = solve_item(self._method, self._settings, item, weights, statistics)
-        solution = solutions[0] if item.parts is None else Together.of(solutions, self._offers[item.name])
+        statistics = [held[target.name].to(self._device) for target in unit.targets]
+        solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
+        solution = solutions[0] if unit.parts is None else Together.of(solutions, self._options[unit.name])
         return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
 
-    def _curve(self, item: Item, solution: Solution, reached: int) -> Curve:
-        curve = _curve(solution, self._offers[item.name], self._method, self._dense[item.name])
-        if not self._by_tokens or item.targets[0].expert is None:
+    def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:
+        curve = _curve(solution, self._options[unit.name], self._method, self._dense[unit.name])
+        if not self._by_tokens or unit.targets[0].expert is None:
             return curve
         share = reached / self._tokens
         return replace(curve, total=share * curve.total, losses=tuple(share * loss for loss in curve.losses))
 
 
-def _curve(solution: Solution, offers: Sequence[Offer], method: Method, dense: int) -> Curve:
-    """Losses of all offers: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
-    losses = [0.0] * len(offers)
+def _curve(solution: Solution, options: Sequence[Option], method: Method, dense: int) -> Curve:
+    """Losses of all options: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
+    losses = [0.0] * len(options)
     total = solution.total
-    for way, indices in by_way(offers).items():
-        ways = [offers[index] for index in indices]
-        choose = method.measured_of(way)
-        known = range(len(ways)) if choose is None else choose(ways, dense)
-        measured = [solution.loss(ways[index].choice) for index in known]
-        found = measured if choose is None else _between([way.nbytes for way in ways], known, measured, total)
+    for alternative, indices in by_alternative(options).items():
+        own = [options[index] for index in indices]
+        choose = method.measured_of(alternative)
+        known = range(len(own)) if choose is None else choose(own, dense)
+        measured = [solution.loss(own[index].choice) for index in known]
+        found = measured if choose is None else _between([alternative.nbytes for alternative in own], known, measured, total)
         for index, loss in zip(indices, found, strict=True):
             losses[index] = loss
-    return Curve(total, tuple(offers), tuple(losses), solution.preferred)
+    return Curve(total, tuple(options), tuple(losses), solution.preferred)
 
 
 def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float], total: float) -> list[float]:

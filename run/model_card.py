@@ -10,7 +10,7 @@ def _origin(plan: Plan) -> str:
     method, lines = plan.recipe.compression[0], []
     if plan.recipe.depth is not None:
         score = get_score(plan.recipe.depth.score)
-        sublayers = plan.surgery.removed
+        sublayers = plan.model_edit.removed
         what = f"{len(sublayers)} sub-layers" if sublayers else f"{len(plan.dropped)} of {plan.layers} layers"
         lines.append(f"{what} were dropped by {score.name}. Source: {score.source}.")
         if plan.recipe.depth.repair != "none":
@@ -33,7 +33,7 @@ def model_card(plan: Plan, plain: bool) -> str:
     return f"""---
 library_name: transformers
 base_model: "{plan.model["name"]}"
-tags: [lrc, compressed, {", ".join(way.name for way in method.ways or (method,))}]
+tags: [lrc, compressed, {", ".join(way.name for way in method.alternatives or (method,))}]
 ---
 
 # {plan.model["name"]}, compressed by lrc

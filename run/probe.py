@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..compress.base import Curve, Solution
 from ..compress.forms.base import Form, Spec, build_module, fill_module
 from ..compress.forms.shared import link
-from ..compress.offers import Offer, at_shares, at_sizes, coarsest
+from ..compress.options import Option, at_shares, at_sizes, coarsest
 from ..model.ablation import scored, together
 from ..model.divergence import Predictions
 from ..model.host_memory import give_back
@@ -39,7 +39,7 @@ from ..model.lockstep import Call, Lockstep, check_finite, on_host, run_layer
 from ..model.targets import Target
 from ..model.view import ModelView
 from ..plan.plan import PROBES_EACH
-from ..plan.units import Item
+from ..plan.units import Unit
 from .solve import forms_at
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
@@ -49,67 +49,67 @@ _LEAST = 1e-7  # nats; below this a divergence is rounding
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Items that are probed together: one target, one set, or the items of all experts of a layer."""
+class ProbeGroup:
+    """Units that are probed together: one target, one set, or the units of all experts of a layer."""
 
-    items: tuple[Item, ...]
+    units: tuple[Unit, ...]
 
     @property
     def layer(self) -> int:
         """The first that it changes."""
-        return min(target.layer for item in self.items for target in item.targets)
+        return min(target.layer for unit in self.units for target in unit.targets)
 
     @property
     def name(self) -> str:
-        return f"{self.items[0].targets[0].layer}.{self.items[0].targets[0].role}"
+        return f"{self.units[0].targets[0].layer}.{self.units[0].targets[0].role}"
 
 
-def units(items: Sequence[Item]) -> list[Unit]:
-    """The units of one layer's items."""
-    roles: dict[str, list[Item]] = {}
-    for item in items:
-        roles.setdefault(item.targets[0].role, []).append(item)
-    return [Unit(tuple(members)) for members in roles.values()]
+def probe_groups(units: Sequence[Unit]) -> list[ProbeGroup]:
+    """The groups of one layer's units."""
+    roles: dict[str, list[Unit]] = {}
+    for unit in units:
+        roles.setdefault(unit.targets[0].role, []).append(unit)
+    return [ProbeGroup(tuple(members)) for members in roles.values()]
 
 
-def by_way(offers: Sequence[Offer]) -> dict[int | None, list[int]]:
-    """Indices of the offers of each alternative (of all, where there is but one way)."""
+def by_alternative(options: Sequence[Option]) -> dict[int | None, list[int]]:
+    """Indices of the options of each alternative (of all, where there is but one way)."""
     found: dict[int | None, list[int]] = {}
-    for index, offer in enumerate(offers):
-        found.setdefault(offer.choice.way, []).append(index)
+    for index, option in enumerate(options):
+        found.setdefault(option.choice.alternative, []).append(index)
     return found
 
 
-def probed(offers: Sequence[Offer], dense: int) -> list[int]:
-    """Indices of the offers to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ.
+def probed(options: Sequence[Option], dense: int) -> list[int]:
+    """Indices of the options to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ.
 
     Of an alternative whose largest form is smaller than that, those at `SHARES` of it.
     """
     found: list[int] = []
-    for indices in by_way(offers).values():
-        ways = [offers[index] for index in indices]
-        in_bits = all(way.choice.bits is not None for way in ways) and len({way.choice.rank for way in ways}) == 1
-        small = ways[-1].nbytes < max(SIZES) * dense
+    for indices in by_alternative(options).values():
+        own = [options[index] for index in indices]
+        in_bits = all(option.choice.bits is not None for option in own) and len({option.choice.rank for option in own}) == 1
+        small = own[-1].nbytes < max(SIZES) * dense
         choose = coarsest(PROBES_EACH) if in_bits else at_shares(*SHARES) if small else at_sizes(*SIZES)
-        found += [indices[index] for index in choose(ways, dense)]
+        found += [indices[index] for index in choose(own, dense)]
     return sorted(found)
 
 
-def _in_parts(found: Sequence[Unit], sizes: Sequence[int], most: int) -> list[list[Unit]]:
-    """Neighbouring units, so many together that the sum of their sizes is at most `most` (one unit at least)."""
-    parts: list[list[Unit]] = []
+def _in_parts(found: Sequence[ProbeGroup], sizes: Sequence[int], most: int) -> list[list[ProbeGroup]]:
+    """Neighbouring groups, so many together that the sum of their sizes is at most `most` (one group at least)."""
+    parts: list[list[ProbeGroup]] = []
     room = 0
-    for unit, size in zip(found, sizes, strict=True):
+    for group, size in zip(found, sizes, strict=True):
         if not parts or size > room:
             parts.append([])
             room = most
-        parts[-1].append(unit)
+        parts[-1].append(group)
         room -= size
     return parts
 
 
-SolveItem = Callable[[nn.Module, str, Item], Solution]
-Probe = tuple[Unit, int]  # a variant: the unit that is compressed in it, and to which of its offers
+SolveUnit = Callable[[nn.Module, str, Unit], Solution]
+Probe = tuple[ProbeGroup, int]  # a variant: the group that is compressed in it, and to which of its offers
 
 
 class Probing:
@@ -118,45 +118,45 @@ class Probing:
     Args:
         view: the model; forms are rounded to its dtype, as they would be stored.
         tokens: (samples, length) token ids; a few hundred in all are enough.
-        items: by layer, those to probe; one of several layers with that of its first target.
-        offers: item -> what its method offers.
-        dense: item -> bytes when dense.
+        units: by layer, those to probe; one of several layers with that of its first target.
+        options: unit -> what its method offers.
+        dense: unit -> bytes when dense.
     """
 
     def __init__(
         self,
         view: ModelView,
         tokens: Tensor,
-        items: Sequence[Sequence[Item]],
-        offers: Mapping[str, Sequence[Offer]],
+        units: Sequence[Sequence[Unit]],
+        options: Mapping[str, Sequence[Option]],
         dense: Mapping[str, int],
     ) -> None:
         self._view, self._stored = view.widened(), view.dtype
-        self._tokens, self._offers, self._dense = tokens, offers, dense
+        self._tokens, self._options, self._dense = tokens, options, dense
         self._scored, self._only = scored(self._view.model, tokens)
-        found = [unit for layer in items for unit in units(layer)]
-        self._passes = _in_parts(found, [len(self._probed(unit)) for unit in found], together(self._view, tokens) - 1)
+        found = [group for layer in units for group in probe_groups(layer)]
+        self._passes = _in_parts(found, [len(self._probed(group)) for group in found], together(self._view, tokens) - 1)
         self._later: dict[tuple[str, int], dict[Target, Form]] = {}  # forms of a variant's targets in layers still to come
 
-    def _probed(self, unit: Unit) -> list[int]:
-        first = unit.items[0].name
-        return probed(self._offers[first], self._dense[first])
+    def _probed(self, group: ProbeGroup) -> list[int]:
+        first = group.units[0].name
+        return probed(self._options[first], self._dense[first])
 
     @torch.no_grad()
     def run(
-        self, solve: SolveItem, device: torch.device, notify: Callable[[int], None] = lambda layer: None
+        self, solve: SolveUnit, device: torch.device, notify: Callable[[int], None] = lambda layer: None
     ) -> dict[str, dict[int, float]]:
-        """Unit name -> {offer index: divergence in nats per token}.
+        """ProbeGroup name -> {option index: divergence in nats per token}.
 
         Args:
-            solve: (layer, its name, item) -> the item's solution.
+            solve: (layer, its name, unit) -> the unit's solution.
             device: where layers run.
             notify: called with the number of layers done; with several passes, of their share.
         """
         found: dict[str, dict[int, float]] = {}
         count, layers = len(self._passes), len(self._view.layers)
         for number, part in enumerate(self._passes):
-            probes = [(unit, offer) for unit in part for offer in self._probed(unit)]
+            probes = [(group, option) for group in part for option in self._probed(group)]
 
             def share(done: int, before: int = number * layers) -> None:
                 notify((before + done) // count)
@@ -165,7 +165,7 @@ class Probing:
         return found
 
     def _pass(
-        self, probes: Sequence[Probe], solve: SolveItem, device: torch.device, notify: Callable[[int], None]
+        self, probes: Sequence[Probe], solve: SolveUnit, device: torch.device, notify: Callable[[int], None]
     ) -> dict[str, dict[int, float]]:
         """One pass over the weights, with a variant per probe beside the original."""
         view, last = self._view, len(self._view.layers) - 1
@@ -191,24 +191,24 @@ class Probing:
         index: int,
         probes: Sequence[Probe],
         calls: Sequence[Call],
-        solve: SolveItem,
+        solve: SolveUnit,
         device: torch.device,
     ) -> list[Any]:
         original = on_host(run_layer(layer, calls[0].to(device)))
         check_finite(original, name, 0)
         outputs: list[Any] = [original] * len(calls)
         solutions: dict[str, Solution] = {}
-        for number, (unit, offer) in enumerate(probes, 1):
-            if unit.layer > index:
+        for number, (group, option) in enumerate(probes, 1):
+            if group.layer > index:
                 break  # from here on variants are still the original
-            forms = self._later.pop((unit.name, offer), {})
-            for item in unit.items if unit.layer == index else ():
-                if item.name not in solutions:
-                    solutions[item.name] = solve(layer, name, item)
-                forms |= forms_at(item, solutions[item.name], self._offers[item.name][offer].choice)
+            forms = self._later.pop((group.name, option), {})
+            for unit in group.units if group.layer == index else ():
+                if unit.name not in solutions:
+                    solutions[unit.name] = solve(layer, name, unit)
+                forms |= forms_at(unit, solutions[unit.name], self._options[unit.name][option].choice)
             here = {target: form for target, form in forms.items() if target.layer == index}
             if len(here) < len(forms):
-                self._later[unit.name, offer] = {t: form.stored(self._stored) for t, form in forms.items() if t.layer > index}
+                self._later[group.name, option] = {t: form.stored(self._stored) for t, form in forms.items() if t.layer > index}
             with _in_place_of(layer, name, here, self._stored):
                 outputs[number] = on_host(run_layer(layer, calls[number].to(device)))
         return outputs
@@ -216,9 +216,9 @@ class Probing:
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:
         original = Predictions(next(results).logits[:, -self._scored :])
         found: dict[str, dict[int, float]] = {}
-        for (unit, offer), result in zip(probes, results, strict=True):
+        for (group, option), result in zip(probes, results, strict=True):
             nats = original.divergence(result.logits[:, -self._scored :]) / len(original)
-            found.setdefault(unit.name, {})[offer] = max(nats, _LEAST)
+            found.setdefault(group.name, {})[option] = max(nats, _LEAST)
         return found
 
 
@@ -254,17 +254,17 @@ def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtyp
 
 
 def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str, Curve]:
-    """The curves of one unit with losses in nats per token.
+    """The curves of one group with losses in nats per token.
 
     Args:
-        curves: item -> its curve, losses in the method's own metric.
-        points: offer index -> the unit's divergence at it. One item follows the power laws from point to point of each
+        curves: unit -> its curve, losses in the method's own metric.
+        points: option index -> the group's divergence at it. One unit follows the power laws from point to point of each
             alternative; several share the divergence of the smallest form in proportion to their losses.
     """
     found = {}
     for name, curve in curves.items():
         losses, totals = [0.0] * len(curve.losses), []
-        for indices in by_way(curve.offers).values():
+        for indices in by_alternative(curve.options).values():
             law = _law(name, curves, {index: points[index] for index in indices if index in points})
             totals.append(law(curve.total))
             for index in indices:

@@ -77,8 +77,10 @@ def prepare(
         )
     if recipe.dropping is not None:
         folder = out / SURVEY
-        surgery = operated(plan, view, calibration, out, folder, (statistics or folder) / TRIALS, devices, restart, notify)
-        return (plan if surgery is None else make_plan(view, recipe, len(devices), surgery=surgery, found=plan.found)), None
+        model_edit = operated(plan, view, calibration, out, folder, (statistics or folder) / TRIALS, devices, restart, notify)
+        return (
+            plan if model_edit is None else make_plan(view, recipe, len(devices), model_edit=model_edit, found=plan.found)
+        ), None
     method = recipe.compression[0]
     looks_around = method.joint is not None and method.joint.across_layers
     streamed = recipe.allocation == "uniform" and not looks_around and not method.all_needs & BACKWARD_NEEDS
@@ -175,7 +177,7 @@ def _shard_names(view: ModelView, plan: Plan) -> dict[str, str]:
 
 def _write_outside(plan: Plan, view: ModelView, artifact: Artifact, shards: Mapping[str, str]) -> None:
     """Leave what lies outside the layers in the artifact, part by part."""
-    changed = plan.surgery.outside_tensors()
+    changed = plan.model_edit.outside_tensors()
     for number, part in enumerate(view.outside_parts()):
         key = f"outside.{number}"
         if key not in artifact.done:
@@ -260,7 +262,7 @@ def _finish(
         },
         "dropped_layers": list(plan.dropped),
         "refinement": refinement,
-        "depth": {"removed": list(plan.surgery.removed), **plan.surgery.record},
+        "depth": {"removed": list(plan.model_edit.removed), **plan.model_edit.record},
         "kept": [asdict(kept) for kept in plan.kept],
         "left_out": [asdict(kept) for kept in plan.left_out],
     }

@@ -1,6 +1,6 @@
-"""Solving the items of the budget: weights and statistics of every member in, a solution for each out.
+"""Solving the units of the budget: weights and statistics of every member in, a solution for each out.
 
-An item may hold targets of several layers. Those of the layer that is at hand are read there; the weights of others come from
+A unit may hold targets of several layers. Those of the layer that is at hand are read there; the weights of others come from
 the source one module at a time, and their statistics from the disk.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..compress.base import Method, Settings, Solution, TargetStats
 from ..compress.forms.base import Form
-from ..compress.offers import Choice, JointOffer, Offer
+from ..compress.options import Choice, JointOption, Option
 from ..errors import NonFiniteError
 from ..model.layer_forms import target_weight
 from ..model.targets import Target
 from ..model.view import ModelView
 from ..plan.plan import Plan
-from ..plan.units import Item
+from ..plan.units import Unit
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
 
@@ -35,11 +35,11 @@ class Together(Solution):
     """
 
     members: Sequence[Solution]
-    shares: Mapping[Choice, Sequence[Offer]]
+    shares: Mapping[Choice, Sequence[Option]]
 
     def loss(self, choice: Choice) -> float:
         each = zip(self.members, self.shares[choice], strict=True)
-        return sum(member.loss(offer.choice) for member, offer in each if not offer.choice.dense)
+        return sum(member.loss(option.choice) for member, option in each if not option.choice.dense)
 
     @property
     def total(self) -> float:
@@ -51,24 +51,24 @@ class Together(Solution):
     def forms(self, choice: Choice) -> list[Form | None]:
         """Each member's form at a choice of the set, None for one that it leaves dense."""
         each = zip(self.members, self.shares[choice], strict=True)
-        return [None if offer.choice.dense else member.form(offer.choice) for member, offer in each]
+        return [None if option.choice.dense else member.form(option.choice) for member, option in each]
 
     @staticmethod
-    def of(members: Sequence[Solution], offers: Sequence[Offer]) -> Together:
-        """The members' solutions, with what each gets at every offer of the set."""
-        return Together(members, {offer.choice: offer.members for offer in offers if isinstance(offer, JointOffer)})
+    def of(members: Sequence[Solution], options: Sequence[Option]) -> Together:
+        """The members' solutions, with what each gets at every option of the set."""
+        return Together(members, {option.choice: option.members for option in options if isinstance(option, JointOption)})
 
 
-def forms_at(item: Item, solution: Solution, choice: Choice) -> dict[Target, Form]:
-    """The forms of an item's targets at a choice, in float64; a target that it leaves dense has none.
+def forms_at(unit: Unit, solution: Solution, choice: Choice) -> dict[Target, Form]:
+    """The forms of a unit's targets at a choice, in float64; a target that it leaves dense has none.
 
     Args:
-        solution: of the item; `Together` for a set.
+        solution: of the unit; `Together` for a set.
     """
     if not isinstance(solution, Together):
-        return {item.targets[0]: solution.form(choice)}
-    made = zip(item.targets, solution.forms(choice), strict=True)
-    return {target: form.owned_by(item.name) for target, form in made if form is not None}
+        return {unit.targets[0]: solution.form(choice)}
+    made = zip(unit.targets, solution.forms(choice), strict=True)
+    return {target: form.owned_by(unit.name) for target, form in made if form is not None}
 
 
 def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
@@ -82,19 +82,19 @@ def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> t
     return found
 
 
-def solve_item(
-    method: Method, settings: Settings, item: Item, weights: Sequence[Tensor], statistics: Sequence[TargetStats]
+def solve_unit(
+    method: Method, settings: Settings, unit: Unit, weights: Sequence[Tensor], statistics: Sequence[TargetStats]
 ) -> Sequence[Solution]:
-    """One solution per target of an item.
+    """One solution per target of a unit.
 
     Args:
         weights: (out, in) each, on the device that is to work.
         statistics: of the same targets.
     """
-    if item.parts is None:
+    if unit.parts is None:
         return [method.solve(weights[0], statistics[0], settings)]
     assert method.joint is not None
-    return method.joint.solve(weights, statistics, item.parts, settings)
+    return method.joint.solve(weights, statistics, unit.parts, settings)
 
 
 @dataclass(frozen=True)
@@ -119,27 +119,27 @@ class SolvedTarget:
 def solved_forms(
     plan: Plan,
     view: ModelView,
-    item: Item,
+    unit: Unit,
     layer: nn.Module,
     index: int,
     statistics: dict[str, TargetStats],
     stored: ReadStatistics | None,
     device: torch.device,
 ) -> dict[str, SolvedTarget]:
-    """Solve an item and form those of its targets that lie in this layer or a later one and are not left dense.
+    """Solve a unit and form those of its targets that lie in this layer or a later one and are not left dense.
 
     Args:
         layer: number `index`, its weights loaded.
-        statistics: of this layer's targets; those of the item are taken out.
+        statistics: of this layer's targets; those of the unit are taken out.
         stored: reads those of other layers.
 
     Raises:
         NonFiniteError: a form leaves the range of the checkpoint's dtype.
     """
     steps = {step.target.name: step for step in plan.steps}
-    item = _without(item, {name for name, step in steps.items() if step.choice.dense})
+    unit = _without(unit, {name for name, step in steps.items() if step.choice.dense})
     weights, biases, stats = [], [], []
-    for target in item.targets:
+    for target in unit.targets:
         weight, bias = weight_at(view, target, layer, view.layer_names[index])
         weights.append(weight.to(device))
         biases.append(None if bias is None else bias.to(device))
@@ -149,13 +149,13 @@ def solved_forms(
         if stored is None:
             raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are on no disk")
         stats.append(stored(view.layer_names[target.layer], [target.name])[target.name].to(device))
-    solutions = solve_item(*plan.recipe.compression, item, weights, stats)
+    solutions = solve_unit(*plan.recipe.compression, unit, weights, stats)
     found: dict[str, SolvedTarget] = {}
-    for target, solution, bias, each in zip(item.targets, solutions, biases, stats, strict=True):
+    for target, solution, bias, each in zip(unit.targets, solutions, biases, stats, strict=True):
         if target.layer < index:
             continue  # finished by an earlier, interrupted run
         choice = steps[target.name].choice
-        form = solution.form(choice).owned_by(item.name).with_bias(bias).stored(plan.dtype)
+        form = solution.form(choice).owned_by(unit.name).with_bias(bias).stored(plan.dtype)
         if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
             raise NonFiniteError(
                 f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32."
@@ -165,8 +165,8 @@ def solved_forms(
     return found
 
 
-def _without(item: Item, dense: Collection[str]) -> Item:
-    """The item without those of its members that are left dense."""
-    kept = [number for number, target in enumerate(item.targets) if target.name not in dense]
-    parts = None if item.parts is None else tuple(item.parts[number] for number in kept)
-    return Item(tuple(item.targets[number] for number in kept), parts)
+def _without(unit: Unit, dense: Collection[str]) -> Unit:
+    """The unit without those of its members that are left dense."""
+    kept = [number for number, target in enumerate(unit.targets) if target.name not in dense]
+    parts = None if unit.parts is None else tuple(unit.parts[number] for number in kept)
+    return Unit(tuple(unit.targets[number] for number in kept), parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lrc.compress.base import get_method
-from lrc.compress.offers import Shape
+from lrc.compress.options import Shape
 
 NAMES = ["compot", "cospadi"]
 
@@ -15,6 +15,6 @@ def solve(name: str, weight: torch.Tensor, stats, **settings):
     return chosen.solve(weight, stats, chosen.settings(**settings))
 
 
-def offers(name: str, shape: Shape, **settings):
+def options(name: str, shape: Shape, **settings):
     chosen = get_method(name)
-    return chosen.offers(shape, chosen.settings(**settings), 1)
+    return chosen.options(shape, chosen.settings(**settings), 1)

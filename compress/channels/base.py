@@ -16,19 +16,19 @@ from torch import Tensor
 from ..base import Solution
 from ..forms.base import Dense
 from ..forms.pruned import Pruned
-from ..offers import Choice, JointOffer, Offer, Shape
+from ..options import Choice, JointOption, Option, Shape
 from .feed_forward import READER
 
 
-def channel_offers(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOffer]:
+def channel_options(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOption]:
     """Every number of inner channels (in steps of `multiple`) of a feed-forward, but all of them; the reader last."""
     inner = shapes[-1].in_features
     found = []
     for channels in range(multiple, inner, multiple):
         left = [pruned_shape(shape, part, inner, channels) for shape, part in zip(shapes, parts, strict=True)]
         sizes = [small.nbytes - gone_biases(shape, small) for shape, small in zip(shapes, left, strict=True)]
-        members = tuple(Offer(Choice(channels=channels), size) for size in sizes)
-        found.append(JointOffer(Choice(channels=channels), sum(sizes), members))
+        members = tuple(Option(Choice(channels=channels), size) for size in sizes)
+        found.append(JointOption(Choice(channels=channels), sum(sizes), members))
     return found
 
 
@@ -40,7 +40,7 @@ def pruned_shape(shape: Shape, part: str, inner: int, channels: int) -> Shape:
 
 
 def gone_biases(shape: Shape, left: Shape) -> int:
-    """Bytes of the biases that leave with their rows, which an offer counts as saved."""
+    """Bytes of the biases that leave with their rows, which an option counts as saved."""
     return (shape.out_features - left.out_features) * shape.element if shape.bias else 0
 
 

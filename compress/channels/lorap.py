@@ -30,8 +30,8 @@ from torch import Tensor
 from ..base import Factored, Joinable, Joint, LowRankSolution, Settings, Solution, TargetSet, TargetStats, method
 from ..forms.base import LowRank
 from ..low_rank.scaled import scaled_svd
-from ..offers import Choice, JointOffer, Offer, Shape, break_even, low_rank_offers
-from .base import Channels, channel_offers
+from ..options import Choice, JointOption, Option, Shape, break_even, low_rank_options
+from .base import Channels, channel_options
 from .feed_forward import GATE_UP, MAKER, READER, by_group, by_layer, feed_forwards, in_attention
 
 # what each part keeps, relative to queries; q, k, v in one matrix keep the mean of their three
@@ -79,24 +79,24 @@ def _parts(attention: Sequence[Joinable]) -> tuple[str, ...]:
     return tuple(known.get(target.name, _OUTPUT) for target in attention)
 
 
-def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: LorapSettings, multiple: int = 1) -> list[JointOffer]:
+def options(shapes: Sequence[Shape], parts: Sequence[str], settings: LorapSettings, multiple: int = 1) -> list[JointOption]:
     """Of attention: every rank of the first target, the others in proportion; of a feed-forward: every number of channels."""
     if parts[0] == _UNKNOWN:
-        return [JointOffer(o.choice, o.nbytes, (o,)) for o in low_rank_offers(shapes[0], settings, multiple)]
+        return [JointOption(o.choice, o.nbytes, (o,)) for o in low_rank_options(shapes[0], settings, multiple)]
     if READER in parts:
-        return channel_offers(shapes, parts, multiple)
+        return channel_options(shapes, parts, multiple)
     dense = sum(shape.nbytes for shape in shapes)
-    found: list[JointOffer] = []
-    for choice, members in _attention_offers(shapes, parts, settings, multiple):
+    found: list[JointOption] = []
+    for choice, members in _attention_options(shapes, parts, settings, multiple):
         nbytes = sum(member.nbytes for member in members)
         if nbytes < dense and (not found or nbytes > found[-1].nbytes):
-            found.append(JointOffer(choice, nbytes, tuple(members)))
+            found.append(JointOption(choice, nbytes, tuple(members)))
     return found
 
 
-def _attention_offers(
+def _attention_options(
     shapes: Sequence[Shape], parts: Sequence[str], settings: LorapSettings, multiple: int
-) -> list[tuple[Choice, list[Offer]]]:
+) -> list[tuple[Choice, list[Option]]]:
     value = settings.value_share
     shares = {_VALUE: value, _OUTPUT: value, _FUSED: (2 + value) / 3}
     weights = [shares.get(part, 1.0) for part in parts]
@@ -110,13 +110,13 @@ def _attention_offers(
     return found
 
 
-def _low_rank(shape: Shape, kept: float, multiple: int) -> Offer:
+def _low_rank(shape: Shape, kept: float, multiple: int) -> Option:
     """The rank that keeps this fraction of a target, at least one step; dense where factors are no smaller."""
     numbers = shape.out_features + shape.in_features
     rank = max(multiple, int(kept * shape.out_features * shape.in_features / numbers + 1e-6) // multiple * multiple)
     if rank > break_even(shape.out_features, shape.in_features):
-        return Offer(Choice(), shape.nbytes)
-    return Offer(Choice(rank=rank), rank * numbers * shape.element)
+        return Option(Choice(), shape.nbytes)
+    return Option(Choice(rank=rank), rank * numbers * shape.element)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _remark(part: str) -> str:
     source="arXiv 2404.09695",
     needs=["mean_square"],
     settings=LorapSettings,
-    joint=Joint(sets, offers, solve_set, shares=False),
+    joint=Joint(sets, options, solve_set, shares=False),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: LorapSettings) -> Weighted:
     """A target (out, in) by itself: the weighted SVD."""

@@ -31,8 +31,8 @@ from torch import Tensor
 from ...errors import LrcError
 from ..base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
 from ..low_rank import svd_llm
-from ..offers import Choice, JointOffer, Shape
-from .base import ChannelSolution, channel_offers
+from ..options import Choice, JointOption, Shape
+from .base import ChannelSolution, channel_options
 from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
 
 _BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
@@ -51,9 +51,9 @@ def sets(targets: Sequence[Joinable], settings: NystromSettings) -> list[TargetS
     return [each.as_set() for layer in by_layer(targets) for each in feed_forwards(layer)]
 
 
-def offers(shapes: Sequence[Shape], parts: Sequence[str], settings: NystromSettings, multiple: int = 1) -> list[JointOffer]:
+def options(shapes: Sequence[Shape], parts: Sequence[str], settings: NystromSettings, multiple: int = 1) -> list[JointOption]:
     """Every number of channels."""
-    return channel_offers(shapes, parts, multiple)
+    return channel_options(shapes, parts, multiple)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def solved_feed_forward(
     source="arXiv 2408.09632",
     needs=["output_gram"],
     settings=NystromSettings,
-    joint=Joint(sets, offers, solve_set, shares=False, needs=_READ),
+    joint=Joint(sets, options, solve_set, shares=False, needs=_READ),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: NystromSettings) -> Solution:
     """A target (out, in) by itself: as `svd-llm`."""

@@ -48,7 +48,7 @@ def solve_set(
     source="OpenReview IjIgNPFuCt",
     needs=["gram", "grad_gram"],
     settings=NystromKfacSettings,
-    joint=Joint(nystrom.sets, nystrom.offers, solve_set, shares=False, needs=_READ),
+    joint=Joint(nystrom.sets, nystrom.options, solve_set, shares=False, needs=_READ),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: NystromKfacSettings) -> Solution:
     """A target (out, in) by itself: as `kfac`."""

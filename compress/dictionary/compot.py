@@ -31,8 +31,17 @@ from torch import Tensor
 
 from ..base import TargetStats, method
 from ..forms.dictionary import Pattern
-from ..offers import at_sizes
-from .sparse_coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, dictionary_offers, most_atoms, refined
+from ..options import at_sizes
+from .sparse_coding import (
+    Coded,
+    DictionarySettings,
+    DictionarySolution,
+    Problem,
+    Split,
+    dictionary_options,
+    most_atoms,
+    refined,
+)
 
 Share = Literal["target", "row"]
 _STAGES = (3, 8)  # iterations after which splits are compared and half of them go on
@@ -120,7 +129,7 @@ def learn(
     source="arXiv 2602.15200",
     needs=["output_gram"],
     settings=CompotSettings,
-    offers=dictionary_offers,
+    options=dictionary_options,
     measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CompotSettings) -> DictionarySolution:

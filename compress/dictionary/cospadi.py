@@ -27,8 +27,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..base import TargetStats, method
-from ..offers import Offer, Shape, at_sizes
-from .sparse_coding import Coded, DictionarySettings, DictionarySolution, Problem, Split, best_atoms, dictionary_offers, refined
+from ..options import Option, Shape, at_sizes
+from .sparse_coding import (
+    Coded,
+    DictionarySettings,
+    DictionarySolution,
+    Problem,
+    Split,
+    best_atoms,
+    dictionary_options,
+    refined,
+)
 
 # Of workspace for the rows that OMP codes at once: on a processor what its cache holds, which takes half the time.
 _IN_CACHE, _AT_ONCE = 8 * 2**20, 256 * 2**20
@@ -59,9 +68,9 @@ def _most(out_features: int, in_features: int) -> int:
     return out_features  # atoms start as rows of the weight
 
 
-def offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+def options(shape: Shape, settings: Any, multiple: int = 1) -> list[Option]:
     """Dictionaries of few atoms to as many as the target has rows."""
-    return dictionary_offers(shape, settings, multiple, _most)
+    return dictionary_options(shape, settings, multiple, _most)
 
 
 def omp(points: Tensor, atoms: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +196,7 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
     source="arXiv 2509.22075",
     needs=["output_gram"],
     settings=CospadiSettings,
-    offers=offers,
+    options=options,
     measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:

@@ -27,32 +27,32 @@ from ..forms.dictionary import Dictionary, nbytes
 from ..forms.shared import SharedDictionary
 from ..low_rank.stacked import stack_shape, stack_statistics
 from ..neighbours import NeighbourSettings, neighbours
-from ..offers import Choice, JointOffer, Offer, Shape, at_sizes
+from ..options import Choice, JointOption, Option, Shape, at_sizes
 from . import cospadi
-from .sparse_coding import DictionarySolution, best_atoms, dictionary_offers
+from .sparse_coding import DictionarySolution, best_atoms, dictionary_options
 
 
 class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):
     """Settings of `cospadi`, and which layers and roles share."""
 
 
-def offers(
+def options(
     shapes: Sequence[Shape], parts: Sequence[str], settings: CospadiGroupSettings, multiple: int = 1
-) -> list[JointOffer]:
+) -> list[JointOption]:
     """What `cospadi` offers for the stack; the first member stores the atoms, each its own codes."""
     found = []
-    for offer in dictionary_offers(stack_shape(shapes), settings, multiple, lambda out_features, in_features: out_features):
-        atoms, each = offer.choice.atoms, offer.choice.nonzeros
+    for option in dictionary_options(stack_shape(shapes), settings, multiple, lambda out_features, in_features: out_features):
+        atoms, each = option.choice.atoms, option.choice.nonzeros
         assert atoms is not None
         assert each is not None
         members = []
         for number, shape in enumerate(shapes):
             whole = nbytes(shape, atoms, each * shape.out_features)
             shared = 0 if number == 0 else atoms * shape.in_features * shape.element
-            members.append(Offer(offer.choice, whole - shared))
+            members.append(Option(option.choice, whole - shared))
         total = sum(member.nbytes for member in members)
         if total < sum(shape.nbytes for shape in shapes):  # supports are padded member by member
-            found.append(JointOffer(offer.choice, total, tuple(members)))
+            found.append(JointOption(option.choice, total, tuple(members)))
     return found
 
 
@@ -101,8 +101,8 @@ def solve_set(
 
 @method(
     "cospadi-group", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiGroupSettings,
-    offers=cospadi.offers, measured=at_sizes(0.3, 0.6),
-    joint=Joint(neighbours, offers, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
+    options=cospadi.options, measured=at_sizes(0.3, 0.6),
+    joint=Joint(neighbours, options, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
     """A target (out, in) that shares nothing."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..base import Settings, Solution, TargetStats
 from ..forms.dictionary import Dictionary, Pattern, nbytes
-from ..offers import Choice, Offer, Shape
+from ..options import Choice, Option, Shape
 
 MOST_OFFERS = 256
 _RANGE = 1e-12  # eigenvalues below this part of the largest are dependence among codes, not information
@@ -51,9 +51,9 @@ def most_atoms(out_features: int, in_features: int) -> int:
     return min(out_features, in_features)
 
 
-def dictionary_offers(
+def dictionary_options(
     shape: Shape, settings: DictionarySettings, multiple: int = 1, most: Callable[[int, int], int] = most_atoms
-) -> list[Offer]:
+) -> list[Option]:
     """Atoms from few to `most`, with their share of nonzeros; past that the surplus goes to nonzeros. At most 256 offers."""
     ratio = 2.0 if settings.atoms_per_nonzero == "auto" else settings.atoms_per_nonzero
     step = math.lcm(multiple, 4) if settings.pattern == "2:4" else multiple
@@ -62,11 +62,11 @@ def dictionary_offers(
     pairs = [(k, min(int(k / ratio + 1e-9), useful)) for k in range(step, largest + 1, step)]
     if settings.pattern == "free":
         pairs += [(largest, s) for s in range(int(largest / ratio) + 1, useful + 1)]
-    offers = [Offer(Choice(atoms=k, nonzeros=s), nbytes(shape, k, s * shape.out_features)) for k, s in pairs if s > 0]
-    offers = [offer for offer in offers if offer.nbytes < shape.nbytes]
-    if len(offers) <= MOST_OFFERS:
-        return offers
-    return [offers[round(i * (len(offers) - 1) / (MOST_OFFERS - 1))] for i in range(MOST_OFFERS)]
+    options = [Option(Choice(atoms=k, nonzeros=s), nbytes(shape, k, s * shape.out_features)) for k, s in pairs if s > 0]
+    options = [option for option in options if option.nbytes < shape.nbytes]
+    if len(options) <= MOST_OFFERS:
+        return options
+    return [options[round(i * (len(options) - 1) / (MOST_OFFERS - 1))] for i in range(MOST_OFFERS)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..offers import Shape
+from ..options import Shape
 from .base import MODULES, Form, Spec
 
 Pattern = Literal["free", "2:4"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..base import Joint, TargetStats, method
 from ..neighbours import NeighbourSettings, neighbours
 from . import svd_llm
-from .stacked import StackMember, shared_offers, solve_stack
+from .stacked import StackMember, shared_options, solve_stack
 
 
 def solve_set(
@@ -37,7 +37,7 @@ def solve_set(
 
 @method(
     "basis-sharing", source="arXiv 2410.03765", needs=["output_gram"], settings=NeighbourSettings,
-    joint=Joint(neighbours, shared_offers, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
+    joint=Joint(neighbours, shared_options, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: NeighbourSettings) -> svd_llm.Projected:
     """A target (out, in) that shares nothing."""

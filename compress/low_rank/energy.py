@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..base import TargetStats, method
-from ..offers import Choice, break_even
+from ..options import Choice, break_even
 from . import lord
 
 
@@ -62,7 +62,7 @@ def rank_for_energy(energy: Tensor, keep: float) -> int:
     return int((left_out > (1 - keep) * total).sum())
 
 
-@method("energy", source="arXiv 2502.20583", needs=["output_gram", "mean"], settings=EnergySettings, offers=lord.offers)
+@method("energy", source="arXiv 2502.20583", needs=["output_gram", "mean"], settings=EnergySettings, options=lord.options)
 def solve(weight: Tensor, stats: TargetStats, settings: EnergySettings) -> Kept:
     """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of their covariance."""
     plain = lord.solve(weight, stats, settings)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..base import LowRankSolution, Settings, TargetStats, balanced, method
 from ..forms.base import LowRank
 from ..linalg import Eigen, OutputDirections, eigh
-from ..offers import Choice
+from ..options import Choice
 
 
 class KfacSettings(Settings):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..base import LowRankSolution, Settings, TargetStats, balanced, method
 from ..forms.base import LowRank
 from ..linalg import OutputDirections, project
-from ..offers import Choice, Offer, Shape, low_rank_offers
+from ..options import Choice, Option, Shape, low_rank_options
 
 
 class LordSettings(Settings):
@@ -50,14 +50,14 @@ class Affine(LowRankSolution):
         return LowRank(left, right, self.mean - basis @ (basis.T @ self.mean))
 
 
-def offers(shape: Shape, settings: LordSettings, multiple: int) -> list[Offer]:
+def options(shape: Shape, settings: LordSettings, multiple: int) -> list[Option]:
     """As low rank, and a bias where there is none."""
     extra = shape.out_features * shape.element if settings.centre and not shape.bias else 0
-    found = [Offer(offer.choice, offer.nbytes + extra) for offer in low_rank_offers(shape, settings, multiple)]
-    return [offer for offer in found if offer.nbytes < shape.nbytes]
+    found = [Option(option.choice, option.nbytes + extra) for option in low_rank_options(shape, settings, multiple)]
+    return [option for option in found if option.nbytes < shape.nbytes]
 
 
-@method("lord", source="arXiv 2309.14021", needs=["output_gram", "mean"], settings=LordSettings, offers=offers)
+@method("lord", source="arXiv 2309.14021", needs=["output_gram", "mean"], settings=LordSettings, options=options)
 def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
     """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of their covariance."""
     group = stats.group

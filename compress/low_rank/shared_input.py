@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..base import Joinable, Joint, Settings, TargetSet, TargetStats, method
 from . import svd_llm
-from .stacked import StackMember, shared_offers, solve_stack
+from .stacked import StackMember, shared_options, solve_stack
 
 
 def sets(targets: Sequence[Joinable], settings: Settings) -> list[TargetSet]:
@@ -45,7 +45,7 @@ def solve_set(
 
 @method(
     "shared-input", source="arXiv 2403.07378; arXiv 2505.18413", needs=["output_gram"],
-    joint=Joint(sets, shared_offers, solve_set, needs={"": frozenset({"gram"})}),
+    joint=Joint(sets, shared_options, solve_set, needs={"": frozenset({"gram"})}),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: Settings) -> svd_llm.Projected:
     """A target (out, in) that reads its input alone."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base import GroupStats, LowRankSolution, Settings, TargetStats, balanced
 from ..forms.shared import SharedLowRank
 from ..linalg import OutputDirections, project
-from ..offers import Choice, JointOffer, Offer, Shape, low_rank_offers
+from ..options import Choice, JointOption, Option, Shape, low_rank_options
 
 
 def stack_shape(shapes: Sequence[Shape]) -> Shape:
@@ -24,17 +24,17 @@ def stack_shape(shapes: Sequence[Shape]) -> Shape:
     return Shape(sum(shape.out_features for shape in shapes), shapes[0].in_features, shapes[0].element)
 
 
-def shared_offers(shapes: Sequence[Shape], parts: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOffer]:
+def shared_options(shapes: Sequence[Shape], parts: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOption]:
     """Every rank at which the stack's factors are smaller than its members; the first one stores the right factor."""
 
-    def member(number: int, shape: Shape, choice: Choice) -> Offer:
+    def member(number: int, shape: Shape, choice: Choice) -> Option:
         assert choice.rank is not None
         rows = shape.out_features + (shape.in_features if number == 0 else 0)
-        return Offer(choice, choice.rank * rows * shape.element)
+        return Option(choice, choice.rank * rows * shape.element)
 
     return [
-        JointOffer(offer.choice, offer.nbytes, tuple(member(i, shape, offer.choice) for i, shape in enumerate(shapes)))
-        for offer in low_rank_offers(stack_shape(shapes), settings, multiple)
+        JointOption(option.choice, option.nbytes, tuple(member(i, shape, option.choice) for i, shape in enumerate(shapes)))
+        for option in low_rank_options(stack_shape(shapes), settings, multiple)
     ]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..base import LowRankSolution, Settings, TargetStats, balanced, method
 from ..forms.base import LowRank
 from ..linalg import OutputDirections, project
-from ..offers import Choice
+from ..options import Choice
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..base import Settings, TargetStats, method
-from ..offers import Choice, break_even
+from ..options import Choice, break_even
 from . import svd_llm
 from .energy import rank_for_energy
 

@@ -29,8 +29,8 @@ from ..forms.base import LowRank
 from ..forms.product import Product
 from ..forms.quantized import Quantized, QuantizedLowRank
 from ..metric import Metric
-from ..offers import Choice
-from .corrections import CorrectionSettings, best_correction, correction_offers
+from ..options import Choice
+from .corrections import CorrectionSettings, best_correction, correction_options
 from .factors import Base, quantize_factors
 from .gptq import Compensator, compensator
 from .rtn import Bits
@@ -130,7 +130,7 @@ class Alternating(Solution):
         return quantize_factors(error, low.left, low.right, metric, grid, self.ready, self.settings.inner_rounds)
 
 
-@method("caldera", source="arXiv 2405.18886", needs=["gram"], settings=CalderaSettings, offers=correction_offers)
+@method("caldera", source="arXiv 2405.18886", needs=["gram"], settings=CalderaSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: CalderaSettings) -> Alternating:
     """A quantized weight (out, in) and quantized factors, alternating; losses are mean squared output errors."""
     assert stats.group.gram is not None

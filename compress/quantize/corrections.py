@@ -18,7 +18,7 @@ from ..forms.grids import Grid
 from ..forms.quantized import Quantized, QuantizedLowRank
 from ..low_rank.svd_llm import Projected
 from ..metric import Metric
-from ..offers import Choice, Offer, Shape
+from ..options import Choice, Option, Shape
 from .factors import quantize_factors
 from .gptq import Compensator
 from .rtn import Bits, OneGridSettings
@@ -45,15 +45,15 @@ class CorrectionSettings(OneGridSettings):
         return Choice(rank, self.bits, None if self.factor_bits == 16 else self.factor_bits)
 
 
-def correction_offers(shape: Shape, settings: Any, multiple: int) -> list[Offer]:
+def correction_options(shape: Shape, settings: Any, multiple: int) -> list[Option]:
     """The rank of the settings, or every rank in steps of `multiple` from 0; none that is not smaller than the matrix.
 
     A rank past the smaller side of the matrix is that side.
     """
     most = min(shape.out_features, shape.in_features)
     ranks = range(0, most + 1, multiple) if settings.rank is None else [min(settings.rank, most)]
-    offers = [Offer(settings.choice(rank), _nbytes(shape, settings, rank)) for rank in ranks]
-    return [offer for offer in offers if offer.nbytes < shape.nbytes]
+    options = [Option(settings.choice(rank), _nbytes(shape, settings, rank)) for rank in ranks]
+    return [option for option in options if option.nbytes < shape.nbytes]
 
 
 def _nbytes(shape: Shape, settings: CorrectionSettings, rank: int) -> int:

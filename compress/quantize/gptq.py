@@ -30,8 +30,8 @@ from ..base import TargetStats, method
 from ..forms.grids import Grid, Scales
 from ..forms.quantized import Quantized
 from ..metric import Metric
-from ..offers import coarsest
-from .rtn import GridSettings, OnGrid, grid_offers
+from ..options import coarsest
+from .rtn import GridSettings, OnGrid, grid_options
 
 _BLOCK = 64  # columns whose errors are carried on one by one; those of earlier blocks by one multiplication
 _LEAST_RIDGE = 1e-8  # the first one tried where no damping was asked for and the gram is singular
@@ -170,7 +170,7 @@ def _by_columns(
     return Quantized(grid, codes.T.contiguous(), Scales(steps.T.contiguous(), None if zeros is None else zeros.T.contiguous()))
 
 
-@method("gptq", source="arXiv 2210.17323", needs=["gram"], settings=GptqSettings, offers=grid_offers, measured=coarsest(3))
+@method("gptq", source="arXiv 2210.17323", needs=["gram"], settings=GptqSettings, options=grid_options, measured=coarsest(3))
 def solve(weight: Tensor, stats: TargetStats, settings: GptqSettings) -> OnGrid:
     """The weight (out, in) rounded column by column in the gram's metric."""
     assert stats.group.gram is not None

@@ -18,10 +18,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..base import TargetStats, method
-from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers, positive
+from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_options, positive
 
 
-@method("l2qer", source="arXiv 2402.02446", needs=["peak_abs_mean"], settings=CorrectionSettings, offers=correction_offers)
+@method("l2qer", source="arXiv 2402.02446", needs=["peak_abs_mean"], settings=CorrectionSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: CorrectionSettings) -> Corrected:
     """The rounded weight (out, in) and the scaled SVD of its error; losses are errors in the scaled metric."""
     assert stats.group.peak_abs_mean is not None

@@ -18,10 +18,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..base import TargetStats, method
-from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers
+from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_options
 
 
-@method("lqer", source="arXiv 2402.02446", settings=CorrectionSettings, offers=correction_offers)
+@method("lqer", source="arXiv 2402.02446", settings=CorrectionSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: CorrectionSettings) -> Corrected:
     """The rounded weight (out, in) and the truncated SVD of its error; losses are squared errors of the weight."""
     return corrected_by_channel(weight, settings, None)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..base import TargetStats, method
 from ..forms.quantized import Quantized
 from ..metric import Metric
-from .corrections import Corrected, CorrectionSettings, best_correction, correction_offers
+from .corrections import Corrected, CorrectionSettings, best_correction, correction_options
 from .factors import Base
 from .gptq import compensator
 
@@ -36,7 +36,7 @@ class QeraSettings(CorrectionSettings):
     act_order: bool = Field(True, description="of gptq: inputs with the most energy first")
 
 
-@method("qera", source="arXiv 2410.06040", needs=["gram"], settings=QeraSettings, offers=correction_offers)
+@method("qera", source="arXiv 2410.06040", needs=["gram"], settings=QeraSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: QeraSettings) -> Corrected:
     """The quantized weight (out, in) and the best correction in the gram's metric; losses are mean squared output errors."""
     assert stats.group.gram is not None

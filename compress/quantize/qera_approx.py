@@ -16,10 +16,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..base import TargetStats, method
-from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers, positive
+from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_options, positive
 
 
-@method("qera-approx", source="arXiv 2410.06040", needs=["mean_square"], settings=CorrectionSettings, offers=correction_offers)
+@method(
+    "qera-approx", source="arXiv 2410.06040", needs=["mean_square"], settings=CorrectionSettings, options=correction_options
+)
 def solve(weight: Tensor, stats: TargetStats, settings: CorrectionSettings) -> Corrected:
     """The rounded weight (out, in) and the scaled SVD of its error; losses are output errors of uncorrelated inputs."""
     assert stats.group.mean_square is not None

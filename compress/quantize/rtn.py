@@ -20,7 +20,7 @@ from ..base import Settings, Solution, TargetStats, method
 from ..forms.grids import BITS, Grid
 from ..forms.quantized import Quantized
 from ..metric import Metric
-from ..offers import Choice, Offer, Shape
+from ..options import Choice, Option, Shape
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
@@ -90,17 +90,17 @@ class OnGrid(Solution):
         return self.ridge
 
 
-def grid_offers(shape: Shape, settings: GridSettings, multiple: int) -> list[Offer]:
-    """One offer for the bits of the settings, or one for each number of bits; none that is not smaller than the matrix."""
+def grid_options(shape: Shape, settings: GridSettings, multiple: int) -> list[Option]:
+    """One option for the bits of the settings, or one for each number of bits; none that is not smaller than the matrix."""
     wanted = BITS if settings.bits is None else (settings.bits,)
-    offers = [
-        Offer(Choice(bits=bits), settings.of(bits).nbytes(shape.out_features, shape.in_features, shape.element))
+    options = [
+        Option(Choice(bits=bits), settings.of(bits).nbytes(shape.out_features, shape.in_features, shape.element))
         for bits in wanted
     ]
-    return [offer for offer in offers if offer.nbytes < shape.nbytes]
+    return [option for option in options if option.nbytes < shape.nbytes]
 
 
-@method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, offers=grid_offers)
+@method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, options=grid_options)
 def solve(weight: Tensor, stats: TargetStats, settings: GridSettings) -> OnGrid:
     """The weight (out, in) rounded to nearest."""
     return OnGrid(weight, settings, lambda grid: Quantized.nearest(weight, grid), Metric.of(stats))

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..base import TargetStats, method
-from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_offers
+from .corrections import Corrected, CorrectionSettings, corrected_by_channel, correction_options
 
 
 class ZeroQuantSettings(CorrectionSettings):
@@ -30,7 +30,7 @@ class ZeroQuantSettings(CorrectionSettings):
     factor_bits: Literal[16, 8, 4] = Field(8, description="of the factors; 16: in the checkpoint's own dtype")
 
 
-@method("zeroquant-v2", source="arXiv 2303.08302", settings=ZeroQuantSettings, offers=correction_offers)
+@method("zeroquant-v2", source="arXiv 2303.08302", settings=ZeroQuantSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: ZeroQuantSettings) -> Corrected:
     """The rounded weight (out, in) and the truncated SVD of its error; losses are squared errors of the weight."""
     return corrected_by_channel(weight, settings, None)

@@ -1,7 +1,7 @@
 """Rules that share the budget out by a formula of their own: the contract, and its registry.
 
 A rule is one pure function, one file. It gets what the survey has measured of every open target, and the bytes that they may
-take together, and says which offer each one gets. Rules that weigh losses against each other on one scale need no file: they
+take together, and says which option each one gets. Rules that weigh losses against each other on one scale need no file: they
 differ in what a loss is, and the solver does the rest (allocation.py).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...compress.base import Curve, Method, Settings
-from ...compress.offers import Choice, Offer, low_rank_offers
+from ...compress.options import Choice, Option, low_rank_options
 from ...compress.registry import first_line, import_all
 
 
@@ -24,7 +24,7 @@ class Open:
     Args:
         name, role, group: as in targets.Target.
         dense: its bytes when dense.
-        curve: what it loses at every offer, and the signals that the rule asked for.
+        curve: what it loses at every option, and the scores that the rule asked for.
         may_be_dense: whether limits leave it the dense form.
     """
 
@@ -38,25 +38,25 @@ class Open:
     @property
     def most(self) -> int:
         """Bytes of its largest form."""
-        return self.dense if self.may_be_dense or not self.curve.offers else self.curve.offers[-1].nbytes
+        return self.dense if self.may_be_dense or not self.curve.options else self.curve.options[-1].nbytes
 
     @property
     def least(self) -> int:
         """Bytes of its smallest form."""
-        return self.curve.offers[0].nbytes if self.curve.offers else self.dense
+        return self.curve.options[0].nbytes if self.curve.options else self.dense
 
-    def at(self, nbytes: float) -> Offer:
+    def at(self, nbytes: float) -> Option:
         """The largest form that takes no more; the smallest one where even that is larger."""
         if nbytes + 1e-6 >= self.dense and self.may_be_dense:
-            return Offer(Choice(), self.dense)
-        fitting = [offer for offer in self.curve.offers if offer.nbytes <= nbytes + 1e-6]
+            return Option(Choice(), self.dense)
+        fitting = [option for option in self.curve.options if option.nbytes <= nbytes + 1e-6]
         if fitting:
             return fitting[-1]
-        return self.curve.offers[0] if self.curve.offers else Offer(Choice(), self.dense)
+        return self.curve.options[0] if self.curve.options else Option(Choice(), self.dense)
 
 
-# open targets, bytes for all of them, the rule's own Settings -> offer per target
-Share = Callable[[Sequence[Open], int, Any], dict[str, Offer]]
+# open targets, bytes for all of them, the rule's own Settings -> option per target
+Share = Callable[[Sequence[Open], int, Any], dict[str, Option]]
 # method -> why its solutions do not say what the rule reads; '' where they do
 WhyNot = Callable[[Method], str]
 
@@ -71,7 +71,7 @@ class Rule:
         settings: the pydantic class of its settings (`allocation_settings:`).
         source: the paper it comes from.
         needs: statistics that it reads beside the method's own.
-        signal: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens' (signals.py).
+        score: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens' (scores.py).
         limits: whether it can be held to `limits`.
     """
 
@@ -80,7 +80,7 @@ class Rule:
     settings: type[Settings]
     source: str
     needs: frozenset[str] = frozenset()
-    signal: str = ""
+    score: str = ""
     limits: bool = True
 
     @property
@@ -90,7 +90,7 @@ class Rule:
 
     def why_not(self, method: Method) -> str:
         """Why a method cannot be shared out by this rule; '' where it can."""
-        if method.offers is low_rank_offers:
+        if method.options is low_rank_options:
             return ""
         return (
             f"allocation: {self.name} reads the singular values that plain low-rank factors keep, and {method.name} stores "
@@ -107,13 +107,13 @@ def rule(
     source: str,
     settings: type[Settings] = Settings,
     needs: frozenset[str] = frozenset(),
-    signal: str = "",
+    score: str = "",
     limits: bool = True,
 ) -> Callable[[Share], Share]:
     """Register a function as the rule `name`."""
 
     def register(share: Share) -> Share:
-        _RULES[name] = Rule(name, share, settings, source, needs, signal, limits)
+        _RULES[name] = Rule(name, share, settings, source, needs, score, limits)
         return share
 
     return register
@@ -152,8 +152,8 @@ def in_proportion(
 
 def error_at(target: Open, kept: float) -> float:
     """Root of the squared output error over all tokens at the uniform share; 0 where that is the dense form."""
-    offer = target.at(kept * target.dense)
-    if offer.choice.dense:
+    option = target.at(kept * target.dense)
+    if option.choice.dense:
         return 0.0
-    loss = target.curve.losses[target.curve.offers.index(offer)]
-    return math.sqrt(max(loss, 0.0) * target.curve.signals[1])
+    loss = target.curve.losses[target.curve.options.index(option)]
+    return math.sqrt(max(loss, 0.0) * target.curve.scores[1])

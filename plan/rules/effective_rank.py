@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ...compress.base import Settings
-from ...compress.offers import Offer
+from ...compress.options import Option
 from ...errors import BudgetError
 from .base import Open, in_proportion, rule
 
@@ -34,14 +34,14 @@ class EffectiveRankSettings(Settings):
     qk_to_v: float = Field(0.3, ge=0, lt=1)
 
 
-@rule("effective-rank", source="arXiv 2509.25622", settings=EffectiveRankSettings, signal="effective-rank")
-def share(targets: Sequence[Open], budget: int, settings: EffectiveRankSettings) -> dict[str, Offer]:
+@rule("effective-rank", source="arXiv 2509.25622", settings=EffectiveRankSettings, score="effective-rank")
+def share(targets: Sequence[Open], budget: int, settings: EffectiveRankSettings) -> dict[str, Option]:
     """Bytes ω k ∝ √(R ω), dense from break-even on; then from q and k to v."""
     weights = {}
     for target in targets:
-        ranked = next((offer for offer in target.curve.offers if offer.choice.rank), None)
+        ranked = next((option for option in target.curve.options if option.choice.rank), None)
         per_rank = ranked.nbytes / (ranked.choice.rank or 1) if ranked else target.dense
-        weights[target.name] = math.sqrt(target.curve.signals[0] * per_rank)
+        weights[target.name] = math.sqrt(target.curve.scores[0] * per_rank)
     low, high = {t.name: float(t.least) for t in targets}, {t.name: float(t.most) for t in targets}
     if (least := sum(low.values())) > budget:
         raise BudgetError(f"The budget allows {budget:,} bytes; the smallest forms come to {int(least):,}.", "Ask for more.")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ...compress.base import Settings
-from ...compress.offers import Offer
+from ...compress.options import Option
 from ...errors import BudgetError
 from .base import Open, error_at, in_proportion, rule
 
@@ -37,20 +37,20 @@ class ImportanceSettings(Settings):
     floor: float = Field(0.5, ge=0, le=1)
 
 
-@rule("importance", source="arXiv 2604.01609", settings=ImportanceSettings, signal="angular")
-def share(targets: Sequence[Open], budget: int, settings: ImportanceSettings) -> dict[str, Offer]:
+@rule("importance", source="arXiv 2604.01609", settings=ImportanceSettings, score="angular")
+def share(targets: Sequence[Open], budget: int, settings: ImportanceSettings) -> dict[str, Option]:
     """Per role: a floor, and the rest in proportion to the score."""
     kept = budget / sum(target.dense for target in targets)
-    angles = [target.curve.signals[0] for target in targets]
+    angles = [target.curve.scores[0] for target in targets]
     span = max(angles) - min(angles)
     roles: dict[str, list[Open]] = {}
     for target in targets:
         roles.setdefault(target.role, []).append(target)
-    found: dict[str, Offer] = {}
+    found: dict[str, Option] = {}
     for members in roles.values():
         scores = {}
         for target in members:
-            beta = 1 + (target.curve.signals[0] - min(angles)) / span if span > 0 else 1.0
+            beta = 1 + (target.curve.scores[0] - min(angles)) / span if span > 0 else 1.0
             scores[target.name] = beta**settings.alpha * math.log(math.e + error_at(target, kept)) ** (1 - settings.alpha)
         # nobody gets less than the floor: pool · s / Σs, the floors added, capped at the largest form
         pool = (1 - settings.floor) * kept * sum(target.dense for target in members)

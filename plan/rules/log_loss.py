@@ -15,19 +15,19 @@ import math
 from collections.abc import Sequence
 
 from ...compress.base import Settings
-from ...compress.offers import Offer
+from ...compress.options import Option
 from ...errors import BudgetError
 from .base import Open, error_at, in_proportion, rule
 
 
-@rule("log-loss", source="arXiv 2503.12340", signal="tokens")
-def share(targets: Sequence[Open], budget: int, settings: Settings) -> dict[str, Offer]:
+@rule("log-loss", source="arXiv 2503.12340", score="tokens")
+def share(targets: Sequence[Open], budget: int, settings: Settings) -> dict[str, Option]:
     """Per role: bytes removed in proportion to 1 / log(loss)."""
     kept = budget / sum(target.dense for target in targets)
     roles: dict[str, list[Open]] = {}
     for target in targets:
         roles.setdefault(target.role, []).append(target)
-    found: dict[str, Offer] = {}
+    found: dict[str, Option] = {}
     for members in roles.values():
         weights = {target.name: target.dense / math.log(max(math.e, error_at(target, kept))) for target in members}
         removed = (1 - kept) * sum(target.dense for target in members)

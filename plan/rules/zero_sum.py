@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ...compress.base import Settings
-from ...compress.offers import Choice, Offer
+from ...compress.options import Choice, Option
 from ...errors import BudgetError
 from .base import Open, rule
 
@@ -43,26 +43,26 @@ class ZeroSumSettings(Settings):
     source="arXiv 2602.02848",
     settings=ZeroSumSettings,
     needs=frozenset({"weight_grad"}),
-    signal="components",
+    score="components",
     limits=False,
 )
-def share(targets: Sequence[Open], budget: int, settings: ZeroSumSettings) -> dict[str, Offer]:
-    """One heap of next components for each sign; `signals` are ΔL_i in nats per token, in descending order of σ."""
-    by_rank = {target.name: {offer.choice.rank: offer for offer in target.curve.offers} for target in targets}
+def share(targets: Sequence[Open], budget: int, settings: ZeroSumSettings) -> dict[str, Option]:
+    """One heap of next components for each sign; `scores` are ΔL_i in nats per token, in descending order of σ."""
+    by_rank = {target.name: {option.choice.rank: option for option in target.curve.options} for target in targets}
     floors = {target.name: _floor(target, settings.floor) for target in targets}
     known = {target.name: target for target in targets}
-    left = {target.name: len(target.curve.signals) for target in targets}
-    held = {target.name: Offer(Choice(), target.dense) for target in targets}
+    left = {target.name: len(target.curve.scores) for target in targets}
+    held = {target.name: Option(Choice(), target.dense) for target in targets}
     total = sum(target.dense for target in targets)
     heaps: tuple[list[tuple[float, str]], list[tuple[float, str]]] = ([], [])  # lowering the loss, raising it
 
-    def offer_next(name: str) -> None:
+    def option_next(name: str) -> None:
         if left[name] > floors[name]:
-            change = known[name].curve.signals[left[name] - 1]
+            change = known[name].curve.scores[left[name] - 1]
             heapq.heappush(heaps[change > 0], (abs(change), name))
 
     for name in left:
-        offer_next(name)
+        option_next(name)
     running = 0.0
     while total > budget:
         wanted = heaps[0] if running >= 0 else heaps[1]
@@ -73,18 +73,18 @@ def share(targets: Sequence[Open], budget: int, settings: ZeroSumSettings) -> di
                 "Ask for more, or lower allocation_settings.floor.",
             )
         _, name = heapq.heappop(heap)
-        running += known[name].curve.signals[left[name] - 1]
+        running += known[name].curve.scores[left[name] - 1]
         left[name] -= 1
         if smaller := by_rank[name].get(left[name]):
             total -= held[name].nbytes - smaller.nbytes
             held[name] = smaller
-        offer_next(name)
+        option_next(name)
     return held
 
 
 def _floor(target: Open, part: float) -> int:
-    """The rank that a target keeps at least: that of its smallest offer, or the part of its largest one's."""
-    ranks = [offer.choice.rank for offer in target.curve.offers if offer.choice.rank is not None]
+    """The rank that a target keeps at least: that of its smallest option, or the part of its largest one's."""
+    ranks = [option.choice.rank for option in target.curve.options if option.choice.rank is not None]
     if not ranks:
-        return len(target.curve.signals)
+        return len(target.curve.scores)
     return next(rank for rank in ranks if rank >= part * ranks[-1])

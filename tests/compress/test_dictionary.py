@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dictionaries import NAMES, offers, solve
+from dictionaries import NAMES, options, solve
 from pipeline import IDS, compress, place_of
 from problems import problem, statistics
 from safetensors import safe_open
@@ -19,7 +19,7 @@ from lrc.compress.dictionary import compot
 from lrc.compress.dictionary.sparse_coding import MOST_OFFERS
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, unpack
-from lrc.compress.offers import Shape
+from lrc.compress.options import Shape
 from lrc.run.verify import verify
 
 
@@ -102,28 +102,28 @@ def test_a_cast_leaves_the_support_alone():
 @pytest.mark.parametrize("settings", [{}, {"pattern": "2:4"}, {"atoms_per_nonzero": "auto"}, {"share": "row"}])
 @pytest.mark.parametrize("shape", [(40, 26), (26, 40), (31, 31)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_file_holds_the_bytes_that_were_offered(settings, shape, dtype, tmp_path):
+def test_the_file_holds_the_bytes_that_were_optioned(settings, shape, dtype, tmp_path):
     weight, x = problem(*shape, tokens=100)
     weight = weight.to(dtype)
     element = weight.element_size()
-    found = offers("compot", Shape(*shape, element), **settings)
+    found = options("compot", Shape(*shape, element), **settings)
     solution = solve("compot", weight, statistics(x), iterations=2, refits=1, **settings)
-    for offer in found[:: max(1, len(found) // 3)]:
-        form = solution.form(offer.choice).stored(dtype)
+    for option in found[:: max(1, len(found) // 3)]:
+        form = solution.form(option.choice).stored(dtype)
         save_file(form.tensors(), tmp_path / "form.safetensors")
         with safe_open(tmp_path / "form.safetensors", "pt") as file:
             slices = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
-        assert sum(t.numel() * t.element_size() for t in slices) == form.nbytes == offer.nbytes
+        assert sum(t.numel() * t.element_size() for t in slices) == form.nbytes == option.nbytes
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "shape", [(576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 14336), (14336, 4096), (1, 12), (12, 1)]
 )
-def test_offers_ascend_stay_below_the_dense_bytes_and_are_few(name, shape):
+def test_options_ascend_stay_below_the_dense_bytes_and_are_few(name, shape):
     for element in (2, 4):
         dense = Shape(*shape, element)
-        found = offers(name, dense)
+        found = options(name, dense)
         assert len(found) <= MOST_OFFERS
         assert all(a.nbytes < b.nbytes for a, b in pairwise(found))
         assert all(o.nbytes < dense.nbytes and 1 <= o.choice.nonzeros <= o.choice.atoms for o in found)
@@ -133,7 +133,7 @@ def test_offers_ascend_stay_below_the_dense_bytes_and_are_few(name, shape):
 
 
 def test_an_orthogonal_dictionary_is_clipped_and_the_surplus_goes_to_nonzeros():
-    largest = offers("compot", Shape(1536, 576, 2))[-1].choice
+    largest = options("compot", Shape(1536, 576, 2))[-1].choice
     assert largest.atoms == 576 and largest.nonzeros > 288
 
 

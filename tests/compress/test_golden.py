@@ -13,7 +13,7 @@ import torch
 
 from lrc.compress.base import GroupStats, TargetStats, get_method
 from lrc.compress.dictionary import cospadi
-from lrc.compress.offers import Choice
+from lrc.compress.options import Choice
 
 SHAPES = [(18, 12), (12, 18)]
 

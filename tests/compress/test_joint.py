@@ -18,7 +18,7 @@ from lrc.compress.forms import experts
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.low_rank.stacked import stack_statistics
 from lrc.compress.mixture import MixtureSettings, mixture
-from lrc.compress.offers import Choice, JointOffer, Shape
+from lrc.compress.options import Choice, JointOption, Shape
 from lrc.errors import LrcError
 from lrc.model.targets import Target
 
@@ -90,20 +90,20 @@ def test_the_metric_of_neighbours_is_that_of_all_their_tokens():
             assert one.loss(Choice(rank=rank)) == pytest.approx(other.loss(Choice(rank=rank)), rel=1e-9)
 
 
-def offers(name, shapes, parts=None, multiple=1, **settings):
+def options(name, shapes, parts=None, multiple=1, **settings):
     picked = get_method(name)
-    return picked.joint.offers(shapes, parts or [""] * len(shapes), picked.settings(**settings), multiple)
+    return picked.joint.options(shapes, parts or [""] * len(shapes), picked.settings(**settings), multiple)
 
 
 @pytest.mark.parametrize("name", ["shared-input", "basis-sharing"])
 def test_ranks_are_those_of_the_published_formula(name):
     """rank = ⌊kept · g · m · n / (m + g · n)⌋: 2457 for q, k, v of width 4096 at 0.8, where each alone has 1638."""
-    ways = offers(name, [Shape(4096, 4096, 2)] * 3)
+    ways = options(name, [Shape(4096, 4096, 2)] * 3)
     fitting = [way for way in ways if way.nbytes <= 0.8 * 3 * 4096 * 4096 * 2]
     assert fitting[-1].choice.rank == int(0.8 * 3 * 4096 * 4096 / (4096 + 3 * 4096)) == 2457
-    grouped = [way for way in offers(name, [Shape(1024, 4096, 2)] * 2) if way.nbytes <= 0.8 * 2 * 1024 * 4096 * 2]
+    grouped = [way for way in options(name, [Shape(1024, 4096, 2)] * 2) if way.nbytes <= 0.8 * 2 * 1024 * 4096 * 2]
     assert grouped[-1].choice.rank == 1092
-    assert all(way.choice.rank % 64 == 0 for way in offers(name, [Shape(512, 512, 2)] * 2, multiple=64))
+    assert all(way.choice.rank % 64 == 0 for way in options(name, [Shape(512, 512, 2)] * 2, multiple=64))
 
 
 PARTS = {
@@ -119,18 +119,18 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_offers_cost_what_the_forms_weigh_and_losses_fall(case):
+def test_options_cost_what_the_forms_weigh_and_losses_fall(case):
     parts, shapes = PARTS[case]
     name = case.strip()
     chance = np.random.default_rng(1)
     weights = [chance.standard_normal((shape.out_features, shape.in_features)).astype(np.float32) for shape in shapes]
     x = [chance.standard_normal((100, shape.in_features)) for shape in shapes]
     more = {"iterations": 2, "refits": 1} if name == "cospadi-group" else {}
-    ways = offers(name, shapes, parts, **more)
+    ways = options(name, shapes, parts, **more)
     assert all(a.nbytes < b.nbytes for a, b in pairwise(ways))
     losses = []
     for way in ways[:: max(1, len(ways) // 6)]:
-        assert isinstance(way, JointOffer)
+        assert isinstance(way, JointOption)
         assert way.nbytes == sum(member.nbytes for member in way.members) < sum(shape.nbytes for shape in shapes)
         open_members = [i for i, member in enumerate(way.members) if not member.choice.dense]
         solutions = solve(name, [weights[i] for i in open_members], [x[i] for i in open_members],
@@ -185,13 +185,13 @@ def test_values_and_output_keep_three_times_as_much():
     """Grouped-query attention of Llama-3-8B's shapes at 0.4; and the multi-head one of the paper, whose budget is 3 : 1."""
     shapes = [Shape(4096, 4096, 2), Shape(1024, 4096, 2), Shape(1024, 4096, 2), Shape(4096, 4096, 2)]
     parts = ["query", "key", "value", "output"]
-    way = next(way for way in offers("lorap", shapes, parts) if way.choice.rank == 400)
+    way = next(way for way in options("lorap", shapes, parts) if way.choice.rank == 400)
     kept = [member.nbytes / shape.nbytes for member, shape in zip(way.members, shapes, strict=True)]
     assert kept == pytest.approx([kept[0], kept[0], 3 * kept[0], 3 * kept[0]], rel=0.01)
     square = [Shape(1000, 1000, 2)] * 4
-    fitting = [way for way in offers("lorap", square, parts) if way.nbytes <= 0.5 * 4_000_000 * 2][-1]
+    fitting = [way for way in options("lorap", square, parts) if way.nbytes <= 0.5 * 4_000_000 * 2][-1]
     assert [member.choice.rank for member in fitting.members] == [125, 125, 375, 375]  # (1 - ρ) h / 4 and three times that
-    at_most = [way for way in offers("lorap", square, parts) if way.nbytes <= 0.8 * 4_000_000 * 2][-1]
+    at_most = [way for way in options("lorap", square, parts) if way.nbytes <= 0.8 * 4_000_000 * 2][-1]
     assert [member.choice.rank for member in at_most.members] == [300, 300, None, None]  # v and o dense where that is no saving
 
 

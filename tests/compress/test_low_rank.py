@@ -13,7 +13,7 @@ from pipeline import compress
 from transformers import AutoModelForCausalLM
 
 from lrc.compress.base import GroupStats, TargetStats, get_method
-from lrc.compress.offers import Choice, Shape, low_rank_offers
+from lrc.compress.options import Choice, Shape, low_rank_options
 from lrc.run.verify import verify
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
@@ -85,10 +85,10 @@ def test_lord_without_centring_is_svd_llm(shape):
 
 def test_a_new_bias_is_paid_for():
     lord = get_method("lord")
-    plain = low_rank_offers(Shape(24, 16, 2), None)
-    without = lord.offers(Shape(24, 16, 2), lord.settings(), 1)
-    assert [offer.nbytes for offer in without] == [offer.nbytes + 48 for offer in plain][: len(without)]
-    assert lord.offers(Shape(24, 16, 2, bias=True), lord.settings(), 1) == plain
+    plain = low_rank_options(Shape(24, 16, 2), None)
+    without = lord.options(Shape(24, 16, 2), lord.settings(), 1)
+    assert [option.nbytes for option in without] == [option.nbytes + 48 for option in plain][: len(without)]
+    assert lord.options(Shape(24, 16, 2, bias=True), lord.settings(), 1) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -230,7 +230,7 @@ def test_sizes_of_the_methods_own_and_of_the_budget_through_the_pipeline(
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits).all()
 
 
-def test_a_rank_of_the_methods_own_is_rounded_up_to_one_that_is_offered(tiny_checkpoints, tiny_text_file, tmp_path):
+def test_a_rank_of_the_methods_own_is_rounded_up_to_one_that_is_optioned(tiny_checkpoints, tiny_text_file, tmp_path):
     """Dense would hold what was asked for too, and save nothing."""
     model, wish = tiny_checkpoints("llama"), {"settings__keep": 0.8, "settings__multiple": 1}
     plain = compress(model, tmp_path / "plain", tiny_text_file, "energy", **wish)

@@ -14,7 +14,7 @@ from problems import error, problem, statistics
 
 from lrc.compress.base import TargetStats, get_method, method, methods
 from lrc.compress.linalg import OutputDirections, root
-from lrc.compress.offers import Choice, Shape, break_even, low_rank_offers
+from lrc.compress.options import Choice, Shape, break_even, low_rank_options
 from lrc.errors import BudgetError, NonFiniteError, RequestError
 from lrc.plan.knapsack import uniform
 
@@ -140,7 +140,7 @@ def test_a_statistic_that_is_not_finite_is_an_error():
 
 def chosen(out_features: int, in_features: int, ratio: float, multiple: int = 1) -> Choice:
     shape = Shape(out_features, in_features, element=2)
-    return uniform({"x": (shape.nbytes, low_rank_offers(shape, None, multiple))}, ratio)["x"].choice
+    return uniform({"x": (shape.nbytes, low_rank_options(shape, None, multiple))}, ratio)["x"].choice
 
 
 def test_ranks_follow_each_target_and_decimals_do_not_matter():

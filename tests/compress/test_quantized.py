@@ -19,7 +19,7 @@ from lrc.compress.base import get_method
 from lrc.compress.forms.base import LowRank, build_module, fill_module
 from lrc.compress.forms.grids import BITS, Grid, pack, packed_width, unpack
 from lrc.compress.forms.quantized import Quantized, QuantizedLowRank, bits_per_weight
-from lrc.compress.offers import Choice, Shape
+from lrc.compress.options import Choice, Shape
 from lrc.compress.quantize.factors import quantize_form
 from lrc.compress.quantize.gptq import compensator
 from lrc.errors import LrcError, NonFiniteError, RecipeError
@@ -38,7 +38,7 @@ def solved(name, weight, x, **chosen):
     """(offers for a 16-bit checkpoint, solution) of a method on these inputs."""
     picked = get_method(name)
     wanted = picked.settings(**chosen)
-    return picked.offers(Shape(*weight.shape, 2), wanted, 1), picked.solve(weight, statistics(x), wanted)
+    return picked.options(Shape(*weight.shape, 2), wanted, 1), picked.solve(weight, statistics(x), wanted)
 
 
 @given(bits=st.sampled_from(BITS), rows=st.integers(1, 5), count=st.integers(1, 70), seed=st.integers(0, 99))
@@ -128,7 +128,7 @@ def data_bytes(tensors) -> int:
     + [(name, {"rank": 3, "bits": bits, "factor_bits": f}) for name in CORRECTIONS for bits in (2, 3) for f in (16, 8)]
     + [("qera", {"rank": 0}), ("caldera", {"rank": 99}), ("lqer", {"rank": 3, "grid": "mxint", "factor_bits": 8})],
 )
-def test_a_file_holds_the_bytes_that_were_offered(name, chosen, dtype):
+def test_a_file_holds_the_bytes_that_were_optioned(name, chosen, dtype):
     weight, x = problem(26, 37, tokens=60)
     picked = get_method(name)
     for group in (16, 0):
@@ -136,18 +136,18 @@ def test_a_file_holds_the_bytes_that_were_offered(name, chosen, dtype):
             **({"group_size": group, "rounds": 1} if name == "caldera" else {"group_size": group}), **chosen
         )
         element = torch.empty((), dtype=dtype).element_size()
-        for offer in picked.offers(Shape(26, 37, element), wanted, 1):
-            form = picked.solve(weight, statistics(x), wanted).form(offer.choice).stored(dtype)
-            assert data_bytes(form.tensors()) == form.nbytes == offer.nbytes < 26 * 37 * element
-            assert bits_per_weight(form, 26, 37) == pytest.approx(8 * offer.nbytes / (26 * 37))
+        for option in picked.options(Shape(26, 37, element), wanted, 1):
+            form = picked.solve(weight, statistics(x), wanted).form(option.choice).stored(dtype)
+            assert data_bytes(form.tensors()) == form.nbytes == option.nbytes < 26 * 37 * element
+            assert bits_per_weight(form, 26, 37) == pytest.approx(8 * option.nbytes / (26 * 37))
 
 
 def test_bits_per_weight_count_everything():
     """METHODS: LQER's 4.63 bits at 4096 x 4096 with one byte per block of 16, which its authors print as 4.38."""
-    offers = get_method("lqer").offers(
+    options = get_method("lqer").options(
         Shape(4096, 4096, 2), get_method("lqer").settings(grid="mxint", group_size=16, factor_bits=8, rank=32), 1
     )
-    assert 8 * offers[0].nbytes / 4096**2 == pytest.approx(4.5 + 0.133, abs=2e-3)
+    assert 8 * options[0].nbytes / 4096**2 == pytest.approx(4.5 + 0.133, abs=2e-3)
 
 
 def textbook_gptq(
@@ -220,8 +220,8 @@ def test_no_token_at_all_is_rounding():
     weight, _ = problem(8, 40, tokens=1)
     nothing = torch.zeros(1, 40, dtype=torch.float64)
     for name in ("gptq", *CORRECTIONS):
-        offers, solution = solved(name, weight, nothing, bits=4, **({} if name == "gptq" else {"rank": 2}))
-        form = solution.form(offers[0].choice)
+        options, solution = solved(name, weight, nothing, bits=4, **({} if name == "gptq" else {"rank": 2}))
+        form = solution.form(options[0].choice)
         base = form if name == "gptq" else form.base  # where factors were offered, factors there are
         assert torch.equal(base.dense(), Quantized.nearest(weight, Grid(4, 64, symmetric=False)).dense())
         assert torch.isfinite(form.dense()).all()
@@ -253,9 +253,9 @@ def test_corrections_against_the_papers_formulas(shape):
     for name, root in roots.items():
         left, values, right = np.linalg.svd(left_over @ root, full_matrices=False)
         expected = base + (left[:, :5] * values[:5]) @ right[:5] @ np.linalg.inv(root)
-        offers, solution = solved(name, weight, x, bits=3, group_size=16, rank=5, factor_bits=16)
-        assert np.allclose(solution.form(offers[0].choice).dense().numpy(), expected, atol=1e-6)
-        assert solution.loss(offers[0].choice) == pytest.approx((values[5:] ** 2).sum(), rel=1e-5)
+        options, solution = solved(name, weight, x, bits=3, group_size=16, rank=5, factor_bits=16)
+        assert np.allclose(solution.form(options[0].choice).dense().numpy(), expected, atol=1e-6)
+        assert solution.loss(options[0].choice) == pytest.approx((values[5:] ** 2).sum(), rel=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -282,24 +282,24 @@ def test_the_exact_correction_leaves_the_least_output_error(bits, factor_bits):
     wanted = {"bits": bits, "rank": 6, "factor_bits": factor_bits, "group_size": 16}
     measured = {"rtn": error(weight, solved("rtn", weight, x, bits=bits, group_size=16)[1].form(Choice(bits=bits)).dense(), x)}
     for name in ("lqer", "l2qer", "qera-approx", "qera"):
-        offers, solution = solved(name, weight, x, **wanted)
-        measured[name] = error(weight, solution.form(offers[0].choice).dense(), x)
+        options, solution = solved(name, weight, x, **wanted)
+        measured[name] = error(weight, solution.form(options[0].choice).dense(), x)
     assert measured["qera"] <= min(measured.values()) * (1 + 1e-9)
     assert measured["l2qer"] < measured["lqer"] < measured["rtn"]
     assert measured["qera-approx"] < measured["lqer"]
-    offers, on_gptq = solved("qera", weight, x, base="gptq", **wanted)
-    assert on_gptq.loss(offers[0].choice) < measured["qera"]
-    offers, alternating = solved("caldera", weight, x, **wanted)
-    assert alternating.loss(offers[0].choice) <= on_gptq.loss(offers[0].choice) * (1 + 1e-9)
-    assert alternating.loss(offers[0].choice) == pytest.approx(error(weight, alternating.form(offers[0].choice).dense(), x))
+    options, on_gptq = solved("qera", weight, x, base="gptq", **wanted)
+    assert on_gptq.loss(options[0].choice) < measured["qera"]
+    options, alternating = solved("caldera", weight, x, **wanted)
+    assert alternating.loss(options[0].choice) <= on_gptq.loss(options[0].choice) * (1 + 1e-9)
+    assert alternating.loss(options[0].choice) == pytest.approx(error(weight, alternating.form(options[0].choice).dense(), x))
 
 
 def test_more_rounds_never_make_caldera_worse():
     weight, x = problem(48, 64, tokens=400)
     losses = []
     for rounds in (1, 2, 5):
-        offers, solution = solved("caldera", weight, x, bits=3, rank=8, rounds=rounds, group_size=16)
-        losses.append(solution.loss(offers[0].choice))
+        options, solution = solved("caldera", weight, x, bits=3, rank=8, rounds=rounds, group_size=16)
+        losses.append(solution.loss(options[0].choice))
     assert losses[0] >= losses[1] >= losses[2] and losses[0] > losses[2]
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from dictionaries import NAMES, offers, solve
+from dictionaries import NAMES, options, solve
 from problems import error, problem, statistics
 from pydantic import ValidationError
 
 from lrc.compress.base import get_method
 from lrc.compress.dictionary import compot, cospadi
 from lrc.compress.dictionary.sparse_coding import Problem, best_atoms, best_values
-from lrc.compress.offers import Choice, Shape
+from lrc.compress.options import Choice, Shape
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 
@@ -218,7 +218,7 @@ def test_rank_one_and_degenerate_weights(name, shape):
 
 def test_auto_is_not_worse_than_the_usual_split():
     weight, x = problem(60, 40, tokens=300)
-    for choice in [o.choice for o in offers("compot", Shape(60, 40, 8), atoms_per_nonzero="auto")[5::9]]:
+    for choice in [o.choice for o in options("compot", Shape(60, 40, 8), atoms_per_nonzero="auto")[5::9]]:
         usual = solve("compot", weight, statistics(x)).loss(choice)
         # splits are compared on their way, so a near tie may go the other way
         assert solve("compot", weight, statistics(x), atoms_per_nonzero="auto").loss(choice) <= usual * 1.02
@@ -228,7 +228,7 @@ def test_auto_is_not_worse_than_the_usual_split():
 def test_auto_takes_a_split_that_loses_hardly_more_than_the_best_learned_to_the_end(shape, size):
     weight, x = problem(*shape, tokens=400)
     most = size * weight.numel() * 8
-    choice = [o for o in offers("compot", Shape(*shape, 8), atoms_per_nonzero="auto") if o.nbytes <= most][-1].choice
+    choice = [o for o in options("compot", Shape(*shape, 8), atoms_per_nonzero="auto") if o.nbytes <= most][-1].choice
     solution = solve("compot", weight, statistics(x), atoms_per_nonzero="auto")
     first = (choice.atoms, choice.nonzeros * shape[0])
     splits = [first, *solution._splits(*first)]

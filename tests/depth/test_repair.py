@@ -308,7 +308,7 @@ def test_the_plan_says_what_it_will_take_and_the_result_what_it_brought(tiny_che
     plan = run_lrc("plan", model, "--recipe", "streamline", "--ratio", "0.3", *source).out
     assert "trains one layer (20,832 numbers) for up to 4 epochs of 1,024 tokens" in plan
     plan = run_lrc("plan", model, "--recipe", "finercut", "--ratio", "0.3", *source).out
-    assert "the result needs lrc to load" in plan and "halves of layers:" in plan
+    assert "the result needs lrc to load" in plan and "sub-layers:" in plan
     made = run_lrc("compress", model, "--recipe", "replace-me", "--ratio", "0.3", *source, "--out", tmp_path / "out")
     assert made.code == 0, made.err
     assert "repair replace-me: held-out loss" in made.out

@@ -1,4 +1,4 @@
-"""Branches of layers, found without names, and models that lack some of them."""
+"""Sub-layers of layers, found without names, and models that lack some of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stock import logits_without_lrc
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.errors import ModelError
-from lrc.model.sublayers import branches_of, require_branches
+from lrc.model.sublayers import require_sublayers, sublayers_of
 from lrc.model.view import ModelView
 from lrc.run.verify import verify
 
@@ -27,20 +27,20 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("family", BRANCHES)
-def test_branches_are_found_without_names(family, tiny_checkpoints):
+def test_sublayers_are_found_without_names(family, tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints(family))))
-    found = branches_of(view, view.targets)
+    found = sublayers_of(view, view.targets)
     assert sorted(found) == [0, 1, 2]
-    for layer, branches in found.items():
+    for layer, sublayers in found.items():
         prefix = f"{view.layer_names[layer]}."
-        assert [branch.name.removeprefix(prefix) for branch in branches] == BRANCHES[family][0]
-        assert [branch.last and branch.last.role for branch in branches] == BRANCHES[family][1]
-        assert [t for branch in branches for t in branch.targets] == [t for t in view.targets if t.layer == layer]
-        assert all(abs(branch.scale - 1) < 1e-5 and branch.vanishes for branch in branches)
+        assert [sublayer.name.removeprefix(prefix) for sublayer in sublayers] == BRANCHES[family][0]
+        assert [sublayer.last and sublayer.last.role for sublayer in sublayers] == BRANCHES[family][1]
+        assert [t for sublayer in sublayers for t in sublayer.targets] == [t for t in view.targets if t.layer == layer]
+        assert all(abs(sublayer.scale - 1) < 1e-5 and sublayer.vanishes for sublayer in sublayers)
     assert all(p.is_meta for layer in view.layers for p in layer.parameters()), "the layer that was looked at went again"
 
 
-def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
+def test_a_sublayer_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
     model = tiny_checkpoints("llama", num_hidden_layers=2)
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.25}
@@ -52,17 +52,17 @@ def test_a_branch_that_is_scaled_on_its_way_is_one(tiny_checkpoints):
     (other / "config.json").unlink()
     (other / "config.json").write_text(json.dumps(config))
     view = ModelView(locate(str(other)))
-    branches = branches_of(view, view.targets)[1]
-    assert [branch.scale for branch in branches] == pytest.approx([0.25, 0.25], rel=1e-4)
+    sublayers = sublayers_of(view, view.targets)[1]
+    assert [sublayer.scale for sublayer in sublayers] == pytest.approx([0.25, 0.25], rel=1e-4)
 
 
-def test_layers_that_are_no_sum_of_branches_are_refused(tiny_checkpoints):
+def test_layers_that_are_no_sum_of_sublayers_are_refused(tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints("opt", do_layer_norm_before=False))))
     with pytest.raises(ModelError, match="granularity: layer"):
-        require_branches(view, view.targets)
+        require_sublayers(view, view.targets)
 
 
-# --- halves of layers --------------------------------------------------------------------------------------------------------
+# --- sub-layers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", BRANCHES)
@@ -70,16 +70,16 @@ def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_chec
     model = tiny_checkpoints(family)
     overrides = {"depth.drop": 3, "depth.protect_first": 0, "depth.protect_last": 0}
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", **overrides)
-    removed = plan.surgery.removed
+    removed = plan.model_edit.removed
     assert len(removed) == 3 and not plan.dropped
-    gone = sum(step.bytes_before for step in plan.steps if step.target in plan.surgery.zeroed)
+    gone = sum(step.bytes_before for step in plan.steps if step.target in plan.model_edit.zeroed)
     assert gone == plan.targets_before - plan.targets_after > 0
     record = verify(tmp_path / "out")  # bytes on disk are what the plan said
     assert record["depth"]["removed"] == list(removed)
-    # the original, its branches' modules putting out zeros by hand
+    # the original, its sub-layers' modules putting out zeros by hand
     original = open_model(str(model))[0]
     view = ModelView(locate(str(model)))
-    tails = {branch.name: f"{view.layer_names[branch.layer]}.{branch.tail}" for branch in view.branches}
+    tails = {sublayer.name: f"{view.layer_names[sublayer.layer]}.{sublayer.tail}" for sublayer in view.sublayers}
 
     def nothing(module, args, output):
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
@@ -93,14 +93,14 @@ def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_chec
 def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
     model = deep(tiny_checkpoints)
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", ratio=0.3)
-    most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).branches)
+    most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).sublayers)
     assert 0.3 <= plan.ratio < 0.3 + most / sum(step.target.numel for step in plan.steps)
     both = {"method": "svd-llm", "depth.drop": 2, "ratio": 0.5}
     plan, _ = compress(model, tmp_path / "both", tiny_text_file, "finercut", **both)
-    assert 0.5 <= plan.ratio < 0.56 and len(plan.surgery.removed) == 2
+    assert 0.5 <= plan.ratio < 0.56 and len(plan.model_edit.removed) == 2
     record = json.loads((tmp_path / "both" / "lrc.json").read_text())
     kinds = {target["name"]: target["form"]["kind"] for target in record["targets"]}
-    assert {name for name, kind in kinds.items() if kind == "zero"} == {t.name for t in plan.surgery.zeroed}
+    assert {name for name, kind in kinds.items() if kind == "zero"} == {t.name for t in plan.model_edit.zeroed}
     assert "low-rank" in kinds.values()
     assert torch.isfinite(logits(tmp_path / "both")).all()
 

@@ -14,7 +14,7 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
 from lrc.compress.mixture import MixtureSettings, mixture
-from lrc.compress.offers import Choice, Offer, Shape
+from lrc.compress.options import Choice, Option, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
@@ -71,8 +71,10 @@ def test_one_budget_over_channels_ranks_and_bits(family, propagate, recipe, tiny
     forms = [target["form"] for target in record["targets"]]
     assert "quantized" in {form["form"]["kind"] for form in forms if form["kind"] == "pruned"}
     assert {form["kind"] for form in forms} <= {"quantized", "low-rank", "dense", "pruned"}
-    ways = [{step.choice.way for step in plan.steps if step.target in item.targets} for item in plan.items if item.parts]
-    assert ways and all(len(way) == 1 for way in ways), "a set gets one alternative"
+    ways = [
+        {step.choice.alternative for step in plan.steps if step.target in unit.targets} for unit in plan.units if unit.parts
+    ]
+    assert ways and all(len(alternative) == 1 for alternative in ways), "a set gets one alternative"
     logits = open_model(str(tmp_path / "out"))[0](torch.arange(3, 40)[None]).logits
     assert torch.isfinite(logits).all()
 
@@ -97,32 +99,35 @@ def test_alternatives_are_solved_when_they_are_asked_for_and_in_one_metric():
     methods = [get_method(name) for name in names]
     settings = MixtureSettings(parts=tuple(m.settings() for m in methods))
     solution = mixture(methods).solve(weight, stats, settings)
-    for choice, name in ((Choice(rank=3, way=0), "svd-llm"), (Choice(bits=4, way=1), "gptq")):
+    for choice, name in ((Choice(rank=3, alternative=0), "svd-llm"), (Choice(bits=4, alternative=1), "gptq")):
         alone = get_method(name).solve(weight, stats, get_method(name).settings())
         own = Choice(rank=choice.rank, bits=choice.bits)
         assert solution.loss(choice) == pytest.approx(alone.loss(own))
         assert torch.equal(solution.form(choice).dense(), alone.form(own).dense())
     with pytest.raises(LrcError, match="asvd and|and asvd"):
-        solution.loss(Choice(rank=3, way=2))
+        solution.loss(Choice(rank=3, alternative=2))
 
 
 def test_every_alternative_is_probed_and_thinned_by_itself():
-    ranks = [Offer(Choice(rank=r, way=0), 10 * r) for r in range(1, 200)]
-    bits = [Offer(Choice(bits=b, way=1), 125 * b + 3) for b in (2, 3, 4, 5, 6, 8)]
-    offers = sorted(ranks + bits, key=lambda offer: offer.nbytes)
-    kept = thinned(offers, 10)
-    assert [o for o in kept if o.choice.way == 1] == bits and sum(o.choice.way == 0 for o in kept) == 10
-    assert {offers[i].choice for i in probed(offers, 2000)} == {
-        Choice(rank=60, way=0), Choice(rank=120, way=0), Choice(bits=2, way=1), Choice(bits=3, way=1), Choice(bits=4, way=1)
-    }  # fmt: skip
+    ranks = [Option(Choice(rank=r, alternative=0), 10 * r) for r in range(1, 200)]
+    bits = [Option(Choice(bits=b, alternative=1), 125 * b + 3) for b in (2, 3, 4, 5, 6, 8)]
+    options = sorted(ranks + bits, key=lambda option: option.nbytes)
+    kept = thinned(options, 10)
+    assert [o for o in kept if o.choice.alternative == 1] == bits and sum(o.choice.alternative == 0 for o in kept) == 10
+    assert {options[i].choice for i in probed(options, 2000)} == {
+        Choice(rank=60, alternative=0),
+        Choice(rank=120, alternative=0),
+        *(Choice(bits=bits, alternative=1) for bits in (2, 3, 4)),
+    }
 
 
 def test_losses_in_nats_pass_through_the_probes_of_their_own_alternative():
-    offers = [Offer(Choice(rank=1, way=0), 10), Offer(Choice(bits=2, way=1), 11), Offer(Choice(rank=2, way=0), 20),
-              Offer(Choice(bits=3, way=1), 21), Offer(Choice(bits=4, way=1), 30), Offer(Choice(bits=5, way=1), 40)]  # fmt: skip
+    low_rank = [Option(Choice(rank=rank, alternative=0), nbytes) for rank, nbytes in ((1, 10), (2, 20))]
+    codes = [Option(Choice(bits=bits, alternative=1), nbytes) for bits, nbytes in ((2, 11), (3, 21), (4, 30), (5, 40))]
+    options = sorted(low_rank + codes, key=lambda option: option.nbytes)
     losses = (8.0, 6.0, 2.0, 1.5, 0.4, 0.1)
     points = {0: 0.8, 1: 3.0, 2: 0.1, 3: 0.3, 4: 0.08}
-    found = scaled({"x": Curve(10.0, tuple(offers), losses)}, points)["x"].losses
+    found = scaled({"x": Curve(10.0, tuple(options), losses)}, points)["x"].losses
     assert all(found[index] == pytest.approx(nats) for index, nats in points.items())
     assert found[5] == pytest.approx(0.02, rel=1e-6)  # the power law through 3 and 4 bits goes on
 
@@ -155,9 +160,9 @@ def test_held_out_windows_share_no_token_with_the_samples(tiny_checkpoints, tiny
         load_calibration(CalibrationSpec(source=f"text:{short}", samples=6, length=40, held_out=3), tokenizer)
 
 
-def test_every_number_of_bits_is_offered_in_its_exact_bytes():
+def test_every_number_of_bits_is_optioned_in_its_exact_bytes():
     method = get_method("gptq")
-    offers = method.offers(Shape(576, 1536, 2), method.settings(bits=None, group_size=64), 1)
-    assert [offer.choice.bits for offer in offers] == [2, 3, 4, 5, 6, 8]
+    options = method.options(Shape(576, 1536, 2), method.settings(bits=None, group_size=64), 1)
+    assert [option.choice.bits for option in options] == [2, 3, 4, 5, 6, 8]
     # codes + 24 groups of a two-byte step and a packed zero
-    assert [offer.nbytes for offer in offers] == [576 * (1536 * b // 8 + 48 + -(-24 * b // 8)) for b in (2, 3, 4, 5, 6, 8)]
+    assert [option.nbytes for option in options] == [576 * (1536 * b // 8 + 48 + -(-24 * b // 8)) for b in (2, 3, 4, 5, 6, 8)]

@@ -77,5 +77,5 @@ def test_in_nats_an_expert_counts_as_often_as_a_token_reaches_it(one_expert_in_t
             share = stats.group.tokens / calibration.tokens.numel()
             reached[target.layer, target.role] += stats.group.tokens
             assert curves[target.name].total == pytest.approx(share * alone.total)
-            assert curves[target.name].losses[0] == pytest.approx(share * alone.loss(curves[target.name].offers[0].choice))
+            assert curves[target.name].losses[0] == pytest.approx(share * alone.loss(curves[target.name].options[0].choice))
     assert set(reached.values()) == {calibration.tokens.numel()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.compress.offers import Choice
+from lrc.compress.options import Choice
 from lrc.errors import BudgetError
 from lrc.plan.knapsack import PredictedOption, solve
 

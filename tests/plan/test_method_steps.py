@@ -18,7 +18,7 @@ from lrc.checkpoint.location import locate
 from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_method
 from lrc.compress.chain import chain, refit
 from lrc.compress.forms.base import build_module, fill_module
-from lrc.compress.offers import Choice, Offer, Shape
+from lrc.compress.options import Choice, Option, Shape
 from lrc.errors import RecipeError, RequestError
 from lrc.model.view import ModelView
 from lrc.plan.knapsack import uniform
@@ -43,11 +43,11 @@ class _Kept(Settings):
 def _second():
     first = get_method("svd-llm")
 
-    def offers(shape: Shape, settings: _Kept, multiple: int) -> list[Offer]:
+    def options(shape: Shape, settings: _Kept, multiple: int) -> list[Option]:
         nbytes = settings.rank * (shape.out_features + shape.in_features) * shape.element
-        return [Offer(Choice(rank=settings.rank), nbytes)] if nbytes < shape.nbytes else []
+        return [Option(Choice(rank=settings.rank), nbytes)] if nbytes < shape.nbytes else []
 
-    return type(first)("svd-llm", first.solve, _Kept, first.needs, first.source, offers)
+    return type(first)("svd-llm", first.solve, _Kept, first.needs, first.source, options)
 
 
 def _problem(tokens: int = 300):
@@ -92,8 +92,8 @@ def test_a_second_step_leaves_as_it_is_what_calibration_did_not_see(tokens):
 def test_a_second_step_compresses_what_pruned_channels_leave(fused):
     """Each smaller matrix as a weight of its own, the reader's on the channels that it still reads; bytes as offered."""
     generator = torch.Generator().manual_seed(3)
-    halves, inner, width = 2 if fused else 1, 40, 24
-    shapes = [Shape(halves * inner, width, 2, True), Shape(width, inner, 2)]
+    sublayers, inner, width = 2 if fused else 1, 40, 24
+    shapes = [Shape(sublayers * inner, width, 2, True), Shape(width, inner, 2)]
     parts = ["gate and up" if fused else "up", "down"]
     weights = [torch.randn(shape.out_features, shape.in_features, generator=generator) for shape in shapes]
     x, h = torch.randn(200, width, generator=generator), torch.randn(200, inner, generator=generator).cumsum(1)
@@ -102,12 +102,12 @@ def test_a_second_step_compresses_what_pruned_channels_leave(fused):
     both = chain(first, second)
     grid = second.settings(bits=4, group_size=8)
     settings = both.settings(first=first.settings(), second=grid)
-    offer = next(o for o in both.joint.offers(shapes, parts, settings, 1) if o.choice.channels == 20)
-    forms = [each.form(offer.choice) for each in both.joint.solve(weights, stats, parts, settings)]
-    plain = [each.form(offer.choice) for each in first.joint.solve(weights, stats, parts, first.settings())]
+    option = next(o for o in both.joint.options(shapes, parts, settings, 1) if o.choice.channels == 20)
+    forms = [each.form(option.choice) for each in both.joint.solve(weights, stats, parts, settings)]
+    plain = [each.form(option.choice) for each in first.joint.solve(weights, stats, parts, first.settings())]
     kept = plain[1].columns
     grams = [stats[0].group.gram, h[:, kept].T @ h[:, kept] / 200]
-    for form, before, gram, shape, member in zip(forms, plain, grams, shapes, offer.members, strict=True):
+    for form, before, gram, shape, member in zip(forms, plain, grams, shapes, option.members, strict=True):
         expected = second.solve(before.form.weight, TargetStats(GroupStats(200, gram)), grid).form(Choice(bits=4)).dense()
         assert torch.allclose(form.dense()[form.rows[:, None], form.columns].double(), expected.double(), atol=1e-5)
         assert int(form.dense().ne(0).any(1).sum()) <= len(form.rows) and int(form.dense().ne(0).any(0).sum()) <= len(
@@ -121,7 +121,7 @@ def test_a_second_step_compresses_what_pruned_channels_leave(fused):
         )
         y = module(torch.eye(len(form.columns), dtype=torch.bfloat16)) - (1 if shape.bias else 0)
         assert torch.allclose(y.T, stored.dense()[form.rows[:, None], form.columns], atol=0.03)
-    assert offer.nbytes == sum(member.nbytes for member in offer.members)
+    assert option.nbytes == sum(member.nbytes for member in option.members)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -225,9 +225,9 @@ def test_a_budget_that_looks_at_losses_keeps_its_promise_and_loses_less(tiny_che
 
 
 def test_a_method_that_fixes_the_size_needs_no_ratio():
-    offers = {"x": (100, [Offer(Choice(bits=4), 30)])}
-    assert uniform(offers, None)["x"].nbytes == 30
-    assert uniform({"x": (20, [Offer(Choice(bits=4), 30)])}, None)["x"].choice.dense
+    options = {"x": (100, [Option(Choice(bits=4), 30)])}
+    assert uniform(options, None)["x"].nbytes == 30
+    assert uniform({"x": (20, [Option(Choice(bits=4), 30)])}, None)["x"].choice.dense
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [

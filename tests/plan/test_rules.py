@@ -14,7 +14,7 @@ from pipeline import compress
 from lrc.checkpoint.location import locate
 from lrc.commands.sweep_rows import planned_jobs
 from lrc.compress.base import Curve, GroupStats, TargetStats, get_method
-from lrc.compress.offers import Choice, Offer
+from lrc.compress.options import Choice, Option
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
@@ -38,10 +38,10 @@ def test_a_key_that_is_gone_says_what_to_do(key, says):
     assert says in message
 
 
-def target(name: str, signals: tuple[float, ...], ranks: int, each: int = 10, role: str = "r", group: str = "") -> Open:
-    offers = tuple(Offer(Choice(rank=k), k * each) for k in range(1, ranks + 1))
+def target(name: str, scores: tuple[float, ...], ranks: int, each: int = 10, role: str = "r", group: str = "") -> Open:
+    options = tuple(Option(Choice(rank=k), k * each) for k in range(1, ranks + 1))
     losses = tuple(float(ranks + 1 - k) for k in range(1, ranks + 1))
-    return Open(name, role, group or name, (ranks + 1) * each, Curve(ranks + 1.0, offers, losses, None, signals))
+    return Open(name, role, group or name, (ranks + 1) * each, Curve(ranks + 1.0, options, losses, None, scores))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,10 +81,10 @@ def test_effective_rank_counts_equal_directions_and_never_passes_their_number():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 5), st.floats(5, 20)), min_size=1, max_size=8), st.floats(0, 1))
-def test_sizes_in_proportion_stay_in_bounds_and_add_up(items, place):
-    weights = {str(i): w for i, (w, _, _) in enumerate(items)}
-    low = {str(i): a for i, (_, a, _) in enumerate(items)}
-    high = {str(i): b for i, (_, _, b) in enumerate(items)}
+def test_sizes_in_proportion_stay_in_bounds_and_add_up(units, place):
+    weights = {str(i): w for i, (w, _, _) in enumerate(units)}
+    low = {str(i): a for i, (_, a, _) in enumerate(units)}
+    high = {str(i): b for i, (_, _, b) in enumerate(units)}
     total = sum(low.values()) + place * (sum(high.values()) - sum(low.values()))
     sizes = in_proportion(weights, low, high, total)
     assert all(low[name] <= sizes[name] <= high[name] for name in sizes)
@@ -107,8 +107,8 @@ def test_zero_sum_keeps_the_running_sum_near_zero():
     rule = rules()["zero-sum"]
     up, down = target("up", (5.0, 4.0, 3.0, 2.0, 1.0), 4), target("down", (-5.0, -4.0, -3.0, -2.0, -1.0), 4)
     found = rule.share([up, down], 60, rule.settings())
-    gone = {name: sum(t.curve.signals[found[name].choice.rank or 5 :]) for name, t in (("up", up), ("down", down))}
-    assert sum(offer.nbytes for offer in found.values()) <= 60
+    gone = {name: sum(t.curve.scores[found[name].choice.rank or 5 :]) for name, t in (("up", up), ("down", down))}
+    assert sum(option.nbytes for option in found.values()) <= 60
     assert abs(gone["up"] + gone["down"]) <= 3
     # all of one sign: what hurts least goes first, each target from its smallest component on
     cheap, dear = target("cheap", (0.1, 0.1, 0.1, 0.1, 0.1), 4), target("dear", (9.0, 9.0, 9.0, 9.0, 9.0), 4)

@@ -317,9 +317,9 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
         seen["probing"], seen["found"] = self, told(self, *arguments)
         return seen["found"]
 
-    def forms_at(item, solution, choice):
-        forms[item.name, choice] = made(item, solution, choice)
-        return forms[item.name, choice]
+    def forms_at(unit, solution, choice):
+        forms[unit.name, choice] = made(unit, solution, choice)
+        return forms[unit.name, choice]
 
     monkeypatch.setattr(lrc.run.probe.Probing, "run", run)
     monkeypatch.setattr(lrc.run.probe, "forms_at", forms_at)
@@ -328,13 +328,13 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
     assert plan.targets_after <= 0.7 * plan.targets_before
     verify(tmp_path / "out")
     probing = seen["probing"]
-    probes = [(unit, offer) for part in probing._passes for unit in part for offer in probing._probed(unit)]
+    probes = [(group, option) for part in probing._passes for group in part for option in probing._probed(group)]
     original, _ = open_model(str(model))
-    for unit, offer in probes[:2] + probes[-2:]:
+    for group, option in probes[:2] + probes[-2:]:
         changed = copy.deepcopy(original)
         with torch.no_grad():
-            for item in unit.items:
-                for target, form in forms[item.name, probing._offers[item.name][offer].choice].items():
+            for unit in group.units:
+                for target, form in forms[unit.name, probing._options[unit.name][option].choice].items():
                     if target.expert is None:
                         place = linear_weight(changed.get_submodule(target.module))
                     else:
@@ -343,8 +343,8 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
             skip = min(16, probing._tokens.shape[1] // 2)
             p, q = (torch.log_softmax(m(probing._tokens).logits[:, skip:].double(), -1) for m in (original, changed))
             expected = float((p.exp() * (p - q)).sum(-1).mean())
-        assert seen["found"][unit.name][offer] == pytest.approx(expected, rel=1e-3, abs=5e-6)  # float32 sums
-    sizes = {len(item.targets) for unit, _ in probes for item in unit.items}
+        assert seen["found"][group.name][option] == pytest.approx(expected, rel=1e-3, abs=5e-6)  # float32 sums
+    sizes = {len(unit.targets) for group, _ in probes for unit in group.units}
     expected = {"shared-input": {3, 2}, "lorap": {4, 2}, "nystrom": {3, 1}, "nystrom-kfac": {3, 1}, "basis-sharing": {2, 1}}
     assert sizes >= expected[name]
 

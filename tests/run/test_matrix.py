@@ -32,7 +32,7 @@ from lrc.checkpoint.location import locate
 from lrc.compress.base import NEEDS, GroupStats, LowRankSolution, Method, Settings, TargetStats, methods
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_weight
-from lrc.compress.offers import Choice, Shape
+from lrc.compress.options import Choice, Shape
 from lrc.model.layer_forms import target_weight
 from lrc.model.targets import Target
 from lrc.model.view import ModelView
@@ -238,23 +238,23 @@ def test_the_loss_of_a_form_is_what_the_method_says_and_falls_with_the_budget(na
         weight, stats = model.weight(target).double(), model.stats(target)
         solution = method.solve(weight, stats, settings)
         shape = Shape(target.out_features, target.in_features, 4, target.bias)
-        offers = method.offers(shape, settings, 1)
-        picked = [offers[index] for index in sorted({0, len(offers) // 3, len(offers) - 1})]
+        options = method.options(shape, settings, 1)
+        picked = [options[index] for index in sorted({0, len(options) // 3, len(options) - 1})]
         # factors on a grid bring noise of their own, of about that part at full rank
-        slack = max(1e-5, 4.0 ** -(offers[-1].choice.factor_bits or 16)) * solution.total
-        losses = [solution.loss(offer.choice) for offer in picked]
-        for offer, loss in zip(picked, losses, strict=True):
-            error = weight - solution.form(offer.choice).dense()
+        slack = max(1e-5, 4.0 ** -(options[-1].choice.factor_bits or 16)) * solution.total
+        losses = [solution.loss(option.choice) for option in picked]
+        for option, loss in zip(picked, losses, strict=True):
+            error = weight - solution.form(option.choice).dense()
             assert loss == pytest.approx(method.solve(error, stats, settings).total, rel=1e-3, abs=slack)
         assert all(larger <= smaller + slack for smaller, larger in pairwise(losses)), losses
         if not isinstance(solution, LowRankSolution):
-            assert losses[-1] < 0.05 * solution.total, "the largest offer is next to exact"
+            assert losses[-1] < 0.05 * solution.total, "the largest option is next to exact"
             continue
         full = solution.form(Choice(rank=min(weight.shape)))
         assert torch.allclose(full.dense(), weight, atol=1e-5 * float(weight.abs().max()))
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        for offer, loss in zip(picked, losses, strict=True):
-            rank = offer.choice.rank
+        for option, loss in zip(picked, losses, strict=True):
+            rank = option.choice.rank
             rest = (left[:, rank:] * values[rank:]) @ right[rank:]
             plain = method.solve(rest, stats, settings).total
             assert loss <= plain * (1 + 1e-6) + slack, "no better than plain SVD where it should be best"
@@ -280,13 +280,13 @@ def test_singular_statistics(name, tokens, shape):
     method, settings = parsed(name)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     solution = method.solve(weight, singular(shape[1], shape[0], tokens), settings)
-    offers = method.offers(Shape(*shape, 4), settings, 1)
-    losses = [solution.loss(offer.choice) for offer in (offers[0], offers[-1])]
-    for offer in (offers[0], offers[-1]):
-        form = solution.form(offer.choice).stored(torch.float32)
+    options = method.options(Shape(*shape, 4), settings, 1)
+    losses = [solution.loss(option.choice) for option in (options[0], options[-1])]
+    for option in (options[0], options[-1]):
+        form = solution.form(option.choice).stored(torch.float32)
         assert all(tensor.isfinite().all() for tensor in form.tensors().values())
         less = name in ("energy", "lord")  # the ranks that energy does not keep, the bias of lord, which is counted elsewhere
-        assert form.nbytes < offer.nbytes if less else form.nbytes == offer.nbytes
+        assert form.nbytes < option.nbytes if less else form.nbytes == option.nbytes
     assert 0 <= losses[1] <= losses[0] + 1e-6 * solution.total
     assert solution.total >= 0 and solution.damping >= 0
 
@@ -298,11 +298,11 @@ def test_singular_statistics(name, tokens, shape):
 def test_weights_without_much_in_them(name, weight):
     method, settings = parsed(name)
     solution = method.solve(weight, singular(40, 24, 50), settings)
-    for offer in (method.offers(Shape(24, 40, 4), settings, 1)[index] for index in (0, -1)):
-        dense = solution.form(offer.choice).stored(torch.float32).dense()
+    for option in (method.options(Shape(24, 40, 4), settings, 1)[index] for index in (0, -1)):
+        dense = solution.form(option.choice).stored(torch.float32).dense()
         assert dense.isfinite().all()
         assert torch.allclose(dense, weight, atol=0.51 * float(weight.abs().max()))
-        assert solution.loss(offer.choice) >= 0
+        assert solution.loss(option.choice) >= 0
 
 
 class KilledError(Exception):

@@ -42,7 +42,7 @@ def test_any_tool_loads_narrower_feed_forwards(family, tiny_checkpoints, tiny_te
     assert done.returncode == 0, done.stderr
     original, _ = open_model(str(tiny_checkpoints(family)))
     tensors = {key: value for shard in record["shards"] for key, value in load_file(out / shard).items()}
-    halves, stay = 2 if family == "phi3" else 1, torch.zeros(0)
+    sublayers, stay = 2 if family == "phi3" else 1, torch.zeros(0)
     with torch.no_grad():
         for step in (step for step in plan.steps if not step.choice.dense):
             whole, left = original.get_submodule(step.target.module), tensors[f"{step.target.module}.weight"]
@@ -51,8 +51,8 @@ def test_any_tool_loads_narrower_feed_forwards(family, tiny_checkpoints, tiny_te
                 whole.weight.zero_()[:, stay] = left
                 continue
             found = (whole.weight[:, None] == left[None]).all(-1).any(1)
-            assert int(found.sum()) == halves * channels
-            stay = found[: len(found) // halves]
+            assert int(found.sum()) == sublayers * channels
+            stay = found[: len(found) // sublayers]
         expected = original(IDS).logits
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4)
 

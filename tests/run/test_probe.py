@@ -22,9 +22,9 @@ def watched(monkeypatch):
         seen["passes"], seen["probing"], seen["found"] = len(self._passes), self, run(self, *arguments)
         return seen["found"]
 
-    def forms_at(item, solution, choice):
-        seen["forms"][item.name, choice] = made(item, solution, choice)
-        return seen["forms"][item.name, choice]
+    def forms_at(unit, solution, choice):
+        seen["forms"][unit.name, choice] = made(unit, solution, choice)
+        return seen["forms"][unit.name, choice]
 
     monkeypatch.setattr(lrc.run.probe.Probing, "run", told)
     monkeypatch.setattr(lrc.run.probe, "forms_at", forms_at)
@@ -41,7 +41,7 @@ def test_passes_that_hold_few_variants_find_the_same(recipe, tiny_checkpoints, t
     (one, whole), (several, parts) = sorted(found.items())
     assert one == 1 < several
     assert parts.keys() == whole.keys()
-    assert all(parts[unit] == pytest.approx(whole[unit], rel=1e-4, abs=1e-7) for unit in whole)
+    assert all(parts[group] == pytest.approx(whole[group], rel=1e-4, abs=1e-7) for group in whole)
 
 
 @pytest.mark.parametrize("recipe", ["svd-llm", "rtn"])
@@ -53,13 +53,13 @@ def test_a_16_bit_checkpoint_is_probed_in_float32(recipe, tiny_checkpoints, tiny
     original = open_model(str(model), dtype=torch.float32)[0]
     tokens, compared = probing._tokens, 0
     for (name, choice), forms in watched["forms"].items():
-        unit = f"{next(iter(forms)).layer}.{next(iter(forms)).role}"
-        offer = next(index for index in watched["found"][unit] if probing._offers[name][index].choice == choice)
+        group = f"{next(iter(forms)).layer}.{next(iter(forms)).role}"
+        option = next(index for index in watched["found"][group] if probing._options[name][index].choice == choice)
         changed = copy.deepcopy(original)
         for target, form in forms.items():
             changed.get_submodule(target.module).weight.data.copy_(form.stored(torch.bfloat16).stored(torch.float32).dense())
         with torch.no_grad():
             p, q = (torch.log_softmax(each(tokens).logits[:, 16:].double(), -1) for each in (original, changed))
-        assert watched["found"][unit][offer] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3, abs=5e-6)
+        assert watched["found"][group][option] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3, abs=5e-6)
         compared += 1
     assert compared >= 7 * 3

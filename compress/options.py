@@ -26,7 +26,7 @@ class Choice:
     factor_bits: int | None = None
     atoms: int | None = None
     nonzeros: int | None = None
-    way: int | None = None
+    alternative: int | None = None
     channels: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Offer:
+class Option:
     """One way in which a method can store a target.
 
     Args:
@@ -75,39 +75,39 @@ def break_even(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def low_rank_offers(shape: Shape, settings: Any, multiple: int = 1) -> list[Offer]:
+def low_rank_options(shape: Shape, settings: Any, multiple: int = 1) -> list[Option]:
     """Every rank (in steps of `multiple`) at which two factors in the checkpoint's dtype are smaller than the matrix."""
     each = (shape.out_features + shape.in_features) * shape.element
     ranks = range(multiple, break_even(shape.out_features, shape.in_features) + 1, multiple)
-    return [Offer(Choice(rank=rank), rank * each) for rank in ranks]
+    return [Option(Choice(rank=rank), rank * each) for rank in ranks]
 
 
-def at_sizes(*sizes: float) -> Callable[[Sequence[Offer], int], list[int]]:
-    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the dense bytes."""
+def at_sizes(*sizes: float) -> Callable[[Sequence[Option], int], list[int]]:
+    """(options, dense bytes) -> indices, ascending, of the options nearest to these fractions of the dense bytes."""
 
-    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
-        found = {min(range(len(offers)), key=lambda i: abs(offers[i].nbytes - size * dense)) for size in sizes if offers}
+    def nearest(options: Sequence[Option], dense: int) -> list[int]:
+        found = {min(range(len(options)), key=lambda i: abs(options[i].nbytes - size * dense)) for size in sizes if options}
         return sorted(found)
 
     return nearest
 
 
-def at_shares(*shares: float) -> Callable[[Sequence[Offer], int], list[int]]:
-    """(offers, dense bytes) -> indices, ascending, of the offers nearest to these fractions of the largest offer's bytes."""
+def at_shares(*shares: float) -> Callable[[Sequence[Option], int], list[int]]:
+    """(options, dense bytes) -> indices, ascending, of the options nearest to these fractions of the largest option's bytes."""
 
-    def nearest(offers: Sequence[Offer], dense: int) -> list[int]:
-        return at_sizes(*shares)(offers, max((offer.nbytes for offer in offers), default=0))
+    def nearest(options: Sequence[Option], dense: int) -> list[int]:
+        return at_sizes(*shares)(options, max((option.nbytes for option in options), default=0))
 
     return nearest
 
 
-def coarsest(count: int) -> Callable[[Sequence[Offer], int], list[int]]:
-    """(offers, dense bytes) -> indices of the `count` smallest offers."""
-    return lambda offers, dense: list(range(min(count, len(offers))))
+def coarsest(count: int) -> Callable[[Sequence[Option], int], list[int]]:
+    """(options, dense bytes) -> indices of the `count` smallest options."""
+    return lambda options, dense: list(range(min(count, len(options))))
 
 
 @dataclass(frozen=True)
-class JointOffer(Offer):
+class JointOption(Option):
     """One way to store a set of targets; `choice` and `nbytes` are those of the whole set.
 
     Args:
@@ -115,4 +115,4 @@ class JointOffer(Offer):
             others are solved.
     """
 
-    members: tuple[Offer, ...] = ()
+    members: tuple[Option, ...] = ()
