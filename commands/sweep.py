@@ -24,7 +24,7 @@ from .arguments import (
 from .options import Activations, Calibrate, Device, Dtype, Length, Model, Samples, Seed, Set, Trust
 
 if TYPE_CHECKING:
-    from ..plan.plan import Plan
+    from ..plan.plan import Draft
     from .sweep_rows import Job
 
 
@@ -52,7 +52,7 @@ def sweep(
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
     from ..calibrate.data import load_calibration
     from ..evaluation.request import check_positions, prepare
-    from ..run.run import shared_statistics
+    from ..run.pipeline import shared_statistics
     from .sweep_rows import Job, markdown, run_sweep
     from .terminal import plain_or_terminal
 
@@ -94,7 +94,7 @@ def sweep(
 def _sweep_jobs(
     model: str, recipes: str, ratios: str, overrides: dict[str, Any], settings: list[str], device: str, dtype: str | None,
     trust: bool,
-) -> tuple[Any, list[Job], list[Plan]]:  # fmt: skip
+) -> tuple[Any, list[Job], list[Draft]]:  # fmt: skip
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
     from ..plan.load_recipe import load_recipe, shipped
 

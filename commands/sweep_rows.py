@@ -31,8 +31,8 @@ from ..checkpoint.atomic import read_json, write_json
 from ..errors import BudgetError, RequestError, SweepError
 from ..model.host_memory import peak_rss
 from ..model.view import ModelView
-from ..plan.plan import Plan
-from ..plan.planner import make_plan
+from ..plan.plan import Draft
+from ..plan.planner import make_draft
 from ..plan.recipe import Recipe
 
 TABLE = "sweep.json"
@@ -101,18 +101,18 @@ class _Table:
     rows: list[Row]
 
 
-def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Plan]]:
+def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Draft]]:
     """The rows of a sweep and their plans; a recipe whose settings leave the size open is a row at each ratio."""
     jobs, plans = [], []
     for name, recipe in recipes.items():
         try:
-            plans.append(make_plan(view, recipe))
+            plans.append(make_draft(view, recipe))
             jobs.append(_job(name, recipe, recipe.ratio))
         except BudgetError:
             if any(each is not None for each in recipe.amounts.values()):
                 raise  # the size is said, and cannot be met
             for ratio in ratios:
-                plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
+                plans.append(make_draft(view, recipe.model_copy(update={"ratio": ratio})))
                 jobs.append(_job(name, recipe, ratio))
     _require_names(jobs)
     return jobs, plans

@@ -14,10 +14,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..depth.base import get_score
+from ..model.events import Event
 from ..model.host_memory import peak_rss
 from ..plan.budget import readable as size
-from ..plan.plan import Plan, Step
-from ..run.layer_loop import LayerReport
+from ..plan.plan import Planned, Step
+from ..run.layer_loop import LayerDone
+from ..run.run import PlanMade, TextRead
 
 if TYPE_CHECKING:
     from ..calibrate.data import Calibration
@@ -32,7 +34,7 @@ def plain_or_terminal() -> Console:
     return console
 
 
-def print_plan(plan: Plan, verbose: bool = False) -> None:
+def print_plan(plan: Planned, verbose: bool = False) -> None:
     """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
     console, calibration = plain_or_terminal(), plan.recipe.calibration
     console.print(
@@ -87,7 +89,7 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
 
 
-def _print_cost(console: Console, plan: Plan) -> None:
+def _print_cost(console: Console, plan: Planned) -> None:
     """What text of its own and training cost: tokens that pass forward and backward, beside those of the calibration."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
@@ -117,7 +119,7 @@ def _print_cost(console: Console, plan: Plan) -> None:
         )
 
 
-def _print_dropped(console: Console, plan: Plan) -> None:
+def _print_dropped(console: Console, plan: Planned) -> None:
     spec = plan.recipe.dropping
     assert spec is not None
     score = get_score(spec.score)
@@ -186,7 +188,7 @@ def print_calibration(calibration: Calibration) -> None:
             )
 
 
-def _print_kept(console: Console, plan: Plan, verbose: bool) -> None:
+def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
     if plan.left_out:
         named = ", ".join(entry.name for entry in (plan.left_out if verbose else plan.left_out[:3]))
         console.print(
@@ -206,50 +208,53 @@ def _print_kept(console: Console, plan: Plan, verbose: bool) -> None:
 
 
 class Progress:
-    """One bar on a terminal and one line per finished layer; plain lines where output is not a terminal."""
+    """Shows the events of a run: one bar on a terminal and one line per finished layer; plain lines where output is not a
+    terminal."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._started = plan, time.perf_counter()
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
         self._console = plain_or_terminal()
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
+        self._task = self._bar.add_task("layers", total=None)
+        self._plan: Planned | None = None
         self._notes: list[str] = []
 
     def __enter__(self) -> Progress:
-        self._bar.start()
-        self._task = self._bar.add_task("layers", total=len({step.target.layer for step in self._plan.steps}))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    @property
-    def plan(self) -> Plan:
-        """The plan that is being carried out; the final one is printed where the budget was shared out after a survey."""
-        return self._plan
-
-    @plan.setter
-    def plan(self, plan: Plan) -> None:
-        if plan is not self._plan:
-            self._plan = plan
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, PlanMade):
+            self._plan = event.plan
             self._bar.reset(self._task)
-            print_plan(plan)
+            print_plan(event.plan)
+        elif isinstance(event, TextRead):
+            if event.calibration.provenance:
+                print_calibration(event.calibration)
+            self._bar.start()
+        elif isinstance(event, LayerDone):
+            self._layer(event)
+        elif event.loss is not None:
+            self._console.print(
+                f"{event.stage} {event.done:>3}/{event.total}  {event.loss:.4f} nats from the original on held-out text, "
+                f"peak {size(peak_rss())}"
+            )
+        else:
+            place = f" {event.done:>3}/{event.total}" if event.done else ""
+            self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {size(peak_rss())}")
+        if event.done:
+            self._bar.update(self._task, completed=event.done, total=event.total)
 
-    def survey(self, what: str, layer: int, seconds: float) -> None:
-        """Print one layer of a pass that precedes the plan, or with layer 0 something else that was done before it."""
-        total = len({step.target.layer for step in self._plan.steps})
-        place = f" {layer:>3}/{total}" if layer else ""
-        self._console.print(f"{what}{place}  {seconds:.1f} s, peak {size(peak_rss())}")
-        if layer:
-            self._bar.update(self._task, completed=layer, total=total)
-
-    def layer(self, report: LayerReport) -> None:
-        """Print one finished layer and move the bar on."""
-        solved = [record for record in report.records if record.error is not None]
+    def _layer(self, layer: LayerDone) -> None:
+        solved = [record for record in layer.records if record.error is not None]
         self._notes += [f"{record.name}: {record.note}" for record in solved if record.note]
-        if report.resumed:
+        if layer.resumed:
             text = "finished earlier, replayed"
         elif solved:
             mean = sum(record.error or 0.0 for record in solved) / len(solved)
@@ -260,19 +265,12 @@ class Progress:
         else:
             text = "all dense"
         self._console.print(
-            f"layer {report.index + 1:>3}/{report.layers}  {text}, {report.seconds:.1f} s, peak {size(report.peak_bytes)}"
+            f"layer {layer.done:>3}/{layer.total}  {text}, {layer.seconds:.1f} s, peak {size(layer.peak_bytes)}"
         )
-        self._bar.update(self._task, completed=report.index + 1, total=report.layers)
-
-    def refined(self, look: int, looks: int, loss: float) -> None:
-        """Print one look of an end-to-end refinement."""
-        self._console.print(
-            f"refinement {look:>3}/{looks}  {loss:.4f} nats from the original on held-out text, peak {size(peak_rss())}"
-        )
-        self._bar.update(self._task, completed=look, total=looks)
 
     def finish(self, out: Path) -> None:
         """The closing lines: what was written, how long it took, and warnings."""
+        assert self._plan is not None, "a run tells its plan first"
         for note in self._notes[:10]:
             self._console.print(f"note: {note}")
         if len(self._notes) > 10:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import BudgetError
 
-WAYS = ("ratio", "bits", "size", "max_ppl_increase")
+KEYS = ("ratio", "bits", "size", "max_ppl_increase")
 ASK = "Add --ratio 0.2 (removes 20 % of the targets' bytes), --bits 4 or --size 300MB."
 ASSUMED = 0.2  # the ratio that a plan shows before a search has found one
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..compress.options import Choice, Option
 from ..errors import BudgetError
-from . import budget as amount
+from .budget import ASK, checked_ratio
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PredictedOption:
 def require_ratio(ratio: float) -> None:
     """Refuse a ratio outside [0, 1)."""
     try:
-        amount.checked_ratio(ratio)
+        checked_ratio(ratio)
     except ValueError as error:
         raise BudgetError(f"The ratio {error} (got {ratio:g})") from None
 
@@ -67,7 +67,7 @@ def uniform(
     for name, (dense, own) in options.items():
         if ratio is None:
             if len(own) > 1:
-                raise BudgetError("How much should go? The recipe names no ratio.", amount.ASK)
+                raise BudgetError("How much should go? The recipe names no ratio.", ASK)
             chosen[name] = own[0] if own and own[0].nbytes < dense else Option(Choice(), dense)
             continue
         # guards against 0.6 * 100 = 59.99999: a rank must not depend on how a decimal is rounded

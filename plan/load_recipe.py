@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import RecipeError, did_you_mean, one_line
-from . import budget as amount
+from . import budget
 from .recipe import Recipe
 from .recipe_errors import problems_of
 
@@ -61,9 +61,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     for key, value in given.items():
         problems += _put(data, key, value)
     asked = {item.partition("=")[0] for item in settings} | set(given)
-    if asked & set(amount.WAYS):  # a budget on the command line takes the place of the file's, however that says it
-        for way in set(amount.WAYS) - asked:
-            data.pop(way, None)
+    if asked & set(budget.KEYS):  # a budget on the command line takes the place of the file's, however that says it
+        for key in set(budget.KEYS) - asked:
+            data.pop(key, None)
     try:
         recipe = Recipe(**data)
     except ValidationError as error:

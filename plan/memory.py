@@ -14,12 +14,12 @@ from ..depth.cost import depth_bytes
 from ..model.ablation import COPIES, STATES
 from ..model.targets import Target
 from ..model.view import ModelView
-from .plan import PROBED, PROBES_EACH, Memory, Plan, Step
+from .plan import PROBED, PROBES_EACH, Memory, Planned, Step
 
 _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
 
 
-def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
+def predict_memory(view: ModelView, plan: Planned, devices: int = 1) -> Memory:
     """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
     element = view.dtype.itemsize
     calibration = plan.recipe.calibration
@@ -61,7 +61,7 @@ def predict_memory(view: ModelView, plan: Plan, devices: int = 1) -> Memory:
     )
 
 
-def _backward_bytes(view: ModelView, plan: Plan, devices: int) -> int:
+def _backward_bytes(view: ModelView, plan: Planned, devices: int) -> int:
     """Statistics of gradients: one batch's logits and their gradient, or a layer, its graph of one batch and what is summed."""
     needs = frozenset[str]().union(*plan.needs.values()) & BACKWARD_NEEDS
     if not needs:
@@ -76,7 +76,7 @@ def _backward_bytes(view: ModelView, plan: Plan, devices: int) -> int:
     return max(end, devices * (layer + summed + tokens * _graph(view, plan)))
 
 
-def _writing_bytes(view: ModelView, plan: Plan) -> int:
+def _writing_bytes(view: ModelView, plan: Planned) -> int:
     """Calibration text that the model itself writes: the model, and the keys and values of the samples that go together."""
     calibration, text = plan.recipe.calibration, view.config.get_text_config()
     own = calibration.self_written(calibration.samples) + calibration.self_written(calibration.held_out)
@@ -88,7 +88,7 @@ def _writing_bytes(view: ModelView, plan: Plan) -> int:
     return plan.whole_bytes + cached
 
 
-def _probe_bytes(view: ModelView, plan: Plan, solve: int) -> int:
+def _probe_bytes(view: ModelView, plan: Planned, solve: int) -> int:
     """Variants with one target compressed each, side by side in float32: solving there, or the logits at their end."""
     text, calibration = view.config.get_text_config(), plan.recipe.calibration
     wide = max(1, 4 // view.dtype.itemsize)  # float64 stays
@@ -113,13 +113,13 @@ def _trained(step: Step) -> int:
     return 0 if step.choice.dense else numbers // 8 if step.choice.bits is not None else numbers
 
 
-def _graph(view: ModelView, plan: Plan) -> int:
+def _graph(view: ModelView, plan: Planned) -> int:
     """Bytes that autograd keeps of a token in one layer: what its matrices read and put out, twice for what lies between."""
     widths = [s.target.in_features + s.target.out_features for s in plan.steps if s.target.layer == plan.steps[0].target.layer]
     return 2 * 4 * sum(widths)
 
 
-def _whole_bytes(view: ModelView, plan: Plan) -> int:
+def _whole_bytes(view: ModelView, plan: Planned) -> int:
     """An end-to-end refinement: the compressed model, its training, the activations and three times the logits of a step."""
     settings = plan.recipe.refine.end_to_end if plan.recipe.refine is not None else None
     if settings is None:

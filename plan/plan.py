@@ -1,18 +1,21 @@
-"""The plan as a value: every target's form and bytes, what stays and why, and the memory that it takes.
+"""The plan as a value: every target's form and bytes, what stays dense and why, and the memory that the run takes.
+
+A `Draft` is what can be known before calibration, a `Plan` is what a run carries out.
 
 `identity` is what a resumed run must agree with; the estimates are for people.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..calibrate.stats import Wanted, wanted
-from ..compress.options import Choice
+from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
 from ..model.view import Kept
@@ -75,9 +78,9 @@ class Memory:
         return self.process + max(embedding, forward, solve, block, back, *apart)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A resolved compression.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A resolved compression: what `Draft` and `Plan` have in common.
 
     Args:
         recipe: with every default filled in.
@@ -94,6 +97,7 @@ class Plan:
         dropped_beside: bytes of what is no target in them, less what a repair adds.
         left_out: what the checkpoint holds and the model has no place for.
         units: the targets that may be compressed, those that are solved together as one.
+        options: unit -> the options that the method and the limits leave it, ascending in bytes.
         model_edit: sub-layers that go, and repairs.
         notes: what depth will take, in words.
         gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
@@ -114,6 +118,7 @@ class Plan:
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
     units: tuple[Unit, ...] = ()
+    options: Mapping[str, Sequence[Option]] = field(default_factory=dict, repr=False)
     model_edit: ModelEdit = field(default_factory=ModelEdit)
     notes: tuple[str, ...] = ()
     gap: float | None = None
@@ -165,6 +170,10 @@ class Plan:
         """Fraction of the whole model's bytes that is removed."""
         return 1 - self.whole_after / self.whole_bytes
 
+    def dense_bytes(self, unit: Unit) -> int:
+        """Bytes of a unit's targets when dense."""
+        return sum(target.numel * self.dtype.itemsize for target in unit.targets)
+
     def layer_steps(self, layer: int) -> list[Step]:
         return [step for step in self.steps if step.target.layer == layer]
 
@@ -192,3 +201,19 @@ class Plan:
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch": self.batch,
         }
+
+
+class Plan(Planned):
+    """What a run carries out: every target has its final option."""
+
+
+class Draft(Planned):
+    """What is known from the recipe and the files' headers alone.
+
+    Where the budget looks at losses it is shared out evenly here, layers that a score will choose are assumed to be the last
+    ones, and a size that is searched is assumed. `planner.make_plan` makes the plan of it.
+    """
+
+    def settled(self) -> Plan:
+        """The same as a plan, where nothing is left to be measured."""
+        return Plan(**{each.name: getattr(self, each.name) for each in fields(self)})

@@ -1,6 +1,6 @@
-"""What will happen: a recipe and a model in, a plan out (planned.py).
+"""What will happen: a recipe and a model in, a plan out (plan.py).
 
-It is made from the configuration and the files' headers before anything runs, and anew once a survey has measured losses.
+A draft is made from the configuration and the files' headers before anything runs, the plan once losses were measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.base import DENSE, Curve
@@ -21,70 +21,96 @@ from ..depth.spec import how_many
 from ..errors import BudgetError, RecipeError
 from ..model.targets import Target
 from ..model.view import ModelView
-from . import budget as amount
 from .allocation import Shared, allocate
-from .budget import Footprint, Found
+from .budget import ASK, ASSUMED, Footprint, Found, header_bytes, said, share_of, targets_bytes
 from .knapsack import uniform
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, unmatched, within
 from .memory import predict_memory
-from .plan import Memory, Plan, Step
+from .plan import Draft, Memory, Plan, Planned, Step
 from .recipe import Recipe
 from .units import Unit, options_of, shape_of, units_of
 
+P = TypeVar("P", bound=Planned)
 
-def make_plan(
-    view: ModelView,
-    recipe: Recipe,
-    devices: int = 1,
-    curves: Mapping[str, Curve] | None = None,
-    model_edit: ModelEdit | None = None,
-    found: Found | None = None,
-) -> Plan:
-    """Resolve a recipe against a model.
+
+def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found | None = None) -> Draft:
+    """Resolve a recipe against a model as far as headers alone tell.
 
     Args:
-        model_edit: what is dropped and changed, once the score has chosen; until then the plan assumes the last layers.
-        curves: what each target loses at each option, from the survey; without them the budget is shared out evenly, and where
-            the method itself decides (`allocation: own`) every target is taken to be as large as it may become.
-        found: the ratio that a search has found for a recipe that says how far perplexity may rise; until then a plan assumes
-            `amount.ASSUMED`.
+        devices: on how many the run will spread its batches; for the memory.
+        found: the ratio that a search has found for a recipe that says how far perplexity may rise; without it the draft
+            assumes `budget.ASSUMED`.
 
     Raises:
         BudgetError: no ratio, or one that cannot be met.
         RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
+    return _planned(Draft, view, recipe, devices, _Known(found=found))
+
+
+def make_plan(
+    view: ModelView,
+    draft: Draft,
+    devices: int = 1,
+    *,
+    curves: Mapping[str, Curve] | None = None,
+    model_edit: ModelEdit | None = None,
+) -> Plan:
+    """The final plan, once what the recipe looks at was measured.
+
+    Args:
+        curves: of each unit, its loss at each option; None where the recipe's allocation needs none.
+        model_edit: what depth drops and repairs; None where the recipe has no depth.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    return _planned(Plan, view, draft.recipe, devices, _Known(curves, model_edit, draft.found))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was measured so far; None: not yet."""
+
+    curves: Mapping[str, Curve] | None = None
+    model_edit: ModelEdit | None = None
+    found: Found | None = None
+
+
+def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known: _Known) -> P:
     recipe = _counted(view, recipe)
     kept = _kept_dense(view.targets, recipe.keep, len(view.layers))
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
-    model_edit = assumed(view, recipe) if model_edit is None else model_edit
+    model_edit = assumed(view, recipe) if known.model_edit is None else known.model_edit
     scope = _scope(view, recipe, model_edit, kept, bounds)
     footprint = _footprint(view, scope.shapes, scope.leaving, scope.beside, scope.kept.keys() - scope.leaving)
     amounts = recipe.amounts
     if recipe.max_ppl_increase is not None:
-        amounts["ratio"] = amount.ASSUMED if found is None else found.ratio
-    if curves is None:
+        amounts["ratio"] = ASSUMED if known.found is None else known.found.ratio
+    if known.curves is None:
         shared = Shared(_evenly(recipe, scope, amounts, footprint))
     else:
-        shared = _by_losses(view, recipe, scope, curves, amount.targets_bytes(amounts, footprint))
-    plan = Plan(
-        recipe,
-        _steps(view.targets, scope, shared.options),
-        tuple(view.kept),
-        view.dtype,
-        _identify(view),
-        view.nbytes,
-        view.numel,
-        max(1, TOKENS_PER_BATCH // recipe.calibration.length),
-        Memory(),
-        len(view.layers),
-        model_edit.dropped,
-        scope.beside,
-        tuple(view.left_out),
-        scope.units,
-        model_edit,
-        depth_lines(view, recipe.dropping, recipe.calibration, model_edit),
-        shared.gap,
-        found,
+        shared = _by_losses(view, recipe, scope, known.curves, targets_bytes(amounts, footprint))
+    plan = kind(
+        recipe=recipe,
+        steps=_steps(view.targets, scope, shared.options),
+        kept=tuple(view.kept),
+        dtype=view.dtype,
+        model=_identify(view),
+        whole_bytes=view.nbytes,
+        whole_numel=view.numel,
+        batch=max(1, TOKENS_PER_BATCH // recipe.calibration.length),
+        memory=Memory(),
+        layers=len(view.layers),
+        dropped=model_edit.dropped,
+        dropped_beside=scope.beside,
+        left_out=tuple(view.left_out),
+        units=scope.units,
+        options=scope.options,
+        model_edit=model_edit,
+        notes=depth_lines(view, recipe.dropping, recipe.calibration, model_edit),
+        gap=shared.gap,
+        found=known.found,
     )
     return replace(plan, memory=predict_memory(view, plan, devices))
 
@@ -156,10 +182,10 @@ def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint
     if recipe.limits:
         sized = any(each is not None for each in amounts.values())
         if not sized and (recipe.allocation != "uniform" or not scope.bounded):  # floors alone leave everything whole
-            raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", amount.ASK)
+            raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", ASK)
         return _even(options, scope.bounded, amounts, footprint)
     share = _share(amounts, footprint)
-    return uniform(options, share, amount.said(amounts, share))
+    return uniform(options, share, said(amounts, share))
 
 
 def _by_losses(
@@ -222,7 +248,7 @@ def _counted(view: ModelView, recipe: Recipe) -> Recipe:
     first, last = recipe.depth.protect_first, len(view.layers) - recipe.depth.protect_last
     footprint = _footprint(view, shapes, (), 0, ())
     if recipe.depth.granularity != "layer":  # halves are counted by the bytes of their targets
-        excess = footprint.targets - (amount.targets_bytes(recipe.amounts, footprint) or 0)
+        excess = footprint.targets - (targets_bytes(recipe.amounts, footprint) or 0)
         ratio = min(1.0, max(excess, 0) / footprint.targets)
         return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"ratio": ratio})})
     if recipe.size is not None:  # whole layers go, what is no target in them too
@@ -230,7 +256,7 @@ def _counted(view: ModelView, recipe: Recipe) -> Recipe:
         excess = footprint.whole + footprint.headers - (recipe.amounts["size"] or 0)
     else:
         of_layer = [sum(shapes[t.name].nbytes for t in view.targets if t.layer == layer) for layer in range(first, last)]
-        sizes, excess = sorted(of_layer), footprint.targets - (amount.targets_bytes(recipe.amounts, footprint) or 0)
+        sizes, excess = sorted(of_layer), footprint.targets - (targets_bytes(recipe.amounts, footprint) or 0)
     count = next((n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= excess), len(sizes) + 1)
     return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"drop": count})})
 
@@ -255,7 +281,7 @@ def _footprint(
         gone + beside,
         gone,
         sum(shapes[name].nbytes for name in kept),
-        amount.header_bytes(tensors, len(view.layers) + len(view.outside_parts())),
+        header_bytes(tensors, len(view.layers) + len(view.outside_parts())),
     )
 
 
@@ -268,8 +294,8 @@ def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
     if ratio is not None:
         stay = footprint.targets - footprint.gone_targets
         return max(0.0, 1 - (1 - ratio) * footprint.targets / stay) if footprint.gone_targets else ratio
-    budget = amount.targets_bytes(amounts, footprint)
-    return None if budget is None else amount.share_of(budget, footprint)
+    budget = targets_bytes(amounts, footprint)
+    return None if budget is None else share_of(budget, footprint)
 
 
 def _even(

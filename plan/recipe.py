@@ -20,7 +20,7 @@ from ..depth.spec import DepthSpec
 from ..errors import BudgetError, did_you_mean
 from ..refine.correction import CorrectionSpec
 from ..refine.objectives import BlockSettings, EndToEndSettings
-from . import budget as amount
+from . import budget
 from .limits import Limit
 from .method_steps import Alternative, Steps, fitting
 from .rules.base import Rule, rules
@@ -114,7 +114,7 @@ class Recipe(Steps):
     @field_validator("ratio")
     @classmethod
     def _a_fraction(cls, ratio: float | None) -> float | None:
-        return None if ratio is None else amount.checked_ratio(ratio)
+        return None if ratio is None else budget.checked_ratio(ratio)
 
     @field_validator("allocation")
     @classmethod
@@ -133,17 +133,17 @@ class Recipe(Steps):
     @field_validator("bits")
     @classmethod
     def _bits_of_a_weight(cls, bits: float | None) -> float | None:
-        return None if bits is None else amount.checked_bits(bits)
+        return None if bits is None else budget.checked_bits(bits)
 
     @field_validator("size", mode="before")
     @classmethod
     def _a_size(cls, size: Any) -> str | None:
-        return None if size is None else f"{amount.bytes_of(str(size))}B"
+        return None if size is None else f"{budget.bytes_of(str(size))}B"
 
     @field_validator("max_ppl_increase", mode="before")
     @classmethod
     def _a_rise(cls, rise: Any) -> float | None:
-        return None if rise is None else amount.rise_of(rise)
+        return None if rise is None else budget.rise_of(rise)
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -188,7 +188,7 @@ class Recipe(Steps):
         return self
 
     def _one_budget(self) -> None:
-        said = [way for way in amount.WAYS if getattr(self, way) is not None]
+        said = [key for key in budget.KEYS if getattr(self, key) is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} say the budget {len(said)} times; give one of them")
         if self.allocation == "own" and said and said != ["ratio"]:

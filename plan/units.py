@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..compress.base import Method, Settings
@@ -26,6 +26,12 @@ class Unit:
     def name(self) -> str:
         """The first target's."""
         return self.targets[0].name
+
+    def without(self, names: Collection[str]) -> Unit:
+        """The unit without the targets of these names."""
+        kept = [number for number, target in enumerate(self.targets) if target.name not in names]
+        parts = None if self.parts is None else tuple(self.parts[number] for number in kept)
+        return Unit(tuple(self.targets[number] for number in kept), parts)
 
     def shared_out(self, chosen: Option, options: Sequence[Option], dense: Mapping[str, int]) -> dict[str, Option]:
         """What each target gets where the unit got `chosen`.

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -148,7 +148,7 @@ def regressed(weight: Tensor, gram: Tensor, cross: Tensor, beta: float, damping:
     return weight.double() + beta * change
 
 
-Solved = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # specs, stored tensors, record
+Solved = TypeVar("Solved")  # what compressing a layer in place gives
 
 
 def correct(
@@ -160,7 +160,7 @@ def correct(
     settings: CorrectionSpec | None,
     compress: Callable[[nn.Module], Solved],
     device: torch.device,
-) -> tuple[nn.Module, Solved]:
+) -> tuple[nn.Module, Solved, dict[str, Any]]:
     """Compress a copy of a layer with and without correction, and keep what is nearest to the goals on held-out tokens.
 
     Args:
@@ -170,14 +170,14 @@ def correct(
         compress: compresses a layer in place: solves its targets and installs their forms.
 
     Returns:
-        The compressed layer, and what `compress` returned for it; the record says which β was taken (None: no correction).
+        The compressed layer, what `compress` returned for it, and a record of which β was taken (None: no correction).
     """
     if settings is None:
         small = copy.deepcopy(layer)
-        return small, compress(small)
+        return small, compress(small), {}
     moments = cross_moments(layer, name, targets, pair, device)
     _, _, calls, wanted = pair.split(goals)
-    best: tuple[float, nn.Module, Solved] | None = None
+    best: tuple[float, nn.Module, Solved, dict[str, Any]] | None = None
     for beta in (None, *settings.betas):
         tried = copy.deepcopy(layer)
         if beta is not None:
@@ -186,10 +186,10 @@ def correct(
                     if target.group in moments:
                         weight, _ = target_weight(tried, name, target)
                         weight.copy_(regressed(weight, *moments[target.group], beta, settings.damping))
-        specs, stored, record = compress(tried)
+        solved = compress(tried)
         error = block_error(tried, calls, wanted, device)
         if best is None or error < best[0]:
-            best = error, tried, (specs, stored, record | {"correction": {"beta": beta, "held_out_error": error}})
+            best = error, tried, solved, {"correction": {"beta": beta, "held_out_error": error}}
     assert best is not None
     return best[1:]
 

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..compress import forms
 from ..compress.base import Settings
+from ..compress.forms.base import is_form_module
 from ..errors import NonFiniteError, RequestError
 
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
@@ -119,9 +119,8 @@ def trainable(module: nn.Module, vectors: bool) -> dict[str, nn.Parameter]:
         RequestError: some are in float16, whose range gradients leave.
     """
     found = {}
-    inside = forms.__name__.rpartition(".")[0] + "."
     for path, child in module.named_modules():
-        if type(child).__module__.startswith(inside):
+        if is_form_module(child):
             found.update({f"{path}.{name}" if path else name: p for name, p in child.named_parameters()})
     if vectors:
         found.update({name: p for name, p in module.named_parameters() if p.ndim == 1})

@@ -1,61 +1,36 @@
-"""Depth's part of a run: what goes is chosen, repaired and kept on disk, once, before anything is compressed or stored."""
+"""Depth's part of a run: layers are chosen, dropped and repaired, once, before anything is compressed or stored."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import torch
-
-from ..calibrate.data import Calibration
-from ..checkpoint.artifact import Artifact
+from ..calibrate.store import TRIALS
 from ..checkpoint.atomic import writing
 from ..depth.choose import choose_parts
 from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
-from ..model.host_memory import steady_memory
-from ..model.precision import full_precision
-from ..model.view import ModelView
-from ..plan.plan import Plan
+from ..model.events import Event
+from ..plan.plan import Draft
+from .run import Run
 
 
-@full_precision
-def operated(
-    plan: Plan,
-    view: ModelView,
-    calibration: Calibration,
-    out: Path,
-    folder: Path,
-    trials: Path,
-    devices: Sequence[torch.device],
-    restart: bool,
-    notify: Callable[[str, int, float], None],
-) -> ModelEdit | None:
-    """What depth does to the model, found or read from where an interrupted run found it; None where all is finished.
+def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
+    """What depth does to the model: found, or read from where an interrupted run found it.
 
     Args:
-        plan: provisional: of a recipe with depth.
-        out: the output folder.
-        folder: keeps what was found until the artifact is finished.
-        trials: a folder that keeps what a greedy score measured, which other recipes may share.
-        notify: called with (what was done, 0, seconds).
+        draft: of a recipe with depth. What was found is kept in the run's own folder until the artifact is finished; what a
+            greedy score measured is kept beside the statistics, which other recipes may share.
     """
-    identity = plan.identity(calibration.hash)
-    steady_memory()
-    with Artifact(out, identity, restart) as artifact:
-        if artifact.finished:
-            return None
-        if restart:
-            shutil.rmtree(folder, ignore_errors=True)
-        held = read_model_edit(folder, identity, view.targets)
-        if held is not None:
-            return held
-        spec = plan.recipe.dropping
-        assert spec is not None
-        chosen = choose_parts(view, spec, calibration.tokens, devices, trials, notify)
-        found = repaired(
-            view, chosen, spec, calibration.tokens, calibration.held_out, plan.recipe.calibration.seed, devices[0], notify
-        )
-        with writing(folder):
-            return found.write(folder, identity)
+    view, calibration, identity = run.view, run.calibration, draft.identity(run.calibration.hash)
+    held = read_model_edit(run.own_folder, identity, view.targets)
+    if held is not None:
+        return held
+    spec = draft.recipe.dropping
+    assert spec is not None
+
+    def notify(what: str, count: int, seconds: float) -> None:
+        run.notify(Event(what, count, len(view.layers) if count else 0, seconds))
+
+    chosen = choose_parts(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, notify)
+    seed = draft.recipe.calibration.seed
+    found = repaired(view, chosen, spec, calibration.tokens, calibration.held_out, seed, run.devices[0], notify)
+    with writing(run.own_folder):
+        return found.write(run.own_folder, identity)

@@ -1,5 +1,8 @@
 """The loop over the layers: weights in, statistics, solve, shard out, activations on.
 
+Layers are visited in one of four ways: with the original's activations (`_OneShot`), with those of the compressed model
+(`_Sequential`), with both beside each other (`_BothModels`), or with none, from statistics on disk (`_without_activations`).
+
 A layer that an earlier, killed run finished is not compressed again: it is replayed (forward only), so that the activations
 that reach the first unfinished layer are the very same.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,21 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.collect import Statistics
-from ..calibrate.data import Calibration
-from ..calibrate.layerwise import Visit, run_batches, through_layers
-from ..checkpoint.artifact import Artifact
+from ..calibrate.layerwise import run_batches, through_layers
 from ..compress.base import NOTHING_SEEN, TargetStats
 from ..compress.forms.absent import ZERO, Guarded
 from ..compress.forms.base import Form, Spec
+from ..model.events import Event
 from ..model.host_memory import give_back, peak_rss
 from ..model.layer_edit import NONE, edited
 from ..model.layer_forms import form_specs, install, stored_tensors, target_weight
 from ..model.lockstep import Call, hidden_of
 from ..model.view import ModelView
 from ..plan.plan import Plan, Step
-from ..refine.correction import Pair, Solved, correct, restored
+from ..refine.correction import Pair, correct, restored
 from ..refine.objectives import refine_block
-from .solve import SolvedTarget, solved_forms
+from .run import Run
+from .solve import SolvedTarget, UnitSolver
 
 
 @dataclass(frozen=True)
@@ -82,204 +85,250 @@ class TargetRecord:
         )
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One finished layer, for whoever watches."""
+@dataclass(frozen=True, kw_only=True)
+class LayerDone(Event):
+    """One finished layer: `done` of `total`, with what became of its targets and the peak memory so far in bytes."""
 
-    index: int
-    layers: int
     records: tuple[TargetRecord, ...]
-    seconds: float
     peak_bytes: int
     resumed: bool = False
 
 
-class LayerLoop:
-    """Compresses the layers of one run, one after the other, into the artifact; call `run` once, without gradients.
+@dataclass(frozen=True)
+class SolvedLayer:
+    """What the artifact holds of a layer.
 
     Args:
-        plan: from `make_plan(view, recipe)`.
-        view: the model; its weights come and go.
-        calibration: tokens (samples, length), and those that are held out.
-        artifact: open; what is finished in it is not done again.
-        shards: layer name -> the file that it is written to.
-        devices: where layers run; targets are solved on the first.
-        statistics: of the original model, where they were collected before.
-        notify: called after each layer.
+        specs: module path -> spec of its form, as config.json carries it.
+        tensors: as stored, on the CPU.
+        record: what the journal keeps.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        view: ModelView,
-        calibration: Calibration,
-        artifact: Artifact,
-        shards: Mapping[str, str],
-        devices: Sequence[torch.device],
-        statistics: Statistics | None,
-        notify: Callable[[LayerReport], None],
-    ) -> None:
-        self._plan, self._view, self._artifact, self._shards = plan, view, artifact, shards
-        self._devices, self._statistics, self._notify = devices, statistics, notify
-        self._staying = staying_layers(view, plan)
-        self._tokens, self._apart = calibration.tokens.split(plan.batch), calibration.held_out.split(plan.batch)
-        self._sequential = plan.recipe.propagate == "compressed"
-        self._block = None if plan.recipe.refine is None else plan.recipe.refine.block
+    specs: dict[str, Spec]
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+@torch.no_grad()
+def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
+    """Leave every layer that stays in the artifact.
+
+    Args:
+        plan: what each target gets.
+        shards: layer name -> the file that it is written to.
+        statistics: of the original model, where they were collected before; then no activation flows here, unless statistics
+            are to come from the part already compressed.
+
+    Raises:
+        LrcError: anything that the user can mend; what is finished stays.
+    """
+    work = _Layers(plan, run, shards, statistics)
+    if all(name in run.artifact.done for name in work.staying):
+        return
+    tokens, held_out = (each.split(plan.batch) for each in (run.calibration.tokens, run.calibration.held_out))
+    recipe = plan.recipe
+    idle = recipe.depth is not None and not any(plan.solved(index) for index in range(len(run.view.layers)))
+    if recipe.correction is not None or (recipe.refine is not None and recipe.refine.block is not None):
+        visit = _BothModels(work, len(held_out)).visit
+        through_layers(run.view, [*tokens, *held_out] * 2, visit, plan.dropped, plan.model_edit.edit)
+    elif recipe.propagate == "compressed" and recipe.reads_text and not idle:
+        through_layers(run.view, tokens, _Sequential(work).visit, plan.dropped, plan.model_edit.edit)
+    elif recipe.reads_text and not idle and statistics is None:
+        through_layers(run.view, tokens, _OneShot(work).visit, plan.dropped, plan.model_edit.edit)
+    else:
+        _without_activations(work)
+
+
+class _Layers:
+    """Single layers of one run: their statistics, their forms, their shards."""
+
+    def __init__(self, plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
+        self.plan, self.run, self.statistics = plan, run, statistics
+        self.staying = staying_layers(run.view, plan)
+        self._shards = shards
         self._units = {target.name: unit for unit in plan.units for target in unit.targets}
-        self._waiting: dict[str, SolvedTarget] = {}  # of sets across layers, until their layer comes
+        self._solver = UnitSolver(plan, run.view, run.devices[0], None if statistics is None else statistics.read)
+        self._waiting: dict[str, SolvedTarget] = {}  # of units across layers, until their layer comes
 
-    def run(self) -> None:
-        """Leave every layer that stays in the artifact.
+    def finished(self, name: str) -> bool:
+        """Whether an earlier run, or this one, has written the layer."""
+        return name in self.run.artifact.done
 
-        Raises:
-            LrcError: anything that the user can mend; what is finished stays.
-        """
-        if all(name in self._artifact.done for name in self._staying):
-            return
-        plan = self._plan
-        idle = plan.recipe.depth is not None and not any(plan.solved(index) for index in range(len(self._view.layers)))
-        if self._block is not None or plan.recipe.correction is not None:
-            self._through([*self._tokens, *self._apart] * 2, self._visit_both)
-        elif plan.recipe.reads_text and not idle and (self._statistics is None or self._sequential):
-            self._through(self._tokens, self._visit)
-        else:
-            self._each_alone()
+    def last(self, index: int) -> bool:
+        """Whether no layer comes after this one."""
+        return index == len(self.run.view.layers) - 1
 
-    def _through(self, tokens: Sequence[Tensor], visit: Visit) -> None:
-        through_layers(self._view, tokens, visit, self._plan.dropped, self._plan.model_edit.edit)
+    def forward(self, layer: nn.Module, name: str, calls: Sequence[Call]) -> list[Any]:
+        """The layer's outputs, batch by batch."""
+        return run_batches(layer, name, calls, self.run.devices)[0]
 
-    def _each_alone(self) -> None:
-        """Compress the layers with no activations between them, from statistics that lie on disk or from none."""
-        for index, name in enumerate(self._view.layer_names):
-            if name not in self._staying:
-                continue
-            started = time.perf_counter()
-            resumed = name in self._artifact.done
-            if not resumed:
-                names = [target.name for target in self._plan.solved(index) if target.name not in self._waiting]
-                stats = self._statistics.read(name, names) if self._statistics else dict.fromkeys(names, NOTHING_SEEN)
-                with edited(self._view.load(name), name, self._plan.model_edit.edit(name)) as layer:
-                    self._finish(index, name, layer, stats)
-                self._view.unload(name)
-                give_back()
-            self._report(index, name, started, resumed)
-
-    def _visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
-        """Compress a layer, or answer for one that is finished."""
-        started = time.perf_counter()
-        last, resumed = self._last(index), name in self._artifact.done
-        outputs: list[Any] | None = None
-        if resumed:
-            if self._sequential:
-                self._put_back(layer, name)
-            outputs = None if last else run_batches(layer, name, calls, self._devices)[0]
-        else:
-            outputs, stats = self._observe(index, name, layer, calls)
-            specs, stored, _ = self._finish(index, name, layer, stats)
-            if self._sequential and not last:
-                install(layer, name, specs, stored)
-                del stored
-                outputs = run_batches(layer, name, calls, self._devices)[0]
-        self._report(index, name, started, resumed)
-        return outputs
-
-    def _visit_both(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
-        """The same with the original's activations beside those of the compressed model."""
-        started, pair = time.perf_counter(), Pair.of(calls, len(self._apart))
-        resumed = name in self._artifact.done
-        if resumed:
-            goals, small = run_batches(layer, name, pair.original, self._devices)[0], copy.deepcopy(layer)
-            self._put_back(small, name)
-        else:
-            goals, small = self._follow(index, name, layer, pair)
-        self._report(index, name, started, resumed)
-        return goals if self._last(index) else goals + run_batches(small, name, pair.compressed, self._devices)[0]
-
-    def _follow(self, index: int, name: str, layer: nn.Module, pair: Pair) -> tuple[list[Any], nn.Module]:
-        """The original layer's outputs, and a compressed copy of it that was held to them and written."""
-        seen, unseen = pair.read(self._sequential)
-        outputs, stats = self._observe(index, name, layer, seen)
-        others = run_batches(layer, name, unseen, self._devices)[0]
-        goals = others if self._sequential else outputs + others
-
-        def in_place(tried: nn.Module) -> Solved:
-            solved = self._compress(index, name, tried, dict(stats))
-            install(tried, name, *solved[:2])
-            return solved
-
-        targets = [step.target for step in self._plan.layer_steps(index)]
-        wanted = [hidden_of(goal) for goal in goals]
-        small, (_, stored, record) = correct(
-            layer, name, targets, pair, wanted, self._plan.recipe.correction, in_place, self._devices[0]
-        )
-        if self._block is not None:
-            done = refine_block(small, *pair.split(wanted), self._block)
-            trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
-            stored = {key: trained.get(key, value).to("cpu") for key, value in stored.items()}
-            record |= {"refinement": {key: value for key, value in asdict(done).items() if key != "seconds"}}
-        self._write(name, stored, record)
-        return goals, small
-
-    def _observe(
+    def observe(
         self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]
     ) -> tuple[list[Any], dict[str, TargetStats]]:
         """A layer's outputs, and the statistics of its targets that are not left dense."""
-        plan = self._plan
-        outputs, stats = run_batches(layer, name, calls, self._devices, plan.solved(index), plan.wanted(index))
-        if self._statistics is not None:
-            stats = self._statistics.with_gradients(name, stats)
+        outputs, stats = run_batches(layer, name, calls, self.run.devices, self.plan.solved(index), self.plan.wanted(index))
+        if self.statistics is not None:
+            stats = self.statistics.with_gradients(name, stats)
         return outputs, stats
 
-    def _finish(self, index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
-        solved = self._compress(index, name, layer, stats)
-        self._write(name, *solved[1:])
-        return solved
+    def on_disk(self, index: int, name: str) -> dict[str, TargetStats]:
+        """What was collected before of the layer's targets that are still to be solved; nothing seen where nothing was."""
+        names = [target.name for target in self.plan.solved(index) if target.name not in self._waiting]
+        return self.statistics.read(name, names) if self.statistics else dict.fromkeys(names, NOTHING_SEEN)
 
-    def _compress(self, index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> Solved:
-        """What the artifact will hold of a layer, which itself is not changed; statistics are used up."""
-        steps = self._plan.layer_steps(index)
-        forms, records = self._solve(index, layer, steps, stats)
-        edits = self._plan.model_edit.edit(name) or NONE
+    def solve(self, index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> SolvedLayer:
+        """What the artifact will hold of a layer, which itself is not changed.
+
+        Args:
+            stats: of its targets that are not left dense; each is taken out once it was used, to free its memory.
+        """
+        steps = self.plan.layer_steps(index)
+        found: dict[str, SolvedTarget] = {}
+        for target in self.plan.solved(index):
+            if target.name not in self._waiting:
+                unit = self._units[target.name]
+                mine = {each.name: stats.pop(each.name) for each in unit.targets if each.name in stats}
+                self._waiting |= self._solver.solve(unit, layer, index, mine)
+            found[target.name] = self._waiting.pop(target.name)
+        forms: dict[str, Form] = {path: each.form for path, each in found.items()}
+        edits = self.plan.model_edit.edit(name) or NONE
         if edits.maps and not forms and not edits.zeroed:
-            forms = _guard(self._plan, layer, name, index)
+            forms = _guard(self.plan, layer, name, index)
         specs = form_specs((step.target for step in steps), forms)
-        record = {"forms": specs, "edits": edits.specs(name), "targets": [asdict(each) for each in records]}
-        return specs, stored_tensors(layer, name, forms), record
+        records = [
+            asdict(TargetRecord.of(step, found.get(step.target.name), bool(self.plan.needs[step.target.name])))
+            for step in steps
+        ]
+        record = {"forms": specs, "edits": edits.specs(name), "targets": records}
+        return SolvedLayer(specs, stored_tensors(layer, name, forms), record)
 
-    def _solve(
-        self, index: int, layer: nn.Module, steps: Sequence[Step], stats: dict[str, TargetStats]
-    ) -> tuple[dict[str, Form], list[TargetRecord]]:
-        """Forms and records of a layer's targets; what is found for sets that reach into later layers waits for them."""
-        read = None if self._statistics is None else self._statistics.read
-        forms: dict[str, Form] = {}
-        records = []
-        for step in steps:
-            found, name = None, step.target.name
-            if not step.choice.dense:
-                if name not in self._waiting:
-                    self._waiting |= solved_forms(
-                        self._plan, self._view, self._units[name], layer, index, stats, read, self._devices[0]
-                    )
-                found = self._waiting.pop(name)
-                forms[name] = found.form
-            records.append(TargetRecord.of(step, found, bool(self._plan.needs[name])))
-        return forms, records
+    def write(self, name: str, solved: SolvedLayer) -> None:
+        """Commit a layer to the artifact, under its number in the result."""
+        self.run.artifact.write(name, self._shards[name], renamed(solved.tensors, name, self.staying[name]), solved.record)
 
-    def _write(self, name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        self._artifact.write(name, self._shards[name], renamed(stored, name, self._staying[name]), record)
-
-    def _put_back(self, layer: nn.Module, name: str) -> None:
+    def put_back(self, layer: nn.Module, name: str) -> None:
         """Give a layer the forms, and all else that was stored of it, by the run that finished it."""
-        held = renamed(self._artifact.read(name), self._staying[name], name)
-        install(layer, name, self._artifact.done[name].record["forms"], held)
+        held = renamed(self.run.artifact.read(name), self.staying[name], name)
+        install(layer, name, self.run.artifact.done[name].record["forms"], held)
         restored(layer, name, held)
 
-    def _report(self, index: int, name: str, started: float, resumed: bool) -> None:
-        records = tuple(TargetRecord(**record) for record in self._artifact.done[name].record["targets"])
-        self._notify(LayerReport(index, len(self._view.layers), records, time.perf_counter() - started, peak_rss(), resumed))
+    def report(self, index: int, name: str, started: float, resumed: bool) -> None:
+        """Tell that a layer is finished."""
+        records = tuple(TargetRecord(**record) for record in self.run.artifact.done[name].record["targets"])
+        self.run.notify(
+            LayerDone(
+                "layer", index + 1, len(self.run.view.layers), time.perf_counter() - started,
+                records=records, peak_bytes=peak_rss(), resumed=resumed,
+            )
+        )  # fmt: skip
 
-    def _last(self, index: int) -> bool:
-        return index == len(self._view.layers) - 1
+
+def _without_activations(work: _Layers) -> None:
+    """Compress every layer from statistics on disk, or from none where the recipe reads no text."""
+    view = work.run.view
+    for index, name in enumerate(view.layer_names):
+        if name not in work.staying:
+            continue
+        started, resumed = time.perf_counter(), work.finished(name)
+        if not resumed:
+            stats = work.on_disk(index, name)
+            with edited(view.load(name), name, work.plan.model_edit.edit(name)) as layer:
+                work.write(name, work.solve(index, name, layer, stats))
+            view.unload(name)
+            give_back()
+        work.report(index, name, started, resumed)
+
+
+@dataclass(frozen=True)
+class _OneShot:
+    """Compress every layer on the activations of the original model."""
+
+    work: _Layers
+
+    def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
+        """Compress a layer, or answer for one that is finished."""
+        work, started, resumed = self.work, time.perf_counter(), self.work.finished(name)
+        outputs: list[Any] | None = None
+        if not resumed:
+            outputs, stats = work.observe(index, name, layer, calls)
+            work.write(name, work.solve(index, name, layer, stats))
+        elif not work.last(index):
+            outputs = work.forward(layer, name, calls)
+        work.report(index, name, started, resumed)
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Sequential:
+    """Compress every layer on the activations of the layers that are compressed already."""
+
+    work: _Layers
+
+    def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
+        """Compress a layer, or take it from the artifact; answer with what the compressed layer puts out."""
+        work, started, resumed = self.work, time.perf_counter(), self.work.finished(name)
+        if resumed:
+            work.put_back(layer, name)
+        else:
+            stats = work.observe(index, name, layer, calls)[1]
+            solved = work.solve(index, name, layer, stats)
+            work.write(name, solved)
+            if not work.last(index):
+                install(layer, name, solved.specs, solved.tensors)
+            del solved
+        outputs = None if work.last(index) else work.forward(layer, name, calls)
+        work.report(index, name, started, resumed)
+        return outputs
+
+
+@dataclass(frozen=True)
+class _BothModels:
+    """Compress every layer with the original's activations beside those of the compressed model.
+
+    Args:
+        held_out: batches at the end of each model's that judge a correction and stop a refinement.
+    """
+
+    work: _Layers
+    held_out: int
+
+    def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
+        """Compress a layer towards the original's outputs, or take it from the artifact."""
+        work, started, pair = self.work, time.perf_counter(), Pair.of(calls, self.held_out)
+        resumed = work.finished(name)
+        if resumed:
+            goals, small = work.forward(layer, name, pair.original), copy.deepcopy(layer)
+            work.put_back(small, name)
+        else:
+            goals, small = self._follow(index, name, layer, pair)
+        work.report(index, name, started, resumed)
+        return goals if work.last(index) else goals + work.forward(small, name, pair.compressed)
+
+    def _follow(self, index: int, name: str, layer: nn.Module, pair: Pair) -> tuple[list[Any], nn.Module]:
+        """The original layer's outputs, and a compressed copy of it that was held to them and written."""
+        work, recipe = self.work, self.work.plan.recipe
+        sequential = recipe.propagate == "compressed"
+        seen, unseen = pair.read(sequential)
+        outputs, stats = work.observe(index, name, layer, seen)
+        others = work.forward(layer, name, unseen)
+        goals = others if sequential else outputs + others
+
+        def in_place(tried: nn.Module) -> SolvedLayer:
+            solved = work.solve(index, name, tried, dict(stats))
+            install(tried, name, solved.specs, solved.tensors)
+            return solved
+
+        targets = [step.target for step in work.plan.layer_steps(index)]
+        wanted = [hidden_of(goal) for goal in goals]
+        small, solved, chosen = correct(layer, name, targets, pair, wanted, recipe.correction, in_place, work.run.devices[0])
+        record, tensors = solved.record | chosen, solved.tensors
+        if recipe.refine is not None and recipe.refine.block is not None:
+            done = refine_block(small, *pair.split(wanted), recipe.refine.block)
+            trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
+            tensors = {key: trained.get(key, value).to("cpu") for key, value in tensors.items()}
+            record |= {"refinement": {key: value for key, value in asdict(done).items() if key != "seconds"}}
+        work.write(name, SolvedLayer(solved.specs, tensors, record))
+        return goals, small
 
 
 def _guard(plan: Plan, layer: nn.Module, name: str, index: int) -> dict[str, Form]:

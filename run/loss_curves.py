@@ -10,30 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibrate.collect import Statistics
-from ..calibrate.data import Calibration
 from ..checkpoint.atomic import read_json, write_json
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from ..compress.options import Option
+from ..model.events import Event
 from ..model.host_memory import give_back
-from ..model.view import ModelView
-from ..plan.limits import bounds_of, within
-from ..plan.plan import PROBED
-from ..plan.recipe import Recipe
-from ..plan.units import Unit, options_of, shape_of, units_of
+from ..plan.plan import PROBED, Draft
+from ..plan.units import Unit
 from .importance_scores import layer_angles, of_target
 from .probe import Probing, by_alternative, probe_groups, scaled
+from .run import Run
 from .solve import Together, solve_unit, weight_at
 
-_PROBED_HOW = "float32, summed by word, of every source"  # losses on disk that were measured otherwise are not used
+_VERSION = 2  # of how curves are measured: curves on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
 
 
@@ -46,79 +43,57 @@ def thinned(options: Sequence[Option], most: int = MOST_OPTIONS) -> list[Option]
     return [options[index] for index in sorted(kept)]
 
 
-def measure(
-    view: ModelView,
-    recipe: Recipe,
-    store: Statistics,
-    keep: frozenset[str],
-    calibration: Calibration,
-    device: torch.device,
-    notify: Callable[[int, float], None] = lambda layer, seconds: None,
-) -> dict[str, Curve]:
-    """The curve of every target that is not in `keep`, by the recipe's method, from the statistics in the store.
+def measure(draft: Draft, run: Run, statistics: Statistics) -> dict[str, Curve]:
+    """Unit -> its loss at each of its options, by the recipe's method, from statistics on disk.
 
-    Args:
-        calibration: where the allocation asks for losses in nats, a few of its tokens are probed, some of every source.
+    Where the allocation asks for losses in nats, a few of the calibration tokens are probed, some of every source.
     """
-    work = _Measuring(view, recipe, store, keep, calibration.tokens.numel(), device)
-    if recipe.allocation == "kl":
-        return work.in_nats(calibration.few(*PROBED), notify)
-    return work.curves(notify, calibration.tokens)
+    work = _Measuring(draft, run, statistics)
+    return work.in_nats() if draft.recipe.allocation == "kl" else work.curves()
 
 
 class _Measuring:
-    """One measurement of all curves; curves of finished layers lie beside the statistics.
+    """One measurement of all curves; curves of finished layers are kept beside the statistics."""
 
-    Args:
-        tokens: of the calibration. In nats an expert's loss counts as often as a token reaches it.
-    """
-
-    def __init__(
-        self, view: ModelView, recipe: Recipe, store: Statistics, keep: frozenset[str], tokens: int, device: torch.device
-    ) -> None:
-        self._view, self._store, self._device = view, store, device
-        self._tokens = tokens
+    def __init__(self, draft: Draft, run: Run, statistics: Statistics) -> None:
+        self._run, self._view, self._store = run, run.view, statistics
+        recipe = draft.recipe
         self._method, self._settings = recipe.compression
         # without statistics of the forward pass nobody has counted
         self._by_tokens = recipe.allocation in ("kl", "fisher") and bool(self._method.all_needs & FORWARD_NEEDS)
-        element = view.dtype.itemsize
-        units = units_of(self._method, self._settings, [t for t in view.targets if t.name not in keep])
-        self._layers: list[list[Unit]] = [[] for _ in view.layers]  # a unit of several layers belongs to that of its first
-        for unit in units:
+        self._layers: list[list[Unit]] = [[] for _ in run.view.layers]  # a unit of several layers belongs to that of its first
+        for unit in draft.units:
             self._layers[unit.targets[0].layer].append(unit)
-        self._options = options_of(units, self._method, self._settings, recipe.rank_multiple, element)
-        bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
-        shapes = {target.name: shape_of(target, element) for target in view.targets if target.name in bounds}
-        self._options = {unit.name: within(unit, bounds, shapes, self._options[unit.name]) for unit in units}
         self._score = recipe.rule.score if recipe.rule is not None else ""
         exact = recipe.allocation == "own" or self._score != ""  # looks for one size that it knows, or at every rank
-        if not exact:
-            self._options = {name: thinned(own) for name, own in self._options.items()}
-        self._dense = {unit.name: sum(shape_of(t, element).nbytes for t in unit.targets) for unit in units}
+        self._options = dict(draft.options) if exact else {name: thinned(each) for name, each in draft.options.items()}
+        self._dense = {unit.name: draft.dense_bytes(unit) for unit in draft.units}
+        self._tag = self._identity(draft, exact)
+
+    def _identity(self, draft: Draft, exact: bool) -> str:
+        """A hash of everything that a curve depends on, beside the statistics."""
+        recipe = draft.recipe
         asked = {
-            "file": "curves as they are",
+            "version": _VERSION,
             "method": self._method.name,
             "settings": self._settings.model_dump(mode="json", serialize_as_any=True),
             "multiple": recipe.rank_multiple,
             "thinned": not exact,
-            "probes": _PROBED_HOW if recipe.allocation == "kl" else None,
+            "probed": recipe.allocation == "kl",
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
+            # other units than before, because other targets are kept, have other curves
+            "units": [[target.name for target in unit.targets] for unit in draft.units if unit.parts is not None],
+            "score": self._score,
+            "by_tokens": self._by_tokens,
+            "limits": {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()},
         }
-        if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
-            asked["sets"] = [[target.name for target in unit.targets] for unit in units if unit.parts is not None]
-        if self._score:
-            asked["score"] = self._score
-        if self._by_tokens and any(unit.targets[0].expert is not None for unit in units):
-            asked["experts"] = "by their tokens"
-        if recipe.limits:
-            asked["limits"] = {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()}
-        self._tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
-    def curves(self, notify: Callable[[int, float], None], tokens: Tensor) -> dict[str, Curve]:
+    def curves(self) -> dict[str, Curve]:
         """Losses in the method's own metric, with the scores that the recipe's rule reads."""
         found: dict[str, Curve] = {}
         if self._score == "angular":
-            self._angles = layer_angles(self._view, tokens, self._device)
+            self._angles = layer_angles(self._view, self._run.calibration.tokens, self._run.devices[0])
         for index, units in enumerate(self._layers):
             started, name = time.perf_counter(), self._view.layer_names[index]
             held = read_json(self._file(name), dict[str, Curve]) or {}
@@ -131,10 +106,13 @@ class _Measuring:
                 give_back()
                 write_json(self._file(name), held)
             found |= {unit.name: held[unit.name] for unit in units}
-            notify(index + 1, time.perf_counter() - started)
+            self._notify(index + 1, started)
         return found
 
-    def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
+    def _notify(self, layers: int, started: float) -> None:
+        self._run.notify(Event("losses", layers, len(self._view.layers), time.perf_counter() - started))
+
+    def in_nats(self) -> dict[str, Curve]:
         """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
         file = self._store.folder / f"nats-{self._tag}.json"
         names = {unit.name for layer in self._layers for unit in layer}
@@ -148,8 +126,9 @@ class _Measuring:
             return solution
 
         started = time.perf_counter()
+        tokens = self._run.calibration.few(*PROBED)
         probing = Probing(self._view, tokens, self._layers, self._options, self._dense)
-        divergences = probing.run(solve, self._device, lambda layer: notify(layer, time.perf_counter() - started))
+        divergences = probing.run(solve, self._run.devices[0], lambda layer: self._notify(layer, started))
         found: dict[str, Curve] = {}
         for units in self._layers:
             for group in probe_groups(units):
@@ -172,12 +151,12 @@ class _Measuring:
 
     def _solve(self, layer: nn.Module, name: str, unit: Unit) -> tuple[Solution, int]:
         """The unit's solution, and how many tokens reached it."""
-        weights = [weight_at(self._view, target, layer, name)[0].to(self._device) for target in unit.targets]
+        weights = [weight_at(self._view, target, layer, name)[0].to(self._run.devices[0]) for target in unit.targets]
         held: dict[str, TargetStats] = {}
         for number in dict.fromkeys(target.layer for target in unit.targets):
             names = [target.name for target in unit.targets if target.layer == number]
             held |= self._store.read(self._view.layer_names[number], names)
-        statistics = [held[target.name].to(self._device) for target in unit.targets]
+        statistics = [held[target.name].to(self._run.devices[0]) for target in unit.targets]
         solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
         solution = solutions[0] if unit.parts is None else Together.of(solutions, self._options[unit.name])
         return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
@@ -186,7 +165,7 @@ class _Measuring:
         curve = _curve(solution, self._options[unit.name], self._method, self._dense[unit.name])
         if not self._by_tokens or unit.targets[0].expert is None:
             return curve
-        share = reached / self._tokens
+        share = reached / self._run.calibration.tokens.numel()
         return replace(curve, total=share * curve.total, losses=tuple(share * loss for loss in curve.losses))
 
 

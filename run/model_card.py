@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..depth.base import get_repair, get_score
-from ..plan.plan import Plan
+from ..plan.plan import Planned
 
 
-def _origin(plan: Plan) -> str:
+def _origin(plan: Planned) -> str:
     method, lines = plan.recipe.compression[0], []
     if plan.recipe.depth is not None:
         score = get_score(plan.recipe.depth.score)
@@ -21,7 +21,7 @@ def _origin(plan: Plan) -> str:
     return " ".join(lines)
 
 
-def model_card(plan: Plan, plain: bool) -> str:
+def model_card(plan: Planned, plain: bool) -> str:
     """README.md in Markdown with the hub's YAML header.
 
     Args:

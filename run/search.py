@@ -15,68 +15,51 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibrate.data import Calibration
 from ..calibrate.layerwise import run_batches
-from ..checkpoint.artifact import Artifact
 from ..checkpoint.atomic import read_json, write_json
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..compress.forms.shared import lenders
 from ..errors import BudgetError, NonFiniteError
+from ..model.events import Event
 from ..model.host_memory import give_back, steady_memory
 from ..model.lockstep import Lockstep
 from ..model.precision import full_precision
 from ..model.view import ModelView
 from ..plan.budget import Found
-from ..plan.plan import Plan
-from ..plan.planner import make_plan
+from ..plan.plan import Draft
+from ..plan.planner import make_draft
 from ..plan.recipe import Recipe
 from ..refine.end_to_end import from_hidden
-from .run import SEARCHED, SURVEY, execute, prepare
+from .run import SEARCHED, PlanMade, Run
 
 STEPS = 128  # ratios lie on this grid: the answer is within 1 / 128 of the targets' bytes of the largest that would do
 _AT_ONCE = 2**24  # logits made at a time, in numbers
 
 
-def search(
-    plan: Plan,
-    view: ModelView,
-    calibration: Calibration,
-    out: Path,
-    *,
-    devices: Sequence[torch.device] = (torch.device("cpu"),),
-    statistics: Path | None = None,
-    restart: bool = False,
-    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
-) -> Plan:
-    """The plan at the largest ratio whose perplexity stays within the recipe's `max_ppl_increase`.
+CarryOut = Callable[..., Any]  # pipeline.carry_out: a trial is a run of its own
+
+
+def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
+    """The draft at the largest ratio whose perplexity stays within the recipe's `max_ppl_increase`.
 
     Args:
-        plan: from `make_plan`, of a recipe with `max_ppl_increase`.
-        calibration: with held-out windows.
-        out: the output folder; trials and their statistics lie in it until the run that follows is finished.
-        statistics: as `run.prepare` takes them.
-        restart: delete an earlier run in `out`.
-        notify: called with (what was done, 0, seconds) after every trial.
+        draft: of a recipe with `max_ppl_increase`.
+        run: its calibration has held-out windows. Trials and their statistics are kept in its folder until it is finished.
+        carry_out: (draft, view, calibration, folder, devices=, shared=) -> the artifact of one trial.
 
     Raises:
         BudgetError: even the smallest step costs more than is allowed.
-        LrcError: as `run.execute`.
+        LrcError: as `carry_out`.
     """
-    allowed = plan.recipe.max_ppl_increase
+    allowed, held_out = draft.recipe.max_ppl_increase, run.calibration.held_out
     assert allowed is not None
-    with Artifact(out, plan.identity(calibration.hash), restart) as artifact:
-        if artifact.finished:
-            return plan
-        if restart:
-            for leftover in (SURVEY, SEARCHED):
-                shutil.rmtree(out / leftover, ignore_errors=True)
-    work = _Search(plan.recipe, view, calibration, out / SEARCHED, devices, statistics or out / SURVEY, notify)
+    work = _Search(draft.recipe, run, carry_out)
     before = work.original()
     low, high = 0, STEPS
     while high - low > 1:
@@ -88,26 +71,19 @@ def search(
             f"{allowed:.2%} is allowed.",
             "Allow more (max_ppl_increase), or take a recipe that loses less (lrc recipe list).",
         )
-    tokens = calibration.held_out.numel() - len(calibration.held_out)
+    tokens = held_out.numel() - len(held_out)
     found = Found(low / STEPS, before, work.at(low), tokens, work.evaluations)
-    return make_plan(view, plan.recipe, len(devices), found=found)
+    draft = make_draft(run.view, draft.recipe, len(run.devices), found)
+    run.notify(PlanMade("plan", plan=draft))
+    return draft
 
 
 class _Search:
     """What was measured, on disk."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        view: ModelView,
-        calibration: Calibration,
-        folder: Path,
-        devices: Sequence[torch.device],
-        statistics: Path,
-        notify: Callable[[str, int, float], None],
-    ) -> None:
-        self._recipe, self._view, self._calibration, self._devices = recipe, view, calibration, devices
-        self._folder, self._statistics, self._notify = folder, statistics, notify
+    def __init__(self, recipe: Recipe, run: Run, carry_out: CarryOut) -> None:
+        self._recipe, self._run, self._carry_out = recipe, run, carry_out
+        self._folder = run.artifact.folder / SEARCHED
         self._file = self._folder / "perplexities.json"
         self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 
@@ -131,7 +107,7 @@ class _Search:
             write_json(self._file, self._known)
             what = "the original" if key == "original" else f"ratio {int(key) / STEPS:.4f}"
             said = f"perplexity {self._known[key]:.4f}" if math.isfinite(self._known[key]) else "cannot be met"
-            self._notify(f"{what}: held-out {said}", 0, time.perf_counter() - started)
+            self._run.notify(Event(f"{what}: held-out {said}", seconds=time.perf_counter() - started))
         return self._known[key]
 
     def _trial(self, ratio: float) -> float:
@@ -139,27 +115,25 @@ class _Search:
         if refine is not None:  # blocks are trained as they are compressed; the whole would be trained once per trial
             refine = None if refine.block is None else refine.model_copy(update={"end_to_end": None})
         recipe = self._recipe.model_copy(update={"max_ppl_increase": None, "ratio": ratio, "refine": refine})
-        out, view = self._folder / f"{ratio:.6f}", self._fresh()
+        run, out, view = self._run, self._folder / f"{ratio:.6f}", self._fresh()
         try:
-            plan, held = prepare(
-                make_plan(view, recipe, len(self._devices)), view, self._calibration, out,
-                devices=self._devices, statistics=self._statistics,
-            )  # fmt: skip
-            execute(plan, view, self._calibration, out, devices=self._devices, statistics=held)
+            draft = make_draft(view, recipe, len(run.devices))
+            self._carry_out(draft, view, run.calibration, out, devices=run.devices, shared=run.statistics_folder)
         except (BudgetError, NonFiniteError):
             shutil.rmtree(out, ignore_errors=True)
             return math.inf
-        small = ModelView(Location(str(out), out), trust_remote_code=self._view.trust_remote_code, prepare=install_stored)
+        small = ModelView(Location(str(out), out), trust_remote_code=view.trust_remote_code, prepare=install_stored)
         found = self._perplexity(small)
         shutil.rmtree(out)
         return found
 
     def _fresh(self) -> ModelView:
         """The original; a run leaves forms behind in the skeleton that it worked on."""
-        return ModelView(self._view.location, self._view.dtype, self._view.trust_remote_code)
+        view = self._run.view
+        return ModelView(view.location, view.dtype, view.trust_remote_code)
 
     def _perplexity(self, view: ModelView) -> float:
-        return perplexity(view, self._calibration.held_out, self._devices)
+        return perplexity(view, self._run.calibration.held_out, self._run.devices)
 
 
 @full_precision

@@ -6,7 +6,7 @@ the source one module at a time, and their statistics from the disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,57 +116,57 @@ class SolvedTarget:
     note: str
 
 
-def solved_forms(
-    plan: Plan,
-    view: ModelView,
-    unit: Unit,
-    layer: nn.Module,
-    index: int,
-    statistics: dict[str, TargetStats],
-    stored: ReadStatistics | None,
-    device: torch.device,
-) -> dict[str, SolvedTarget]:
-    """Solve a unit and form those of its targets that lie in this layer or a later one and are not left dense.
+class UnitSolver:
+    """Solves units of a plan and makes the forms that the plan chose.
 
     Args:
-        layer: number `index`, its weights loaded.
-        statistics: of this layer's targets; those of the unit are taken out.
-        stored: reads those of other layers.
-
-    Raises:
-        NonFiniteError: a form leaves the range of the checkpoint's dtype.
+        plan: what each target gets.
+        view: the model; weights of other layers than the one at hand are read from it, one module at a time.
+        device: where units are solved.
+        stored: reads statistics of other layers; None where there are none on disk.
     """
-    steps = {step.target.name: step for step in plan.steps}
-    unit = _without(unit, {name for name, step in steps.items() if step.choice.dense})
-    weights, biases, stats = [], [], []
-    for target in unit.targets:
-        weight, bias = weight_at(view, target, layer, view.layer_names[index])
-        weights.append(weight.to(device))
-        biases.append(None if bias is None else bias.to(device))
-        if target.layer == index:
-            stats.append(statistics.pop(target.name).to(device))  # what is solved needs its statistics no longer
-            continue
-        if stored is None:
-            raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are on no disk")
-        stats.append(stored(view.layer_names[target.layer], [target.name])[target.name].to(device))
-    solutions = solve_unit(*plan.recipe.compression, unit, weights, stats)
-    found: dict[str, SolvedTarget] = {}
-    for target, solution, bias, each in zip(unit.targets, solutions, biases, stats, strict=True):
-        if target.layer < index:
-            continue  # finished by an earlier, interrupted run
-        choice = steps[target.name].choice
-        form = solution.form(choice).owned_by(unit.name).with_bias(bias).stored(plan.dtype)
+
+    def __init__(self, plan: Plan, view: ModelView, device: torch.device, stored: ReadStatistics | None) -> None:
+        self._plan, self._view, self._device, self._stored = plan, view, device, stored
+        self._steps = {step.target.name: step for step in plan.steps}
+        self._dense = {name for name, step in self._steps.items() if step.choice.dense}
+
+    def solve(self, unit: Unit, layer: nn.Module, index: int, statistics: Mapping[str, TargetStats]) -> dict[str, SolvedTarget]:
+        """Target -> its form, of those that lie in this layer or a later one and are not left dense.
+
+        Args:
+            layer: number `index`, its weights loaded.
+            statistics: of the unit's targets in this layer.
+
+        Raises:
+            NonFiniteError: a form leaves the range of the checkpoint's dtype.
+        """
+        unit, name = unit.without(self._dense), self._view.layer_names[index]
+        weights, biases, stats = [], [], []
+        for target in unit.targets:
+            weight, bias = weight_at(self._view, target, layer, name)
+            weights.append(weight.to(self._device))
+            biases.append(None if bias is None else bias.to(self._device))
+            seen = statistics[target.name] if target.layer == index else self._read(target)
+            stats.append(seen.to(self._device))
+        solutions = solve_unit(*self._plan.recipe.compression, unit, weights, stats)
+        return {
+            target.name: self._formed(unit, target, solution, bias, seen)
+            for target, solution, bias, seen in zip(unit.targets, solutions, biases, stats, strict=True)
+            if target.layer >= index  # an earlier, interrupted run finished the others
+        }
+
+    def _read(self, target: Target) -> TargetStats:
+        if self._stored is None:
+            raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are not on disk")
+        return self._stored(self._view.layer_names[target.layer], [target.name])[target.name]
+
+    def _formed(self, unit: Unit, target: Target, solution: Solution, bias: Tensor | None, stats: TargetStats) -> SolvedTarget:
+        choice = self._steps[target.name].choice
+        form = solution.form(choice).owned_by(unit.name).with_bias(bias).stored(self._plan.dtype)
         if not all(torch.isfinite(tensor).all() for tensor in form.tensors().values()):
             raise NonFiniteError(
-                f"{target.name}: its factors are not finite in {plan.dtype}.", "Try --dtype bfloat16 or float32."
+                f"{target.name}: its factors are not finite in {self._plan.dtype}.", "Try --dtype bfloat16 or float32."
             )
         error = solution.loss(choice) / solution.total if solution.total > 0 else 0.0
-        found[target.name] = SolvedTarget(form, error, each.group.tokens, solution.damping, solution.note)
-    return found
-
-
-def _without(unit: Unit, dense: Collection[str]) -> Unit:
-    """The unit without those of its members that are left dense."""
-    kept = [number for number, target in enumerate(unit.targets) if target.name not in dense]
-    parts = None if unit.parts is None else tuple(unit.parts[number] for number in kept)
-    return Unit(tuple(unit.targets[number] for number in kept), parts)
+        return SolvedTarget(form, error, stats.group.tokens, solution.damping, solution.note)

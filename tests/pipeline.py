@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.compress.forms.base import linear_weight
-from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.plan import Plan
-from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
+from lrc.run.pipeline import run_request
+from lrc.run.request import Request
 
 IDS = torch.arange(3, 40)[None]
 
@@ -38,11 +36,9 @@ def compress(
         "calibration.samples": samples,
         "calibration.length": length,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
-    view = ModelView(locate(str(model)), dtype)
-    plan = make_plan(view, load_recipe(recipe, wanted), len(devices))
-    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
-    plan, statistics = prepare(plan, view, calibration, out, devices=devices)
-    execute(plan, view, calibration, out, devices=devices, statistics=statistics)
+    request = Request(locate(str(model)), load_recipe(recipe, wanted), tuple(devices), dtype)
+    plan = run_request(request, out).plan
+    assert plan is not None, "the folder held this result already"
     return plan
 
 

@@ -9,8 +9,8 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
+from lrc.plan.planner import make_draft
+from lrc.run.pipeline import carry_out
 
 IDS = torch.arange(3, 15)[None]
 
@@ -18,11 +18,9 @@ IDS = torch.arange(3, 15)[None]
 def compress(model, out, text, recipe="block-influence", **overrides):
     wanted = {"calibration.source": f"text:{text}", "calibration.samples": 8, "calibration.length": 32} | overrides
     view = ModelView(locate(str(model)))
-    plan = make_plan(view, load_recipe(recipe, wanted))
-    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
-    plan, store = prepare(plan, view, calibration, out)
-    execute(plan, view, calibration, out, statistics=store)
-    return plan, calibration
+    draft = make_draft(view, load_recipe(recipe, wanted))
+    calibration = load_calibration(draft.recipe.calibration, view.location.tokenizer())
+    return carry_out(draft, view, calibration, out).plan, calibration
 
 
 def without(model, dropped):

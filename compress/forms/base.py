@@ -167,6 +167,11 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return module.requires_grad_(False)
 
 
+def is_form_module(module: nn.Module) -> bool:
+    """Whether a module multiplies by a form of lrc's; all of them are defined in this folder."""
+    return type(module).__module__.startswith(f"{__package__}.")
+
+
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a module that multiplies by one 2-D weight, None for any other module.
 

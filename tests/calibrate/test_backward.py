@@ -21,7 +21,7 @@ from lrc.compress.forms.base import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 
 SAMPLES, LENGTH = 5, 24
 NEEDS = frozenset({"grad_gram", "fisher_in"})
@@ -329,7 +329,7 @@ def test_a_plan_counts_the_logits_of_a_backward_pass(tiny_checkpoints):
     """Of one batch: the logits and their gradient, both whole."""
     view = ModelView(locate(str(tiny_checkpoints("llama"))), None)
     settings = {"ratio": 0.3, "calibration.samples": 8, "calibration.length": 48}
-    plain, back = (make_plan(view, load_recipe(name, settings)) for name in ("svd-llm", "kfac"))
+    plain, back = (make_draft(view, load_recipe(name, settings)) for name in ("svd-llm", "kfac"))
     logits = back.batch * 48 * view.config.vocab_size * view.dtype.itemsize
     assert plain.memory.backward == 0 and back.memory.backward > 2 * logits
     assert plain.memory.peak - plain.memory.process < back.memory.peak - back.memory.process

@@ -13,7 +13,7 @@ import torch
 from commandline import contents, lrc_ok, run_lrc
 from safetensors.torch import load_file, save_file
 
-import lrc.run.run
+import lrc.run.output
 from lrc.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -171,7 +171,7 @@ def test_a_result_that_does_not_pass_its_check_never_looks_finished(model, reque
         raise CheckpointError("The check failed.", "A remedy.")
 
     with monkeypatch.context() as patched:
-        patched.setattr(lrc.run.run, "verify", failing)
+        patched.setattr(lrc.run.output, "verify", failing)
         result = run_lrc(*request_for(model, out))
     assert result.code == 1
     assert "The check failed." in result.err

@@ -22,8 +22,8 @@ from lrc.errors import BudgetError, RecipeError
 from lrc.model.ablation import losses
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
+from lrc.plan.planner import make_draft
+from lrc.run.pipeline import carry_out
 from lrc.run.verify import verify
 
 
@@ -46,11 +46,9 @@ def operate():
             return written[key]
 
         view = ModelView(locate(str(model)))
-        plan = make_plan(view, load_recipe(recipe, wanted))
-        calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer(), once)
-        plan, _ = prepare(plan, view, calibration, out, statistics=statistics)
-        execute(plan, view, calibration, out, notify=notify)
-        return plan, calibration
+        draft = make_draft(view, load_recipe(recipe, wanted))
+        calibration = load_calibration(draft.recipe.calibration, view.location.tokenizer(), once)
+        return carry_out(draft, view, calibration, out, shared=statistics, notify=notify).plan, calibration
 
     return operate
 
@@ -191,7 +189,7 @@ def test_a_killed_run_goes_on_without_choosing_or_training_again(operate, tiny_c
         pass
 
     def kill(report):
-        if report.index:  # one layer is finished, the next one just now
+        if report.stage == "layer" and report.done > 1:  # one layer is finished, the next one just now
             raise KilledError
 
     with pytest.raises(KilledError):
@@ -291,13 +289,17 @@ def test_partial_finetuning_trains_the_end_and_nothing_else(tied, tiny_checkpoin
         ({"depth.damping": 0.1}, RecipeError, "no use for damping; those by least squares do: linear-map, replace-me"),
         ({"depth.repair": "linear-map", "depth.training.lr": 1e-3}, RecipeError, "training is of a trained repair"),
         ({"depth.drop": 1, "ratio": 0.3}, RecipeError, "leave out either"),
-        ({"depth.score": "sleb", "depth.granularity": "sub-layer", "depth.ratio": 0.5}, BudgetError, r"2 of 6 halves \(33%\)"),
+        (
+            {"depth.score": "sleb", "depth.granularity": "sub-layer", "depth.ratio": 0.5},
+            BudgetError,
+            r"2 of 6 sub-layers \(33%\)",
+        ),
         ({"depth.score": "last", "depth.repair": "streamline", "depth.drop": 1}, BudgetError, "one of which is to stand in"),
     ],
 )
 def test_mistakes_are_named(overrides, error, message, tiny_checkpoints):
     with pytest.raises(error, match=message):
-        make_plan(ModelView(locate(str(tiny_checkpoints("llama")))), load_recipe("block-influence", overrides))
+        make_draft(ModelView(locate(str(tiny_checkpoints("llama")))), load_recipe("block-influence", overrides))
 
 
 def test_the_plan_says_what_it_will_take_and_the_result_what_it_brought(tiny_checkpoints, tiny_text_file, tmp_path):

@@ -20,7 +20,7 @@ from lrc.depth.scores.linearity import linearity
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.run.verify import verify
 
 FAMILIES = ["llama", "gemma3_text", "gpt2", "opt", "mixtral", "gpt_neox"]
@@ -140,4 +140,4 @@ def test_a_score_that_needs_more_tokens_for_a_wider_model_gets_them(tiny_checkpo
 )
 def test_mistakes_are_named(overrides, error, message, tiny_checkpoints):
     with pytest.raises(error, match=message):
-        make_plan(ModelView(locate(str(tiny_checkpoints("llama")))), load_recipe("block-influence", overrides))
+        make_draft(ModelView(locate(str(tiny_checkpoints("llama")))), load_recipe("block-influence", overrides))

@@ -16,7 +16,7 @@ from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.budget import Footprint, bytes_of, rise_of, share_of, targets_bytes
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.run.verify import verify
 
 KL = {"allocation": "kl"}
@@ -127,7 +127,7 @@ def view(tiny_checkpoints):
 )
 def test_a_budget_that_cannot_be_is_refused_with_the_numbers(amounts, said, view):
     with pytest.raises(BudgetError) as caught:
-        make_plan(view, load_recipe("svd-llm", amounts))
+        make_draft(view, load_recipe("svd-llm", amounts))
     assert said in str(caught.value)
 
 

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from lrc.calibrate.collect import collect, targets_by_layer
 from lrc.calibrate.data import load_calibration
+from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.location import locate
 from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.run.loss_curves import measure
+from lrc.run.run import Run
 from lrc.run.verify import verify
 
 
@@ -66,8 +68,10 @@ def test_in_nats_an_expert_counts_as_often_as_a_token_reaches_it(one_expert_in_t
     method, settings = recipe.compression
     view = ModelView(locate(str(one_expert_in_two)))
     calibration = load_calibration(recipe.calibration, view.location.tokenizer())
-    store = collect(view, calibration, make_plan(view, recipe, 1).needs, tmp_path / "statistics", [cpu], recipe.gradients)
-    curves = measure(view, recipe, store, frozenset(), calibration, cpu)
+    draft = make_draft(view, recipe)
+    store = collect(view, calibration, draft.needs, tmp_path / "statistics", [cpu], recipe.gradients)
+    with Artifact(tmp_path / "out", {}) as artifact:
+        curves = measure(draft, Run(view, calibration, artifact), store)
     reached = defaultdict(int)
     for name, targets in zip(view.layer_names, targets_by_layer(view), strict=True):
         layer = view.load(name)

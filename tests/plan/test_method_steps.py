@@ -23,8 +23,8 @@ from lrc.errors import RecipeError, RequestError
 from lrc.model.view import ModelView
 from lrc.plan.knapsack import uniform
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
+from lrc.plan.planner import make_draft
+from lrc.run.pipeline import carry_out
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +202,9 @@ def test_stored_statistics_give_the_bytes_of_a_run_that_collects_its_own(family,
 def _prepared(model, out, text, statistics, recipe="svd-llm", **overrides):
     wanted = {"calibration.source": f"text:{text}", "calibration.samples": 8, "calibration.length": 48} | overrides
     view = ModelView(locate(str(model)))
-    plan = make_plan(view, load_recipe(recipe, wanted))
-    calibration = load_calibration(plan.recipe.calibration, view.location.tokenizer())
-    plan, store = prepare(plan, view, calibration, out, statistics=statistics)
-    execute(plan, view, calibration, out, statistics=store)
-    return plan
+    draft = make_draft(view, load_recipe(recipe, wanted))
+    calibration = load_calibration(draft.recipe.calibration, view.location.tokenizer())
+    return carry_out(draft, view, calibration, out, shared=statistics).plan
 
 
 def test_a_budget_that_looks_at_losses_keeps_its_promise_and_loses_less(tiny_checkpoints, text, tmp_path):

@@ -14,7 +14,7 @@ from lrc.compress.base import methods
 from lrc.errors import RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe, shipped, summary
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.plan.recipe import Recipe
 
 
@@ -185,7 +185,7 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
     view = ModelView(locate(str(tiny_checkpoints("llama"))))
 
     def identity(recipe: str) -> dict:
-        plan = make_plan(view, load_recipe(write(recipe)))
+        plan = make_draft(view, load_recipe(write(recipe)))
         return plan.identity(load_calibration(plan.recipe.calibration, view.location.tokenizer()).hash)
 
     calibration = f"{{source: 'text:{text}', samples: 4, length: 32}}"

@@ -18,7 +18,7 @@ from lrc.compress.options import Choice, Option
 from lrc.errors import BudgetError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.plan.rules.base import Open, in_proportion, rules
 from lrc.run.importance_scores import effective_rank, first_order
 from lrc.run.verify import verify
@@ -212,7 +212,7 @@ def test_limits_that_do_not_say_how_much_ask_for_a_size_before_any_work(recipe, 
     loaded = load_recipe(recipe) if isinstance(recipe, str) else load_recipe("svd-llm", recipe)
     view = ModelView(locate(str(tiny_checkpoints("llama"))))
     with pytest.raises(BudgetError, match="How much should go") as asked:
-        make_plan(view, loaded)
+        make_draft(view, loaded)
     assert "--ratio 0.2" in str(asked.value)
     jobs, _ = planned_jobs(view, {"it": loaded}, [0.2, 0.4])
     assert [job.ratio for job in jobs] == [0.2, 0.4]

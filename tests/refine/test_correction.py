@@ -15,9 +15,9 @@ from lrc.checkpoint.location import locate
 from lrc.errors import RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.refine.correction import regressed
-from lrc.run.run import execute
+from lrc.run.pipeline import carry_out
 from lrc.run.verify import verify
 
 REFINE = {"block": {"lr": 3e-3, "epochs": 3, "batch_tokens": 96}}
@@ -95,18 +95,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(more, tiny_checkpoints, tiny_tex
               "calibration.held_out": 8, "ratio": 0.5} | more  # fmt: skip
     for turn in (1, 2):
         view = ModelView(locate(str(model)))
-        plan = make_plan(view, load_recipe("svd-llm", wanted))
-        texts = load_calibration(plan.recipe.calibration, view.location.tokenizer())
+        draft = make_draft(view, load_recipe("svd-llm", wanted))
+        texts = load_calibration(draft.recipe.calibration, view.location.tokenizer())
 
         def kill(report, turn=turn):
-            if turn == 1 and report.index == 1:
+            if turn == 1 and report.stage == "layer" and report.done == 2:
                 raise Killed
 
         if turn == 1:
             with pytest.raises(Killed):
-                execute(plan, view, texts, tmp_path / "out", notify=kill)
+                carry_out(draft, view, texts, tmp_path / "out", notify=kill)
         else:
-            execute(plan, view, texts, tmp_path / "out", notify=kill)
+            carry_out(draft, view, texts, tmp_path / "out", notify=kill)
     found = [{p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).glob("*.safetensors")}
              for name in ("whole", "out")]  # fmt: skip
     assert found[0] == found[1]

@@ -17,11 +17,13 @@ from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
 from lrc.errors import RecipeError
+from lrc.model.events import Event
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.refine.end_to_end import from_hidden
-from lrc.run.run import SURVEY, execute
+from lrc.run.pipeline import carry_out
+from lrc.run.run import STATISTICS
 from lrc.run.verify import verify
 
 REFINE = {"end-to-end": {"lr": 1e-3, "steps": 60, "every": 15, "batch_tokens": 96}}
@@ -62,7 +64,7 @@ def test_a_refined_model_is_closer_to_the_original_in_the_same_bytes(family, tin
     assert after < 0.95 * before
     assert record["refinement"]["start"] == pytest.approx(before, rel=1e-3)
     assert record["refinement"]["best"] == pytest.approx(after, rel=1e-3)
-    assert not (tmp_path / "refined" / SURVEY).exists()
+    assert not (tmp_path / "refined" / STATISTICS).exists()
 
 
 def test_quantized_targets_train_their_scales(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -86,21 +88,22 @@ def test_a_killed_refinement_goes_on_to_the_same_bytes(look, tiny_checkpoints, t
     wanted = {"calibration.source": f"text:{tiny_text_file}", "calibration.samples": 100, "calibration.length": 48,
               "calibration.held_out": 4, "ratio": 0.5, "refine": REFINE}  # fmt: skip
     view = ModelView(locate(str(model)))
-    plan = make_plan(view, load_recipe("svd-llm", wanted))
-    texts = load_calibration(plan.recipe.calibration, view.location.tokenizer())
+    draft = make_draft(view, load_recipe("svd-llm", wanted))
+    texts = load_calibration(draft.recipe.calibration, view.location.tokenizer())
     seen: list[int] = []
 
-    def kill(now: int, looks: int, loss: float) -> None:
-        seen.append(now)
-        assert looks == 4
-        if len(seen) == look:
-            raise Killed
+    def kill(event: Event) -> None:
+        if event.stage == "refinement":
+            seen.append(event.done)
+            assert event.total == 4
+            if len(seen) == look:
+                raise Killed
 
     with pytest.raises(Killed):
-        execute(plan, view, texts, tmp_path / "out", refined=kill)
+        carry_out(draft, view, texts, tmp_path / "out", notify=kill)
     assert not (tmp_path / "out" / "config.json").exists()
     view = ModelView(locate(str(model)))
-    execute(plan, view, texts, tmp_path / "out", refined=kill)
+    carry_out(draft, view, texts, tmp_path / "out", notify=kill)
     assert seen == [*range(1, look + 1), *range(look, 5)]  # the state is put down after the look that was interrupted
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
     one, two = (json.loads((tmp_path / name / "lrc.json").read_text()) for name in ("out", "whole"))

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lrc.checkpoint.artifact
-import lrc.run.run
 from lrc.checkpoint.artifact import JOURNAL
 from lrc.commands.terminal import Progress
 
@@ -59,7 +58,7 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk, model, request_
 def test_a_disk_that_fills_up_under_way(small_disk, model, request_for, uninterrupted, monkeypatch):
     disk = small_disk("size=600k")
     out, ballast = disk / "out", disk / "ballast"
-    printed = Progress.layer
+    printed = Progress._layer
 
     def fill(self, report) -> None:
         printed(self, report)
@@ -71,7 +70,7 @@ def test_a_disk_that_fills_up_under_way(small_disk, model, request_for, uninterr
                 return
 
     with monkeypatch.context() as patched:
-        patched.setattr(Progress, "layer", fill)
+        patched.setattr(Progress, "_layer", fill)
         result = run_lrc(*request_for(model, out))
     assert result.code == 1
     assert f"Cannot write {out / 'model-00002-of-00003.safetensors'}" in result.err

@@ -16,12 +16,12 @@ from stock import refused_without_lrc
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
+from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_weight
 from lrc.compress.forms.shared import Borrowing
 from lrc.errors import CheckpointError
-from lrc.run.run import Artifact
 from lrc.run.verify import verify
 
 JOINT = ["shared-input", "basis-sharing", "cospadi-group", "lorap", "nystrom", "nystrom-kfac"]

@@ -33,13 +33,14 @@ from lrc.compress.base import NEEDS, GroupStats, LowRankSolution, Method, Settin
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_weight
 from lrc.compress.options import Choice, Shape
+from lrc.model.events import Event
 from lrc.model.layer_forms import target_weight
 from lrc.model.targets import Target
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.plan import Plan
-from lrc.plan.planner import make_plan
-from lrc.run.run import execute, prepare
+from lrc.plan.plan import Draft
+from lrc.plan.planner import make_draft
+from lrc.run.pipeline import carry_out
 from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
@@ -83,17 +84,16 @@ class Surveyed:
         """The model as transformers loads it."""
         return open_model(str(self.view.location.path))[0]
 
-    def plan(self, name: str, **overrides: Any) -> Plan:
+    def plan(self, name: str, **overrides: Any) -> Draft:
         """The plan of a recipe that names only the method."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(json.dumps({"method": name, "settings": settings_of(name)}))
-        return make_plan(self.view, load_recipe(str(recipe), {"ratio": RATIO, "calibration.source": "pydoc"} | overrides))
+        return make_draft(self.view, load_recipe(str(recipe), {"ratio": RATIO, "calibration.source": "pydoc"} | overrides))
 
-    def run(self, plan: Plan, out: Path, **options: Any) -> None:
+    def run(self, plan: Draft, out: Path, **options: Any) -> None:
         # a run in sequence leaves its forms in the layers
         view = ModelView(self.view.location) if plan.recipe.propagate == "compressed" else self.view
-        final, held = prepare(plan, view, self.calibration, out, statistics=self.folder / "statistics")
-        execute(final, view, self.calibration, out, statistics=held, **options)
+        carry_out(plan, view, self.calibration, out, shared=self.folder / "statistics", **options)
 
     def weight(self, target: Target) -> Tensor:
         """The target's weight (out, in)."""
@@ -311,8 +311,9 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("name", methods())
 def test_interrupted_in_sequence_after_the_first_layer_it_goes_on_to_the_same_bytes(name, surveyed, tmp_path):
-    def stop(_report: object) -> None:
-        raise KilledError
+    def stop(event: Event) -> None:
+        if event.stage == "layer":
+            raise KilledError
 
     model = surveyed("llama")
     # sets of targets across layers cannot be solved in sequence
@@ -336,8 +337,7 @@ def test_how_samples_are_batched_changes_nothing_but_rounding(name, surveyed, ti
         monkeypatch.setattr("lrc.calibrate.collect.TOKENS_PER_BATCH", tokens)
         plan = model.plan(name, **{"calibration.length": 48})
         out = tmp_path / str(tokens)
-        final, held = prepare(plan, model.view, model.calibration, out, statistics=tmp_path / f"statistics-{tokens}")
-        execute(final, model.view, model.calibration, out, statistics=held)
+        carry_out(plan, model.view, model.calibration, out, shared=tmp_path / f"statistics-{tokens}")
         targets = json.loads((out / "lrc.json").read_text())["targets"]  # of a set, some may stay dense
         errors.append({target["name"]: target["error"] for target in targets if target["error"] is not None})
     one, two = errors

@@ -1,0 +1,153 @@
+"""What a run writes beside the layers: tensors outside them, configuration, record, model card, and the tokenizer's files."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.artifact import UNCHECKED
+from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
+from ..checkpoint.location import Location
+from ..compress.forms.base import Spec
+from ..model.host_memory import give_back
+from ..model.view import ModelView
+from ..plan.plan import Plan
+from .layer_loop import renamed, staying_layers
+from .model_card import model_card
+from .run import Run
+from .verify import verify
+
+
+def shard_names(plan: Plan, view: ModelView) -> dict[str, str]:
+    """Layer of the original, or part outside the layers -> the file that it is written to."""
+    keys = [*staying_layers(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
+    return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
+
+
+def write_outside(plan: Plan, run: Run, shards: Mapping[str, str]) -> None:
+    """Leave what lies outside the layers in the artifact, part by part."""
+    view, artifact = run.view, run.artifact
+    changed = plan.model_edit.outside_tensors()
+    for number, part in enumerate(view.outside_parts()):
+        key = f"outside.{number}"
+        if key not in artifact.done:
+            view.load_outside(part)
+            held = view.outside_tensors(part)
+            artifact.write(key, shards[key], held | {n: t for n, t in changed.items() if n in held}, {})
+            view.unload()
+            give_back()
+
+
+def config_of(plan: Plan, run: Run) -> dict[str, Any]:
+    """What config.json will hold."""
+    view, artifact = run.view, run.artifact
+    staying = staying_layers(view, plan)
+    modules: dict[str, Any] = {}
+    for name in staying:
+        record = artifact.done[name].record
+        specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
+        modules |= renamed(specs | record["edits"], name, staying[name])
+    config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
+    config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    config["architectures"] = [type(view.model).__name__]
+    if not view.trust_remote_code:
+        config.pop("auto_map", None)  # the code that it names was not run, and is not copied
+    if modules:
+        config["quantization_config"] = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "lrc_version": version("lrc"),
+            "modules": modules,
+        }
+    return config
+
+
+def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str, Any] | None) -> None:
+    """Write the record, the card and the files of the tokenizer, check the whole, and let config.json appear.
+
+    Args:
+        config: what config.json will hold.
+        refinement: what lrc.json keeps of a refinement end to end.
+    """
+    view, artifact, calibration = run.view, run.artifact, run.calibration
+    records = [artifact.done[name].record for name in staying_layers(view, plan)]
+    record = {
+        "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
+        | {"python": platform.python_version()},
+        "model": plan.model,
+        "recipe": plan.recipe.resolved(),
+        "calibration": {"hash": calibration.hash, "provenance": calibration.provenance},
+        "bytes": {
+            "targets_before": plan.targets_before,
+            "targets_after": plan.targets_after,
+            "model_before": plan.whole_bytes,
+            "model_after": plan.whole_after,
+        },
+        "ratio": plan.ratio,
+        "searched": None if plan.found is None else asdict(plan.found),
+        "ratio_of_whole_model": plan.whole_ratio,
+        "targets": [target for entry in records for target in entry["targets"]],
+        "layers": {
+            name: {key: value for key, value in entry.items() if key not in ("forms", "edits", "targets")}
+            for name, entry in zip(staying_layers(view, plan).values(), records, strict=True)
+        },
+        "dropped_layers": list(plan.dropped),
+        "refinement": refinement,
+        "depth": {"removed": list(plan.model_edit.removed), **plan.model_edit.record},
+        "kept": [asdict(kept) for kept in plan.kept],
+        "left_out": [asdict(kept) for kept in plan.left_out],
+    }
+    check = functools.partial(
+        verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
+    )
+    artifact.finish(config, record, model_card(plan, plain="quantization_config" not in config), _beside(view), check)
+
+
+def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:
+    """A form's spec; the module whose factor it shares has moved with its layer."""
+    owner = spec.get("owner", "")
+    return spec | {"owner": new + owner.removeprefix(old)} if owner.startswith(old + ".") else spec
+
+
+def shallower(config: Any, layers: Sequence[int]) -> Any:
+    """The configuration of the same architecture with only these of its layers.
+
+    The count goes, and with it every list that has one entry per layer (kinds of attention, of feed-forward).
+    """
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    before = text.num_hidden_layers
+    if len(layers) == before:
+        return cut
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == before:
+            setattr(text, key, [value[layer] for layer in layers])
+    text.num_hidden_layers = len(layers)
+    return cut
+
+
+def _beside(view: ModelView) -> dict[str, bytes]:
+    """Tokenizer, generation settings and licence: copied from a folder, written by transformers for GGUF.
+
+    The checkpoint's own code comes along where it was trusted, and what points to it goes where it was not.
+    """
+    if not view.location.gguf:
+        files = {path.name: path.read_bytes() for path in view.location.files(code=view.trust_remote_code)}
+        if not view.trust_remote_code and "tokenizer_config.json" in files:
+            held = json.loads(files["tokenizer_config.json"])
+            if held.pop("auto_map", None):
+                files["tokenizer_config.json"] = (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
+        return files
+    with tempfile.TemporaryDirectory() as folder:
+        view.location.tokenizer().save_pretrained(folder)
+        if generation := getattr(view.model, "generation_config", None):
+            generation.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Location(folder, Path(folder)).files()}

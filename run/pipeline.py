@@ -1,0 +1,229 @@
+"""The pipeline: a model and a recipe in, a finished artifact out.
+
+`compress` is what `lrc compress` and `lrc.compress(...)` do, read top down. `carry_out` is its second half, from a draft and
+calibration text to the artifact, which trials of a search share. Nothing here asks which method it runs. What an earlier,
+killed run finished is not done again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.collect import Statistics, backward_needs, collect, collect_backward
+from ..calibrate.data import NO_TEXT, Calibration, load_calibration
+from ..calibrate.generate import generator
+from ..calibrate.gradients import GradientSettings, backward_passes
+from ..checkpoint.artifact import Artifact, require_usable
+from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
+from ..errors import RequestError
+from ..model.events import Event, Notify, silent
+from ..model.host_memory import steady_memory
+from ..model.precision import full_precision
+from ..model.view import ModelView, require_positions
+from ..plan.plan import Draft, Plan, Planned
+from ..plan.planner import make_draft, make_plan
+from ..refine.end_to_end import refine_artifact
+from .depth_stage import model_edit_of
+from .layer_loop import compress_layers
+from .loss_curves import measure
+from .output import config_of, finish, shard_names, write_outside
+from .plain_export import as_plain
+from .request import Request
+from .result import Result
+from .run import CPU, SEARCHED, STATISTICS, PlanMade, Run, TextRead
+from .search import search
+
+DISTILLATION = "distillation"  # inside the folder of statistics
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path = "lrc-fast",
+    *,
+    out: str | Path,
+    statistics: str | Path | None = None,
+    restart: bool = False,
+    notify: Notify = silent,
+    **settings: Any,
+) -> Result:
+    """Compress a model into a folder; the same call continues an interrupted run.
+
+    Args:
+        model: a hub id, a folder with safetensors, a `.gguf` file, or `pkg:PACKAGE/FILE`.
+        recipe: the name of a shipped recipe, or a YAML file.
+        out: the folder for the result; it must be empty, new, or hold a run of the same request.
+        statistics: a folder that keeps the original model's statistics for other recipes.
+        restart: delete an earlier run in `out`.
+        notify: is told what was done.
+        **settings: keys of the recipe, such as `ratio=0.4`, `keep=["*.v_proj"]` or `calibration={"source": "text:FILE"}`, and
+            `device` ("cpu", "cuda:0,cuda:1", "auto"), `dtype` ("bfloat16", "float32", "float16"), `trust_remote_code`.
+
+    Returns:
+        What lies in `out`: sizes, ratios, what became of each target, and what was measured on the way.
+
+    Raises:
+        LrcError: anything that the user can mend; what is finished stays, and the same call continues.
+    """
+    request = Request.of(model, recipe, **settings)
+    return run_request(request, Path(out), None if statistics is None else Path(statistics), restart, notify)
+
+
+def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) -> Draft:
+    """What `compress` would do, from the recipe and the files' headers; reads no weight of a matrix.
+
+    Args:
+        model, recipe, **settings: as `compress` takes them.
+    """
+    request = Request.of(model, recipe, **settings)
+    return make_draft(request.view(), request.recipe, len(request.devices))
+
+
+def run_request(
+    request: Request, out: Path, statistics: Path | None = None, restart: bool = False, notify: Notify = silent
+) -> Result:
+    """Carry out a request that was read already; arguments as `compress` takes them."""
+    require_usable(out)
+    view = request.view()
+    if out.resolve() == view.location.path.resolve():
+        raise RequestError(f"--out {out} is the folder of the model itself.", "Give another folder.")
+    draft = make_draft(view, request.recipe, len(request.devices))
+    notify(PlanMade("plan", plan=draft))
+    require_text_fits(view, draft)
+    calibration = text_for(draft, view, request.devices[0])
+    notify(TextRead("calibration text", calibration=calibration))
+    return carry_out(draft, view, calibration, out, devices=request.devices, shared=statistics, restart=restart, notify=notify)
+
+
+def require_text_fits(view: ModelView, draft: Planned) -> None:
+    """Refuse calibration samples that are longer than the model can take."""
+    if draft.recipe.reads_text:
+        require_positions(view.config, draft.recipe.calibration.length, "calibration.length")
+
+
+def text_for(draft: Planned, view: ModelView, device: torch.device) -> Calibration:
+    """The calibration text of a recipe, tokenised; none where nothing reads it.
+
+    Args:
+        device: where the model writes text of its own (`calibration.source: self`).
+    """
+    if not draft.recipe.reads_text:
+        return NO_TEXT
+    trusted = view.trust_remote_code
+    writer = generator(view.location.name, view.dtype, device, trusted)
+    return load_calibration(draft.recipe.calibration, view.location.tokenizer(trusted), writer)
+
+
+@full_precision
+def carry_out(
+    draft: Draft,
+    view: ModelView,
+    calibration: Calibration,
+    out: Path,
+    *,
+    devices: Sequence[torch.device] = (CPU,),
+    shared: Path | None = None,
+    restart: bool = False,
+    notify: Notify = silent,
+) -> Result:
+    """From a draft and its text to a finished artifact.
+
+    Args:
+        draft: from `make_draft`.
+        view: the model; its weights come and go, and it may hold forms afterwards.
+        calibration: from `text_for(draft, ...)`.
+        out: the output folder; see `Artifact` for what it may hold.
+        devices, restart, notify: as `compress` takes them.
+        shared: as `compress` takes `statistics`.
+
+    Raises:
+        LrcError: anything that the user can mend; what is finished stays, and the same call continues.
+    """
+    steady_memory()
+    with Artifact(out, draft.identity(calibration.hash), restart) as artifact:
+        if artifact.finished:
+            return Result.read(out)
+        if restart:
+            _remove_scratch(out)
+        run = Run(view, calibration, artifact, tuple(devices), shared, notify)
+        if draft.recipe.max_ppl_increase is not None:
+            draft = search(draft, run, carry_out)
+        final, statistics = settle(draft, run)
+        artifact.require_space(final.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
+        shards = shard_names(final, view)
+        compress_layers(final, run, shards, statistics)
+        write_outside(final, run, shards)
+        config = config_of(final, run)
+        refinement = _refine_whole(final, run, config)
+        finish(final, run, as_plain(config, type(view.config), type(view.model)), refinement)
+    _remove_scratch(out)
+    return Result.read(out, final)
+
+
+def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
+    """The final plan, after whatever it looks at was measured; and statistics on disk that layers can be compressed from.
+
+    Statistics are None where layers collect their own.
+    """
+    recipe, count = draft.recipe, len(run.devices)
+    if recipe.dropping is not None:
+        return _told(run, make_plan(run.view, draft, count, model_edit=model_edit_of(draft, run))), None
+    method = recipe.compression[0]
+    looks_around = method.joint is not None and method.joint.across_layers
+    streamed = recipe.allocation == "uniform" and not looks_around and not method.all_needs & BACKWARD_NEEDS
+    if streamed and (run.shared is None or not recipe.reads_text):
+        return draft.settled(), None
+    # a shared folder is of one calibration
+    folder = run.statistics_folder if recipe.reads_text else run.own_folder
+    statistics = collect(
+        run.view, run.calibration, draft.needs, folder, run.devices, recipe.gradients, partial(_layer_collected, run)
+    )
+    if recipe.allocation == "uniform":
+        return draft.settled(), statistics
+    return _told(run, make_plan(run.view, draft, count, curves=measure(draft, run, statistics))), statistics
+
+
+def _told(run: Run, plan: Plan) -> Plan:
+    run.notify(PlanMade("plan", plan=plan))
+    return plan
+
+
+def _layer_collected(run: Run, stage: str, layer: int, seconds: float) -> None:
+    run.notify(Event(stage, layer, len(run.view.layers), seconds))
+
+
+@full_precision
+def shared_statistics(
+    plans: Sequence[Planned], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
+) -> None:
+    """Collect what all of these plans need of the original model, so that each run can work from the same folder."""
+    names = dict.fromkeys(name for plan in plans for name in plan.needs)
+    needs = {name: frozenset[str]().union(*(plan.needs.get(name, ()) for plan in plans)) & FORWARD_NEEDS for name in names}
+    collect(view, calibration, needs, folder, devices, GradientSettings())
+    passes = backward_passes((plan.recipe.gradients, backward_needs(plan.needs)) for plan in plans)
+    for settings, back in passes.items():
+        collect_backward(view, calibration, back, folder, devices, settings)
+
+
+@torch.no_grad()
+def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Refine what the artifact holds from end to end where the recipe asks for it; the record that lrc.json keeps."""
+    settings = None if final.recipe.refine is None else final.recipe.refine.end_to_end
+    if settings is None:
+        return None
+    view, calibration = run.view, run.calibration
+    original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
+    return refine_artifact(
+        run.artifact, config, original, run.own_folder / DISTILLATION, settings, calibration.tokens, calibration.held_out,
+        run.devices, lambda look, looks, loss: run.notify(Event("refinement", look, looks, loss=loss)),
+    )  # fmt: skip
+
+
+def _remove_scratch(out: Path) -> None:
+    for leftover in (STATISTICS, SEARCHED):
+        shutil.rmtree(out / leftover, ignore_errors=True)
