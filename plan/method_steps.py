@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +11,8 @@ from ..compress.base import DENSE, Method, Settings, get_method, methods
 from ..compress.chain import combine, require_fit
 from ..errors import did_you_mean
 from .recipe_errors import problems_of
+
+READS_NO_TEXT = "reads no text"  # marks a key of a recipe that by itself needs no calibration text
 
 
 class MethodStep(BaseModel):
@@ -43,9 +45,9 @@ class Steps(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-    steps: tuple[MethodStep, ...] = ()
+    method: Annotated[str | None, READS_NO_TEXT] = None
+    settings: Annotated[dict[str, Any], READS_NO_TEXT] = Field(default_factory=dict)
+    steps: Annotated[tuple[MethodStep, ...], READS_NO_TEXT] = ()
 
     @field_validator("method")
     @classmethod

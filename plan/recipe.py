@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..calibrate.data import CalibrationSpec
 from ..calibrate.gradients import GradientSettings
-from ..compress.base import BACKWARD_NEEDS, Method, Settings
+from ..compress.base import Method, Settings
 from ..compress.mixture import MixtureSettings, mixture
 from ..depth.spec import DepthSpec
 from ..errors import BudgetError, did_you_mean
@@ -22,14 +22,12 @@ from ..refine.correction import CorrectionSpec
 from ..refine.objectives import BlockSettings, EndToEndSettings
 from . import budget
 from .limits import Limit
-from .method_steps import Alternative, Steps, fitting
+from .method_steps import READS_NO_TEXT, Alternative, Steps, fitting
+from .recipe_clashes import CLASHES
 from .rules.base import Rule, rules
 
 _HELD_OUT = 4  # windows that judge a searched size
-# keys that ask for no text by themselves; a key that is not named here counts as one that does
-_BLIND = {"method", "settings", "steps", "alternatives", "ratio", "allocation", "rank_multiple", "propagate", "keep",
-          "calibration", "gradients", "bits", "size", "allocation_settings", "limits"}  # fmt: skip
-
+LATER_KEY = "later key"
 SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
 
 
@@ -94,22 +92,23 @@ class Recipe(Steps):
         "uniform_within": "No recipe used it: leave it out. allocation: uniform treats all layers alike.",
     }
 
-    alternatives: tuple[Alternative, ...] = ()
-    depth: DepthSpec | None = None
-    ratio: float | None = None
-    bits: float | None = None
-    size: str | None = None
-    max_ppl_increase: float | None = None
-    allocation: str = "uniform"
-    allocation_settings: dict[str, Any] = Field(default_factory=dict)
-    rank_multiple: int = Field(1, ge=1, le=1024)
-    propagate: Literal["original", "compressed"] = "original"
-    correction: CorrectionSpec | None = None
-    refine: RefineSpec | None = None
-    keep: tuple[str, ...] = ()
-    limits: dict[str, Limit] = Field(default_factory=dict)
-    calibration: CalibrationSpec = CalibrationSpec(source="wikitext2")
-    gradients: GradientSettings = GradientSettings()
+    # READS_NO_TEXT: the key by itself needs no calibration text; LATER_KEY: `resolved` leaves it out where nothing is said
+    alternatives: Annotated[tuple[Alternative, ...], READS_NO_TEXT] = ()
+    depth: Annotated[DepthSpec | None, LATER_KEY] = None
+    ratio: Annotated[float | None, READS_NO_TEXT] = None
+    bits: Annotated[float | None, READS_NO_TEXT, LATER_KEY] = None
+    size: Annotated[str | None, READS_NO_TEXT, LATER_KEY] = None
+    max_ppl_increase: Annotated[float | None, LATER_KEY] = None
+    allocation: Annotated[str, READS_NO_TEXT] = "uniform"
+    allocation_settings: Annotated[dict[str, Any], READS_NO_TEXT, LATER_KEY] = Field(default_factory=dict)
+    rank_multiple: Annotated[int, READS_NO_TEXT] = Field(1, ge=1, le=1024)
+    propagate: Annotated[Literal["original", "compressed"], READS_NO_TEXT] = "original"
+    correction: Annotated[CorrectionSpec | None, LATER_KEY] = None
+    refine: Annotated[RefineSpec | None, LATER_KEY] = None
+    keep: Annotated[tuple[str, ...], READS_NO_TEXT] = ()
+    limits: Annotated[dict[str, Limit], READS_NO_TEXT, LATER_KEY] = Field(default_factory=dict)
+    calibration: Annotated[CalibrationSpec, READS_NO_TEXT] = CalibrationSpec(source="wikitext2")
+    gradients: Annotated[GradientSettings, READS_NO_TEXT] = GradientSettings()
 
     @field_validator("ratio")
     @classmethod
@@ -163,56 +162,11 @@ class Recipe(Steps):
         return data
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Recipe:
-        given = [key for key in ("method", "steps", "alternatives") if getattr(self, key)]
-        if len(given) > 1:
-            raise ValueError(f"give either {' or '.join(repr(key) for key in given)}, not both")
-        if not given and self.depth is None:
-            raise ValueError("'method' is missing")
-        if self.settings and self.method is None:
-            where = f"{given[0]}.0.settings" if given else "depth"
-            raise ValueError(f"settings are those of one method, and there is none here; write {where}")
-        if self.alternatives and self.allocation in ("uniform", "own"):
-            raise ValueError(f"allocation: {self.allocation} cannot choose between alternatives; take kl or spectrum")
-        if self.depth is not None:
-            self._fits_depth()
-        for key in ("refine", "correction", "max_ppl_increase"):
-            if getattr(self, key) is not None and not self.calibration.held_out:
-                raise ValueError(f"{key} is judged by held-out windows: say how many (calibration.held_out: 4)")
-        if self.correction is not None and self.propagate != "compressed":
-            raise ValueError("correction follows the compressed model's inputs: it goes with propagate: compressed")
-        self._one_budget()
-        _ = self.compression
-        self._fits_rule()
-        self._fits_joint()
+    def _fits_together(self) -> Recipe:
+        for clash in CLASHES:
+            if clash.when(self):
+                raise ValueError(clash.why(self))
         return self
-
-    def _one_budget(self) -> None:
-        said = [key for key in budget.KEYS if getattr(self, key) is not None]
-        if len(said) > 1:
-            raise ValueError(f"{' and '.join(said)} say the budget {len(said)} times; give one of them")
-        if self.allocation == "own" and said and said != ["ratio"]:
-            raise ValueError(f"allocation: own lets the method's settings decide every size; leave out {said[0]}")
-        if self.allocation == "own" and self.limits:
-            raise ValueError("allocation: own lets the method's settings decide every size; leave out limits")
-        if self.max_ppl_increase is not None and not (self.method or self.steps or self.alternatives):
-            raise ValueError("max_ppl_increase: the search goes by ratios, and whole layers have none; say depth.drop or ratio")
-
-    def _fits_rule(self) -> None:
-        method, rule = self.compression[0], self.rule
-        if self.allocation == "fisher" and "grad_gram" not in method.needs:
-            raise ValueError(f"allocation: fisher takes losses that are in nats, and {method.name}'s are not; use kl or kfac")
-        if rule is None:
-            return
-        if why := rule.why_not(method):
-            raise ValueError(why)
-        if self.limits and not rule.limits:
-            raise ValueError(f"allocation: {rule.name} cannot be held to limits; keep: leaves targets dense")
-        if "weight_grad" in rule.needs and self.gradients.labels != "data":
-            raise ValueError(
-                f"allocation: {rule.name} reads the mean gradient, which is zero for labels drawn from the model; "
-                "set gradients.labels to data"
-            )
 
     @property
     def rule(self) -> Rule | None:
@@ -226,35 +180,18 @@ class Recipe(Steps):
 
     @property
     def amounts(self) -> dict[str, Any]:
-        """How much may stay, as amount.py takes it."""
+        """How much may stay, as budget.py takes it."""
         return {"ratio": self.ratio, "bits": self.bits, "size": None if self.size is None else int(self.size[:-1])}
-
-    def _fits_joint(self) -> None:
-        joint, name = self.compression[0].joint, self.method
-        if joint is None or not joint.across_layers:
-            return
-        if self.propagate == "compressed":
-            raise ValueError(f"{name} solves targets of several layers at once and needs 'propagate: original'")
-        if self.refine is not None and self.refine.block is not None:
-            raise ValueError(f"{name} shares between layers, which refine: block would train apart; use refine: end-to-end")
-        if self.depth is not None:
-            raise ValueError(f"{name} solves targets of several layers at once; drop layers in a run of its own before")
-
-    def _fits_depth(self) -> None:
-        assert self.depth is not None
-        if (self.method or self.steps or self.alternatives) and self.depth.drop is None and self.depth.ratio is None:
-            raise ValueError("depth: say how many layers shall go (drop or ratio); the recipe's ratio is that of all steps")
-        counted = self.depth.drop is not None or self.depth.ratio is not None
-        if counted and self.ratio and self.method is None and not self.steps:
-            raise ValueError("depth says how much goes; leave out either that (depth.drop, depth.ratio) or the recipe's ratio")
-        if self.allocation != "uniform" or self.compression[0].needs & BACKWARD_NEEDS:
-            raise ValueError("depth goes with allocation: uniform and methods without a backward pass")
 
     @property
     def reads_text(self) -> bool:
         """Whether anything in this recipe looks at calibration text; where nothing does, none is fetched."""
-        other = any(getattr(self, key) != field.default for key, field in type(self).model_fields.items() if key not in _BLIND)
-        return other or self.allocation not in ("uniform", "own") or bool(self.compression[0].needs)
+        asks = any(
+            getattr(self, key) != field.default
+            for key, field in type(self).model_fields.items()
+            if READS_NO_TEXT not in field.metadata
+        )
+        return asks or self.allocation not in ("uniform", "own") or bool(self.compression[0].needs)
 
     @property
     def dropping(self) -> DepthSpec | None:
@@ -285,23 +222,11 @@ class Recipe(Steps):
     def resolved(self) -> dict[str, Any]:
         """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
         whole = self.model_dump(mode="json", by_alias=True, exclude={"method", "settings", "steps", "alternatives"})
-        for key in _ABSENT:  # not there at all where nothing is said: runs of before these keys go on
-            if whole[key] is None or whole[key] == {}:
+        for key, field in type(self).model_fields.items():  # runs of before these keys go on
+            if LATER_KEY in field.metadata and not whole[key]:
                 del whole[key]
         if self.rule is not None and self.rule.settings.model_fields:
             whole["allocation_settings"] = self.rule_settings.model_dump(mode="json")
         if self.alternatives:
             return {"alternatives": [each.spelled_out() for each in self.alternatives]} | whole
         return self.spelled_out() | whole
-
-
-_ABSENT = (
-    "depth",
-    "correction",
-    "refine",
-    "allocation_settings",
-    "bits",
-    "size",
-    "max_ppl_increase",
-    "limits",
-)
