@@ -1,4 +1,4 @@
-"""What will happen: a recipe and a model in, a plan out (planned.py).
+"""What will happen: a recipe and a model in, a plan out (plan/plan.py).
 
 It is made from the configuration and the files' headers before anything runs, and anew once a survey has measured losses.
 """

@@ -135,7 +135,7 @@ class _Measuring:
         return found
 
     def in_nats(self, tokens: Tensor, notify: Callable[[int, float], None]) -> dict[str, Curve]:
-        """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
+        """Losses in nats per token, by probing (run/probe.py); an interrupted measurement begins anew."""
         file = self._store.folder / f"nats-{self._tag}.json"
         names = {unit.name for layer in self._layers for unit in layer}
         if names <= (held := read_json(file, dict[str, Curve]) or {}).keys():
