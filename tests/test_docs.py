@@ -47,7 +47,7 @@ def test_a_file_that_lacks_a_part_is_named(monkeypatch):
     method = methods()["svd"]
     module = importlib.import_module(method.solve.__module__)
     monkeypatch.setattr(module, "__doc__", "Plain SVD.\n\nSource: Eckart & Young.")
-    with pytest.raises(ValueError, match=r"compress/svd.py does not say: When to use, Cost"):
+    with pytest.raises(ValueError, match=r"compress/low_rank/svd.py does not say: When to use, Cost"):
         pages.page(method)
 
 
