@@ -1,7 +1,7 @@
 """The two forwards of a dictionary target, gathering and expanding, over the number of tokens, and the dense product.
 
-`GATHER_UP_TO` in compress/dictionary.py is the number of tokens up to which gathering was the faster on all of these shapes.
-Milliseconds on one x86 core, torch 2.13, share 0.27, gather / expand / dense (2026-11-24, beside other jobs):
+`GATHER_UP_TO` in compress/forms/dictionary.py is the number of tokens up to which gathering was the faster on all of these
+shapes. Milliseconds on one x86 core, torch 2.13, share 0.27, gather / expand / dense (2026-11-24, beside other jobs):
 
                              1 token        256 tokens        512 tokens       1024 tokens       2048 tokens
     float32

@@ -48,7 +48,7 @@ LOGITS_AT_ONCE = 1 << 24  # widened to float32 together
 
 
 class LayerTarget(TargetLike, Protocol):
-    """A target that knows its layer (model.Target is one)."""
+    """A target that knows its layer (model.targets.Target is one)."""
 
     @property
     def layer(self) -> int: ...
@@ -59,7 +59,7 @@ class Fingerprinted(Protocol):
 
 
 class View(Protocol):
-    """What the pass asks of a model (model.ModelView is one)."""
+    """What the pass asks of a model (model.view.ModelView is one)."""
 
     model: Any
     layers: list[nn.Module]

@@ -2,7 +2,8 @@
 
 A source is written as one word: `wikitext2`, `c4`, `ptb`, `pile`, `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`, `text:PATH`,
 `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `self` or `pydoc`. `parse_source` and `parse_mix` read that word, `read_stream`
-gives a source that is one long text, `open_documents` one that is made of documents. No tokens here: those are in `data`.
+gives a source that is one long text, `open_documents` one that is made of documents. No tokens here: those are in
+calibrate/data.py.
 
 The splits, columns and joiners of the named data sets are those of the GPTQ line of papers (arXiv:2210.17323 and its
 successors), so that perplexities can be put beside published ones.

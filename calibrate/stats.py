@@ -27,7 +27,7 @@ _NARROWEST = 144  # a block that is narrower than this costs more by itself than
 
 
 class TargetLike(Protocol):
-    """What a collector needs to know of a target (model.Target is one)."""
+    """What a collector needs to know of a target (model.targets.Target is one)."""
 
     @property
     def name(self) -> str: ...

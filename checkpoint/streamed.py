@@ -1,7 +1,7 @@
 """A checkpoint as a model whose weights come in by module prefix and go out again.
 
 The model stands on the meta device; its layers are the module list that holds most of the parameters. What the layers are made
-of is another subject (model.py).
+of is another subject (model/view.py).
 """
 
 from __future__ import annotations

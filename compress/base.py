@@ -154,7 +154,7 @@ class Curve:
         options: ascending in bytes; the dense form is not among them.
         losses: one per option, in the same metric.
         preferred: the choice that the method itself would make, None where it leaves that to the budget.
-        scores: what the recipe's rule reads beside the losses (scores.py); empty for most.
+        scores: what the recipe's rule reads beside the losses (run/importance_scores.py); empty for most.
     """
 
     total: float
@@ -213,7 +213,7 @@ Measured = Callable[[Sequence[Option], int], list[int]]
 
 
 class Joinable(Protocol):
-    """What a joint method knows of a target when it says which belong together (targets.Target is one)."""
+    """What a joint method knows of a target when it says which belong together (model.targets.Target is one)."""
 
     @property
     def name(self) -> str: ...

@@ -70,7 +70,7 @@ def chain(first: Method, second: Method) -> Method:
     needs = first.needs | second.needs | _ALWAYS
     source = f"{first.source}; {second.source}"
     name, joint = f"{first.name}+{second.name}", _joint(first, second)
-    measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (probe.py)
+    measured = at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85)  # where probes look too (run/probe.py)
     return Method(name, solve, ChainSettings, needs, source, options, measured, steps=(first, second), joint=joint)
 
 

@@ -1,7 +1,7 @@
 """Which layers, or which sub-layers, go: a score's question to the original model, asked with a few calibration tokens.
 
 The answer is part of the plan. From there on the model simply has fewer parts: statistics of what stays are taken without those
-that go, and the artifact is renumbered (run.py).
+that go, and the artifact is renumbered (run/run.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def choose_parts(
     folder: Path,
     notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
 ) -> ModelEdit:
-    """The parts that go; repairs come later (repair.py).
+    """The parts that go; repairs come later (depth/repair.py).
 
     Args:
         tokens: (samples, length) calibration tokens; a part of them is enough.

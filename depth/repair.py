@@ -1,12 +1,12 @@
 """Repairs: making up for runs of dropped layers, and keeping only what helps.
 
-A fitted repair is a linear map (depth/*.py says which). The original model and the pruned one go through the layers side by
-side, two streams of the same tokens; at the end of each run the map is fitted from the pruned stream to the original one, and
-the pruned stream goes on repaired, so that later runs are fitted to what will reach them. Where the map can be multiplied into
-a matrix it is, and the checkpoint stays plain; else it is laid around a layer (compress/mapped.py).
+A fitted repair is a linear map (depth/repairs/*.py says which). The original model and the pruned one go through the layers
+side by side, two streams of the same tokens; at the end of each run the map is fitted from the pruned stream to the original
+one, and the pruned stream goes on repaired, so that later runs are fitted to what will reach them. Where the map can be
+multiplied into a matrix it is, and the checkpoint stays plain; else it is laid around a layer (compress/forms/stream_map.py).
 
 Every repair is judged by the model's own loss on calibration samples that it was not fitted to, one after the other: what
-raises it is left out, and the record says so. Trained repairs: retrain.py.
+raises it is left out, and the record says so. Trained repairs: depth/trained_repair.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trained repairs: one layer that learns to stand in for a run, or the end of the model that learns to live without one.
 
-Both are trained by training.py, which keeps the state that is best on held-out text; both leave plain tensors of layers that
-stay.
+Both are trained by refine/trainer.py, which keeps the state that is best on held-out text; both leave plain tensors of layers
+that stay.
 """
 
 from __future__ import annotations

@@ -59,14 +59,15 @@ def parts(method: Method) -> dict[str, str]:
         found[label].append(paragraph.removeprefix(f"{label}:").strip())
     lacking = [label for label in ("what", *_LABELS) if not found[label]]
     if lacking:
-        raise LackingError(f"compress/{_file(method)} does not say: {', '.join(lacking)}")
+        raise LackingError(f"{_file(method)} does not say: {', '.join(lacking)}")
     said = {label: "\n\n".join(found[label]) for label in ("what", *_LABELS)}
     head, *rest = _DIFFERENCE.split(said["Source"], maxsplit=1)
     return said | {"Source": head.strip(), "differences": _capital("".join(rest).strip())}
 
 
 def _file(method: Method) -> str:
-    return f"{method.solve.__module__.rpartition('.')[2]}.py"
+    """The method's file as a path from the root of the repository, such as compress/low_rank/svd.py."""
+    return f"{method.solve.__module__.removeprefix('lrc.').replace('.', '/')}.py"
 
 
 def _capital(text: str) -> str:
@@ -92,7 +93,7 @@ def options(method: Method) -> str:
         return "None."
     bare = [name for name, field in fields.items() if not field.get("description")]
     if bare:
-        raise LackingError(f"compress/{_file(method)}: settings without a description: {', '.join(bare)}")
+        raise LackingError(f"{_file(method)}: settings without a description: {', '.join(bare)}")
     rows = [
         f"| `{name}` | `{_shown(field['default']) if 'default' in field else 'required'}` | {_values(field)} "
         f"| {field['description'].replace('|', chr(92) + '|')} |"
@@ -158,7 +159,7 @@ def page(method: Method) -> str:
         "Differences from the authors' code": said["differences"] or "None that lrc knows of.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    note = f"<!-- written by docs/pages.py from compress/{_file(method)}: edit that file, then run make docs -->"
+    note = f"<!-- written by docs/pages.py from {_file(method)}: edit that file, then run make docs -->"
     return f"# {method.name}\n\n{note}\n\n{body}\n"
 
 

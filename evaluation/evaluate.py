@@ -82,7 +82,7 @@ def evaluate(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[TaskResult]:
-    """Evaluate a causal language model on `tasks`, in their order: `measure` of `tasks.prepare(tasks, **options)`.
+    """Evaluate a causal language model on `tasks`, in their order: `measure` of `request.prepare(tasks, **options)`.
 
     Raises:
         as the two do.

@@ -75,7 +75,8 @@ def prepare(
         num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
         batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
         include_path: lm-eval only: a folder with task files of one's own.
-        activations: `int8` or `mxint8`: what the layers' matrices read is rounded so (activations.py); None: as it is.
+        activations: `int8` or `mxint8`: what the layers' matrices read is rounded so (evaluation/activation_rounding.py); None:
+            as it is.
 
     Raises:
         RequestError: unknown task, wrong or useless option, two tasks that would be reported by one name.

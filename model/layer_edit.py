@@ -1,8 +1,8 @@
 """A layer with something changed: values of its tensors, targets that are gone, maps laid around its modules.
 
-Dropping sub-layers and repairing after layers were dropped (prune.py, repair.py) are edits: data, kept on disk beside an
-unfinished artifact, laid on a layer after its weights came in and taken off before they go. Whatever runs or stores the layer
-between sees the edited one.
+Dropping sub-layers and repairing after layers were dropped (depth/choose.py, depth/repair.py) are edits: data, kept on disk
+beside an unfinished artifact, laid on a layer after its weights came in and taken off before they go. Whatever runs or stores
+the layer between sees the edited one.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class _FullPrecision(ContextDecorator):
     allowed, though without matrix tiles it uses none of that leave. So the leave is given where oneDNN turns out to keep every
     bit, and attention of many 16-bit tokens, which torch computes no faster than float32 there, runs in float32. With a GPU,
     torch computes float32 on the processor as it does by itself. Products of 16-bit numbers go by float32 where the processor
-    has none of its own (`products`).
+    has none of its own (model/cpu_16bit.py).
 
     It may be opened within itself and in several threads; the last one out puts things back.
     """

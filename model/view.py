@@ -1,6 +1,6 @@
 """What a model is made of, whatever its architecture: layers, targets by role, groups, and the rest.
 
-Nothing here knows an architecture by name. The targets are the matrices that the layers multiply by (targets.py).
+Nothing here knows an architecture by name. The targets are the matrices that the layers multiply by (model/targets.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Losses of different targets can be weighed against each other only on a common scale. `spectrum` takes each loss relative to
 the target's own output energy; `kl` and `fisher` take losses that are in nats already; `own` asks no solver and takes what
-the method itself would choose. Rules with a formula of their own lie in `rules/`. Comparing plain energies across targets is
-known to be fatal and is not offered: a target whose outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848,
+the method itself would choose. Rules with a formula of their own lie in `plan/rules/`. Comparing plain energies across targets
+is known to be fatal and is not offered: a target whose outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848,
 ablation: perplexity 32750 against 11.4; docs/allocation.md).
 """
 
@@ -38,7 +38,7 @@ class Shared:
 _SOLVED = {
     "uniform": "The same fraction of every target's bytes.",
     "spectrum": "The solver, with each target's discarded energy relative to that of its outputs.",
-    "kl": "The solver, with losses in nats, measured by compressing one target at a time (probe.py).",
+    "kl": "The solver, with losses in nats, measured by compressing one target at a time (run/probe.py).",
     "fisher": "The solver, with losses that the method itself gives in nats (kfac).",
     "own": "No budget: what the method's settings ask for.",
 }

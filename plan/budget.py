@@ -4,7 +4,7 @@
     bits    the targets keep this many bits per weight of theirs, on average, scales, masks and indices counted
     size    the files with the weights come to no more than this: what is no target is taken off first, and the files' headers
 
-A fourth way, the rise of perplexity that is allowed, becomes a ratio by search (search.py).
+A fourth way, the rise of perplexity that is allowed, becomes a ratio by search (run/search.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What will happen: a recipe and a model in, a plan out (plan.py).
+"""What will happen: a recipe and a model in, a plan out (plan/plan.py).
 
 A draft is made from the configuration and the files' headers before anything runs, the plan once losses were measured.
 """

@@ -1,7 +1,7 @@
 """What the user wants: a recipe, checked as a whole.
 
-A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused. `reading.py`
-reads recipes from YAML and the command line.
+A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused.
+`plan/load_recipe.py` reads recipes from YAML and the command line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .rules.base import Rule, rules
 
 _HELD_OUT = 4  # windows that judge a searched size
 LATER_KEY = "later key"
-SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # shared out by allocation.py itself; the others are in rules/
+SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # plan/allocation.py shares these out; the others are in plan/rules/
 
 
 class RefineSpec(BaseModel):
@@ -71,7 +71,7 @@ class Recipe(Steps):
         bits: in the place of `ratio`: mean bits per weight of the targets, everything that their forms hold counted.
         size: in the place of `ratio`: of the files with the model's weights ('300MB').
         max_ppl_increase: in the place of `ratio`: how far perplexity on held-out calibration tokens may rise ('5%'); the size
-            is searched (search.py).
+            is searched (run/search.py).
         allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
             each target would lose (docs/allocation.md).
         allocation_settings: of a rule that has some (`lrc recipe rules`).
@@ -81,7 +81,7 @@ class Recipe(Steps):
         correction: of the matrices for the inputs that they will see; with `propagate: compressed`.
         refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
-        limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (limits.py).
+        limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (plan/limits.py).
         calibration: what statistics are taken on.
         gradients: how the backward pass is made, for methods that need one.
     """
@@ -170,7 +170,7 @@ class Recipe(Steps):
 
     @property
     def rule(self) -> Rule | None:
-        """The rule of `rules/` that shares the budget out; None where the solver or the method does."""
+        """The rule of `plan/rules/` that shares the budget out; None where the solver or the method does."""
         return rules().get(self.allocation)
 
     @property
@@ -180,7 +180,7 @@ class Recipe(Steps):
 
     @property
     def amounts(self) -> dict[str, Any]:
-        """How much may stay, as budget.py takes it."""
+        """How much may stay, as plan/budget.py takes it."""
         return {"ratio": self.ratio, "bits": self.bits, "size": None if self.size is None else int(self.size[:-1])}
 
     @property

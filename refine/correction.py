@@ -7,7 +7,7 @@ Both go through the layers together, so that a compressed layer can be held to t
   input and x̂ the compressed model's (`regressed` says where the ridge stands). β = 1 aims at the original's output, β = 0 at
   W x̂. The method then compresses R. Which β is taken, or none, is chosen for each layer by its error on held-out tokens.
   Matrices that stay dense are corrected too, for nothing.
-* `refine_block` (refine.py) trains what the layer stores, its norms and its biases.
+* `refine_block` (refine/objectives.py) trains what the layer stores, its norms and its biases.
 
 Source: the dual-input objective of AA-SVD (arXiv 2604.02119, theorem 3.2) and SAES-SVD (arXiv 2602.03051); choosing by held-out
 block error, and "none" among the choices, is lrc's: independent reproductions (LowRankArena, arXiv 2608.26389) saw

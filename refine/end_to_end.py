@@ -2,8 +2,8 @@
 
 The original is read once more, layer by layer, for the hidden states from which it predicts; they lie on disk, and its logits
 are made from them by the compressed model's own output head, which is the same. The compressed model is then held whole and
-trained (refine.py), and the shards are written again. After every look at the held-out text the state of the training is put
-down, so that a killed run goes on from there.
+trained (refine/objectives.py), and the shards are written again. After every look at the held-out text the state of the
+training is put down, so that a killed run goes on from there.
 
 Memory: the compressed model + 12 bytes per trained number (16 where it is stored in 16 bits) + the best values so far + the
 activations and logits of one step. Time: some four forwards of the model per trained token, three without gradient

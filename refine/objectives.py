@@ -3,7 +3,7 @@
 `refine_block` trains one layer at a time to give, from the compressed model's hidden state, what the original layer gave from
 the original's (AA-SVD, arXiv:2604.02119, and level 2 of three-level compression; plain squared error: cosine losses inflate the
 factors' largest singular values). `refine_end_to_end` trains the factors of a whole model towards the original's
-distribution, which generalises better than the text's own next tokens. training.py steps, judges and keeps the best.
+distribution, which generalises better than the text's own next tokens. refine/trainer.py steps, judges and keeps the best.
 
 What is trained: every floating-point tensor of a form (factors, atoms, scales, biases), and in blocks all norms and biases too;
 dense weights, routers and embeddings stay. A layer in bfloat16 is trained in bfloat16 with float32 masters of what is trained,

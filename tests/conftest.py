@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `python -m pytest` in the repository puts it on the path, and there `evaluate.py` hides the package evaluate that lm-eval
-# imports, `cuda/` another one. The package is imported as lrc, never by its files' bare names.
+# `python -m pytest` in the repository puts it on the path, and there `cuda/` hides the package cuda (cuda-bindings), which
+# torch looks for on machines with a GPU. The package is imported as lrc, never by its files' bare names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 # Before anything imports huggingface_hub, which reads these once.

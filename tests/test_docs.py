@@ -47,14 +47,21 @@ def test_a_file_that_lacks_a_part_is_named(monkeypatch):
     method = methods()["svd"]
     module = importlib.import_module(method.solve.__module__)
     monkeypatch.setattr(module, "__doc__", "Plain SVD.\n\nSource: Eckart & Young.")
-    with pytest.raises(ValueError, match=r"compress/svd.py does not say: When to use, Cost"):
+    with pytest.raises(ValueError, match=r"compress/low_rank/svd.py does not say: When to use, Cost"):
         pages.page(method)
 
 
-def test_the_layout_names_every_file_of_the_root():
-    layout = (DOCS.parent / "CONTRIBUTING.md").read_text()
-    files = {path.name for path in DOCS.parent.glob("*.py")} - {"__init__.py"}
-    assert not [name for name in sorted(files) if f"`{name}`" not in layout]
-    assert not [
-        name for name in re.findall(r"`(\w+\.py)`", layout.partition("| floor")[2].partition("\n\n")[0]) if name not in files
-    ]
+def test_the_layout_names_every_file_and_folder_of_the_package_and_no_other():
+    root = DOCS.parent
+    table = (root / "CONTRIBUTING.md").read_text().partition("| folder or file")[2].partition("\n\n")[0]
+    files = {path.name for path in root.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.relative_to(root)}/" for path in root.glob("*/__init__.py")} - {"recipes/"}
+    assert set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)) == files | folders
+    assert not [name for name in re.findall(r"`([\w/]+/)`", table) if not (root / name).is_dir()]
+
+
+def test_every_file_that_the_guides_name_is_there():
+    root = DOCS.parent
+    for guide in ("README.md", "CONTRIBUTING.md", "docs/allocation.md", "docs/table.md"):
+        named = set(re.findall(r"\b((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|md|yaml))\b", (root / guide).read_text()))
+        assert not [name for name in sorted(named) if not (root / name).is_file()], guide

@@ -65,7 +65,7 @@ def test_the_package_is_imported_once_and_under_its_own_name():
 
 
 def test_root_files_do_not_hide_other_packages():
-    """The root holds evaluate.py, and lm-eval imports the package evaluate."""
+    """The root holds the folder cuda, and torch looks for the package cuda (cuda-bindings) on machines with a GPU."""
     assert all(Path(entry or ".").resolve() != ROOT for entry in sys.path)
 
 

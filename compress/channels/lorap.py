@@ -13,8 +13,9 @@ Cost: one SVD per attention matrix; of a feed-forward only norms. Statistics: (i
 Source: Li et al., LoRAP, arXiv 2404.09695: attention §3.1 with q, k : v, o = 1 : 3; channel importance = sum over gate, up and
 down of the norms of |W| · √E[x²], the least important 1 % protected. Differences from the authors' code: the shares are those
 of each target's own bytes, so grouped-query keys and values keep their own shape; fused q, k, v have the mean share of their
-three parts; feed-forwards are recognised by paths, groups and shapes (feed_forward.py), fused gate and up or no gate included.
-What is not recognised is solved by the weighted SVD, and its record says so. Each expert of a mixture is a feed-forward.
+three parts; feed-forwards are recognised by paths, groups and shapes (compress/channels/feed_forward.py), fused gate and up or
+no gate included. What is not recognised is solved by the weighted SVD, and its record says so. Each expert of a mixture is a
+feed-forward.
 """
 
 from __future__ import annotations

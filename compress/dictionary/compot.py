@@ -16,7 +16,7 @@ Source: COMPOT, arXiv 2602.15200; orthogonal dictionary, hard threshold and Proc
 Differences from the paper: the codes kept are the largest of the whole target, not equally many in each row (`share: row`
 gives that); when the dictionary stands, values and atoms are refitted by least squares in turn (`refits`), after which the
 atoms are no longer orthogonal and the loss is lower; atoms never outnumber min(out, in), and the surplus goes to nonzeros; no
-gram is inverted (coding.py).
+gram is inverted (compress/dictionary/sparse_coding.py).
 """
 
 from __future__ import annotations

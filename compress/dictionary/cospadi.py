@@ -10,10 +10,11 @@ Cost: per iteration and target, OMP reads about out · s² · k / 2 numbers and 
 
 Source: CoSpaDi, arXiv 2509.22075: weighted metric, k/s = 2, exact s per column of the codes, 8 power iterations per atom with
 the support kept, 60 iterations, atoms started at random columns of the weighted weight; `update: mod` is its method of
-optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse (coding.py); a row keeps
-its earlier code where OMP finds none that is better, so the loss never rises; values and atoms are refitted at the end
-(`refits`), support fixed; learning stops early when an iteration gains less than `tolerance`. The random start is drawn from
-`seed` and the weight's own bytes, so it does not depend on the order in which targets are solved.
+optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse
+(compress/dictionary/sparse_coding.py); a row keeps its earlier code where OMP finds none that is better, so the loss never
+rises; values and atoms are refitted at the end (`refits`), support fixed; learning stops early when an iteration gains less
+than `tolerance`. The random start is drawn from `seed` and the weight's own bytes, so it does not depend on the order in which
+targets are solved.
 """
 
 from __future__ import annotations

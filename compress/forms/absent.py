@@ -2,7 +2,7 @@
 
 `zero` stands for a target of a dropped half of a layer: it multiplies to zeros, and holds an empty guard under the target's
 name. `guarded` is a dense matrix whose name is taken by an empty guard: a layer that must not be run without what lrc puts
-into it (mapped.py) has one, so that a reader without lrc fails on its shape.
+into it (compress/forms/stream_map.py) has one, so that a reader without lrc fails on its shape.
 """
 
 from __future__ import annotations

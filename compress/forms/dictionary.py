@@ -3,7 +3,7 @@
 `weight ≈ codes @ atoms` with few nonzero codes in each row (for an input x: y = codes (atoms x)). Stored are the atoms, the
 nonzero values in the order of rows, and where they are: one bit for each place of the codes, or, for the 2:4 pattern, the two
 positions of each group of four in 2 bits each, which is as many bytes. Nothing else lies in the file. How codes and atoms are
-found is another subject (coding.py).
+found is another subject (compress/dictionary/sparse_coding.py).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A module whose hidden state is mapped, h + D h + b, before it goes in or after it comes out.
 
-A decoder has no weight that multiplies its hidden state, so a repair that does (depth/linear_patch.py) is laid around a module
-that is there: the module's class becomes a subclass of itself whose forward maps the first floating-point tensor of what it
-takes or returns. Its own tensors keep their names; the map's are `<module>.stream_map.weight` (D) and `.bias`. D and not 1 + D
-is stored: near the identity, 16 bits hold the difference better.
+A decoder has no weight that multiplies its hidden state, so a repair that does (depth/repairs/linear_patch.py) is laid around a
+module that is there: the module's class becomes a subclass of itself whose forward maps the first floating-point tensor of what
+it takes or returns. Its own tensors keep their names; the map's are `<module>.stream_map.weight` (D) and `.bias`. D and not 1 +
+D is stored: near the identity, 16 bits hold the difference better.
 """
 
 from __future__ import annotations

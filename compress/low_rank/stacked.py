@@ -1,8 +1,8 @@
 """Targets stacked on top of each other share their right factor: what methods that do so have in common.
 
 For weights W_1 … W_g that read inputs with one gram C, the best factors with one right factor are those of the stack
-[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (linalg.py), the rows of
-the left factor being the members' own. A rank costs in + Σ out numbers instead of Σ (in + out).
+[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (compress/linalg.py), the
+rows of the left factor being the members' own. A rank costs in + Σ out numbers instead of Σ (in + out).
 """
 
 from __future__ import annotations

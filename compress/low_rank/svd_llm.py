@@ -10,7 +10,7 @@ Cost: one symmetric eigenproblem per target on its smaller side (plus one per gr
 Statistics: a gram (in, in) per group or (out, out) per target, whichever is cheaper.
 
 Source: Wang et al., SVD-LLM, arXiv 2403.07378, §3.2 and theorem 3.2. Differences from the authors' code: no Cholesky factor and
-no inverse, so an exactly singular gram needs no damping (linalg.py says why this is the same map); each target's rank
+no inverse, so an exactly singular gram needs no damping (compress/linalg.py says why this is the same map); each target's rank
 follows from its own shape, grouped-query k and v included; the grams are means over tokens, not sums.
 """
 

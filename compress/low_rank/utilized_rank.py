@@ -12,7 +12,8 @@ no ratio.
 
 Source: Garg et al., Revealing the Utilized Rank of Subspaces of Learning in Neural Networks, arXiv 2407.04797, r = min(k_S,
 k_T). Differences: the authors project the weight onto both subspaces, W' = P_T W P_S; of all maps of that rank lrc takes the
-one with the least output error (svd_llm.py), which W' is not; and how much energy the subspaces must hold is a setting here.
+one with the least output error (compress/low_rank/svd_llm.py), which W' is not; and how much energy the subspaces must hold is
+a setting here.
 """
 
 from __future__ import annotations

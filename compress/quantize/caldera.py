@@ -2,7 +2,7 @@
 
 W ≈ Q + L R. Each round quantizes what the factors leave over, W - L R, and then finds new factors for what that quantization
 lost, W - Q, in the metric of the input gram; the round with the least output error is kept. Factors are the best rank-k map of
-W - Q, put on their grid right, left, right, left, each fitted to the other (factors.py).
+W - Q, put on their grid right, left, right, left, each fitted to the other (compress/quantize/factors.py).
 
 When to use: at 2 and 3 bits, where one round (`qera`) leaves much.
 

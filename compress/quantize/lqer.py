@@ -10,7 +10,7 @@ of `lrc sweep`), which rounds what every matrix reads.
 
 Source: Zhang et al., LQER, arXiv 2402.02446, §3.1 (4-bit MXINT in blocks of 16, factors in 8-bit MXINT, rank 32). Differences
 from the authors' code: bits are counted per number of the original weight (theirs divide by the factors' numbers too); 8-bit
-factors are fitted to each other after rounding (factors.py).
+factors are fitted to each other after rounding (compress/quantize/factors.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ When to use: at 8 bits, where nothing better is needed; at 4 bits as the baselin
 
 Cost: none to speak of. Needs no statistics; the loss is measured on the inputs where their gram is known, else on the weight.
 
-Source: the common baseline, as in Frantar et al., GPTQ, arXiv 2210.17323, §4. The grids are those of grids.py.
+Source: the common baseline, as in Frantar et al., GPTQ, arXiv 2210.17323, §4. The grids are those of compress/forms/grids.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Cost: one SVD per target. Needs no statistics.
 
 Source: Yao et al., ZeroQuant-V2, arXiv 2303.08302, §5 (low-rank compensation, rank 8, factors in 8 bit). It is `lqer` with
 other defaults. Differences from the paper: the components' sizes stand in the right factor alone, whose rows have steps of
-their own, and the left one is fitted to it after rounding (factors.py).
+their own, and the left one is fitted to it after rounding (compress/quantize/factors.py).
 """
 
 from __future__ import annotations

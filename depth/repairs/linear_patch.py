@@ -7,8 +7,8 @@ ratio per channel means something.
 When to use: with any score; it cannot do much harm. It is a map of the hidden state, which no weight of a decoder holds, so the
 checkpoint needs lrc to load. Cost: hidden² numbers per run of dropped layers.
 
-Source: Chen et al., LinearPatch, arXiv 2505.24680. Widths without a Hadamard matrix: hadamard.py. Differs from the authors: x
-is the state of the pruned model, so that several runs fit together.
+Source: Chen et al., LinearPatch, arXiv 2505.24680. Widths without a Hadamard matrix: depth/repairs/hadamard.py. Differs from
+the authors: x is the state of the pruned model, so that several runs fit together.
 """
 
 from __future__ import annotations

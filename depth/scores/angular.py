@@ -3,7 +3,7 @@
 The distance of a run from layer l of length n is E[arccos(cos(x_l, x_{l+n}))] / π: `angular` takes it at each sample's last
 token, `angular-all` at every token.
 
-When to use: as the published baseline; read the warning in base.py. Cost: one forward over a few tokens.
+When to use: as the published baseline; read the warning in depth/base.py. Cost: one forward over a few tokens.
 
 Source: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887: the last token. All tokens: Chen
 et al., LLM-Streamline, arXiv 2403.19135, which take the mean cosine, where here it is the mean angle.

@@ -2,7 +2,7 @@
 
 A rule is one pure function, one file. It gets what the survey has measured of every open target, and the bytes that they may
 take together, and says which option each one gets. Rules that weigh losses against each other on one scale need no file: they
-differ in what a loss is, and the solver does the rest (allocation.py).
+differ in what a loss is, and the solver does the rest (plan/allocation.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Open:
     """One target that the budget decides on.
 
     Args:
-        name, role, group: as in targets.Target.
+        name, role, group: as in model.targets.Target.
         dense: its bytes when dense.
         curve: what it loses at every option, and the scores that the rule asked for.
         may_be_dense: whether limits leave it the dense form.
@@ -71,7 +71,8 @@ class Rule:
         settings: the pydantic class of its settings (`allocation_settings:`).
         source: the paper it comes from.
         needs: statistics that it reads beside the method's own.
-        score: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens' (scores.py).
+        score: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens'
+            (run/importance_scores.py).
         limits: whether it can be held to `limits`.
     """
 

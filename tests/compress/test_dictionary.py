@@ -1,4 +1,4 @@
-"""The dictionary form: packing, both forwards, bytes on disk and in a model; how it is learned is in test_coding.py."""
+"""The dictionary form: packing, both forwards, bytes on disk and in a model; how it is learned is in test_sparse_coding.py."""
 
 from __future__ import annotations
 
