@@ -105,7 +105,7 @@ class _Measuring:
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
         }
         if self._method.joint is not None:  # other sets than before, because other targets are kept, have other curves
-            asked["sets"] = [[target.name for target in unit.targets] for unit in units if unit.parts is not None]
+            asked["sets"] = [[target.name for target in unit.targets] for unit in units if unit.slots is not None]
         if self._score:
             asked["score"] = self._score
         if self._by_tokens and any(unit.targets[0].expert is not None for unit in units):
@@ -179,7 +179,7 @@ class _Measuring:
             held |= self._store.read(self._view.layer_names[number], names)
         statistics = [held[target.name].to(self._device) for target in unit.targets]
         solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
-        solution = solutions[0] if unit.parts is None else Together.of(solutions, self._options[unit.name])
+        solution = solutions[0] if unit.slots is None else Together.of(solutions, self._options[unit.name])
         return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
 
     def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:

@@ -91,10 +91,10 @@ def solve_unit(
         weights: (out, in) each, on the device that is to work.
         statistics: of the same targets.
     """
-    if unit.parts is None:
+    if unit.slots is None:
         return [method.solve(weights[0], statistics[0], settings)]
     assert method.joint is not None
-    return method.joint.solve(weights, statistics, unit.parts, settings)
+    return method.joint.solve(weights, statistics, unit.slots, settings)
 
 
 @dataclass(frozen=True)
@@ -168,5 +168,5 @@ def solved_forms(
 def _without(unit: Unit, dense: Collection[str]) -> Unit:
     """The unit without those of its members that are left dense."""
     kept = [number for number, target in enumerate(unit.targets) if target.name not in dense]
-    parts = None if unit.parts is None else tuple(unit.parts[number] for number in kept)
-    return Unit(tuple(unit.targets[number] for number in kept), parts)
+    slots = None if unit.slots is None else tuple(unit.slots[number] for number in kept)
+    return Unit(tuple(unit.targets[number] for number in kept), slots)
