@@ -1,9 +1,9 @@
-"""The linear algebra that methods share, in float64 and without an inverse.
+"""Linear algebra that several methods use, in float64 and without an inverse.
 
 The best rank-k map in a gram's metric, `argmin tr((W - W') C (W - W')ᵀ)`, is the projection of the weight onto the leading
-eigenvectors of the outputs' second moment: `W' = U_k U_kᵀ W`, U from `eigh(W C Wᵀ)` (Eckart-Young for W C^{1/2}; the same
-map that whitening by a Cholesky factor gives, SVD-LLM arXiv 2403.07378 §3.2, and that PCA of the outputs gives, Swift-SVD
-arXiv 2604.01609). No inverse and no Cholesky factor: an exactly singular gram is as good as any other.
+eigenvectors of the outputs' second moment: `W' = U_k U_kᵀ W`, U from `eigh(W C Wᵀ)` (Eckart-Young for W C^{1/2}). Whitening by
+a Cholesky factor (SVD-LLM arXiv 2403.07378 §3.2) and PCA of the outputs (Swift-SVD arXiv 2604.01609) give the same map. Here it
+takes no inverse and no Cholesky factor, so an exactly singular gram is no special case.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Eigen:
 
 
 def eigh(matrix: Tensor, what: str = "matrix") -> Eigen:
-    """Eigenpairs of a symmetric positive semidefinite (n, n) matrix, in float64, descending, negatives rounded up to 0.
+    """Eigenpairs of a symmetric positive semidefinite (n, n) matrix, in float64, descending; negative eigenvalues become 0.
 
     Raises:
-        NonFiniteError: the matrix holds a NaN or an infinity (LAPACK would return garbage or not return).
+        NonFiniteError: the matrix holds a NaN or an infinity (LAPACK would return garbage or hang).
     """
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"The {what} ({matrix.shape[0]} x {matrix.shape[1]}) is not finite.", "Its statistics overflowed.")
@@ -42,25 +42,25 @@ def eigh(matrix: Tensor, what: str = "matrix") -> Eigen:
 
 
 def root(gram: Tensor) -> Tensor:
-    """The symmetric square root S of a gram, S S = gram, (n, n) float64; singular grams included."""
+    """The symmetric square root S of a gram, S S = gram, (n, n) float64; the gram may be singular."""
     return eigh(gram, "gram").root()
 
 
 class OutputDirections:
-    """The leading output directions of a target: eigenvectors of `W C Wᵀ`, found once, given out for any rank.
+    """The leading output directions of a target: eigenvectors of `W C Wᵀ`, computed once for all ranks.
 
     Where the target is tall (out > in) the problem is solved on the (in, in) side with the gram's root S: the eigenvectors V of
-    `S WᵀW S` have the same eigenvalues, and the columns of `W S V` are the wanted directions up to their lengths. A wide one
-    needs no root, which would be an eigenproblem of the wider side. Work in float64 is done on slices of the weight, so that no
-    float64 copy of a large weight is made.
+    `S WᵀW S` have the same eigenvalues, and the columns of `W S V` are the wanted directions up to their lengths. A wide target
+    needs no root (an eigenproblem of the larger side). Float64 work is done on slices of the weight, so that no float64 copy of
+    a large weight is made.
 
     Args:
         weight: (out, in), any floating dtype.
         gram: (in, in) the input gram C; used where `output_gram` is not given.
         output_gram: (out, out) mean over tokens of y yᵀ, y = W x.
-        gram_root: makes the symmetric root of `gram`, where targets share it; by default each makes its own.
-        reference: an energy, on the scale of the eigenvalues, whose rounding errors the given statistics carry (that of the
-            outputs before their mean was taken out).
+        gram_root: returns the symmetric root of `gram`, so that targets can share it; None: it is computed here.
+        reference: an energy, on the scale of the eigenvalues, that sets the size of rounding errors in the statistics: for
+            centred outputs their energy before the mean was subtracted.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class OutputDirections:
     def basis(self, rank: int) -> Tensor:
         """(out, rank) float64 with orthonormal columns, the leading directions in descending order of energy.
 
-        Directions without energy, which calibration on fewer tokens than the target is wide leaves, are ordered by the plain
-        norm of what the weight holds there: any order is optimal in the metric, and this one serves unseen inputs best.
+        Some directions have no energy where there are fewer calibration tokens than input features. They are ordered by the
+        plain norm of the weight in them: any order is optimal in the metric, and this one serves unseen inputs best.
         """
         seen = min(rank, self._seen)
         if self._vectors is not None:
@@ -105,7 +105,7 @@ class OutputDirections:
             held = free.T @ self._weight.double()
             return torch.cat([kept, free @ eigh(held @ held.T).vectors[:, : rank - seen]], dim=1)
         assert self._inner is not None
-        # Householder QR of columns that are orthogonal already and fall in length: no division by small values
+        # the columns are orthogonal already, with descending lengths; Householder QR does not divide by the small lengths
         kept, _ = torch.linalg.qr(self._weight_times(self._inner[:, :seen]))
         if rank == seen:
             return kept
@@ -115,7 +115,7 @@ class OutputDirections:
         return torch.linalg.qr(torch.cat([kept, more], dim=1))[0]
 
     def energies(self, rows: slice) -> Tensor:
-        """(k,) float64, what of each value lies in these rows of the weight; over all rows they add up to `values`."""
+        """(k,) float64, the share of each of `values` that these rows of the weight contribute; all rows add up to `values`."""
         if self._vectors is not None:
             return self.values * self._vectors[rows, : len(self.values)].square().sum(0)
         assert self._inner is not None
@@ -127,13 +127,13 @@ class OutputDirections:
 
 
 _ROWS = 512
-# Below this part of the largest eigenvalue an eigenvector is turned by rounding so far (eps / part) that it would spoil an
-# exact reconstruction; statistics in float32 hold nothing down there anyway.
+# Below this fraction of the largest eigenvalue, rounding rotates an eigenvector so far (eps / fraction) that an exact
+# reconstruction is no longer possible; float32 statistics carry no information there anyway.
 _SEEN = 1e-9
 
 
 def outer_rows(weight: Tensor) -> Tensor:
-    """`WᵀW` in float64, (in, in), by slices of rows."""
+    """`WᵀW` in float64, (in, in), computed by slices of rows."""
     total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     for rows in weight.split(_ROWS):
         doubled = rows.double()
@@ -142,7 +142,7 @@ def outer_rows(weight: Tensor) -> Tensor:
 
 
 def outputs_of(weight: Tensor, gram: Tensor) -> Tensor:
-    """`W C Wᵀ` in float64, (out, out), the second moment of the outputs from that of the inputs, by slices of the gram."""
+    """`W C Wᵀ` in float64, (out, out): the second moment of the outputs from the input gram, computed by slices of the gram."""
     total = torch.zeros(len(weight), len(weight), dtype=torch.float64, device=weight.device)
     wide = weight.double()
     for columns, read in zip(gram.split(_ROWS, dim=1), wide.split(_ROWS, dim=1), strict=True):
@@ -151,7 +151,7 @@ def outputs_of(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def project(basis: Tensor, weight: Tensor) -> Tensor:
-    """`basisᵀ weight` in float64, (rank, in), by slices of rows."""
+    """`basisᵀ weight` in float64, (rank, in), computed by slices of rows."""
     total = torch.zeros(basis.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     for directions, rows in zip(basis.split(_ROWS), weight.split(_ROWS), strict=True):
         total.addmm_(directions.T, rows.double())

@@ -1,4 +1,4 @@
-"""The metric in which an error of a weight is measured: tr(E C Eᵀ), C the gram, a diagonal of it, or the identity."""
+"""The metric in which a weight's error is measured: tr(E C Eᵀ) with C the gram, its diagonal, or the identity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Metric:
 
     @classmethod
     def of(cls, stats: TargetStats) -> Metric:
-        """The gram where it is known, else the identity."""
+        """The metric of the input gram, or the identity where no gram was collected."""
         return cls(stats.group.gram)
 
     def times(self, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sets across layers: the targets of one role in a few neighbouring layers."""
+"""Units across layers: the targets of one role in a few neighbouring layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pydantic import Field, field_validator
 
 from ..errors import RecipeError, did_you_mean
-from .base import Joinable, Settings, TargetSet
+from .base import Joinable, JointUnit, Settings
 
-# the names that transformers' decoders give to the matrices that read a layer's normalised input
+# the names that transformers' decoders give to the matrices that read a layer's normalised hidden state
 READERS = (
     "*q_proj", "*k_proj", "*v_proj", "*qkv_proj", "*c_attn", "*query_key_value",
     "*gate_proj", "*up_proj", "*gate_up_proj", "*fc1", "*c_fc", "*dense_h_to_4h",
@@ -18,11 +18,11 @@ READERS = (
 
 
 class NeighbourSettings(Settings):
-    """Settings of every method that shares something between neighbouring layers."""
+    """Settings of every method that shares a factor between neighbouring layers."""
 
     layers: int = Field(2, ge=2, le=64, description="neighbouring layers that share; layers 0 and 1, 2 and 3, … for two")
     roles: tuple[str, ...] = Field(
-        READERS, min_length=1, description="patterns of the roles that share; the others are each compressed alone"
+        READERS, min_length=1, description="patterns of the roles that share; targets of other roles are compressed alone"
     )
 
     @field_validator("roles", mode="before")
@@ -33,11 +33,13 @@ class NeighbourSettings(Settings):
         return roles
 
 
-def neighbours(targets: Sequence[Joinable], settings: NeighbourSettings) -> list[TargetSet]:
-    """The targets of equal role and width in each run of `settings.layers` layers; experts and what is left alone stay single.
+def neighbours(targets: Sequence[Joinable], settings: NeighbourSettings) -> list[JointUnit]:
+    """The targets of equal role and equal input width in each run of `settings.layers` layers.
+
+    Experts, and targets with no partner in their run, are left out: they are solved alone.
 
     Raises:
-        RecipeError: a role that the settings name is that of no target, or, of those named by default, all are.
+        RecipeError: a pattern that the user wrote matches no role, or no default pattern matches any.
     """
     roles = list(dict.fromkeys(target.role for target in targets if target.expert is None))
     unmatched = [pattern for pattern in settings.roles if not fnmatch.filter(roles, pattern)]
@@ -51,9 +53,9 @@ def neighbours(targets: Sequence[Joinable], settings: NeighbourSettings) -> list
             ],
             f"The roles of this model are {', '.join(roles)}.",
         )
-    sets: dict[tuple[str, int, int], list[str]] = {}
+    units: dict[tuple[str, int, int], list[str]] = {}
     for target in targets:
         if target.expert is None and any(fnmatch.fnmatch(target.role, pattern) for pattern in settings.roles):
             key = target.role, target.layer // settings.layers, target.in_features
-            sets.setdefault(key, []).append(target.name)
-    return [TargetSet(tuple(names), ("",) * len(names)) for names in sets.values() if len(names) > 1]
+            units.setdefault(key, []).append(target.name)
+    return [JointUnit(tuple(names), ("",) * len(names)) for names in units.values() if len(names) > 1]

@@ -1,4 +1,4 @@
-"""What a budget chooses among: the ways in which a method can store a target, or a set of targets, and their exact bytes."""
+"""What a budget chooses among: the options of a method for storing a target or several targets together, and their bytes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choice:
-    """What the budget gives a target: the numbers that a form's size depends on. Dense where all of them are None.
+    """What the budget gives a target: the numbers that determine the size of its form. All None: the target stays dense.
 
     Args:
-        rank: of the low-rank part.
-        bits: of the quantized weight, or of a quantized remainder beside a low-rank part.
+        rank: of the low-rank factors.
+        bits: of the quantized weight; of the quantized base where there is a low-rank correction too.
         factor_bits: of the low-rank factors; None stores them in the checkpoint's own dtype.
-        atoms: rows of a dictionary.
-        nonzeros: coefficients kept in a row of its codes, on average.
-        way: number of the alternative that it belongs to, where a recipe names several methods.
-        channels: inner channels of a feed-forward that stay.
+        atoms: rows of the dictionary.
+        nonzeros: nonzero codes per row of the weight, on average.
+        alternative: number of the method, where a recipe has several.
+        channels: kept inner channels of a feed-forward.
     """
 
     rank: int | None = None
@@ -36,12 +36,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the size of a form depends on, known from the headers.
+    """What the size of a form depends on; known from the checkpoint's headers.
 
     Args:
         out_features, in_features: of the weight.
         element: bytes of one number in the checkpoint's own dtype.
-        bias: whether the target has a bias already; a method that adds one pays for it where it has none.
+        bias: whether the target has a bias already; if not, an option that adds one counts its bytes.
     """
 
     out_features: int
@@ -57,12 +57,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Option:
-    """One way in which a method can store a target.
+    """One way to store a target.
 
     Args:
-        choice: what the form's size depends on.
-        nbytes: exact bytes on disk, the target's own bias left out.
-        halfway: of a method of two steps, the bytes after the first one alone.
+        choice: the numbers that determine the size.
+        nbytes: exact bytes on disk, without the target's own bias.
+        halfway: for a method of two steps, the bytes after the first step.
     """
 
     choice: Choice
@@ -71,7 +71,7 @@ class Option:
 
 
 def break_even(out_features: int, in_features: int) -> int:
-    """The largest rank at which two factors take fewer numbers than the matrix."""
+    """The largest rank at which two factors have fewer numbers than the matrix."""
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
@@ -108,11 +108,11 @@ def coarsest(count: int) -> Callable[[Sequence[Option], int], list[int]]:
 
 @dataclass(frozen=True)
 class JointOption(Option):
-    """One way to store a set of targets; `choice` and `nbytes` are those of the whole set.
+    """One way to store the targets of a unit together; `choice` and `nbytes` are those of the whole unit.
 
     Args:
-        members: what each one gets, in the set's order. A dense choice leaves a member whole; it is then left out when the
-            others are solved.
+        members: the option of each member, in the unit's order. A member whose choice is dense is not compressed, and is left
+            out when the others are solved.
     """
 
     members: tuple[Option, ...] = ()

@@ -216,7 +216,7 @@ class Recipe(Steps):
     def _compression(self) -> tuple[Method, Settings]:
         if self.alternatives:
             methods_, settings = zip(*(each.parsed for each in self.alternatives), strict=True)
-            return mixture(methods_), MixtureSettings(parts=settings)
+            return mixture(methods_), MixtureSettings(alternatives=settings)
         return self.parsed
 
     def resolved(self) -> dict[str, Any]:

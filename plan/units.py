@@ -16,11 +16,11 @@ class Unit:
 
     Args:
         targets: one, or a set in the method's own order.
-        parts: what each is to a joint method; None for a target that is solved alone.
+        slots: which slot of the unit each fills, in the words of the joint method; None for a target that is solved alone.
     """
 
     targets: tuple[Target, ...]
-    parts: tuple[str, ...] | None = None
+    slots: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -30,8 +30,8 @@ class Unit:
     def without(self, names: Collection[str]) -> Unit:
         """The unit without the targets of these names."""
         kept = [number for number, target in enumerate(self.targets) if target.name not in names]
-        parts = None if self.parts is None else tuple(self.parts[number] for number in kept)
-        return Unit(tuple(self.targets[number] for number in kept), parts)
+        slots = None if self.slots is None else tuple(self.slots[number] for number in kept)
+        return Unit(tuple(self.targets[number] for number in kept), slots)
 
     def shared_out(self, chosen: Option, options: Sequence[Option], dense: Mapping[str, int]) -> dict[str, Option]:
         """What each target gets where the unit got `chosen`.
@@ -40,7 +40,7 @@ class Unit:
             options: of this unit, `chosen` among them unless it is dense.
             dense: target -> bytes when dense.
         """
-        if self.parts is None:
+        if self.slots is None:
             return {self.name: next((option for option in options if option.choice == chosen.choice), chosen)}
         if chosen.choice.dense:
             return {target.name: Option(Choice(), dense[target.name]) for target in self.targets}
@@ -59,10 +59,10 @@ def units_of(method: Method, settings: Settings, targets: Sequence[Target]) -> l
         return [Unit((target,)) for target in targets]
     by_name = {target.name: target for target in targets}
     member: dict[str, Unit] = {}
-    for each in method.joint.sets(targets, settings):
-        unit = Unit(tuple(by_name[name] for name in each.names), each.parts)
+    for each in method.joint.units(targets, settings):
+        unit = Unit(tuple(by_name[name] for name in each.names), each.slots)
         if twice := [name for name in each.names if name in member]:
-            raise ValueError(f"method {method.name} puts {twice[0]} into two sets")
+            raise ValueError(f"method {method.name} puts {twice[0]} into two units")
         member |= dict.fromkeys(each.names, unit)
     found = dict.fromkeys(member.get(target.name, Unit((target,))) for target in targets)
     return list(found)
@@ -71,9 +71,9 @@ def units_of(method: Method, settings: Settings, targets: Sequence[Target]) -> l
 def needs_of(method: Method, units: Iterable[Unit]) -> dict[str, frozenset[str]]:
     """Target -> the statistics that the method reads of it."""
     return {
-        target.name: method.needs_of(part)
+        target.name: method.needs_of(slot)
         for unit in units
-        for target, part in zip(unit.targets, unit.parts or (None,), strict=True)
+        for target, slot in zip(unit.targets, unit.slots or (None,), strict=True)
     }
 
 
@@ -90,12 +90,12 @@ def options_of(
     found: dict[str, Sequence[Option]] = {}
     for unit in units:
         shapes = tuple(shape_of(target, element) for target in unit.targets)
-        key = shapes, unit.parts
+        key = shapes, unit.slots
         if key not in known:
-            if unit.parts is None:
+            if unit.slots is None:
                 known[key] = method.options(shapes[0], settings, multiple)
             else:
                 assert method.joint is not None
-                known[key] = method.joint.options(shapes, unit.parts, settings, multiple)
+                known[key] = method.joint.options(shapes, unit.slots, settings, multiple)
         found[unit.name] = known[key]
     return found

@@ -82,7 +82,7 @@ class _Measuring:
             "probed": recipe.allocation == "kl",
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
             # other units than before, because other targets are kept, have other curves
-            "units": [[target.name for target in unit.targets] for unit in draft.units if unit.parts is not None],
+            "units": [[target.name for target in unit.targets] for unit in draft.units if unit.slots is not None],
             "score": self._score,
             "by_tokens": self._by_tokens,
             "limits": {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()},
@@ -158,7 +158,7 @@ class _Measuring:
             held |= self._store.read(self._view.layer_names[number], names)
         statistics = [held[target.name].to(self._run.devices[0]) for target in unit.targets]
         solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
-        solution = solutions[0] if unit.parts is None else Together.of(solutions, self._options[unit.name])
+        solution = solutions[0] if unit.slots is None else Together.of(solutions, self._options[unit.name])
         return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
 
     def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:

@@ -91,10 +91,10 @@ def solve_unit(
         weights: (out, in) each, on the device that is to work.
         statistics: of the same targets.
     """
-    if unit.parts is None:
+    if unit.slots is None:
         return [method.solve(weights[0], statistics[0], settings)]
     assert method.joint is not None
-    return method.joint.solve(weights, statistics, unit.parts, settings)
+    return method.joint.solve(weights, statistics, unit.slots, settings)
 
 
 @dataclass(frozen=True)

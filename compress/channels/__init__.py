@@ -1,1 +1,1 @@
-"""Methods that remove channels of feed-forwards, one file each."""
+"""Methods that prune inner channels of feed-forwards, one file each."""

@@ -1,7 +1,7 @@
-"""Pruned feed-forwards: the sizes at which they can be stored, and their solutions.
+"""Pruned feed-forwards: their options, and the solutions of their matrices.
 
-The targets of one feed-forward lose the same inner channels: those that make them (gate, up) lose rows and biases, the one that
-reads them (down) loses columns.
+All matrices of a feed-forward lose the same inner channels: the gate and up projections lose rows and biases, the down
+projection loses columns.
 """
 
 from __future__ import annotations
@@ -17,58 +17,65 @@ from ..base import Solution
 from ..forms.base import Dense
 from ..forms.pruned import Pruned
 from ..options import Choice, JointOption, Option, Shape
-from .feed_forward import READER
+from .feed_forward import DOWN
 
 
-def channel_options(shapes: Sequence[Shape], parts: Sequence[str], multiple: int) -> list[JointOption]:
-    """Every number of inner channels (in steps of `multiple`) of a feed-forward, but all of them; the reader last."""
+def channel_options(shapes: Sequence[Shape], slots: Sequence[str], multiple: int) -> list[JointOption]:
+    """One option for every smaller number of inner channels, in steps of `multiple`; the down projection is the last shape."""
     inner = shapes[-1].in_features
     found = []
     for channels in range(multiple, inner, multiple):
-        left = [pruned_shape(shape, part, inner, channels) for shape, part in zip(shapes, parts, strict=True)]
+        left = [pruned_shape(shape, slot, inner, channels) for shape, slot in zip(shapes, slots, strict=True)]
         sizes = [small.nbytes - gone_biases(shape, small) for shape, small in zip(shapes, left, strict=True)]
         members = tuple(Option(Choice(channels=channels), size) for size in sizes)
         found.append(JointOption(Choice(channels=channels), sum(sizes), members))
     return found
 
 
-def pruned_shape(shape: Shape, part: str, inner: int, channels: int) -> Shape:
-    """What is left of a feed-forward's matrix: columns of the reader, rows of the others (of each half, if there are two)."""
-    if part == READER:
+def pruned_shape(shape: Shape, slot: str, inner: int, channels: int) -> Shape:
+    """The shape of a feed-forward's matrix with `channels` of its `inner` channels.
+
+    The down projection loses columns, the others lose rows; of a fused gate and up, each half does.
+    """
+    if slot == DOWN:
         return replace(shape, in_features=channels)
     return replace(shape, out_features=shape.out_features // inner * channels)
 
 
 def gone_biases(shape: Shape, left: Shape) -> int:
-    """Bytes of the biases that leave with their rows, which an option counts as saved."""
+    """Bytes of the biases of pruned rows, which an option counts as saved."""
     return (shape.out_features - left.out_features) * shape.element if shape.bias else 0
 
 
 class ChannelSolution(Solution):
-    """One target of a feed-forward, of which any number of channels may stay."""
+    """One matrix of a feed-forward, for every number of kept channels."""
 
     weight: Tensor  # (out, in)
-    reads: bool  # whether the channels are the target's columns
+    reads: bool  # whether it is the down projection: the channels are its columns
 
     @property
     @abstractmethod
     def inner(self) -> int:
-        """How many channels there are."""
+        """The number of channels before pruning."""
 
     @abstractmethod
     def kept(self, channels: int) -> Tensor:
-        """(channels,) which ones stay where this many do, ascending; they are among those of any larger number."""
+        """(channels,) the channels that are kept where so many are, ascending; a subset of those kept at any larger number."""
 
     def form(self, choice: Choice) -> Pruned:
         rows, columns = self.left(choice)
         return Pruned(Dense(self.at(rows, columns)), rows, columns, (len(self.weight), self.weight.shape[1]))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(rows, columns) float64, what stands at these."""
+        """(rows, columns) float64, the values to store at these rows and columns."""
         return self.weight[rows[:, None], columns].double()
 
     def left(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Which rows and which columns stay, both ascending."""
+        """The rows and the columns that are kept, both ascending.
+
+        Raises:
+            ValueError: the choice is dense.
+        """
         if choice.channels is None:
             raise ValueError("a dense target is not solved")
         kept = self.kept(choice.channels)
@@ -80,13 +87,13 @@ class ChannelSolution(Solution):
 
 @dataclass(frozen=True)
 class Channels(ChannelSolution):
-    """One target of a pruned feed-forward whose channels are ordered beforehand, what each is worth known by itself.
+    """One matrix of a feed-forward whose channels are ranked once, each by its own importance.
 
     Args:
         weight: (out, in).
-        energy: (inner,) float64, what this target loses with each channel: Σ E[x²] W² over what leaves with it.
-        stays: (inner,) channels in the order in which they are kept, the last one leaves first.
-        reads: whether the channels are the target's columns.
+        energy: (inner,) float64, the loss of this matrix for each pruned channel: Σ E[x²] W² over the channel's row or column.
+        stays: (inner,) channels in the order in which they are kept; the last one is pruned first.
+        reads: whether it is the down projection: the channels are its columns.
     """
 
     weight: Tensor

@@ -1,21 +1,22 @@
-"""Nyström: feed-forwards lose channels, and the matrix that reads them makes up for it; everything else by `svd-llm`.
+"""Nyström: prunes feed-forward channels and refits the down projection; every other matrix by `svd-llm`.
 
-Attention's matrices are of low rank and feed-forwards are not (LoRAP). A feed-forward therefore loses whole inner channels,
-which costs no second factor, and its down projection is fitted anew to the channels that stay: `W_S + W_R C_RS (C_SS + λ)⁻¹` is
-the least-squares map for the inputs that calibration saw, S the channels that stay, R those that leave. Always those leave
-whose absence, made up for by all that are still there, moves the output least (‖w‖² / [C⁻¹]_ii, Optimal Brain Surgeon): a few
-at a time, then what the others would cost is found anew. What is left is an ordinary, smaller feed-forward.
+The matrices of attention have nearly low rank and those of feed-forwards have not (LoRAP). From feed-forwards whole inner
+channels are pruned, which takes no second factor, and the down projection is refitted to the kept channels:
+`W_S + W_R C_RS (C_SS + λ)⁻¹` is the least-squares map for the calibration inputs, S the kept channels, R the pruned ones. At
+each step the method prunes the few channels whose removal, after refitting the rest, changes the output least
+(‖w‖² / [C⁻¹]_ii, Optimal Brain Surgeon); then it updates the costs of the others. The result is an ordinary, smaller
+feed-forward.
 
-When to use: with `allocation: kl` the best of the one-shot methods here (docs/allocation.md), and the least bound to its
-calibration text; the result needs no kernel of its own. Alone in a uniform budget it shows what channels are worth.
+When to use: with `allocation: kl`. It is then the best of the one-shot methods here (docs/allocation.md) and depends least on
+the calibration text, and the result needs no special kernel. With a uniform budget it shows what pruning channels alone gains.
 
 Cost: one Cholesky inverse of the inner width and its elimination, 2/3 n³ in float64 per feed-forward; attention as `svd-llm`.
-Statistics: a gram (inner, inner) per feed-forward; of the others as `svd-llm`.
+Statistics: a gram (inner, inner) per feed-forward; for the other targets as `svd-llm`.
 
-Source: Lin et al., MoDeGPT, arXiv 2408.09632, §3.2, type I (the Nyström form of the down projection, its ridge); the order by
-Optimal Brain Surgeon, Hassibi and Stork, NeurIPS 1992, applied to groups as ZipLM, arXiv 2302.04089. Differences from MoDeGPT:
-channels leave in turn, not by their ridge leverage scores at once; the ridge is relative to each channel's own energy, so
-that rescaling a channel changes nothing; attention is factored and not cut into narrower heads.
+Source: Lin et al., MoDeGPT, arXiv 2408.09632, §3.2, type I (the Nyström form of the down projection, its ridge); the pruning
+order by Optimal Brain Surgeon, Hassibi and Stork, NeurIPS 1992, applied to groups as in ZipLM, arXiv 2302.04089. Differences
+from MoDeGPT: channels are pruned one after the other, not all at once by ridge leverage scores; the ridge is relative to each
+channel's own energy, so that rescaling a channel changes nothing; attention is factored, its heads are not made narrower.
 """
 
 from __future__ import annotations
@@ -29,42 +30,42 @@ from pydantic import Field
 from torch import Tensor
 
 from ...errors import LrcError
-from ..base import Joinable, Joint, Settings, Solution, TargetSet, TargetStats, method
+from ..base import Joinable, Joint, JointUnit, Settings, Solution, TargetStats, method
 from ..low_rank import svd_llm
 from ..options import Choice, JointOption, Shape
 from .base import ChannelSolution, channel_options
-from .feed_forward import GATE_UP, MAKER, READER, by_layer, feed_forwards
+from .feed_forward import DOWN, GATE_UP, UP, by_layer, feed_forwards
 
-_BLOCKS = 16  # a block of at most this part of the channels leaves between two updates of the whole inverse (docs/LOG.md)
-_READ = {GATE_UP: frozenset[str](), MAKER: frozenset[str](), READER: frozenset({"gram"})}  # of a feed-forward, the one gram
-_SEEN = 1e-6  # of the largest root mean square: channels below it count as if they had this
+_BLOCKS = 16  # 1/16 of the channels that are left is pruned between two updates of the whole inverse (docs/LOG.md)
+_READ = {GATE_UP: frozenset[str](), UP: frozenset[str](), DOWN: frozenset({"gram"})}  # only the down projection needs a gram
+_SEEN = 1e-6  # of the largest root mean square; channels with a smaller one are treated as if they had this one
 
 
 class NystromSettings(Settings):
     """Settings of `nystrom`."""
 
-    ridge: float = Field(0.1, ge=1e-8, le=1e3, description="added to each channel's energy, relative to it")
+    ridge: float = Field(0.1, ge=1e-8, le=1e3, description="ridge on each channel's energy, relative to that energy")
 
 
-def sets(targets: Sequence[Joinable], settings: NystromSettings) -> list[TargetSet]:
-    """The feed-forwards that are recognised, each expert one."""
-    return [each.as_set() for layer in by_layer(targets) for each in feed_forwards(layer)]
+def units(targets: Sequence[Joinable], settings: NystromSettings) -> list[JointUnit]:
+    """The feed-forwards that are recognised; each expert is one."""
+    return [each.as_unit() for layer in by_layer(targets) for each in feed_forwards(layer)]
 
 
-def options(shapes: Sequence[Shape], parts: Sequence[str], settings: NystromSettings, multiple: int = 1) -> list[JointOption]:
-    """Every number of channels."""
-    return channel_options(shapes, parts, multiple)
+def options(shapes: Sequence[Shape], slots: Sequence[str], settings: NystromSettings, multiple: int = 1) -> list[JointOption]:
+    """Every smaller number of channels."""
+    return channel_options(shapes, slots, multiple)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a down projection reads, its channels scaled to the same energy.
+    """A down projection and the channels that it reads, scaled to equal energy.
 
     Args:
         weight: (out, inner) float64, its columns times `scale`.
         gram: (inner, inner) float64 with ones on the diagonal, the ridge added.
         scale: (inner,) float64, each channel's root mean square.
-        ridge: what was added.
+        ridge: what was added to the diagonal.
     """
 
     weight: Tensor
@@ -87,17 +88,17 @@ class Reading:
         return torch.cholesky_inverse(self._factor(self.gram))
 
     def fitted(self, kept: Tensor) -> Tensor:
-        """The weight (out, kept) in the channels' own units, made up for those that are gone."""
+        """The weight (out, kept) refitted to the kept channels, in the original scale of the channels."""
         gone = _others(len(self.scale), kept)
         factor = self._factor(self.gram[kept[:, None], kept])
         more = torch.cholesky_solve(self.gram[kept[:, None], gone] @ self.weight[:, gone].T, factor).T
         return (self.weight[:, kept] + more) / self.scale[kept]
 
     def _factor(self, gram: Tensor) -> Tensor:
-        """The Cholesky factor of a part of the gram.
+        """The Cholesky factor of a principal submatrix of the gram.
 
         Raises:
-            LrcError: rounding in the statistics (float32) is larger than the ridge.
+            LrcError: there is none, because rounding errors of the float32 statistics exceed the ridge.
         """
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
@@ -109,22 +110,23 @@ class Reading:
 
 
 def _others(count: int, some: Tensor) -> Tensor:
-    """Indices below `count` that are not among some, ascending."""
+    """Indices below `count` that are not in `some`, ascending."""
     others = torch.ones(count, dtype=torch.bool, device=some.device)
     others[some] = False
     return others.nonzero()[:, 0]
 
 
 class Elimination:
-    """Channels leave a reading one after the other; only as many have left as somebody asked about.
+    """Prunes the channels one after the other, lazily: only as far as a caller has asked.
 
-    Some of the cheapest leave together, the cheapest first; then the inverse and the weight are brought up to date in place, as
-    by Gaussian elimination: what stays lies in their leading part. Losses are exact for the order.
+    A block of the cheapest channels is pruned together, the cheapest first. Then the inverse and the weight are updated in
+    place, as in Gaussian elimination; the entries of the channels that are left are the leading part of both. The reported
+    losses are exact for the order in which channels were pruned.
 
     Args:
-        reading: of the channels.
-        outputs: (out, out) float64, by which an error of the outputs is multiplied before it is squared; by default it counts
-            as it is. What the reader is fitted to does not change with it.
+        reading: the down projection and its channels.
+        outputs: (out, out) float64, multiplies an error of the outputs before it is squared; None: the plain squared error.
+            The refitted down projection does not depend on it.
     """
 
     def __init__(self, reading: Reading, outputs: Tensor | None = None) -> None:
@@ -132,7 +134,7 @@ class Elimination:
         count = len(reading.scale)
         self._left = count
         self._inverse, self._weight = reading.inverse(), self._weighed()
-        # those that stay, then the others, the first to leave last; and what each of these added to the loss
+        # first the channels that are left, then the pruned ones, the first of them last; and what each added to the loss
         self._order, self._lost = torch.arange(count, device=reading.scale.device), torch.zeros_like(reading.scale)
 
     def _weighed(self) -> Tensor:
@@ -140,32 +142,32 @@ class Elimination:
 
     @cached_property
     def total(self) -> float:
-        """What is lost where no channel stays: tr(W C Wᵀ) of the weight in the outputs' metric."""
+        """The loss where no channel is kept: tr(W C Wᵀ) of the weight in the outputs' metric."""
         weight = self._weighed()
         return float((weight @ self.reading.gram).mul_(weight).sum())
 
     def kept(self, channels: int) -> Tensor:
-        """(channels,) which ones stay where this many do, ascending."""
-        self._leave_until(channels)
+        """(channels,) the channels that are kept where so many are, ascending."""
+        self._prune_until(channels)
         return self._order[:channels].sort().values
 
     def loss(self, channels: int) -> float:
-        """What is lost where this many stay."""
-        self._leave_until(channels)
+        """The loss where this many channels are kept."""
+        self._prune_until(channels)
         return float(self._lost[channels:].sum())
 
-    def _leave_until(self, channels: int) -> None:
+    def _prune_until(self, channels: int) -> None:
         while self._left > channels:
-            self._block()
+            self._prune_block()
 
-    def _block(self) -> None:
-        """The cheapest channels leave together."""
+    def _prune_block(self) -> None:
+        """Prune the cheapest channels together."""
         left = self._left
         scores = self._weight[:, :left].square().sum(0) / self._inverse.diagonal()[:left]
         cheapest = scores.sort(stable=True).indices[: -(-left // _BLOCKS)]
         stay = left - len(cheapest)
         self._move_to_end(cheapest.flip(0))
-        # L Lᵀ is their part of the inverse in the order in which they leave; what each adds to the loss is a row of L⁻¹ Wᵀ
+        # L Lᵀ: their block of the inverse in pruning order; a channel adds the squared norm of its row of L⁻¹ Wᵀ to the loss
         factor = torch.linalg.cholesky(self._inverse[stay:left, stay:left].flip(0, 1))
         both = torch.cat([self._weight[:, stay:left].T, self._inverse[stay:left, :stay]], dim=1).flip(0)
         weight, across = torch.linalg.solve_triangular(factor, both, upper=False).split([len(self._weight), stay], dim=1)
@@ -175,7 +177,7 @@ class Elimination:
         self._left = stay
 
     def _move_to_end(self, some: Tensor) -> None:
-        """Exchange places in the order, the weight and the inverse so that these are the last that are left."""
+        """Swap channels in the order, the weight and the inverse so that `some` are the last of those that are left."""
         left, stay = self._left, self._left - len(some)
         among = torch.zeros(left, dtype=torch.bool, device=some.device)
         among[some] = True
@@ -190,11 +192,11 @@ class Elimination:
 
 @dataclass(frozen=True)
 class Member(ChannelSolution):
-    """A matrix of a feed-forward. Those that make the channels lose nothing: what is lost is lost at the one that reads them.
+    """A gate or up projection. It has no loss of its own: the loss of pruned channels is counted at the down projection.
 
     Args:
         weight: (out, in).
-        elimination: of the channels.
+        elimination: prunes the channels of the feed-forward.
     """
 
     weight: Tensor
@@ -218,7 +220,7 @@ class Member(ChannelSolution):
 
 @dataclass(frozen=True)
 class Fitted(Member):
-    """The matrix that reads the channels, fitted to those that stay."""
+    """The down projection, refitted to the kept channels."""
 
     reads: bool = True
 
@@ -237,22 +239,22 @@ class Fitted(Member):
         return self.elimination.reading.fitted(columns)
 
 
-def solve_set(
-    weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: NystromSettings
+def solve_together(
+    weights: Sequence[Tensor], statistics: Sequence[TargetStats], slots: Sequence[str], settings: NystromSettings
 ) -> Sequence[Solution]:
-    """A feed-forward's weights (out, in), the one that reads the channels last; what is lost is lost at its output."""
+    """A feed-forward's weights (out, in), the down projection last; losses are squared errors of its output."""
     return solved_feed_forward(weights, statistics[-1], settings.ridge)
 
 
 def solved_feed_forward(
     weights: Sequence[Tensor], reads: TargetStats, ridge: float, outputs: Tensor | None = None
 ) -> Sequence[Solution]:
-    """Weights (out, in) of a feed-forward, the one that reads the channels last.
+    """One solution for each weight (out, in) of a feed-forward, the down projection last.
 
     Args:
-        reads: the reader's statistics.
+        reads: statistics of the down projection.
         ridge: as in the settings.
-        outputs: as `Elimination` takes it.
+        outputs: as in `Elimination`.
     """
     assert reads.group.gram is not None
     elimination = Elimination(Reading.of(weights[-1], reads.group.gram, ridge), outputs)
@@ -264,8 +266,8 @@ def solved_feed_forward(
     source="arXiv 2408.09632",
     needs=["output_gram"],
     settings=NystromSettings,
-    joint=Joint(sets, options, solve_set, shares=False, needs=_READ),
+    joint=Joint(units, options, solve_together, shares=False, needs=_READ),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: NystromSettings) -> Solution:
-    """A target (out, in) by itself: as `svd-llm`."""
+    """A target (out, in) outside the feed-forwards: as `svd-llm`."""
     return svd_llm.solve(weight, stats, settings)

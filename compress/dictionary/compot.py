@@ -1,22 +1,23 @@
 """COMPOT: a sparse code over an orthogonal dictionary, learned in closed form.
 
-Each row of the weight becomes a sum of a few orthogonal atoms, so different outputs may use different subspaces, where low
-rank gives all outputs the same. With an orthonormal dictionary D both halves of the problem have exact solutions: the best
+Each row of the weight becomes a sum of a few orthogonal atoms. Different outputs may thus use different subspaces, while low
+rank gives the same subspace to all outputs. With an orthonormal dictionary D both subproblems have exact solutions: the best
 codes are the largest entries of `points D`, and the best D for given codes is the orthogonal factor of `pointsᵀ codes`
-(Procrustes). Neither half can raise the loss. The start is the basis of the truncated SVD.
+(Procrustes). The method alternates between the two, starting from the basis of the truncated SVD; neither step can raise the
+loss.
 
-When to use: in the place of `svd-llm` where size matters more than speed: at equal bytes it loses clearly less, and it is far
-cheaper than `cospadi`. Its forward is slower than the dense one for single tokens (benchmarks/dictionary.py).
+When to use: instead of `svd-llm`, where size matters more than speed. At equal bytes its loss is clearly lower, and it is far
+cheaper than `cospadi`. Its forward pass is slower than the dense one for single tokens (benchmarks/dictionary.py).
 
-Cost: that of `svd-llm`, and per iteration two multiplications of (out, r) by (r, k) and one SVD of (r, k), r = min(out, in).
-A 1536 x 576 target takes some 4 s on one core, half as much again where splits are compared (`auto`). All is float64: float32
-agrees to 1e-5 of the total and saves little. Statistics: as for `svd-llm`.
+Cost: that of `svd-llm`, plus per iteration two multiplications of (out, r) by (r, k) and one SVD of (r, k), r = min(out, in).
+A 1536 x 576 target takes some 4 s on one core, and half as much again if splits are compared (`auto`). All work is in float64:
+float32 agrees to 1e-5 of the total and saves little. Statistics: as for `svd-llm`.
 
 Source: COMPOT, arXiv 2602.15200; orthogonal dictionary, hard threshold and Procrustes, SVD start, 20 iterations, k/s = 2.
-Differences from the paper: the codes kept are the largest of the whole target, not equally many in each row (`share: row`
-gives that); when the dictionary stands, values and atoms are refitted by least squares in turn (`refits`), after which the
-atoms are no longer orthogonal and the loss is lower; atoms never outnumber min(out, in), and the surplus goes to nonzeros; no
-gram is inverted (compress/dictionary/sparse_coding.py).
+Differences from the paper: the kept codes are the largest of the whole target, not equally many in each row (`share: row`
+does that); once the dictionary is found, values and atoms are refitted by least squares in turn (`refits`), which lowers the
+loss and makes the atoms no longer orthogonal; there are at most min(out, in) atoms, and a larger budget adds nonzeros instead;
+no gram is inverted (sparse_coding.py).
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from .sparse_coding import (
 )
 
 Share = Literal["target", "row"]
-_STAGES = (3, 8)  # iterations after which splits are compared and half of them go on
+_STAGES = (3, 8)  # iterations after which splits are compared and the better half is kept
 
 
 class CompotSettings(DictionarySettings):
     """Settings of `compot`."""
 
-    iterations: int = Field(20, ge=0, le=10_000, description="of threshold and Procrustes")
-    share: Share = Field("target", description="the largest codes of the whole target, or equally many in each row")
+    iterations: int = Field(20, ge=0, le=10_000, description="of thresholding and Procrustes in turn")
+    share: Share = Field("target", description="keep the largest codes of the whole target, or equally many in each row")
 
     @model_validator(mode="after")
     def _rows_fit(self) -> CompotSettings:
@@ -61,10 +62,10 @@ class CompotSettings(DictionarySettings):
 
 
 def largest(codes: Tensor, count: int, share: Share = "target", pattern: Pattern = "free") -> Tensor:
-    """The mask (out, k) of the `count` codes that hold the most energy: the exact optimum for an orthonormal dictionary.
+    """The mask (out, k) of the `count` codes with the most energy: the exact optimum for an orthonormal dictionary.
 
     Args:
-        count: altogether; divided among the rows where `share` is 'row'; not looked at for 2:4.
+        count: of the whole target; divided evenly among the rows where `share` is 'row'; ignored for 2:4.
     """
     mask = torch.zeros(codes.shape, dtype=torch.bool, device=codes.device)
     if pattern == "2:4":
@@ -83,16 +84,16 @@ def procrustes(points: Tensor, codes: Tensor) -> Tensor:
 
 
 class _Search:
-    """One split on its way. Between two turns it holds its orthogonal dictionary (r, atoms) and no codes, which are larger."""
+    """The search with one split (atoms, nonzeros). Between calls it keeps its dictionary (r, atoms), not the larger codes."""
 
     def __init__(self, points: Tensor, split: Split, share: Share, pattern: Pattern) -> None:
         atoms, self._nonzeros = split
         self._points, self._share, self._pattern = points, share, pattern
         self._dictionary = torch.eye(points.shape[1], atoms, dtype=points.dtype, device=points.device)
-        self.sparse = self._nonzeros < len(points) * atoms  # without zeros the start is the optimum already
+        self.sparse = self._nonzeros < len(points) * atoms  # without zeros the start is already optimal
 
     def go(self, iterations: int) -> tuple[Tensor, Tensor]:
-        """Procrustes and threshold in turn: codes (out, atoms), zero outside the mask beside them."""
+        """Procrustes and thresholding in turn. Returns codes (out, atoms), zero outside the mask, and the mask."""
         codes, mask = self._coded()
         for _ in range(iterations if self.sparse else 0):
             self._dictionary = procrustes(self._points, codes)
@@ -110,7 +111,7 @@ def learn(
 ) -> Coded:
     """The codes of the best split, refined at the end.
 
-    All splits begin; the half that loses least goes on after three iterations, and of these the best one after eight.
+    All splits are tried for three iterations, the better half of them for eight; the best one is then run to the end.
     """
     left = [_Search(problem.points, split, share, pattern) for split in splits]
     done = 0
@@ -133,10 +134,10 @@ def learn(
     measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CompotSettings) -> DictionarySolution:
-    """An orthogonal dictionary for the weight (out, in), in the metric of what calibration saw."""
+    """An orthogonal dictionary for the weight (out, in), in the metric of the calibration inputs."""
 
     def learned(problem: Problem, splits: Sequence[Split]) -> Coded:
-        """Codes for the best of the splits."""
+        """Codes of the best split."""
         return learn(problem, splits, settings.iterations, settings.refits, settings.share, settings.pattern)
 
     return DictionarySolution(weight, Problem.of(weight, stats), settings, learned, most_atoms(*weight.shape))

@@ -1,20 +1,19 @@
 """CoSpaDi: a sparse code over a learned, free dictionary (OMP and K-SVD in the activations' metric).
 
-Each row of the weight becomes a sum of exactly s of k atoms. Rows are coded by orthogonal matching pursuit, atoms are updated
-one by one with their codes (K-SVD), in turn, until the loss stands still.
+Each row of the weight becomes a sum of exactly s of k atoms. The method codes the rows by orthogonal matching pursuit (OMP),
+then updates the atoms one by one together with their codes (K-SVD), and repeats both until the loss stops falling.
 
 When to use: to compare with published CoSpaDi results. `compot` comes as close in a small part of the time.
 
-Cost: per iteration and target, OMP reads about out · s² · k / 2 numbers and K-SVD multiplies 2 · 8 · out · s · r times: for a
-1536 x 576 target at ratio 0.2 some ten seconds on one core, times 60 iterations. It wants a GPU. Statistics: as for `svd-llm`.
+Cost: per iteration and target, OMP reads about out · s² · k / 2 numbers and K-SVD does 2 · 8 · out · s · r multiplications: for
+a 1536 x 576 target at ratio 0.2 some ten seconds on one core, times 60 iterations. Use a GPU. Statistics: as for `svd-llm`.
 
 Source: CoSpaDi, arXiv 2509.22075: weighted metric, k/s = 2, exact s per column of the codes, 8 power iterations per atom with
-the support kept, 60 iterations, atoms started at random columns of the weighted weight; `update: mod` is its method of
-optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse
-(compress/dictionary/sparse_coding.py); a row keeps its earlier code where OMP finds none that is better, so the loss never
-rises; values and atoms are refitted at the end (`refits`), support fixed; learning stops early when an iteration gains less
-than `tolerance`. The random start is drawn from `seed` and the weight's own bytes, so it does not depend on the order in which
-targets are solved.
+fixed support, 60 iterations, atoms initialised with random columns of the weighted weight; `update: mod` is its method of
+optimal directions. Differences from the paper: no Cholesky factor, no damping and no inverse (sparse_coding.py); a row keeps
+its previous code where OMP finds no better one, so the loss never rises; values and atoms are refitted at the end (`refits`)
+with fixed support; learning stops early when an iteration gains less than `tolerance`. The random start depends on `seed` and
+on the weight's own bytes, so it does not depend on the order in which targets are solved.
 """
 
 from __future__ import annotations
@@ -40,26 +39,26 @@ from .sparse_coding import (
     refined,
 )
 
-# Of workspace for the rows that OMP codes at once: on a processor what its cache holds, which takes half the time.
+# Bytes of workspace for the rows that OMP codes at once. On a CPU they must fit into its cache: that halves the time.
 _IN_CACHE, _AT_ONCE = 8 * 2**20, 256 * 2**20
-_DEPENDENT = 1e-10  # a squared length below this: the atom lies in the span of those chosen before
+_DEPENDENT = 1e-10  # an atom with a smaller squared length is in the span of the atoms chosen before it
 
 
 class CospadiSettings(DictionarySettings):
     """Settings of `cospadi`."""
 
-    iterations: int = Field(60, ge=1, le=10_000, description="at most this many of coding and dictionary update")
+    iterations: int = Field(60, ge=1, le=10_000, description="at most this many rounds of coding and dictionary update")
     tolerance: float = Field(
-        1e-4, ge=0, lt=1, description="stop when an iteration lowers the loss by less than this part of it"
+        1e-4, ge=0, lt=1, description="stop when an iteration lowers the loss by less than this fraction of it"
     )
     update: Literal["k-svd", "mod"] = Field("k-svd", description="atom by atom with its codes, or all atoms by least squares")
     power_iterations: int = Field(8, ge=1, le=1000, description="of each atom's rank-1 problem in K-SVD")
-    seed: int = Field(42, ge=0, description="of the atoms at the start")
+    seed: int = Field(42, ge=0, description="of the random initial atoms")
 
     @model_validator(mode="after")
     def _pursuit_fits(self) -> CospadiSettings:
         if self.pattern != "free":
-            raise ValueError("matching pursuit does not know the pattern 2:4; method compot does")
+            raise ValueError("matching pursuit cannot make the pattern 2:4; method compot can")
         if self.atoms_per_nonzero == "auto":
             raise ValueError("equally many codes in each row cannot fill the same bytes at every split: give atoms_per_nonzero")
         return self
@@ -70,16 +69,16 @@ def _most(out_features: int, in_features: int) -> int:
 
 
 def options(shape: Shape, settings: Any, multiple: int = 1) -> list[Option]:
-    """Dictionaries of few atoms to as many as the target has rows."""
+    """Dictionaries with up to as many atoms as the target has rows."""
     return dictionary_options(shape, settings, multiple, _most)
 
 
 def omp(points: Tensor, atoms: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit of every row: codes (n, k) and their mask, exactly `nonzeros` places in each row.
+    """Orthogonal matching pursuit of every row: codes (n, k) and their mask, with exactly `nonzeros` entries in each row.
 
-    In each step the atom most correlated with the residual joins, and the residual is made orthogonal to all that have
-    joined. Rows go together; what a step needs of the residual are its inner products with the atoms, which one new
-    orthogonalised atom changes by a multiple of its own inner products.
+    Each step chooses the atom that correlates most with the residual, and makes the residual orthogonal to all chosen atoms.
+    Rows are processed together. A step needs only the inner products of the residual with the atoms; a new orthogonalised atom
+    changes them by a multiple of its own inner products.
 
     Args:
         points: (n, r).
@@ -100,7 +99,7 @@ def omp(points: Tensor, atoms: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
 
 
 def _pursue(correlation: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """The chosen atoms and their values, both (n, nonzeros), from inner products (n, k) with the atoms and their gram."""
+    """The chosen atoms and their values, both (n, nonzeros), from inner products (n, k) with the atoms and the atoms' gram."""
     n, k = correlation.shape
     residual = correlation.clone()
     free = torch.ones(n, k, dtype=torch.bool, device=gram.device)
@@ -128,7 +127,7 @@ def _pursue(correlation: Tensor, gram: Tensor, nonzeros: int) -> tuple[Tensor, T
 
 
 def k_svd(points: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, power_iterations: int) -> tuple[Tensor, Tensor]:
-    """One pass over the atoms: each with its own codes becomes the best rank-1 term for what the others leave, support kept.
+    """One pass over the atoms: each atom and its codes become the best rank-1 fit to the residual of the others; fixed support.
 
     Args:
         points: (n, r).
@@ -147,7 +146,7 @@ def k_svd(points: Tensor, codes: Tensor, mask: Tensor, atoms: Tensor, power_iter
         for _ in range(power_iterations):
             turned = value @ left
             length = turned.norm()
-            if not length > 0:  # no row uses it, or nothing is left to say: any unit atom is as good
+            if not length > 0:  # no row uses the atom, or the residual is zero: any unit atom is as good
                 break
             atom = turned / length
             value = left @ atom
@@ -163,7 +162,7 @@ def _unit(atoms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_atoms(points: Tensor, count: int, weight: Tensor, seed: int) -> Tensor:
-    """(count, r) random rows of the points at unit length, drawn from the seed and the weight's bytes."""
+    """(count, r) random rows of the points, scaled to unit length; the random state is the seed and the weight's bytes."""
     content = weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
     digest = hashlib.sha256(content + seed.to_bytes(8, "little")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -172,7 +171,7 @@ def first_atoms(points: Tensor, count: int, weight: Tensor, seed: int) -> Tensor
 
 
 def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSettings) -> Coded:
-    """Coding and update in turn from these atoms (k, r) on, refined at the end; `nonzeros` per row."""
+    """Coding and dictionary update in turn, starting with these atoms (k, r); refined at the end. `nonzeros` is per row."""
     points = problem.points
     codes, mask = omp(points, atoms, nonzeros)
     loss = float((points - codes @ atoms).square().sum())
@@ -201,13 +200,13 @@ def learn(problem: Problem, atoms: Tensor, nonzeros: int, settings: CospadiSetti
     measured=at_sizes(0.3, 0.6),
 )
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiSettings) -> DictionarySolution:
-    """A learned dictionary for the weight (out, in), in the metric of what calibration saw."""
+    """A learned dictionary for the weight (out, in), in the metric of the calibration inputs."""
 
     def learned(problem: Problem, splits: Sequence[Split]) -> Coded:
-        """Codes for the one split that there is."""
+        """Codes of the only split."""
         ((atoms, nonzeros),) = splits  # 'auto' is refused
         each = nonzeros // len(problem.points)
-        if each >= min(atoms, problem.points.shape[1]):  # no zeros to choose: the plain projection is the optimum
+        if each >= min(atoms, problem.points.shape[1]):  # there are no zeros to place: the plain projection is optimal
             codes = problem.points[:, :atoms]
             codes = torch.nn.functional.pad(codes, (0, atoms - codes.shape[1]))
             mask = torch.zeros(codes.shape, dtype=torch.bool, device=codes.device)

@@ -1,17 +1,17 @@
-"""CoSpaDi across layers: neighbouring layers share a dictionary for each of their reading roles; the codes are their own.
+"""CoSpaDi across layers: neighbouring layers share a dictionary for each of q, k, v, gate and up; the codes are their own.
 
-The weights of one role in `layers` neighbouring layers are stacked on their outputs and coded as one matrix, in the metric of
-the mean of the layers' grams: every row of every layer is a sum of s of the same k atoms. What the shared atoms save buys more
-of them.
+The weights of one role (q_proj, say) in `layers` neighbouring layers are stacked along their outputs and coded as one matrix,
+in the metric of the mean of the layers' grams: every row of every layer is a sum of s of the same k atoms. The bytes that
+sharing saves pay for more atoms.
 
-When to use: as `cospadi`, where its time can be paid; published results are better than those of `cospadi` at the same bytes
-(Llama-2-7B at 0.2: word perplexity 11.73 against 15.97).
+When to use: as `cospadi`, where its running time is acceptable. Published results are better than those of `cospadi` at the
+same bytes (Llama-2-7B at 0.2: word perplexity 11.73 against 15.97).
 
 Cost: that of `cospadi` on a stack of `layers` targets. Statistics: a gram (in, in) per group, kept on disk.
 
 Source: CoSpaDi, arXiv 2509.22075, the grouped variant: weights concatenated on their outputs, one metric from the mean of the
-grams (an approximation: exact would be a metric per layer). Differences: those of `cospadi`. Targets that share nothing (o,
-down, experts) are solved as by `cospadi`.
+grams (an approximation; the exact problem has one metric per layer). Differences: those of `cospadi`. Targets that share
+nothing (o, down, experts) are solved as by `cospadi`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .sparse_coding import DictionarySolution, best_atoms, dictionary_options
 
 
 class CospadiGroupSettings(cospadi.CospadiSettings, NeighbourSettings):
-    """Settings of `cospadi`, and which layers and roles share."""
+    """Settings of `cospadi`, and which layers and roles share a dictionary."""
 
 
 def options(
-    shapes: Sequence[Shape], parts: Sequence[str], settings: CospadiGroupSettings, multiple: int = 1
+    shapes: Sequence[Shape], slots: Sequence[str], settings: CospadiGroupSettings, multiple: int = 1
 ) -> list[JointOption]:
-    """What `cospadi` offers for the stack; the first member stores the atoms, each its own codes."""
+    """The options of `cospadi` for the stack; the first member stores the atoms, and every member its own codes."""
     found = []
     for option in dictionary_options(stack_shape(shapes), settings, multiple, lambda out_features, in_features: out_features):
         atoms, each = option.choice.atoms, option.choice.nonzeros
@@ -51,18 +51,18 @@ def options(
             shared = 0 if number == 0 else atoms * shape.in_features * shape.element
             members.append(Option(option.choice, whole - shared))
         total = sum(member.nbytes for member in members)
-        if total < sum(shape.nbytes for shape in shapes):  # supports are padded member by member
+        if total < sum(shape.nbytes for shape in shapes):  # each member's support is padded, so the sum may be too large
             found.append(JointOption(option.choice, total, tuple(members)))
     return found
 
 
 @dataclass(frozen=True)
 class GroupMember(Solution):
-    """One member: its rows of the stack's codes.
+    """One member of a unit: its rows of the stack's codes.
 
     Args:
         stack: the solution of all members' rows together.
-        rows: of this one.
+        rows: those of this member.
     """
 
     stack: DictionarySolution
@@ -85,10 +85,10 @@ class GroupMember(Solution):
         return SharedDictionary(own, lends=self.rows.start == 0)
 
 
-def solve_set(
-    weights: Sequence[Tensor], statistics: Sequence[TargetStats], parts: Sequence[str], settings: CospadiGroupSettings
+def solve_together(
+    weights: Sequence[Tensor], statistics: Sequence[TargetStats], slots: Sequence[str], settings: CospadiGroupSettings
 ) -> list[GroupMember]:
-    """One dictionary for the weights (out, in) of a set."""
+    """One dictionary for the weights (out, in) of a unit."""
     stacked = torch.cat(list(weights))
     stack = cospadi.solve(stacked, stack_statistics(statistics), settings)
     members, start = [], 0
@@ -102,8 +102,8 @@ def solve_set(
 @method(
     "cospadi-group", source="arXiv 2509.22075", needs=["output_gram"], settings=CospadiGroupSettings,
     options=cospadi.options, measured=at_sizes(0.3, 0.6),
-    joint=Joint(neighbours, options, solve_set, across_layers=True, needs={"": frozenset({"gram"})}),
+    joint=Joint(neighbours, options, solve_together, across_layers=True, needs={"": frozenset({"gram"})}),
 )  # fmt: skip
 def solve(weight: Tensor, stats: TargetStats, settings: CospadiGroupSettings) -> DictionarySolution:
-    """A target (out, in) that shares nothing."""
+    """A target (out, in) that shares nothing: as `cospadi`."""
     return cospadi.solve(weight, stats, settings)

@@ -1,17 +1,17 @@
-"""Two-sided metric: output errors weighed by how much the loss feels them.
+"""Two-sided metric: output errors are weighted by their effect on the loss.
 
-Minimises `tr(ΔWᵀ G ΔW C)`, the Kronecker-factored curvature of the loss: C is the gram of the inputs, G the mean over tokens
-of the outer product of the output gradients. With `G = L Lᵀ` this is `‖Lᵀ ΔW C^½‖²`, so the optimum is the projection of
-`Lᵀ W` onto the leading eigenvectors U of `Lᵀ W C Wᵀ L`: `left = L⁻ᵀ U`, `right = Uᵀ Lᵀ W`. Half of the energy left out is the
-predicted rise of the loss in nats per token, on one scale for all targets.
+Minimises `tr(ΔWᵀ G ΔW C)`, the Kronecker-factored approximation of the loss's curvature: C is the gram of the inputs, G the
+mean over tokens of the outer product of the output gradients. With `G = L Lᵀ` this is `‖Lᵀ ΔW C^½‖²`, so the optimum is the
+projection of `Lᵀ W` onto the leading eigenvectors U of `Lᵀ W C Wᵀ L`: `left = L⁻ᵀ U`, `right = Uᵀ Lᵀ W`. Half of the energy
+left out is the predicted increase of the loss in nats per token, on one scale for all targets.
 
-When to use: where a backward pass can be paid for; with `allocation: fisher` its losses need no further scaling.
+When to use: where a backward pass is affordable. With `allocation: fisher` its losses need no further scaling.
 
-Cost: two eigenproblems per target beside the backward pass. G is shrunk towards its mean diagonal (`shrink_grad`): the Fisher
-of few tokens has low rank, and directions that it does not see would be thrown away at no price.
+Cost: two eigenproblems per target, plus the backward pass. G is shrunk towards its mean diagonal (`shrink_grad`): the Fisher
+matrix of few tokens has low rank, and without shrinking the directions outside it could be dropped at no cost.
 
-Source: KFAC-SVD in LEMS (ICML 2026, OpenReview IjIgNPFuCt). Difference from the authors' code: it takes L for Lᵀ on the left,
-which is another metric; here the identity above is tested. No inverse of C: its root is used, singular or not.
+Source: KFAC-SVD in LEMS (ICML 2026, OpenReview IjIgNPFuCt). Differences from the authors' code: it uses L instead of Lᵀ on the
+left, which is another metric; here a test checks the identity above. C is not inverted: its root is used, singular or not.
 """
 
 from __future__ import annotations
@@ -31,24 +31,27 @@ from ..options import Choice
 class KfacSettings(Settings):
     """Settings of `kfac`."""
 
-    shrink_gram: float = Field(0.0, ge=0, le=1, description="part of the input gram that is replaced by its mean diagonal")
+    shrink_gram: float = Field(0.0, ge=0, le=1, description="fraction of the input gram that is replaced by its mean diagonal")
     shrink_grad: float = Field(
-        0.3, gt=0, le=1, description="the same for the gradients' gram; above 0, so that every output direction has a price"
+        0.3,
+        gt=0,
+        le=1,
+        description="the same for the gradients' gram; above 0, so that an error in any output direction has a cost",
     )
 
 
 @dataclass(frozen=True)
 class TwoSided(LowRankSolution):
-    """Projection in the metric of both sides."""
+    """Projection in the two-sided metric."""
 
-    weight: Tensor
+    weight: Tensor  # (out, in)
     gradients: Eigen  # of the shrunk gram of the output gradients
-    directions: OutputDirections  # of the whitened outputs
+    directions: OutputDirections  # of the outputs, whitened by that gram
 
     def form(self, choice: Choice) -> LowRank:
         basis = self.directions.basis(self.rank(choice))
         scale, vectors = self.gradients.values.sqrt(), self.gradients.vectors
-        # the symmetric root serves as L: L = Lᵀ, and its inverse exists since shrinking made every eigenvalue positive
+        # L is the symmetric root, so L = Lᵀ; it has an inverse because shrinking made every eigenvalue positive
         left = vectors @ ((vectors.T @ basis) / scale[:, None])
         right = ((basis.T @ vectors) * scale) @ (vectors.T @ self.weight.double())
         return LowRank(*balanced(left, right))
@@ -67,7 +70,7 @@ def solve(weight: Tensor, stats: TargetStats, settings: KfacSettings) -> TwoSide
 
 
 def output_metric(grad_gram: Tensor, shrink: float) -> Eigen:
-    """G (out, out), shrunk, as its eigenpairs; none of them is zero."""
+    """Eigenpairs of the shrunk G (out, out); every eigenvalue is positive."""
     found = eigh(shrunk(grad_gram, shrink), "gram of the output gradients")
     tiny = torch.finfo(torch.float64).tiny
     return Eigen(found.values.clamp_min(max(tiny, float(found.values[0]) * 1e-12)), found.vectors)

@@ -1,17 +1,17 @@
 """LoRD: the best rank-k affine map, by principal components of the centred outputs.
 
 Minimises E‖W x - (W' x + b)‖² over all W' of rank k and all b: `W' = U Uᵀ W` with U the leading eigenvectors of the outputs'
-covariance, `b = (I - U Uᵀ) E[W x]`. Centring without the bias is no method but a mistake: the mean itself is then squeezed.
+covariance, `b = (I - U Uᵀ) E[W x]`. Centring without the bias would be a mistake: the mean would be projected too.
 
-When to use: where the error of the outputs is what counts: on calibration's inputs it is never larger than `svd-llm`'s at the
-same rank, for one number per output. Perplexity can be worse all the same (docs/table.md): measure both. Stored in groups' own
-dtype; a target that has no bias gets one, and pays for it in the budget.
+When to use: where the error of the outputs is what counts. On the calibration inputs it is never larger than that of `svd-llm`
+at the same rank, for one more number per output. Perplexity can still be worse (docs/table.md), so measure both. The bias is
+stored in the checkpoint's dtype; a target without a bias gets one, and the budget counts its bytes.
 
 Cost: that of `svd-llm`. Statistics: a gram (input or output side) and the mean of the inputs.
 
 Source: Kaushal et al., LoRD, arXiv 2309.14021; the same as Atomic Feature Mimicking (Yu and Wu, AAAI 2023) and LiteASR. With
-`centre: false` it is `svd-llm`. Differences from published code: LoRAP's (arXiv 2404.09695) leaves the bias out, this one never
-does; the covariance comes from means over tokens, so that no outputs are held.
+`centre: false` it is `svd-llm`. Differences from published code: LoRAP's (arXiv 2404.09695) leaves the bias out, lrc never
+does; the covariance is computed from means over tokens, so that no outputs need to be kept in memory.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..options import Choice, Option, Shape, low_rank_options
 class LordSettings(Settings):
     """Settings of `lord`."""
 
-    centre: bool = Field(True, description="take the mean of the outputs out and give it back as a bias")
+    centre: bool = Field(True, description="subtract the mean of the outputs, and restore it by a bias")
 
 
 @dataclass(frozen=True)
 class Affine(LowRankSolution):
-    """Projection onto leading directions of the centred outputs, and what it loses of their mean as a bias."""
+    """Projection onto leading directions of the centred outputs; a bias restores the part of the mean outside of them."""
 
-    weight: Tensor
+    weight: Tensor  # (out, in)
     directions: OutputDirections
     mean: Tensor | None  # (out,) float64, of the outputs without the module's own bias
 
@@ -51,7 +51,7 @@ class Affine(LowRankSolution):
 
 
 def options(shape: Shape, settings: LordSettings, multiple: int) -> list[Option]:
-    """As low rank, and a bias where there is none."""
+    """The options of low rank, plus the bytes of a bias where the target has none."""
     extra = shape.out_features * shape.element if settings.centre and not shape.bias else 0
     found = [Option(option.choice, option.nbytes + extra) for option in low_rank_options(shape, settings, multiple)]
     return [option for option in found if option.nbytes < shape.nbytes]
@@ -59,7 +59,7 @@ def options(shape: Shape, settings: LordSettings, multiple: int) -> list[Option]
 
 @method("lord", source="arXiv 2309.14021", needs=["output_gram", "mean"], settings=LordSettings, options=options)
 def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
-    """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of their covariance."""
+    """Principal components of the outputs of a weight (out, in); energies are the eigenvalues of the outputs' covariance."""
     group = stats.group
     if not settings.centre:
         plain = stats.directions(weight)
@@ -80,5 +80,5 @@ def solve(weight: Tensor, stats: TargetStats, settings: LordSettings) -> Affine:
 
 
 def _positive(covariance: Tensor) -> Tensor:
-    """The covariance, made symmetric; rounding may have made the smallest eigenvalues negative, which `eigh` rounds up."""
+    """The covariance, made symmetric. Its smallest eigenvalues may be negative by rounding; `eigh` sets them to 0."""
     return (covariance + covariance.T) / 2

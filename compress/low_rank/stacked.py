@@ -1,8 +1,8 @@
-"""Targets stacked on top of each other share their right factor: what methods that do so have in common.
+"""Common code of `shared-input`, `basis-sharing` and `cospadi-group`: stacked targets with one shared right factor.
 
-For weights W_1 … W_g that read inputs with one gram C, the best factors with one right factor are those of the stack
-[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (compress/linalg.py), the
-rows of the left factor being the members' own. A rank costs in + Σ out numbers instead of Σ (in + out).
+For weights W_1 … W_g whose inputs have the same gram C, the best factors with one right factor are those of the stack
+[W_1; …; W_g] (Σ out, in): its projection onto the leading eigenvectors of its outputs' second moment (linalg.py). Each member
+owns its rows of the left factor. One rank costs in + Σ out numbers instead of Σ (in + out).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..options import Choice, JointOption, Option, Shape, low_rank_options
 
 
 def stack_shape(shapes: Sequence[Shape]) -> Shape:
-    """The shape of the stack of these targets."""
+    """The shape of these targets' weights stacked along their outputs."""
     return Shape(sum(shape.out_features for shape in shapes), shapes[0].in_features, shapes[0].element)
 
 
-def shared_options(shapes: Sequence[Shape], parts: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOption]:
-    """Every rank at which the stack's factors are smaller than its members; the first one stores the right factor."""
+def shared_options(shapes: Sequence[Shape], slots: Sequence[str], settings: Settings, multiple: int = 1) -> list[JointOption]:
+    """Every rank at which the stack's factors are smaller than the stack; the first member stores the right factor."""
 
     def member(number: int, shape: Shape, choice: Choice) -> Option:
         assert choice.rank is not None
@@ -39,9 +39,12 @@ def shared_options(shapes: Sequence[Shape], parts: Sequence[str], settings: Sett
 
 
 def stack_statistics(statistics: Sequence[TargetStats]) -> TargetStats:
-    """The statistics of one weight whose inputs have the mean of these grams.
+    """Statistics for the stack: the mean of the grams of its members' inputs.
 
-    Of targets that read one input the group is the same, its gram's root shared.
+    Where all members read one input this is their own group, whose gram's root they share.
+
+    Raises:
+        ValueError: a member has no gram.
     """
     groups = list({id(each.group): each.group for each in statistics}.values())
     grams = [group.gram for group in groups if group.gram is not None]
@@ -55,11 +58,11 @@ def stack_statistics(statistics: Sequence[TargetStats]) -> TargetStats:
 
 @dataclass(frozen=True)
 class Stack:
-    """The stack of a set's weights, solved for every rank.
+    """The stacked weights of a unit, solved for every rank.
 
     Args:
         weight: (Σ out, in).
-        directions: its leading output directions.
+        directions: the leading output directions of the stack.
     """
 
     weight: Tensor
@@ -67,7 +70,7 @@ class Stack:
     _last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Left (Σ out, rank) and right (rank, in), float64; those of the last rank are held, since every member asks for it."""
+        """Left (Σ out, rank) and right (rank, in), float64. The last rank is cached, because every member asks for it."""
         if rank not in self._last:
             self._last.clear()
             basis = self.directions.basis(rank)
@@ -77,11 +80,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class StackMember(LowRankSolution):
-    """One member of a stack: its rows of the left factor, and the right factor of all.
+    """One member of a stack: its rows of the left factor, and the shared right factor.
 
     Args:
         stack: of all members.
-        rows: of this one.
+        rows: those of this member.
     """
 
     stack: Stack
@@ -93,11 +96,11 @@ class StackMember(LowRankSolution):
 
 
 def solve_stack(weights: Sequence[Tensor], statistics: Sequence[TargetStats]) -> list[StackMember]:
-    """The members of a stack, in the metric of the mean of their inputs' grams.
+    """One solution per member of a stack, in the metric of the mean of the members' grams.
 
     Args:
         weights: (out, in) each.
-        statistics: with grams (in, in).
+        statistics: one per weight, with a gram (in, in).
     """
     stacked = torch.cat(list(weights))
     stats = stack_statistics(statistics)

@@ -1,17 +1,17 @@
-"""SVD-LLM: the best rank-k map for the activations that calibration saw.
+"""SVD-LLM: the best rank-k map for the calibration activations.
 
-Minimises E‖W x - W' x‖² over all W' of rank k, which is the truncated SVD in the metric of the input gram. The optimum is
-`W' = U_k U_kᵀ W` with U_k the leading eigenvectors of E[y yᵀ], y = W x, and its error is the sum of the eigenvalues left out.
+Minimises E‖W x - W' x‖² over all W' of rank k: this is the truncated SVD in the metric of the input gram. The optimum is
+`W' = U_k U_kᵀ W` with U_k the leading eigenvectors of E[y yᵀ], y = W x; its error is the sum of the eigenvalues left out.
 
-When to use: the default among one-shot methods. With `propagate: compressed` the gram comes from inputs that earlier, already
-compressed layers produced.
+When to use: the default among one-shot methods. With `propagate: compressed` the gram is that of the inputs which the already
+compressed earlier layers produce.
 
 Cost: one symmetric eigenproblem per target on its smaller side (plus one per group where the output side is the larger).
 Statistics: a gram (in, in) per group or (out, out) per target, whichever is cheaper.
 
 Source: Wang et al., SVD-LLM, arXiv 2403.07378, §3.2 and theorem 3.2. Differences from the authors' code: no Cholesky factor and
-no inverse, so an exactly singular gram needs no damping (compress/linalg.py says why this is the same map); each target's rank
-follows from its own shape, grouped-query k and v included; the grams are means over tokens, not sums.
+no inverse, so an exactly singular gram needs no damping (linalg.py shows that the map is the same); each target's rank
+follows from its own shape, also for grouped-query k and v; the grams are means over tokens, not sums.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..options import Choice
 
 @dataclass(frozen=True)
 class Projected(LowRankSolution):
-    """Projection onto leading output directions; the factors are made for the rank that is asked for."""
+    """Projection onto leading output directions; the factors are computed for the rank that is asked for."""
 
-    weight: Tensor
+    weight: Tensor  # (out, in)
     directions: OutputDirections
 
     def form(self, choice: Choice) -> LowRank:

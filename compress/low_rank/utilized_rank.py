@@ -1,19 +1,18 @@
-"""Utilized rank: each target's rank is bounded by the subspaces that its inputs and its outputs really occupy.
+"""Utilized rank: each target gets the rank of the subspaces that its inputs and its outputs occupy.
 
-k_S directions hold a given part of the energy of the inputs, k_T of the outputs. A map between the two needs no more than
-r = min(k_S, k_T) components, whatever the weight's own rank; the target gets that rank, or stays dense where factors of that
-rank are no smaller.
+k_S directions hold a given fraction of the energy of the inputs, k_T directions that of the outputs. A map between these
+subspaces needs at most r = min(k_S, k_T) components, whatever the rank of the weight. The target gets rank r, or stays dense
+where factors of that rank would not be smaller.
 
-When to use: with `allocation: own`, to see how much of its width each target uses, or where quality is given and the size
-follows. It differs from `energy` by looking at the inputs too, and adds no bias.
+When to use: with `allocation: own`, to see how much of its width each target uses, or to fix the quality and let the size
+follow. Unlike `energy` it looks at the inputs too, and adds no bias.
 
-Cost: that of `svd-llm`, and the eigenvalues of the input's gram for each target. Statistics: a gram (in, in) per group. Needs
+Cost: that of `svd-llm`, plus the eigenvalues of the input's gram for each target. Statistics: a gram (in, in) per group. Needs
 no ratio.
 
 Source: Garg et al., Revealing the Utilized Rank of Subspaces of Learning in Neural Networks, arXiv 2407.04797, r = min(k_S,
-k_T). Differences: the authors project the weight onto both subspaces, W' = P_T W P_S; of all maps of that rank lrc takes the
-one with the least output error (compress/low_rank/svd_llm.py), which W' is not; and how much energy the subspaces must hold is
-a setting here.
+k_T). Differences: the authors project the weight onto both subspaces, W' = P_T W P_S; lrc takes the map of that rank with the
+least output error (svd_llm.py), which W' is not; the fraction of the energy is a setting here.
 """
 
 from __future__ import annotations
@@ -33,17 +32,20 @@ from .energy import rank_for_energy
 class UtilizedRankSettings(Settings):
     """Settings of `utilized-rank`."""
 
-    keep: float = Field(0.99, gt=0, le=1, description="part of the inputs' and of the outputs' energy that a subspace holds")
+    keep: float = Field(
+        0.99, gt=0, le=1, description="fraction of the inputs' and of the outputs' energy that a subspace must hold"
+    )
     multiple: int = Field(16, ge=1, le=1024, description="the rank is rounded up to a multiple of this")
 
 
 @dataclass(frozen=True)
 class Utilized(svd_llm.Projected):
-    """The best map of each rank, which knows the rank that inputs and outputs have use for.
+    """The best map of each rank, with the rank that inputs and outputs can use.
 
     Args:
-        inputs: number of directions that hold the inputs' energy; outputs: the same of the outputs.
-        multiple: steps of the rank.
+        inputs: number of directions that hold the wanted fraction of the inputs' energy.
+        outputs: the same for the outputs.
+        multiple: the rank is rounded up to a multiple of this.
     """
 
     inputs: int
@@ -58,7 +60,7 @@ class Utilized(svd_llm.Projected):
 
 @method("utilized-rank", source="arXiv 2407.04797", needs=["gram"], settings=UtilizedRankSettings)
 def solve(weight: Tensor, stats: TargetStats, settings: UtilizedRankSettings) -> Utilized:
-    """Projection of the weight (out, in) onto its leading output directions, and the two subspaces' sizes."""
+    """Projection of the weight (out, in) onto its leading output directions, and the dimensions of the two subspaces."""
     assert stats.group.gram is not None
     plain = svd_llm.solve(weight, stats, settings)
     seen = torch.linalg.eigvalsh(stats.group.gram.double()).flip(0).clamp_min(0)

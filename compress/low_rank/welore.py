@@ -1,18 +1,18 @@
 """WeLore: plain SVD with one threshold for the singular values of all targets.
 
-Singular values of a target are normalised to [0, 1] by its own smallest and largest; what lies below the threshold goes. Heavy-
-tailed targets become low rank that way, and those with a flat spectrum keep a rank at which factors save nothing: they stay
-dense.
+The singular values of each target are normalised to [0, 1] by its own smallest and largest one; those below the threshold are
+dropped. Targets with a heavy-tailed spectrum become low rank in this way. Targets with a flat spectrum keep a rank at which
+factors are not smaller, and stay dense.
 
-When to use: with `allocation: own`, and with data too short or too secret to calibrate on. Blind to the data like `svd`, and
-made to be followed by fine-tuning of the targets that became low rank (the paper's second half).
+When to use: with `allocation: own`, where there is no calibration text. Like `svd` it uses no data. The authors fine-tune the
+targets that became low rank afterwards (the second half of the paper).
 
-Cost: one SVD per target. Needs no statistics and no ratio: the threshold says how much goes.
+Cost: one SVD per target. Needs no statistics and no ratio: the threshold determines the size.
 
 Source: Jaiswal et al., From GaLore to WeLore, arXiv 2407.11239; thresholds for Llama-2-7B from the authors' code: 0.0225,
 0.084, 0.115, 0.145, 0.175, 0.215 and 0.26 for a mean rank reduced by 10 to 70 % (of ranks, not of parameters: a square matrix
-saves nothing before 50 %). Difference: the authors' code lists its targets and thresholds by model, here they follow from the
-spectrum.
+saves nothing before 50 %). Difference: the authors' code lists targets and thresholds for each model; here the targets follow
+from the spectrum.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from . import svd
 class WeloreSettings(Settings):
     """Settings of `welore`."""
 
-    threshold: float = Field(0.145, ge=0, le=1, description="normalised singular values below it go; 0 keeps all")
+    threshold: float = Field(0.145, ge=0, le=1, description="normalised singular values below it are dropped; 0 keeps all")
 
 
 @dataclass(frozen=True)
 class Thresholded(Factored):
-    """Truncated SVD that knows the rank for a threshold.
+    """Truncated SVD, with the rank that a threshold gives.
 
     Args:
-        threshold: of normalised singular values.
+        threshold: for the normalised singular values.
     """
 
     threshold: float
 
     @property
     def spectrum(self) -> Tensor:
-        """(k,) float64, descending: singular values from 0 (the smallest) to 1 (the largest); all 1 where they are equal."""
+        """(k,) float64, descending: the singular values, scaled so that the smallest is 0 and the largest 1; all 1 if equal."""
         values = self.energy.sqrt()
         span = values[0] - values[-1]
         return (values - values[-1]) / span if span > 0 else torch.ones_like(values)
 
     def rank_for_threshold(self, threshold: float) -> int:
-        """How many normalised singular values reach the threshold."""
+        """The number of normalised singular values that are not below the threshold."""
         return int((self.spectrum >= threshold).sum())
 
     @property

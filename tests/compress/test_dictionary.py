@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.dictionary import compot
-from lrc.compress.dictionary.sparse_coding import MOST_OFFERS
+from lrc.compress.dictionary.sparse_coding import MOST_OPTIONS
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.forms.dictionary import Dictionary, DictionaryLinear, pack, unpack
 from lrc.compress.options import Shape
@@ -124,7 +124,7 @@ def test_options_ascend_stay_below_the_dense_bytes_and_are_few(name, shape):
     for element in (2, 4):
         dense = Shape(*shape, element)
         found = options(name, dense)
-        assert len(found) <= MOST_OFFERS
+        assert len(found) <= MOST_OPTIONS
         assert all(a.nbytes < b.nbytes for a, b in pairwise(found))
         assert all(o.nbytes < dense.nbytes and 1 <= o.choice.nonzeros <= o.choice.atoms for o in found)
     if min(shape) > 100:

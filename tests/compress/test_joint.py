@@ -23,7 +23,7 @@ from lrc.errors import LrcError
 from lrc.model.targets import Target
 
 # rows of the members, width of their input, tokens: tall, wide, a member of one row, an exactly singular gram
-SETS = [((12, 7, 7), 10, 200), ((3, 4), 20, 200), ((1, 9), 6, 200), ((8, 8), 16, 5)]
+UNITS = [((12, 7, 7), 10, 200), ((3, 4), 20, 200), ((1, 9), 6, 200), ((8, 8), 16, 5)]
 
 
 def problem(rows, width, tokens, inputs=1, seed=0):
@@ -42,14 +42,14 @@ def statistics(x, count):
     return [TargetStats(groups[number if len(groups) > 1 else 0]) for number in range(count)]
 
 
-def solve(name, weights, x, parts=None, grad_gram=None, **settings):
+def solve(name, weights, x, slots=None, grad_gram=None, **settings):
     picked = get_method(name)
     wanted = picked.settings(**settings)
     tensors = [torch.tensor(weight) for weight in weights]
     told = statistics(x, len(weights))
     if grad_gram is not None:
         told[-1] = replace(told[-1], grad_gram=torch.tensor(grad_gram))
-    return picked.joint.solve(tensors, told, parts or [""] * len(weights), wanted)
+    return picked.joint.solve(tensors, told, slots or [""] * len(weights), wanted)
 
 
 def measured(weight, form, gram):
@@ -57,7 +57,7 @@ def measured(weight, form, gram):
     return float(np.trace(error @ gram @ error.T))
 
 
-@pytest.mark.parametrize(("rows", "width", "tokens"), SETS)
+@pytest.mark.parametrize(("rows", "width", "tokens"), UNITS)
 @pytest.mark.parametrize("name", ["shared-input", "basis-sharing"])
 def test_a_shared_factor_is_the_optimum_of_the_stack(name, rows, width, tokens):
     """Against NumPy's SVD of the stacked weights times the root of the metric."""
@@ -90,23 +90,23 @@ def test_the_metric_of_neighbours_is_that_of_all_their_tokens():
             assert one.loss(Choice(rank=rank)) == pytest.approx(other.loss(Choice(rank=rank)), rel=1e-9)
 
 
-def options(name, shapes, parts=None, multiple=1, **settings):
+def options(name, shapes, slots=None, multiple=1, **settings):
     picked = get_method(name)
-    return picked.joint.options(shapes, parts or [""] * len(shapes), picked.settings(**settings), multiple)
+    return picked.joint.options(shapes, slots or [""] * len(shapes), picked.settings(**settings), multiple)
 
 
 @pytest.mark.parametrize("name", ["shared-input", "basis-sharing"])
 def test_ranks_are_those_of_the_published_formula(name):
     """rank = ⌊kept · g · m · n / (m + g · n)⌋: 2457 for q, k, v of width 4096 at 0.8, where each alone has 1638."""
-    ways = options(name, [Shape(4096, 4096, 2)] * 3)
-    fitting = [way for way in ways if way.nbytes <= 0.8 * 3 * 4096 * 4096 * 2]
+    found = options(name, [Shape(4096, 4096, 2)] * 3)
+    fitting = [option for option in found if option.nbytes <= 0.8 * 3 * 4096 * 4096 * 2]
     assert fitting[-1].choice.rank == int(0.8 * 3 * 4096 * 4096 / (4096 + 3 * 4096)) == 2457
-    grouped = [way for way in options(name, [Shape(1024, 4096, 2)] * 2) if way.nbytes <= 0.8 * 2 * 1024 * 4096 * 2]
+    grouped = [option for option in options(name, [Shape(1024, 4096, 2)] * 2) if option.nbytes <= 0.8 * 2 * 1024 * 4096 * 2]
     assert grouped[-1].choice.rank == 1092
-    assert all(way.choice.rank % 64 == 0 for way in options(name, [Shape(512, 512, 2)] * 2, multiple=64))
+    assert all(option.choice.rank % 64 == 0 for option in options(name, [Shape(512, 512, 2)] * 2, multiple=64))
 
 
-PARTS = {
+SLOTS = {
     "shared-input": (["", "", ""], [Shape(40, 24, 2), Shape(8, 24, 2, bias=True), Shape(16, 24, 2)]),
     "basis-sharing": (["", ""], [Shape(20, 24, 2), Shape(20, 24, 2)]),
     "cospadi-group": (["", ""], [Shape(20, 24, 2), Shape(13, 24, 2)]),
@@ -118,38 +118,38 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("case", SLOTS)
 def test_options_cost_what_the_forms_weigh_and_losses_fall(case):
-    parts, shapes = PARTS[case]
+    slots, shapes = SLOTS[case]
     name = case.strip()
     chance = np.random.default_rng(1)
     weights = [chance.standard_normal((shape.out_features, shape.in_features)).astype(np.float32) for shape in shapes]
     x = [chance.standard_normal((100, shape.in_features)) for shape in shapes]
     more = {"iterations": 2, "refits": 1} if name == "cospadi-group" else {}
-    ways = options(name, shapes, parts, **more)
-    assert all(a.nbytes < b.nbytes for a, b in pairwise(ways))
+    found = options(name, shapes, slots, **more)
+    assert all(a.nbytes < b.nbytes for a, b in pairwise(found))
     losses = []
-    for way in ways[:: max(1, len(ways) // 6)]:
-        assert isinstance(way, JointOption)
-        assert way.nbytes == sum(member.nbytes for member in way.members) < sum(shape.nbytes for shape in shapes)
-        open_members = [i for i, member in enumerate(way.members) if not member.choice.dense]
+    for option in found[:: max(1, len(found) // 6)]:
+        assert isinstance(option, JointOption)
+        assert option.nbytes == sum(member.nbytes for member in option.members) < sum(shape.nbytes for shape in shapes)
+        open_members = [i for i, member in enumerate(option.members) if not member.choice.dense]
         solutions = solve(name, [weights[i] for i in open_members], [x[i] for i in open_members],
-                          [parts[i] for i in open_members], **more)  # fmt: skip
+                          [slots[i] for i in open_members], **more)  # fmt: skip
         losses.append(0.0)
         for solution, i in zip(solutions, open_members, strict=True):
-            form = solution.form(way.members[i].choice)
+            form = solution.form(option.members[i].choice)
             if shapes[i].bias:  # rows that leave take their bias with them: counted where a bias is smaller than it was
                 form = form.with_bias(torch.zeros(shapes[i].out_features))
             form = form.owned_by("somewhere").stored(torch.bfloat16)
             gone = (shapes[i].out_features - len(form.tensors()["bias"])) * 2 if shapes[i].bias else 0
-            assert form.nbytes - gone == way.members[i].nbytes
-            losses[-1] += solution.loss(way.members[i].choice)
+            assert form.nbytes - gone == option.members[i].nbytes
+            losses[-1] += solution.loss(option.members[i].choice)
             module = fill_module(build_module(json.loads(json.dumps(form.spec())), *reversed(weights[i].shape)), form.tensors())
             assert module.weight.shape != weights[i].shape  # a reader without lrc stops at the shape
     assert all(a >= b - 1e-9 * losses[0] for a, b in pairwise(losses))
 
 
-@pytest.mark.parametrize(("rows", "width", "tokens"), SETS)
+@pytest.mark.parametrize(("rows", "width", "tokens"), UNITS)
 def test_a_dictionary_of_several_layers_is_that_of_their_stack(rows, width, tokens):
     weights, x = problem(rows, width, tokens, inputs=len(rows))
     gram = np.mean([each.T @ each / len(each) for each in x], axis=0)
@@ -184,14 +184,14 @@ def test_attention_by_weighted_svd_against_numpy():
 def test_values_and_output_keep_three_times_as_much():
     """Grouped-query attention of Llama-3-8B's shapes at 0.4; and the multi-head one of the paper, whose budget is 3 : 1."""
     shapes = [Shape(4096, 4096, 2), Shape(1024, 4096, 2), Shape(1024, 4096, 2), Shape(4096, 4096, 2)]
-    parts = ["query", "key", "value", "output"]
-    way = next(way for way in options("lorap", shapes, parts) if way.choice.rank == 400)
-    kept = [member.nbytes / shape.nbytes for member, shape in zip(way.members, shapes, strict=True)]
+    slots = ["query", "key", "value", "output"]
+    option = next(option for option in options("lorap", shapes, slots) if option.choice.rank == 400)
+    kept = [member.nbytes / shape.nbytes for member, shape in zip(option.members, shapes, strict=True)]
     assert kept == pytest.approx([kept[0], kept[0], 3 * kept[0], 3 * kept[0]], rel=0.01)
     square = [Shape(1000, 1000, 2)] * 4
-    fitting = [way for way in options("lorap", square, parts) if way.nbytes <= 0.5 * 4_000_000 * 2][-1]
+    fitting = [option for option in options("lorap", square, slots) if option.nbytes <= 0.5 * 4_000_000 * 2][-1]
     assert [member.choice.rank for member in fitting.members] == [125, 125, 375, 375]  # (1 - ρ) h / 4 and three times that
-    at_most = [way for way in options("lorap", square, parts) if way.nbytes <= 0.8 * 4_000_000 * 2][-1]
+    at_most = [option for option in options("lorap", square, slots) if option.nbytes <= 0.8 * 4_000_000 * 2][-1]
     assert [member.choice.rank for member in at_most.members] == [300, 300, None, None]  # v and o dense where that is no saving
 
 
@@ -204,8 +204,8 @@ def test_channels_leave_in_the_papers_order(fused):
     importance = sum(np.linalg.norm(w * scale, axis=1) for w in (gate, up)) + np.linalg.norm(down * inner, axis=0)
     ascending = np.argsort(importance)
     weights = [np.concatenate([gate, up]), down] if fused else [gate, up, down]
-    parts = ["gate and up", "down"] if fused else ["up", "up", "down"]
-    solutions = solve("lorap", weights, [*x, *h] if fused else [*x, *x, *h], parts, protect=0.1)
+    slots = ["gate and up", "down"] if fused else ["up", "up", "down"]
+    solutions = solve("lorap", weights, [*x, *h] if fused else [*x, *x, *h], slots, protect=0.1)
     for channels in (3, 14, 19):
         gone = ascending[2 : 2 + 20 - channels]
         forms = [solution.form(Choice(channels=channels)) for solution in solutions]
@@ -288,7 +288,7 @@ def test_alternatives_that_begin_with_the_same_channels_find_them_once(monkeypat
     methods = [nystrom, *(chain(nystrom, rounded) for _ in range(3))]
     steps = [(0.1, 3), (0.1, 4), (0.5, 4)]
     settings = MixtureSettings(
-        parts=(
+        alternatives=(
             nystrom.settings(),
             *(ChainSettings(first=nystrom.settings(ridge=r), second=rounded.settings(bits=b, group_size=16)) for r, b in steps),
         )
@@ -296,13 +296,13 @@ def test_alternatives_that_begin_with_the_same_channels_find_them_once(monkeypat
     (down,), (h,) = problem((10,), 48, 400)
     weights, told = [torch.tensor(down.T.copy()), torch.tensor(down)], statistics([h, h], 2)
     solved = mixture(methods).joint.solve(weights, told, ["up", "down"], settings)
-    found = [solved[1].form(Choice(channels=32, way=way)) for way in range(4)]
+    found = [solved[1].form(Choice(channels=32, alternative=number)) for number in range(4)]
     assert inverted == [0.1, 0.5]
     monkeypatch.undo()
-    for way, (method, own) in enumerate(zip(methods, settings.parts, strict=True)):
+    for number, (method, own) in enumerate(zip(methods, settings.alternatives, strict=True)):
         alone = method.joint.solve(weights, statistics([h, h], 2), ["up", "down"], own)[1]
-        assert torch.equal(found[way].dense(), alone.form(Choice(channels=32)).dense())
-        assert solved[1].loss(Choice(channels=20, way=way)) == alone.loss(Choice(channels=20))
+        assert torch.equal(found[number].dense(), alone.form(Choice(channels=32)).dense())
+        assert solved[1].loss(Choice(channels=20, alternative=number)) == alone.loss(Choice(channels=20))
 
 
 def test_a_ridge_below_what_rounding_leaves_says_so():

@@ -72,7 +72,7 @@ def test_one_budget_over_channels_ranks_and_bits(family, propagate, recipe, tiny
     assert "quantized" in {form["form"]["kind"] for form in forms if form["kind"] == "pruned"}
     assert {form["kind"] for form in forms} <= {"quantized", "low-rank", "dense", "pruned"}
     ways = [
-        {step.choice.alternative for step in plan.steps if step.target in unit.targets} for unit in plan.units if unit.parts
+        {step.choice.alternative for step in plan.steps if step.target in unit.targets} for unit in plan.units if unit.slots
     ]
     assert ways and all(len(alternative) == 1 for alternative in ways), "a set gets one alternative"
     logits = open_model(str(tmp_path / "out"))[0](torch.arange(3, 40)[None]).logits
@@ -97,7 +97,7 @@ def test_alternatives_are_solved_when_they_are_asked_for_and_in_one_metric():
     stats = TargetStats(GroupStats(len(x), gram, mean_square=gram.diagonal(), abs_mean=x.abs().mean(0)))
     names = ("svd-llm", "gptq", "asvd")
     methods = [get_method(name) for name in names]
-    settings = MixtureSettings(parts=tuple(m.settings() for m in methods))
+    settings = MixtureSettings(alternatives=tuple(m.settings() for m in methods))
     solution = mixture(methods).solve(weight, stats, settings)
     for choice, name in ((Choice(rank=3, alternative=0), "svd-llm"), (Choice(bits=4, alternative=1), "gptq")):
         alone = get_method(name).solve(weight, stats, get_method(name).settings())
