@@ -21,12 +21,12 @@ from torch import nn
 
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from ..errors import OutputError
-from ..model.host_memory import give_back, steady_memory
+from ..model.host_memory import steady_memory
 from ..model.lockstep import Call
 from ..model.precision import full_precision
 from ..model.targets import Target
 from ..model.view import ModelView
-from .backward import collect_gradients
+from .backward import GradientPass, collect_gradients
 from .data import Calibration
 from .gradients import GradientSettings
 from .layerwise import TOKENS_PER_BATCH, run_batches, through_layers
@@ -115,10 +115,8 @@ def collect_backward(
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
     settings = _held_gradients(folder, needs, gradients) or gradients.relevant_to(needs)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
-    return collect_gradients(
-        view, calibration.tokens, batch, needs, settings, folder / f"gradients-{settings.labels}-{digest}", devices,
-        release=give_back, notify=partial(notify, "gradients"),
-    )  # fmt: skip
+    work = GradientPass(view, calibration.tokens, batch, needs, settings, devices)
+    return collect_gradients(work, folder / f"gradients-{settings.labels}-{digest}", partial(notify, "gradients"))
 
 
 def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSettings) -> GradientSettings | None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..compress.base import GroupStats, Settings, TargetStats
 from ..compress.forms import experts
 from ..errors import ModelError, NonFiniteError
-from .stats import MeanOuter, TargetLike
+from ..model.targets import Target
+from .stats import MeanOuter
 
 _AT_ONCE = 1 << 22  # entries of a sample's weight gradient that exist at once (16 MiB)
 
@@ -85,7 +86,7 @@ class GradientCollector:
         self,
         layer: nn.Module,
         prefix: str,
-        targets: Sequence[TargetLike],
+        targets: Sequence[Target],
         needs: frozenset[str],
         settings: GradientSettings,
         device: torch.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ..compress.base import TargetStats
 from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
 from ..model.lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
+from ..model.targets import Target
 from ..model.view import ModelView
-from .stats import LayerCollector, TargetLike, Wanted
+from .stats import LayerCollector, Wanted
 
 TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
 
@@ -64,11 +66,15 @@ def run_batches(
     name: str,
     calls: Sequence[Call],
     devices: Sequence[torch.device],
-    targets: Sequence[TargetLike] = (),
+    targets: Sequence[Target] = (),
     what: Wanted | None = None,
 ) -> tuple[list[Any], dict[str, TargetStats]]:
-    """Answer every batch's call, and collect statistics where `what` says so; batches are spread over the devices."""
-    copies = [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
+    """Answer every batch's call, and collect the statistics `what` of the targets; batches are spread over the devices.
+
+    Returns:
+        one output per call, on the CPU; target name -> its statistics (empty where `what` is None).
+    """
+    copies = copies_on(layer, devices)
     collectors = (
         [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]
         if what
@@ -76,21 +82,32 @@ def run_batches(
     )
     outputs: list[Any] = [None] * len(calls)
 
-    def share(worker: int) -> None:
-        with torch.no_grad():
-            for batch in range(worker, len(calls), len(devices)):
-                call = calls[batch].to(devices[worker])
-                if collectors:
-                    collectors[worker].samples, collectors[worker].length = call.hidden.shape[:2]
-                output = run_layer(copies[worker], call)
-                check_finite(output, name, batch)
-                outputs[batch] = on_host(output)
+    def answer(worker: int, batch: int) -> None:
+        call = calls[batch].to(devices[worker])
+        if collectors:
+            collectors[worker].samples, collectors[worker].length = call.hidden.shape[:2]
+        with torch.no_grad():  # each thread has its own mode
+            output = run_layer(copies[worker], call)
+        check_finite(output, name, batch)
+        outputs[batch] = on_host(output)
 
-    for collector in collectors:
-        collector.__enter__()
-    try:
-        side_by_side(share, len(devices))
-    finally:
+    with ExitStack() as watching:
         for collector in collectors:
-            collector.__exit__()
+            watching.enter_context(collector)
+        spread(len(calls), len(devices), answer)
     return outputs, collectors[0].result(collectors[1:]) if collectors else {}
+
+
+def copies_on(layer: nn.Module, devices: Sequence[torch.device]) -> list[nn.Module]:
+    """The layer moved to the first device, and a copy of it on each other one."""
+    return [layer.to(devices[0])] + [copy.deepcopy(layer).to(device) for device in devices[1:]]
+
+
+def spread(batches: int, workers: int, work: Callable[[int, int], None]) -> None:
+    """Call work(worker, batch) once for every batch; worker w takes the batches w, w + workers, ..."""
+
+    def share(worker: int) -> None:
+        for batch in range(worker, batches, workers):
+            work(worker, batch)
+
+    side_by_side(share, workers)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +21,10 @@ from ..compress.base import FORWARD_NEEDS, GroupStats, TargetStats
 from ..compress.forms import experts
 from ..compress.forms.base import linear_weight
 from ..errors import NonFiniteError
+from ..model.targets import Target
 
 _BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed
 _NARROWEST = 144  # a block that is narrower than this costs more by itself than it saves
-
-
-class TargetLike(Protocol):
-    """What a collector needs to know of a target (model.targets.Target is one)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> str: ...
-    @property
-    def role(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def expert(self) -> int | None: ...
 
 
 class MeanOuter:
@@ -115,7 +97,7 @@ class Wanted:
     inputs: Mapping[str, frozenset[str]]
     outputs: frozenset[str]
 
-    def nbytes(self, targets: Iterable[TargetLike], stored: bool = False) -> int:
+    def nbytes(self, targets: Iterable[Target], stored: bool = False) -> int:
         """Bytes that the statistics of these targets take while they are collected, or as they lie on disk."""
 
         def gram(width: int) -> int:
@@ -132,13 +114,13 @@ class Wanted:
         return total
 
 
-def wanted(targets: Sequence[TargetLike], needs: Mapping[str, frozenset[str]]) -> Wanted:
+def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wanted:
     """Decide what to collect in a forward for targets of one layer so that the needs of each are met at the least cost.
 
     Args:
         needs: target -> the statistics that are wanted of it.
     """
-    groups: dict[str, list[TargetLike]] = defaultdict(list)
+    groups: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         groups[target.group].append(target)
     inputs: dict[str, frozenset[str]] = {}
@@ -166,9 +148,7 @@ class LayerCollector:
         what: from `wanted`.
     """
 
-    def __init__(
-        self, layer: nn.Module, prefix: str, targets: Sequence[TargetLike], what: Wanted, device: torch.device
-    ) -> None:
+    def __init__(self, layer: nn.Module, prefix: str, targets: Sequence[Target], what: Wanted, device: torch.device) -> None:
         self._layer, self._prefix, self._targets, self._what = layer, prefix, list(targets), what
         self._means: dict[tuple[str, str], MeanOuter | MeanVector | PeakMean] = {}
         for target in self._targets:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,11 +24,11 @@ from torch import Tensor
 from ..checkpoint.atomic import PARTIAL, claimed, clear_leftovers, replacing, sync_file
 from ..compress.base import GroupStats, TargetStats
 from ..errors import CheckpointError, OutputError, RequestError
-from .triangle import packed, unpacked
 
 MANIFEST = "statistics.json"
 TRIALS = "trials"  # a folder beside the statistics: what models without some of their parts lost
 _LOCK = "statistics.lock"
+_ROWS = 128  # rows of a symmetric matrix that are mirrored together
 LAYOUT = 2  # of the files; those of another are not read
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
@@ -191,3 +193,29 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return held if isinstance(held, dict) and {"identity", "needs"} <= held.keys() else None
+
+
+def packed(matrix: Tensor) -> Tensor:
+    """(n, n), symmetric -> (n (n + 1) / 2,) on the CPU: its upper triangle, row after row."""
+    n, held = len(matrix), matrix.cpu()
+    return torch.cat([held[row, row:] for row in range(n)])
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """The symmetric matrix (n, n) of an upper triangle (n (n + 1) / 2,).
+
+    Raises:
+        ValueError: no triangle has so many entries.
+    """
+    n = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    if n * (n + 1) // 2 != len(triangle):
+        raise ValueError(f"{len(triangle)} numbers are no triangle of a matrix")
+    matrix = triangle.new_empty(n, n)
+    for row, part in enumerate(triangle.split([n - row for row in range(n)])):
+        matrix[row, row:] = part
+    for start in range(0, n, _ROWS):  # a column at a time would touch every line of memory n times
+        stop = min(start + _ROWS, n)
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..calibrate.data import CalibrationSpec
 from ..calibrate.gradients import GradientSettings
-from ..compress.base import Method, Settings
+from ..compress.base import BACKWARD_NEEDS, Method, Settings
 from ..compress.mixture import MixtureSettings, mixture
 from ..depth.spec import DepthSpec
 from ..errors import BudgetError, did_you_mean

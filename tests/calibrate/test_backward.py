@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate import backward
-from lrc.calibrate.backward import collect_gradients, read_gradients
+from lrc.calibrate.backward import GradientPass, collect_gradients, draw, uniforms
 from lrc.calibrate.gradients import GradientSettings
-from lrc.calibrate.labels import draw, uniforms
+from lrc.calibrate.store import StatsStore
 from lrc.checkpoint.location import locate
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_shape, linear_weight
@@ -37,11 +37,22 @@ def view_of(folder: Path, dtype: torch.dtype = torch.float64) -> ModelView:
     return ModelView(locate(str(folder)), dtype)
 
 
-def collect(folder: Path, out: Path, settings=PLAIN, dtype=torch.float64, batch=2, needs=NEEDS, **options):
+def run_back(view: ModelView, out: Path, settings=PLAIN, batch=2, needs=NEEDS, devices=(CPU,), **options) -> StatsStore:
+    """The statistics of these tokens' gradients, on disk."""
+    return collect_gradients(GradientPass(view, token_ids(), batch, needs, settings, devices), out, **options)
+
+
+def read_all(view: ModelView, store: StatsStore):
     """All layers' statistics, read back from disk: target -> TargetStats."""
+    found = {}
+    for index, layer in enumerate(view.layer_names):
+        found |= store.read(layer, [target.name for target in view.targets if target.layer == index])
+    return found
+
+
+def collect(folder: Path, out: Path, settings=PLAIN, dtype=torch.float64, **options):
     view = view_of(folder, dtype)
-    collect_gradients(view, token_ids(), batch, needs, settings, out, **options)
-    return {name: stats for layer in view.layer_names for name, stats in read_gradients(out, layer).items()}
+    return read_all(view, run_back(view, out, settings, **options))
 
 
 class Whole:
@@ -196,13 +207,13 @@ def test_neither_batches_nor_devices_change_the_result(family, tiny_checkpoints,
 
 def test_only_what_is_asked_for_is_collected_and_only_of_the_targets_named(tiny_checkpoints, tmp_path):
     view = view_of(tiny_checkpoints("llama"))
-    some = [target for target in view.targets if target.role == "mlp.down_proj" and target.layer > 0]
-    collect_gradients(view, token_ids(), 2, frozenset({"fisher_in"}), PLAIN, tmp_path, targets=some)
-    assert read_gradients(tmp_path, view.layer_names[0]) == {}
-    (stats,) = read_gradients(tmp_path, view.layer_names[1]).values()
-    assert stats.grad_gram is None and stats.fisher_in.shape == (80,)
+    view.targets = [target for target in view.targets if target.role == "mlp.down_proj" and target.layer > 0]
+    found = read_all(view, run_back(view, tmp_path, needs=frozenset({"fisher_in"})))
+    assert list(found) == ["model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"]
+    for stats in found.values():
+        assert stats.grad_gram is None and stats.fisher_in.shape == (80,)
     with pytest.raises(ValueError, match="gram"):
-        collect_gradients(view, token_ids(), 2, frozenset({"gram"}), PLAIN, tmp_path)
+        run_back(view, tmp_path, needs=frozenset({"gram"}))
 
 
 class PowerCutError(Exception):
@@ -225,17 +236,21 @@ def test_a_killed_pass_goes_on_at_its_layer_and_ends_the_same(tiny_checkpoints, 
     view.load = lambda name: (loaded.append(name), load(name))[1]
     finished: list[int] = []
     # the batches of the second try need not be those of the first
-    collect_gradients(
-        view, token_ids(), 3, NEEDS, settings, tmp_path / "out", notify=lambda layer, _: finished.append(layer)
-    )  # fmt: skip
+    store = run_back(view, tmp_path / "out", settings, batch=3, notify=lambda layer, _: finished.append(layer))
     assert finished == [3] and loaded == ["model.layers.0"]
-    for layer in view.layer_names:
-        for name, stats in read_gradients(tmp_path / "out", layer).items():
-            assert close(stats.grad_gram, expected[name].grad_gram) and close(stats.fisher_in, expected[name].fisher_in)
+    for name, stats in read_all(view, store).items():
+        assert close(stats.grad_gram, expected[name].grad_gram) and close(stats.fisher_in, expected[name].fisher_in)
     assert not (tmp_path / "out" / backward.SPILL).exists()
     loaded.clear()
-    collect_gradients(view, token_ids(), 3, NEEDS, settings, tmp_path / "out")
+    run_back(view, tmp_path / "out", settings, batch=3)
     assert loaded == []
+
+
+def test_statistics_that_were_deleted_meanwhile_are_an_error(tiny_checkpoints, tmp_path):
+    store = run_back(view_of(tiny_checkpoints("llama")), tmp_path)
+    (tmp_path / "model.layers.0.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="collected anew"):
+        store.read("model.layers.0", ["model.layers.0.mlp.down_proj"])
 
 
 def test_a_finished_layer_whose_file_is_gone_is_made_again(tiny_checkpoints, tmp_path):
@@ -281,7 +296,7 @@ def test_never_two_layers_are_in_memory_and_nothing_stays_behind(tiny_checkpoint
 
     view.load = counted
     before = {name for name, _ in view.model.named_modules()}
-    collect_gradients(view, token_ids(), 2, NEEDS, PLAIN, tmp_path)
+    run_back(view, tmp_path)
     assert most == [0] * 6
     assert all(p.is_meta for p in view.model.parameters())
     assert {name for name, _ in view.model.named_modules()} == before
@@ -300,13 +315,11 @@ def test_overflow_and_a_full_disk_are_said(tiny_checkpoints, tmp_path, monkeypat
 
     view.load = huge
     with pytest.raises(NonFiniteError, match="model.layers.2"):
-        collect_gradients(view, token_ids(), 2, NEEDS, PLAIN, tmp_path / "a")
+        run_back(view, tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("lrc.calibrate.spill.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OutputError, match="GB free"):
         collect(tiny_checkpoints("llama"), tmp_path / "b")
-    with pytest.raises(CheckpointError, match="collected anew"):
-        read_gradients(tmp_path / "nothing", "model.layers.0")
 
 
 def test_a_target_whose_rows_are_not_tokens_is_refused(tiny_checkpoints, tmp_path):
@@ -320,7 +333,7 @@ def test_a_target_whose_rows_are_not_tokens_is_refused(tiny_checkpoints, tmp_pat
 
     view.load = halved
     with pytest.raises(ModelError, match="12 rows for 24 tokens"):
-        collect_gradients(view, token_ids(), 1, NEEDS, PLAIN, tmp_path)
+        run_back(view, tmp_path, batch=1)
     with pytest.raises(ValueError, match="clip"):
         GradientSettings(clip=(2.0, 3.0))
 

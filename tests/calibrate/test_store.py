@@ -1,9 +1,9 @@
-"""Symmetric matrices as triangles."""
+"""Statistics on disk: half of a symmetric matrix."""
 
 import pytest
 import torch
 
-from lrc.calibrate.triangle import packed, unpacked
+from lrc.calibrate.store import packed, unpacked
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 127, 128, 129, 300])
