@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import find_layers
+from ..compress import forms
 from ..compress.forms import experts
 from ..compress.forms.base import linear_shape
 from ..errors import EvaluationError
@@ -112,5 +113,5 @@ def _matrices(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def _form_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a module that stands for a form, None for any other."""
-    ours = type(module).__module__.startswith(f"{__package__}.compress.") and hasattr(module, "in_features")
+    ours = type(module).__module__.startswith(f"{forms.__name__}.") and hasattr(module, "in_features")
     return (module.out_features, module.in_features) if ours else None
