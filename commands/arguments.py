@@ -6,26 +6,52 @@ torch and transformers are imported where they are needed, so that `lrc --help` 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from ..errors import LrcError, OutputError, RequestError, did_you_mean
 
 
-def checked(*checks: Callable[[], Any]) -> list[Any]:
-    """The results of independent checks; where several fail, their messages together."""
-    results, errors = [], []
-    for check in checks:
+@contextmanager
+def together() -> Iterator[Callable[..., Any]]:
+    """Run independent checks of one request, so that all its mistakes are raised together when the context ends.
+
+    Gives a function `check(function, *arguments)`: the function's result, or None where it found a mistake.
+
+    Raises:
+        LrcError: the one mistake.
+        RequestError: several mistakes, with all their messages.
+    """
+    errors: list[LrcError] = []
+
+    def check(function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function, and keep the mistake that it finds for later."""
         try:
-            results.append(check())
+            return function(*arguments)
         except LrcError as error:
             errors.append(error)
+            return None
+
+    yield check
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise RequestError("\n".join(map(str, errors)))
-    return results
+
+
+@contextmanager
+def interruptible(what_now: str) -> Iterator[None]:
+    """Ctrl-C ends in a line that says what comes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"lrc: interrupted; {what_now}.", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def located(name: str) -> Any:
@@ -129,20 +155,6 @@ def ratio_of(text: str) -> float:
         return float(text)
     except ValueError:
         raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None
-
-
-def calibration_overrides(
-    propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
-) -> dict[str, Any]:
-    """The keys of a recipe that these flags stand for."""
-    return {
-        "propagate": propagate,
-        "calibration.source": source,
-        "calibration.samples": samples,
-        "calibration.length": length,
-        "calibration.seed": seed,
-        "gradients.seed": seed,
-    }
 
 
 def require_calibration_fits(view: Any, plan: Any) -> None:
