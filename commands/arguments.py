@@ -6,42 +6,52 @@ torch and transformers are imported where they are needed, so that `lrc --help` 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import LrcError, OutputError, RequestError, did_you_mean
+import typer
+
+from ..errors import LrcError, OutputError, RequestError
 
 
-def checked(*checks: Callable[[], Any]) -> list[Any]:
-    """The results of independent checks; where several fail, their messages together."""
-    results, errors = [], []
-    for check in checks:
+@contextmanager
+def together() -> Iterator[Callable[..., Any]]:
+    """Run independent checks of one request, so that all its mistakes are raised together when the context ends.
+
+    Gives a function `check(function, *arguments)`: the function's result, or None where it found a mistake.
+
+    Raises:
+        LrcError: the one mistake.
+        RequestError: several mistakes, with all their messages.
+    """
+    errors: list[LrcError] = []
+
+    def check(function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function, and keep the mistake that it finds for later."""
         try:
-            results.append(check())
+            return function(*arguments)
         except LrcError as error:
             errors.append(error)
+            return None
+
+    yield check
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise RequestError("\n".join(map(str, errors)))
-    return results
 
 
-def located(name: str) -> Any:
-    """Where a model lies; an interrupted run's folder is none, and says so."""
-    from ..checkpoint.location import locate
-
-    require_finished(name)
-    return locate(name)
-
-
-def require_finished(name: str) -> None:
-    """Refuse the folder of an interrupted run."""
-    from ..checkpoint.artifact import JOURNAL
-
-    if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
-        raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
+@contextmanager
+def interruptible(what_now: str) -> Iterator[None]:
+    """Ctrl-C ends in a line that says what comes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"lrc: interrupted; {what_now}.", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def require_writable(file: Path) -> None:
@@ -71,42 +81,6 @@ def require_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def dtype_of(name: str | None) -> Any:
-    """The dtype of a name; None of None."""
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise RequestError(f"'{name}' is no dtype of a checkpoint.", did_you_mean(name, known))
-    return known[name] if name else None
-
-
-def devices_of(text: str) -> list[Any]:
-    """The devices of a list such as cuda:0,cuda:1, or of auto."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if text.strip() == "auto":
-        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    devices = []
-    for part in text.split(","):
-        try:
-            device = torch.device(part.strip())
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-            raise RequestError(f"'{part}' is no device for lrc.", "Write cpu, cuda, cuda:1, cuda:0,cuda:1 or auto.")
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-            if device.index >= count:
-                raise RequestError(f"There is no device {part}: torch sees {count} GPUs here.", "Write cpu or auto.")
-        if device in devices or (device.type == "cpu" and len(text.split(",")) > 1):
-            raise RequestError(f"--device {text} spreads work over one device twice, or over the CPU and others.",
-                               "Name GPUs, each once.")  # fmt: skip
-        devices.append(device)
-    return devices
-
-
 def names_of(text: str, option: str = "--tasks") -> list[str]:
     """The parts of a comma-separated list, which must not be empty."""
     names = [part.strip() for part in text.split(",") if part.strip()]
@@ -129,25 +103,3 @@ def ratio_of(text: str) -> float:
         return float(text)
     except ValueError:
         raise RequestError(f"'{text}' is no ratio.", "Write --ratios 0.2,0.4.") from None
-
-
-def calibration_overrides(
-    propagate: str | None, source: str | None, samples: int | None, length: int | None, seed: int | None
-) -> dict[str, Any]:
-    """The keys of a recipe that these flags stand for."""
-    return {
-        "propagate": propagate,
-        "calibration.source": source,
-        "calibration.samples": samples,
-        "calibration.length": length,
-        "calibration.seed": seed,
-        "gradients.seed": seed,
-    }
-
-
-def require_calibration_fits(view: Any, plan: Any) -> None:
-    """Refuse samples that the model cannot take before anything lies in --out."""
-    from ..model.view import require_positions
-
-    if plan.recipe.reads_text:
-        require_positions(view.config, plan.recipe.calibration.length, "calibration.length")

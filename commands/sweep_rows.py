@@ -3,19 +3,15 @@
 Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own, so that seconds and peak
 memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
 `sweep.json`; the same command goes on with what is missing.
-
-Importing the libraries takes three seconds, twice a row. Where it is safe, on Linux without an accelerator, the processes are
-forked from one that has imported them and done nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -24,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..checkpoint.atomic import read_json, write_json
 from ..errors import BudgetError, RequestError, SweepError
@@ -38,12 +32,32 @@ from ..plan.recipe import Recipe
 TABLE = "sweep.json"
 _LAST_LINES = 12
 _LOOK = 0.2  # seconds between two looks at how much memory a row takes
-_IMPORTS = [*(f"{__package__}.{name}" for name in ("run", "evaluate", "harness")), "transformers.modeling_layers"]
-_THREADS = "OMP_NUM_THREADS"
-_processes = threading.Lock()  # multiprocessing asks every child for its end when one is started, not safely from two threads
 
-Main = Callable[[list[str]], None]
-"""The command line: takes its words, raises SystemExit where it fails. A function of a module, so that a process finds it."""
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all rows have in common.
+
+    Args:
+        model: as `lrc compress` takes it.
+        folder: for `sweep.json`, statistics and logs; created if need be.
+        compress: further arguments of `lrc compress`, the same for every row.
+        evaluate: further arguments of `lrc eval`.
+        parallel: rows at a time, each with its share of the cores.
+        keep: leave the compressed checkpoints in the folder.
+    """
+
+    model: str
+    folder: Path
+    compress: Sequence[str] = ()
+    evaluate: Sequence[str] = ()
+    parallel: int = 1
+    keep: bool = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What decides the numbers of a row, as it is written to `sweep.json`."""
+        return {"model": self.model, "compress": list(self.compress), "evaluate": list(self.evaluate)}
 
 
 @dataclass(frozen=True)
@@ -134,36 +148,18 @@ def _require_names(jobs: Sequence[Job]) -> None:
             )
 
 
-def run_sweep(
-    model: str,
-    jobs: Sequence[Job],
-    folder: Path,
-    main: Main,
-    *,
-    compress: Sequence[str],
-    evaluate: Sequence[str],
-    parallel: int = 1,
-    keep: bool = False,
-    notify: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
+def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """Carry out what is missing of a sweep and return all rows in the order of `jobs`.
 
     Args:
-        model: as `lrc compress` takes it.
-        folder: for `sweep.json`, statistics and logs; created if need be.
-        main: carries out `compress …` and `eval …`, in a process each.
-        compress: further arguments of `lrc compress`, the same for every row.
-        evaluate: further arguments of `lrc eval`.
-        parallel: rows at a time, each with its share of the cores.
-        keep: leave the compressed checkpoints in the folder.
+        notify: called with every row that is finished.
 
     Raises:
         RequestError: the folder holds a sweep of something else.
         SweepError: rows failed; names them with the last lines of their logs. Finished rows stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "compress": list(compress), "evaluate": list(evaluate)}
-    rows = _finished(folder, asked)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    rows = _finished(sweep)
     failures: dict[str, str] = {}
     finished = threading.Lock()
 
@@ -172,115 +168,91 @@ def run_sweep(
         if job.name in rows:
             if rows[job.name].settings == job.settings:
                 return
-            shutil.rmtree(folder / job.name, ignore_errors=True)  # a checkpoint that was kept
+            shutil.rmtree(sweep.folder / job.name, ignore_errors=True)  # a checkpoint that was kept
         try:
-            row = _row(model, job, folder, main, compress, evaluate, keep)
+            row = _row(sweep, job)
         except SweepError as error:
             failures.update(error.failures)
             return
         with finished:  # rows end beside each other
             rows[job.name] = row
-            _write(folder, asked, rows)
+            write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
             notify(row)
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))
-    with _threads(parallel), ThreadPoolExecutor(parallel) as pool:
+    with ThreadPoolExecutor(sweep.parallel) as pool:
         list(pool.map(one, (jobs[place] for place in turns)))
     if failures:
         raise SweepError(failures)
     return [rows[job.name] for job in jobs]
 
 
-def _row(model: str, job: Job, folder: Path, main: Main, compress: Sequence[str], evaluate: Sequence[str], keep: bool) -> Row:
-    out, log, scores = folder / job.name, folder / f"{job.name}.log", folder / f"{job.name}.json"
-    commands: list[list[str]] = []
-    seconds, peak = 0.0, 0
-    if job.recipe is not None:
-        ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
-        command = ["compress", model, "--recipe", job.recipe, *ratio, "--out", str(out), *compress]
-        commands.append(["lrc", *command])
-        seconds, peak = _run(main, command, log)
-    command = ["eval", str(out) if job.recipe is not None else model, "--json", str(scores), *evaluate]
-    commands.append(["lrc", *command])
-    _run(main, command, log)
-    metrics = {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
-    held: dict[str, Any] = {}
-    if job.recipe is not None:
-        held = _sizes(out)
-        (folder / f"{job.name}.lrc.json").write_text((out / "lrc.json").read_text())
-        if not keep:
-            shutil.rmtree(out)
-    nbytes, removed = held.get("nbytes", job.nbytes), held.get("removed", 0.0)
-    return Row(job.name, metrics, nbytes, removed, seconds, peak, commands, dict(job.settings))
+def _row(sweep: Sweep, job: Job) -> Row:
+    out, log, scores = (sweep.folder / f"{job.name}{suffix}" for suffix in ("", ".log", ".json"))
+    evaluate = ["lrc", "eval", sweep.model if job.recipe is None else str(out), "--json", str(scores), *sweep.evaluate]
+    if job.recipe is None:
+        _run_lrc(evaluate, log, sweep.parallel)
+        return Row(job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings))
+    ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
+    compress = ["lrc", "compress", sweep.model, "--recipe", job.recipe, *ratio, "--out", str(out), *sweep.compress]
+    seconds, peak = _run_lrc(compress, log, sweep.parallel)
+    _run_lrc(evaluate, log, sweep.parallel)
+    record = (out / "lrc.json").read_text()
+    (sweep.folder / f"{job.name}.lrc.json").write_text(record)
+    if not sweep.keep:
+        shutil.rmtree(out)
+    held = json.loads(record)
+    return Row(
+        job.name, _metrics(scores), held["bytes"]["model_after"], held["ratio"], seconds, peak,
+        commands=[compress, evaluate], settings=dict(job.settings),
+    )  # fmt: skip
 
 
-def _sizes(out: Path) -> dict[str, Any]:
-    record = json.loads((out / "lrc.json").read_text())
-    return {"nbytes": record["bytes"]["model_after"], "removed": record["ratio"]}
+def _metrics(scores: Path) -> dict[str, float]:
+    return {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
 
 
-@contextlib.contextmanager
-def _threads(parallel: int) -> Iterator[None]:
-    """Processes started meanwhile take their share of the cores."""
-    before = os.environ.get(_THREADS)
+def _run_lrc(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
+    """Run a command of lrc as `_run` does, with its share of the cores where several rows run at a time."""
+    environment = dict(os.environ)
     if parallel > 1:
-        os.environ[_THREADS] = str(max(1, (os.cpu_count() or 1) // parallel))
-    try:
-        yield
-    finally:
-        os.environ.pop(_THREADS, None)
-        if before is not None:
-            os.environ[_THREADS] = before
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
+    # -P: a folder of the current directory must not hide a library
+    return _run([sys.executable, "-P", "-m", "lrc.cli", *command[1:]], log, environment)
 
 
-def _run(main: Main, command: Sequence[str], log: Path) -> tuple[float, int]:
-    """Run a command to its end in a process of its own: (seconds, peak resident bytes).
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> tuple[float, int]:
+    """Run a command to its end in a process of its own: (seconds, peak resident bytes). What it prints is added to the log.
 
     Raises:
         SweepError: it failed; its last lines say why.
     """
-    # a device cannot be used by a process that was forked after it was looked for, and importing may look
-    forked = sys.platform == "linux" and not torch.accelerator.is_available()
-    context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
-    context.set_forkserver_preload(_IMPORTS)
-    process = context.Process(target=_typed, args=(main, list(command), log, os.environ.get(_THREADS)))
-    log.touch()
     started, peak = time.perf_counter(), 0
-    with _processes:
-        process.start()
-    while True:
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+    while process.returncode is None:
         peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
-        multiprocessing.connection.wait([process.sentinel], _LOOK)
-        with _processes:
-            if process.exitcode is not None:
-                break
-    if process.exitcode:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK)
+    if process.returncode:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        if process.exitcode < 0:  # it could not say so itself
-            last.append(f"The process was ended by signal {-process.exitcode}; signal 9 is what a system without memory sends.")
+        if process.returncode < 0:  # it could not say so itself
+            last.append(
+                f"The process was ended by signal {-process.returncode}; signal 9 is what a system without memory sends."
+            )
         raise SweepError({log.stem: "\n".join(last)})
     return time.perf_counter() - started, peak
 
 
-def _typed(main: Main, command: list[str], log: Path, threads: str | None) -> None:
-    """In the process: what the command says goes to the log."""
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if threads and threads.isdecimal():  # the process this one was forked from may have been started for another share
-        torch.set_num_threads(int(threads))
-    main(command)
-
-
-def _finished(folder: Path, asked: dict[str, Any]) -> dict[str, Row]:
-    path = folder / TABLE
+def _finished(sweep: Sweep) -> dict[str, Row]:
+    path = sweep.folder / TABLE
     held = read_json(path, _Table)
     if held is None:
         return {}
-    if held.asked != asked:
+    if held.asked != sweep.asked:
         raise RequestError(
-            f"{path} is of another sweep:\n" + "\n".join(_differences(held.asked, asked)),
+            f"{path} is of another sweep:\n" + "\n".join(_differences(held.asked, sweep.asked)),
             "Give another --out, or what it was asked for before.",
         )
     return {row.name: row for row in held.rows}
@@ -294,10 +266,6 @@ def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[
         if gone or new:
             had, wanted = (" ".join(map(str, words)) for words in (gone, new))
             yield f"  - {key}: it has {had or 'less'}, you asked for {wanted or 'less'}"
-
-
-def _write(folder: Path, asked: dict[str, Any], rows: dict[str, Row]) -> None:
-    write_json(folder / TABLE, _Table(asked, list(rows.values())), indent=2)
 
 
 def markdown(rows: Sequence[Row]) -> str:

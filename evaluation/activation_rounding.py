@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import find_layers
+from ..compress import forms
 from ..compress.forms import experts
-from ..compress.forms.base import is_form_module, linear_shape
+from ..compress.forms.base import linear_shape
 from ..errors import EvaluationError
 from ..model.view import number_of_experts
 
@@ -112,5 +113,5 @@ def _matrices(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 
 def _form_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a module that stands for a form, None for any other."""
-    ours = is_form_module(module) and hasattr(module, "in_features")
+    ours = type(module).__module__.startswith(f"{forms.__name__}.") and hasattr(module, "in_features")
     return (module.out_features, module.in_features) if ours else None

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from commandline import lrc_ok, run_lrc
-from processes import die, hold
 from safetensors.torch import load_file
 
 from lrc.calibrate.gradients import GradientSettings, backward_passes
-from lrc.cli import main
-from lrc.commands.sweep_rows import Job, Row, _run, run_sweep
+from lrc.commands.sweep_rows import Job, Row, Sweep, _run, run_sweep
 from lrc.errors import SweepError
 from lrc.plan.load_recipe import load_recipe
-
-
-@pytest.fixture(params=[False, True], ids=["forked", "begun anew"])
-def a_process_each(request, monkeypatch):
-    """Both ways in which a row's process begins: with an accelerator it is not forked."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: request.param)
 
 
 def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -69,25 +61,27 @@ def test_a_sweep_reads_rounded_activations_where_it_is_asked_to(tiny_checkpoints
         assert entry["protocol"]["activations"].startswith("mxint8")
 
 
-def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(a_process_each, tmp_path):
+def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_path):
     """The model is no model: both rows fail in processes of their own."""
     with pytest.raises(SweepError) as failed:
-        run_sweep("nobody/nothing", [Job(None), Job("svd", 0.2)], tmp_path, main, compress=[], evaluate=["--tasks", "c4"])
+        run_sweep(Sweep("nobody/nothing", tmp_path, evaluate=["--tasks", "c4"]), [Job(None), Job("svd", 0.2)])
     assert "original" in str(failed.value) and "- svd-0.2: " in str(failed.value)
     assert "nobody/nothing" in str(failed.value) and "Traceback" not in str(failed.value)
 
 
-def test_a_rows_memory_is_its_own(a_process_each, tmp_path):
+def test_a_rows_memory_is_its_own(tmp_path):
     """Linux hands on to a child, as its peak, what its parent held when it was started."""
     ballast = bytearray(700 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    seconds, peak = _run(hold, [str(200 << 20)], tmp_path / "log")
-    assert seconds > 1 and 200 << 20 < peak < 900 << 20  # with the libraries
+    hold = "import time; held = bytearray(200 << 20); time.sleep(1)"
+    seconds, peak = _run([sys.executable, "-c", hold], tmp_path / "log")
+    assert seconds > 1 and 200 << 20 < peak < 300 << 20
 
 
-def test_a_process_that_is_killed_fails_its_row(a_process_each, tmp_path):
+def test_a_process_that_is_killed_fails_its_row(tmp_path):
+    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(SweepError, match="ended by signal 9"):
-        _run(die, [], tmp_path / "log")
+        _run([sys.executable, "-c", die], tmp_path / "log")
 
 
 def test_recipes_that_want_other_gradients_share_a_folder_and_no_pass_is_made_twice(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -142,20 +136,20 @@ def test_settings_that_make_a_difference_are_passes_of_their_own():
 def test_rows_that_end_at_one_moment_are_all_kept(tmp_path, monkeypatch):
     together, jobs = threading.Barrier(4), [Job(f"recipe-{number}", 0.2) for number in range(16)]
 
-    def row(model: str, job: Job, *rest: object) -> Row:
+    def row(sweep: Sweep, job: Job) -> Row:
         together.wait(timeout=60)
         return Row(job.name, {"ppl": 1.0}, 1)
 
     monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
-    assert len(run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[], parallel=4)) == 16
+    assert len(run_sweep(Sweep("model", tmp_path, parallel=4), jobs)) == 16
     assert {row["name"] for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]} == {job.name for job in jobs}
 
 
 def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
     """Both would measure the losses that the second finds where the first left them."""
     asked = []
-    monkeypatch.setattr("lrc.commands.sweep_rows._row", lambda model, job, *_: asked.append(job.name) or Row(job.name, {}, 0))
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", lambda _, job: asked.append(job.name) or Row(job.name, {}, 0))
     jobs = [Job(None), Job("lrc-fast", 0.2), Job("lrc-fast", 0.4), Job("svd", 0.2), Job("svd", 0.4), Job("energy")]
-    rows = run_sweep("model", jobs, tmp_path, main, compress=[], evaluate=[])
+    rows = run_sweep(Sweep("model", tmp_path), jobs)
     assert asked == ["original", "lrc-fast-0.2", "svd-0.2", "energy", "lrc-fast-0.4", "svd-0.4"]
     assert [row.name for row in rows] == [job.name for job in jobs]

@@ -1,0 +1,42 @@
+"""`lrc compress`: print the plan, then carry it out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import interruptible
+from .options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .plan import drafted, note_calibration, requested
+
+
+@grouped
+def compress(
+    out: Annotated[Path, typer.Option(help="Folder for the result; the same command continues an interrupted run in it.")],
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the original model's statistics for other recipes.")
+    ] = None,
+) -> None:
+    """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
+    from ..run.pipeline import run_request
+    from .terminal import Progress, print_plan
+
+    request = requested(recipe, calibration, source, out)
+    if dry_run:
+        view, draft = drafted(request)
+        print_plan(draft)
+        note_calibration(view, draft)
+        return
+    with interruptible("the same command continues"), Progress() as progress:
+        result = run_request(request, out, statistics, restart, progress)
+    if not result.made:
+        print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
+        return
+    progress.finish(out)

@@ -1,0 +1,74 @@
+"""`lrc plan`: what a compression would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CalibrationError
+from .arguments import quiet, together
+from .options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+
+if TYPE_CHECKING:
+    from ..model.view import ModelView
+    from ..plan.plan import Draft
+    from ..run.request import Request
+
+
+@grouped
+def plan(
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every target and everything that is kept.")] = False,
+) -> None:
+    """Print what `lrc compress` would do; reads headers, and one layer's weights where sub-layers may go."""
+    from .terminal import print_plan
+
+    view, draft = drafted(requested(recipe, calibration, source))
+    print_plan(draft, verbose=verbose)
+    note_calibration(view, draft)
+
+
+def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None = None) -> Request:
+    """What the options ask for, checked from the cheapest part to the dearest.
+
+    Args:
+        out: the folder for the result, where there is to be one.
+
+    Raises:
+        LrcError: something in the request is wrong; several mistakes are reported together.
+    """
+    from ..checkpoint.artifact import require_usable
+    from ..checkpoint.opening import devices_of, dtype_of, located
+    from ..plan.load_recipe import load_recipe
+    from ..run.request import Request
+
+    with together() as check:
+        wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
+        dtype = check(dtype_of, source.dtype)
+        devices = check(devices_of, source.device)
+        if out is not None:
+            check(require_usable, out)
+    quiet()
+    return Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
+
+
+def drafted(request: Request) -> tuple[ModelView, Draft]:
+    """The model of a request, and the draft of its plan."""
+    from ..plan.planner import make_draft
+
+    view = request.view()
+    return view, make_draft(view, request.recipe, len(request.devices))
+
+
+def note_calibration(view: ModelView, draft: Draft) -> None:
+    """Print with a plan that `lrc compress` would refuse its calibration set."""
+    from ..run.pipeline import require_text_fits
+
+    try:
+        require_text_fits(view, draft)
+    except CalibrationError as error:
+        print(f"note: {error.what} {error.remedy}")

@@ -1,0 +1,29 @@
+"""`lrc verify`: check a compressed checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import quiet
+from .options import Trust
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")],
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check a compressed checkpoint: hashes, shapes, and that it runs."""
+    from ..checkpoint.opening import require_finished
+    from ..run import verify as checks
+
+    quiet()
+    require_finished(str(folder))
+    record = checks.verify(folder, trust_remote_code=trust_remote_code)
+    held = record["bytes"]
+    print(
+        f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "
+        "logits finite."
+    )
