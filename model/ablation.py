@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import NonFiniteError
 from .divergence import Predictions
-from .host_memory import give_back
 from .layer_edit import LayerEdit, edited
+from .layerwise import LayerTurn, layerwise
 from .likelihood import makes_few_logits
-from .lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
+from .lockstep import Call, run_calls
 from .sublayers import SubLayer
 from .view import ModelView
 
@@ -146,51 +146,43 @@ def _predictions(
         more: arguments of the model's forward.
     """
     batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    count, last = len(variants), len(view.layers) - 1
-    same = [0] * count  # variants of equal numbers have met the same changes so far
-    view.load_outside()
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids, **(more or {})} for ids in batches for _ in variants])
-        view.unload()
-        give_back()
-        for index, name in enumerate(view.layer_names):
-            kinds = list(dict.fromkeys((same[number], variant.at(index)) for number, variant in enumerate(variants)))
-            leaders = [next(n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind) for kind in kinds]
-            template = passed_by(view.layers[index], steps.calls[0])
-            outputs: list[Any] = [None] * len(steps.calls)
-            if any(kind[1] != "dropped" for kind in kinds):
-                view.load(name).to(device)
-            for kind, leader in zip(kinds, leaders, strict=True):
-                members = [n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind]
-                calls = [steps.calls[batch * count + leader] for batch in range(len(batches))]
-                for batch, output in enumerate(_through(view.layers[index], name, kind[1], calls, template, device)):
-                    for number in members:
-                        outputs[batch * count + number] = output
-            same = [kinds.index((same[number], variant.at(index))) for number, variant in enumerate(variants)]
-            view.unload(name)
-            give_back()
-            if index < last:
-                steps.answer(outputs)
-                del outputs
-        view.load_end()
-        for place, result in enumerate(steps.finish(outputs)):
+    count = len(variants)
+    same = [0] * count  # variants with equal numbers have had the same changes so far
+    with layerwise(view, [ids for ids in batches for _ in variants], more) as forward:
+        for turn in forward:
+            kinds = [(same[number], variant.at(turn.index)) for number, variant in enumerate(variants)]
+            turn.answer(_outputs(turn, kinds, device))
+            numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+            same = [numbers[kind] for kind in kinds]
+        for place, result in enumerate(forward.results()):
             yield place % count, batches[place // count], result.logits
-    view.unload()
 
 
-def _through(
-    layer: nn.Module,
-    name: str,
-    how: LayerEdit | str | None,
-    calls: Sequence[Call],
-    template: Any,
-    device: torch.device,
-) -> Iterator[Any]:
-    if isinstance(how, str):
-        yield from (with_hidden(template, call.hidden) for call in calls)
-        return
-    with edited(layer, name, how):
-        for batch, call in enumerate(calls):
-            output = run_layer(layer, call.to(device))
-            check_finite(output, name, batch)
-            yield on_host(output)
+Kind = tuple[int, LayerEdit | str | None]  # of a variant at a layer: (number of its changes so far, what the layer is in it)
+
+
+def _outputs(turn: LayerTurn, kinds: Sequence[Kind], device: torch.device) -> list[Any]:
+    """The layer's output for every call: every batch, and in it every variant; computed once for all variants of one kind."""
+    outputs: list[Any] = [None] * len(turn.calls)
+    alike: dict[Kind, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(number)
+
+    def calls(members: Sequence[int]) -> list[Call]:
+        return turn.calls[members[0] :: len(kinds)]
+
+    def give(members: Sequence[int], found: Sequence[Any]) -> None:
+        for number in members:
+            outputs[number :: len(kinds)] = found
+
+    for (_, change), members in alike.items():
+        if isinstance(change, str):
+            give(members, turn.passed_by(calls(members)))
+    if all(isinstance(change, str) for _, change in alike):
+        return outputs
+    with turn.loaded(device) as layer:
+        for (_, change), members in alike.items():
+            if not isinstance(change, str):
+                with edited(layer, turn.name, change):
+                    give(members, run_calls(layer, turn.name, calls(members), device))
+    return outputs

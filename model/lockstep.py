@@ -53,15 +53,14 @@ class Lockstep:
         model: the whole model; what lies outside `layers` must have its weights by the time of `start`.
         layers: its decoder layers, in order; they may be on the meta device, since they are never called through the model.
 
-    Use as a context; `calls` holds one `Call` per batch for the layer (`index`) that all batches stand before. After the last
-    layer was answered, `results` holds what the model returned for each batch.
+    Use as a context; `calls` holds one `Call` per batch for the layer (`index`) that all batches wait before. After the last
+    layer was answered, `index` is the number of layers and `calls` is empty.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self._model, self._layers = model, list(layers)
         self._forwards: list[greenlet] = []
         self.calls: list[Call] = []
-        self.results: list[Any] = []
         self.index = -1
 
     def __enter__(self) -> Lockstep:
@@ -94,7 +93,7 @@ class Lockstep:
 
     def _stand(self, stops: list[Any]) -> None:
         if any(forward.dead for forward in self._forwards):
-            self.index, self.calls, self.results = len(self._layers), [], stops
+            self.index, self.calls = len(self._layers), []
             return
         indices = {index for index, _ in stops}
         if len(indices) != 1:
@@ -140,6 +139,20 @@ def with_hidden(value: Any, hidden: Tensor) -> Any:
 def run_layer(layer: nn.Module, call: Call) -> Any:
     """Answer one call with the layer's real forward (which `Lockstep` has covered on the instance)."""
     return type(layer).forward(layer, *call.args, **call.kwargs)
+
+
+def run_calls(layer: nn.Module, name: str, calls: Sequence[Call], device: torch.device) -> list[Any]:
+    """A layer's output for each call, computed one after the other on `device`, where its weights are; outputs on the CPU.
+
+    Raises:
+        NonFiniteError: an output holds a NaN or an infinity.
+    """
+    outputs = []
+    for batch, call in enumerate(calls):
+        output = run_layer(layer, call.to(device))
+        check_finite(output, name, batch)
+        outputs.append(on_host(output))
+    return outputs
 
 
 def check_finite(output: Any, layer: str, batch: int) -> None:
