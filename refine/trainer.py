@@ -92,6 +92,19 @@ class Refinement:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The text of a training.
+
+    Args:
+        train: (windows, length) int64 token ids to train on.
+        held_out: (windows, length) int64 token ids that decide when to stop and what to keep; lengths may differ.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
 class Course:
     """What is trained on and judged by.
 
@@ -119,7 +132,7 @@ def trainable(module: nn.Module, vectors: bool) -> dict[str, nn.Parameter]:
         RequestError: some are in float16, whose range gradients leave.
     """
     found = {}
-    inside = forms.__name__.rpartition(".")[0] + "."
+    inside = forms.__name__ + "."
     for path, child in module.named_modules():
         if type(child).__module__.startswith(inside):
             found.update({f"{path}.{name}" if path else name: p for name, p in child.named_parameters()})

@@ -18,6 +18,7 @@ from ..model.host_memory import steady_memory
 from ..model.precision import full_precision
 from ..model.view import ModelView
 from ..plan.plan import Plan
+from ..refine.trainer import Windows
 
 
 @full_precision
@@ -54,8 +55,7 @@ def operated(
         spec = plan.recipe.dropping
         assert spec is not None
         chosen = choose_parts(view, spec, calibration.tokens, devices, trials, notify)
-        found = repaired(
-            view, chosen, spec, calibration.tokens, calibration.held_out, plan.recipe.calibration.seed, devices[0], notify
-        )
+        windows = Windows(calibration.tokens, calibration.held_out)
+        found = repaired(view, chosen, spec, windows, plan.recipe.calibration.seed, devices[0], notify)
         with writing(folder):
             return found.write(folder, identity)

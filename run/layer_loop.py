@@ -209,9 +209,7 @@ class LayerLoop:
 
         targets = [step.target for step in self._plan.layer_steps(index)]
         wanted = [hidden_of(goal) for goal in goals]
-        small, (_, stored, record) = correct(
-            layer, name, targets, pair, wanted, self._plan.recipe.correction, in_place, self._devices[0]
-        )
+        small, (_, stored, record) = correct(layer, name, targets, pair, wanted, self._plan.recipe.correction, in_place)
         if self._block is not None:
             done = refine_block(small, *pair.split(wanted), self._block)
             trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}

@@ -35,7 +35,8 @@ from ..model.precision import full_precision
 from ..model.view import ModelView
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
-from ..refine.end_to_end import refine_artifact
+from ..refine.end_to_end import Distillation, refine_artifact
+from ..refine.trainer import Windows
 from .depth_stage import operated
 from .layer_loop import LayerLoop, LayerReport, renamed, staying_layers
 from .loss_curves import measure
@@ -202,10 +203,9 @@ def _refine_whole(
     if settings is None:
         return None
     original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
-    folder = artifact.folder / SURVEY / DISTILLATION
-    return refine_artifact(
-        artifact, config, original, folder, settings, calibration.tokens, calibration.held_out, devices, notify
-    )
+    windows = Windows(calibration.tokens, calibration.held_out)
+    work = Distillation(artifact.folder / SURVEY / DISTILLATION, settings, windows)
+    return refine_artifact(artifact, config, original, work, devices, notify)
 
 
 def _config(plan: Plan, view: ModelView, artifact: Artifact) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_a_repair_helps_on_text_it_did_not_see(name, family, operate, tiny_check
     plan, calibration = operate(model, tmp_path / "out", **common, **overrides, **{"depth.repair": name})
     assert len(plan.dropped) == 2
     record = verify(tmp_path / "out")["depth"]["repair"]
-    held = divided(calibration.tokens, 0.125)[1]
+    held = divided(calibration.tokens, 0.125).held_out
     assert record["repair"] == name and record["held_out_tokens"] == held.numel()
     assert record["loss"] < record["loss_without"]
     # both losses again, in float64: of the checkpoint, and of the original without those layers
@@ -163,7 +163,7 @@ def test_replace_me_is_the_papers_least_squares_and_loads_without_lrc(operate, t
     h[1].register_forward_hook(lambda m, args, output: seen.update(out=output[0] if isinstance(output, tuple) else output))
     h[3].register_forward_hook(lambda m, args, output: seen.update(goal=output[0] if isinstance(output, tuple) else output))
     with torch.no_grad():
-        original(divided(calibration.tokens, 0.125)[0])
+        original(divided(calibration.tokens, 0.125).train)
     m, out, goal = (seen[key].flatten(0, 1) for key in ("M", "out", "goal"))
     t = torch.linalg.lstsq(m, goal - (out - m), driver="gelsd").solution
     c_proj = h[1].mlp.c_proj
@@ -291,7 +291,11 @@ def test_partial_finetuning_trains_the_end_and_nothing_else(tied, tiny_checkpoin
         ({"depth.damping": 0.1}, RecipeError, "no use for damping; those by least squares do: linear-map, replace-me"),
         ({"depth.repair": "linear-map", "depth.training.lr": 1e-3}, RecipeError, "training is of a trained repair"),
         ({"depth.drop": 1, "ratio": 0.3}, RecipeError, "leave out either"),
-        ({"depth.score": "sleb", "depth.granularity": "sub-layer", "depth.ratio": 0.5}, BudgetError, r"2 of 6 halves \(33%\)"),
+        (
+            {"depth.score": "sleb", "depth.granularity": "sub-layer", "depth.ratio": 0.5},
+            BudgetError,
+            r"2 of 6 sub-layers \(33%\)",
+        ),
         ({"depth.score": "last", "depth.repair": "streamline", "depth.drop": 1}, BudgetError, "one of which is to stand in"),
     ],
 )
