@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.forms.base import linear_weight
 from ..errors import CalibrationError
-from ..model.ablation import Variant, losses
+from ..model.ablation import Ablation, losses
 from ..model.layer_edit import LayerEdit, LinearMap
 from ..model.layerwise import LayerTurn, layerwise
 from ..model.lockstep import hidden_of, run_calls, with_hidden
@@ -148,7 +148,7 @@ def accepted(view: ModelView, dropped: Collection[int], mends: Sequence[Mend], h
     """
     kept, merge = list(mends), _Merging()
     while True:
-        variants = [Variant(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
+        variants = [Ablation(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
         found = losses(view, held, variants, device)
         worse = next((count for count in range(1, len(found)) if found[count] > found[count - 1]), None)
         if worse is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
-from ..model.ablation import Variant, losses
+from ..model.ablation import Ablation, losses
 from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
 from ..model.layerwise import layerwise
@@ -91,7 +91,7 @@ def streamline(
     learnt, report = _trained_layer(view, model_edit.dropped, windows, settings, device, notify)
     give_back()
     dropped, name = frozenset(rest), view.layer_names[first]
-    before, after = losses(view, windows.held_out, [Variant(dropped), Variant(dropped, {first: learnt})], device)
+    before, after = losses(view, windows.held_out, [Ablation(dropped), Ablation(dropped, {first: learnt})], device)
     keep = after <= before
     record = RepairRecord(
         "streamline", windows.held_out.numel(), before, after if keep else before,
