@@ -1,4 +1,4 @@
-"""A pass over a model: layer by layer, all calibration batches at once, weights in and out."""
+"""A pass over a model layer by layer, all calibration batches at once, with or without statistics of each layer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.base import TargetStats
-from ..model.host_memory import give_back
-from ..model.layer_edit import LayerEdit, edited
-from ..model.lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, side_by_side
+from ..model.layer_edit import LayerEdit
+from ..model.layerwise import layerwise
+from ..model.lockstep import Call, check_finite, on_host, run_layer, side_by_side
 from ..model.targets import Target
 from ..model.view import ModelView
 from .stats import LayerCollector, Wanted
 
-TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
+TOKENS_PER_BATCH = 2048  # calibration tokens that go through a layer at once, unless one sample is longer
 
 Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
 
@@ -30,35 +30,24 @@ def through_layers(
     dropped: Collection[int] = frozenset(),
     edit: Callable[[str], LayerEdit | None] = lambda name: None,
 ) -> None:
-    """Bring every layer in, let `visit(index, name, layer, calls)` answer its calls, and send it away again.
+    """Let `visit(index, name, layer, calls)` compute the outputs of every layer, whose weights are in memory meanwhile.
 
     Args:
         view: the model.
         tokens: token ids per batch, (samples, length) each.
-        visit: returns one output per call; after the last layer what it returns is not used.
-        dropped: layers that every batch passes by.
-        edit: layer name -> what is changed in it while it is here.
+        visit: returns one output per call; what it returns for the last layer is not used.
+        dropped: layers that do nothing: every batch's hidden state skips them.
+        edit: layer name -> what is changed in the layer while it is in memory.
     """
     for ids in tokens:
         view.require_tokens(ids)
-    view.load_outside()
-    last = len(view.layers) - 1
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids} for ids in tokens])
-        view.unload()
-        give_back()
-        for index, name in enumerate(view.layer_names):
-            if index in dropped:
-                outputs: list[Any] | None = [passed_by(view.layers[index], call) for call in steps.calls]
+    with layerwise(view, tokens) as forward:
+        for turn in forward:
+            if turn.index in dropped:
+                turn.answer(turn.passed_by())
             else:
-                with edited(view.load(name), name, edit(name)) as layer:
-                    outputs = visit(index, name, layer, steps.calls)
-                view.unload(name)
-                give_back()
-            if index < last:
-                assert outputs is not None
-                steps.answer(outputs)
-                del outputs
+                with turn.loaded(edit=edit(turn.name)) as layer:
+                    turn.answer(visit(turn.index, turn.name, layer, turn.calls))
 
 
 def run_batches(

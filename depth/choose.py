@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..calibrate.layerwise import run_batches, through_layers
 from ..calibrate.packing import token_hash
 from ..checkpoint.atomic import read_json, write_json
-from ..model.ablation import Variant, WithoutSubLayers, divergences, losses
+from ..model.ablation import Ablation, WithoutSubLayers, divergences, losses
 from ..model.lockstep import Call, hidden_of
 from ..model.sublayers import SubLayer
 from ..model.view import ModelView
@@ -82,7 +82,7 @@ class _Trying:
         notify: Callable[[str, int, float], None],
     ) -> None:
         self._view, self._device, self._notify = view, device, notify
-        self._variant = Variant if sublayers is None else WithoutSubLayers(sublayers)
+        self._variant = Ablation if sublayers is None else WithoutSubLayers(sublayers)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,17 +24,19 @@ from torch import Tensor, nn
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.forms.base import linear_weight
 from ..errors import CalibrationError
-from ..model.ablation import Variant, losses
-from ..model.host_memory import give_back
+from ..model.ablation import Ablation, losses
 from ..model.layer_edit import LayerEdit, LinearMap
-from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
+from ..model.layerwise import LayerTurn, layerwise
+from ..model.lockstep import hidden_of, run_calls, with_hidden
 from ..model.sublayers import SubLayer, sublayers_of
 from ..model.view import ModelView
+from ..refine.trainer import Windows
 from .base import Fit, Repair, get_repair
 from .cost import HELD_TOKENS, HELD_WINDOW
 from .model_edit import ModelEdit
+from .repair_record import RepairRecord, RunRecord
 from .spec import DepthSpec
-from .trained_repair import finetune_end, streamline
+from .trained_repair import block_settings, finetune_end, streamline
 
 Notify = Callable[[str, int, float], None]
 
@@ -61,45 +64,43 @@ def repaired(
     view: ModelView,
     model_edit: ModelEdit,
     spec: DepthSpec,
-    tokens: Tensor,
-    apart: Tensor,
+    windows: Windows,
     seed: int,
     device: torch.device,
     notify: Notify,
 ) -> ModelEdit:
-    """The same model edit with the repair that the recipe asks for, as far as it helps.
+    """The same model edit with the repair that the recipe asks for, where it lowers the held-out loss.
 
     Args:
-        tokens: (samples, length) calibration tokens.
-        apart: (windows, length) held-out ones, which decide what is kept; where there are none, `hold_out` of the tokens do.
+        windows: calibration samples, and held-out windows; without held-out ones `spec.hold_out` of the samples is held out.
         seed: of training.
-        notify: called with (what was done, how many, seconds).
+        notify: called with (what was done, 0, seconds).
 
     Raises:
-        CalibrationError: one sample, which cannot be divided.
+        CalibrationError: there is one sample only, and no held-out window.
     """
     if spec.repair == "none":
         return model_edit
     repair = get_repair(spec.repair)
-    train, held = (tokens, held_windows(apart)) if len(apart) else divided(tokens, spec.hold_out)
-    if repair.on == "layer":
-        return streamline(view, model_edit, repair.make(spec.training), train, held, seed, device, notify)
-    if repair.on == "end":
-        return finetune_end(view, model_edit, repair.make(spec.training), train, held, seed, device, notify)
-    mends = fitted(view, model_edit.dropped, repair, spec.damping, train, device, notify)
-    kept, before, after = accepted(view, model_edit.dropped, mends, held, device)
-    runs = [
-        {"layers": list(range(*mend.layers)), "accepted": mend in kept, "where": mend.how, "tokens": mend.tokens}
-        for mend in mends
-    ]
-    record = {"repair": spec.repair, "held_out_tokens": held.numel(), "loss_without": before, "loss": after, "runs": runs}
-    edits = {view.layer_names[at]: edit for at, edit in _merged(kept).items()}
+    windows = (
+        replace(windows, held_out=held_windows(windows.held_out))
+        if len(windows.held_out)
+        else divided(windows.train, spec.hold_out)
+    )
+    if repair.trained:
+        train = streamline if repair.on == "layer" else finetune_end
+        return train(view, model_edit, windows, block_settings(repair.make(spec.training), seed), device, notify)
+    mends = fitted(view, model_edit.dropped, repair, spec.damping, windows.train, device, notify)
+    found = accepted(view, model_edit.dropped, mends, windows.held_out, device)
+    runs = [RunRecord(list(range(*mend.layers)), mend in found.mends, mend.how, mend.tokens) for mend in mends]
+    record = RepairRecord(spec.repair, windows.held_out.numel(), found.loss_without, found.loss, runs)
+    edits = {view.layer_names[at]: edit for at, edit in _Merging()(found.mends).items()}
     maps = {name: {path: each.spec for path, each in edit.maps.items()} for name, edit in edits.items() if edit.maps}
-    return replace(model_edit, edits=edits, maps=maps, record={**model_edit.record, "repair": record})
+    return replace(model_edit, edits=edits, maps=maps, record=record.added_to(model_edit.record))
 
 
-def divided(tokens: Tensor, hold_out: float) -> tuple[Tensor, Tensor]:
-    """(samples to fit to, held-out windows); held-out samples are evenly spread."""
+def divided(tokens: Tensor, hold_out: float) -> Windows:
+    """Samples to fit to, and held-out windows of the other samples, which are evenly spread."""
     if len(tokens) < 2:
         raise CalibrationError(
             "A repair needs two calibration samples or more: one is held out.",
@@ -108,7 +109,7 @@ def divided(tokens: Tensor, hold_out: float) -> tuple[Tensor, Tensor]:
     count = min(max(1, round(hold_out * len(tokens))), len(tokens) - 1)
     places = [number * len(tokens) // count for number in range(count)]
     rest = [number for number in range(len(tokens)) if number not in set(places)]
-    return tokens[rest], held_windows(tokens[places])
+    return Windows(tokens[rest], held_windows(tokens[places]))
 
 
 def held_windows(samples: Tensor) -> Tensor:
@@ -130,17 +131,28 @@ def runs_of(dropped: Collection[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def accepted(
-    view: ModelView, dropped: Collection[int], mends: Sequence[Mend], held: Tensor, device: torch.device
-) -> tuple[list[Mend], float, float]:
-    """(the mends of which each, added to those before it, does not raise the held-out loss; the loss without any; with all)."""
+@dataclass(frozen=True)
+class Accepted:
+    """The mends that stay in the result, and the held-out loss without any mend and with these, in nats per token."""
+
+    mends: list[Mend]
+    loss_without: float
+    loss: float
+
+
+def accepted(view: ModelView, dropped: Collection[int], mends: Sequence[Mend], held: Tensor, device: torch.device) -> Accepted:
+    """The mends of which each, added to those before it, does not raise the held-out loss.
+
+    Args:
+        held: (windows, length) held-out token ids.
+    """
     kept, merge = list(mends), _Merging()
     while True:
-        variants = [Variant(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
+        variants = [Ablation(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
         found = losses(view, held, variants, device)
         worse = next((count for count in range(1, len(found)) if found[count] > found[count - 1]), None)
         if worse is None:
-            return kept, found[0], found[-1]
+            return Accepted(kept, found[0], found[-1])
         del kept[worse - 1]
 
 
@@ -158,10 +170,6 @@ class _Merging:
             self._known.setdefault(key, mine[0] if len(mine) == 1 else functools.reduce(LayerEdit.with_others, mine))
             found[layer] = self._known[key]
         return found
-
-
-def _merged(mends: Sequence[Mend]) -> dict[int, LayerEdit]:
-    return _Merging()(mends)
 
 
 @dataclass
@@ -198,6 +206,24 @@ def fitted(
     return _Fitting(view, dropped, repair, damping, tokens, device).run(notify)
 
 
+@contextmanager
+def _noting_added(layer: nn.Module, run: _Run, sublayer: SubLayer) -> Iterator[None]:
+    """While the context is open, note for a run what the last sub-layer before it adds, and the matrix that it ends with."""
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        run.added.append(sublayer.scale * hidden_of(output).to("cpu"))
+
+    if sublayer.last is not None:
+        module: Any = layer.get_submodule(sublayer.last.role)
+        bias = None if module.bias is None else module.bias.to("cpu", copy=True)
+        run.matrix = (linear_weight(module).to("cpu", copy=True), bias)
+    handle = layer.get_submodule(sublayer.tail).register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Fitting:
     def __init__(
         self,
@@ -221,62 +247,38 @@ class _Fitting:
     @torch.no_grad()
     def run(self, notify: Notify) -> list[Mend]:
         """One pass over the layers up to the end of the last run."""
-        view, mends, started = self._view, list[Mend](), time.perf_counter()
+        mends, started = list[Mend](), time.perf_counter()
         batches = self._tokens.split(max(1, TOKENS_PER_BATCH // self._tokens.shape[1]))
-        count, last = len(batches), self._runs[-1].end - 1
-        view.load_outside()
-        with Lockstep(view.model, view.layers) as steps:
-            steps.start([{"input_ids": ids} for _ in range(2) for ids in batches])
-            view.unload()
-            give_back()
-            for index, name in enumerate(view.layer_names[: last + 1]):
-                template = passed_by(view.layers[index], steps.calls[0])
-                layer = view.load(name).to(self._device)
-                following = next((run for run in self._runs if run.first == index + 1), None)
-                ended = next((run for run in self._runs if run.end == index + 1), None)
-                whole = self._through(layer, name, steps.calls[:count])
-                if index in self._dropped:
-                    pruned = [with_hidden(template, call.hidden) for call in steps.calls[count:]]
-                elif index < self._runs[0].first and not (following and following.sublayer):
-                    pruned = whole  # the streams have not parted yet
-                else:
-                    pruned = self._through(layer, name, steps.calls[count:], following)
-                view.unload(name)
-                give_back()
+        last = self._runs[-1].end - 1
+        with layerwise(self._view, [*batches, *batches]) as forward:
+            for turn in forward:
+                whole, pruned = self._outputs(turn)
+                ended = next((run for run in self._runs if run.end == turn.index + 1), None)
                 if ended:
                     mend, pruned = self._mended(ended, whole, pruned)
                     mends.append(mend)
                     notify(f"layers {ended.first} to {ended.end - 1}: {mend.how}", 0, time.perf_counter() - started)
-                if index < last:
-                    steps.answer([*whole, *pruned])
+                if turn.index == last:
+                    break
+                turn.answer([*whole, *pruned])
                 del whole, pruned
         return mends
 
-    def _through(self, layer: nn.Module, name: str, calls: Sequence[Call], following: _Run | None = None) -> list[Any]:
-        """The layer's outputs; what its last sub-layer adds is kept for the run that follows."""
-        handle = None
-        if following and following.sublayer:
-            sublayer = following.sublayer
-            tail = layer.get_submodule(sublayer.tail)
-
-            def keep(_: nn.Module, __: Any, output: Any) -> None:
-                following.added.append(sublayer.scale * hidden_of(output).to("cpu"))
-
-            handle = tail.register_forward_hook(keep)
-            if sublayer.last is not None:
-                module: Any = layer.get_submodule(sublayer.last.role)
-                bias = None if module.bias is None else module.bias.to("cpu", copy=True)
-                following.matrix = (linear_weight(module).to("cpu", copy=True), bias)
-        outputs = []
-        try:
-            for batch, call in enumerate(calls):
-                output = run_layer(layer, call.to(self._device))
-                check_finite(output, name, batch)
-                outputs.append(on_host(output))
-        finally:
-            if handle is not None:
-                handle.remove()
-        return outputs
+    def _outputs(self, turn: LayerTurn) -> tuple[list[Any], list[Any]]:
+        """The layer's outputs in the original model and in the pruned one, per batch."""
+        count = len(turn.calls) // 2
+        following = next((run for run in self._runs if run.first == turn.index + 1), None)
+        skipped = turn.passed_by(turn.calls[count:]) if turn.index in self._dropped else None
+        with turn.loaded(self._device) as layer:
+            whole = run_calls(layer, turn.name, turn.calls[:count], self._device)
+            if skipped is not None:
+                return whole, skipped
+            if following and following.sublayer:
+                with _noting_added(layer, following, following.sublayer):
+                    return whole, run_calls(layer, turn.name, turn.calls[count:], self._device)
+            if turn.index < self._runs[0].first:
+                return whole, whole  # both models are still the same
+            return whole, run_calls(layer, turn.name, turn.calls[count:], self._device)
 
     def _mended(self, run: _Run, whole: Sequence[Any], pruned: Sequence[Any]) -> tuple[Mend, list[Any]]:
         """The run's repair, and the pruned stream with it."""

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
-from ..model.ablation import Variant, losses
+from ..model.ablation import Ablation, losses
 from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
-from ..model.lockstep import Call, Lockstep, check_finite, hidden_of, on_host, passed_by, run_layer, with_hidden
+from ..model.layerwise import layerwise
+from ..model.lockstep import Call, hidden_of, passed_by, run_calls, with_hidden
 from ..model.view import ModelView
-from ..refine.objectives import BlockSettings, refine_block
-from ..refine.trainer import Course, Refinement, Trainer, checked_dtypes
+from ..refine.objectives import BlockExamples, BlockSettings, refine_block
+from ..refine.trainer import Course, Refinement, Trainer, Windows, checked_dtypes
 from .base import Training
 from .model_edit import ModelEdit
+from .repair_record import RepairRecord, RunRecord
 from .repairs.partial_finetune import LAST_LAYERS
 
 Notify = Callable[[str, int, float], None]
@@ -72,105 +74,141 @@ def train(
 def streamline(
     view: ModelView,
     model_edit: ModelEdit,
-    training: Training,
-    tokens: Tensor,
-    held: Tensor,
-    seed: int,
+    windows: Windows,
+    settings: BlockSettings,
     device: torch.device,
     notify: Notify,
 ) -> ModelEdit:
-    """The model edit's one run, less its first layer, which is trained to give what the run gave.
+    """The model edit's one run, less its first layer, which is trained to put out what the last layer of the run did.
 
     Args:
-        model_edit: drops the run whole.
-        training: with its defaults filled in.
-        tokens: (samples, length) to train on.
-        held: (windows, length) to judge by: first the squared error, then the model's loss.
+        model_edit: drops the whole run.
+        windows: the held-out ones judge twice: by the squared error of hidden states, then by the model's loss.
+        settings: of the training.
+        notify: called with (what was done, 0, seconds) after each epoch.
     """
     first, *rest = model_edit.dropped
-    name, end = view.layer_names[first], model_edit.dropped[-1]
-    count = len(batches := tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1])))
-    calls: list[Call] = []
-    with torch.no_grad(), _states(view, [*batches, *held.split(max(1, TOKENS_PER_BATCH // held.shape[1]))]) as steps:
-        while steps.index < first:
-            steps.answer(_outputs(view, steps, device))
-        calls = list(steps.calls)
-        while steps.index < end:
-            steps.answer(_outputs(view, steps, device))
-        goals = [hidden_of(output) for output in _outputs(view, steps, device)]
+    learnt, report = _trained_layer(view, model_edit.dropped, windows, settings, device, notify)
+    give_back()
+    dropped, name = frozenset(rest), view.layer_names[first]
+    before, after = losses(view, windows.held_out, [Ablation(dropped), Ablation(dropped, {first: learnt})], device)
+    keep = after <= before
+    record = RepairRecord(
+        "streamline", windows.held_out.numel(), before, after if keep else before,
+        runs=[RunRecord(list(model_edit.dropped), keep, name, windows.train.numel())],
+        training=_facts(report),
+    )  # fmt: skip
+    edits = {name: learnt} if keep else {}
+    return replace(model_edit, dropped=tuple(rest), edits=edits, record=record.added_to(model_edit.record))
+
+
+def _trained_layer(
+    view: ModelView,
+    run: Sequence[int],
+    windows: Windows,
+    settings: BlockSettings,
+    device: torch.device,
+    notify: Notify,
+) -> tuple[LayerEdit, Refinement]:
+    """The values that a run's first layer learns, and how its training went."""
+    examples, held_out = _run_examples(view, run, windows, device)
+    name = view.layer_names[run[0]]
     layer = view.load(name).to(device)
     started = time.perf_counter()
     report = refine_block(
-        layer, calls[:count], goals[:count], calls[count:], goals[count:], block_settings(training, seed),
+        layer, examples, held_out, settings,
         lambda epoch, loss: notify(f"epoch {epoch}: held-out error {loss:.4g}", 0, time.perf_counter() - started),
         everything=True,
     )  # fmt: skip
     learnt = LayerEdit((), {path: value.detach().to("cpu", copy=True) for path, value in layer.named_parameters()})
     view.unload(name)
-    del calls, goals
-    give_back()
-    dropped = frozenset(rest)
-    before, after = losses(view, held, [Variant(dropped), Variant(dropped, {first: learnt})], device)
-    keep = after <= before
-    record = {
-        "repair": "streamline", "held_out_tokens": held.numel(), "loss_without": before, "loss": after if keep else before,
-        "runs": [{"layers": list(model_edit.dropped), "accepted": keep, "where": name, "tokens": tokens.numel()}],
-        "training": _facts(report),
-    }  # fmt: skip
-    return replace(
-        model_edit, dropped=tuple(rest), edits={name: learnt} if keep else {}, record={**model_edit.record, "repair": record}
-    )
+    return learnt, report
+
+
+@torch.no_grad()
+def _run_examples(
+    view: ModelView, run: Sequence[int], windows: Windows, device: torch.device
+) -> tuple[BlockExamples, BlockExamples]:
+    """What a run's first layer is called with and what its last layer puts out: (to train on, held out)."""
+    batches = windows.train.split(max(1, TOKENS_PER_BATCH // windows.train.shape[1]))
+    held_out = windows.held_out.split(max(1, TOKENS_PER_BATCH // windows.held_out.shape[1]))
+    calls: list[Call] = []
+    goals: list[Tensor] = []
+    with layerwise(view, [*batches, *held_out]) as forward:
+        for turn in forward:
+            if turn.index == run[0]:
+                calls = list(turn.calls)
+            with turn.loaded(device) as layer:
+                outputs = run_calls(layer, turn.name, turn.calls, device)
+            if turn.index == run[-1]:
+                goals = [hidden_of(output) for output in outputs]
+                break
+            turn.answer(outputs)
+            del outputs
+    count = len(batches)
+    return BlockExamples(calls[:count], goals[:count]), BlockExamples(calls[count:], goals[count:])
 
 
 def finetune_end(
     view: ModelView,
     model_edit: ModelEdit,
-    training: Training,
-    tokens: Tensor,
-    held: Tensor,
-    seed: int,
+    windows: Windows,
+    settings: BlockSettings,
     device: torch.device,
     notify: Notify,
 ) -> ModelEdit:
     """The model edit, with final norm, output head and the last layers trained on the tokens themselves; as `streamline`.
 
-    A head that is tied to the embedding stays.
+    A head that is tied to the embedding is not trained.
     """
-    stays = [layer for layer in range(len(view.layers)) if layer not in model_edit.dropped]
-    last = stays[-LAST_LAYERS:]
-    windows = [*tokens.split(1), *held.split(1)]
-    states: list[Tensor] = []
-    with torch.no_grad(), _states(view, windows) as steps:
-        while steps.index < last[0]:
-            steps.answer(_outputs(view, steps, device, model_edit))
-        states = [call.hidden for call in steps.calls]
+    remaining = [layer for layer in range(len(view.layers)) if layer not in model_edit.dropped]
+    last = remaining[-LAST_LAYERS:]
+    batches = [*windows.train.split(1), *windows.held_out.split(1)]
+    states = _states_before(view, model_edit, last[0], batches, device)
+    held_out = range(len(windows.train), len(batches))
     with _End(view, model_edit, last, device) as end:
         parameters = end.parameters()
 
-        def loss(window: int) -> Tensor:
-            ids = windows[window].to(device)
-            logits = end(windows[window], states[window])[:, :-1]
+        def loss(number: int) -> Tensor:
+            ids = batches[number].to(device)
+            logits = end(batches[number], states[number])[:, :-1]
             return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
         def judge() -> float:
             with torch.no_grad():
-                found = [float(loss(window)) for window in range(len(tokens), len(windows))]
-            return sum(found) / (len(held) * (held.shape[1] - 1))
+                found = [float(loss(number)) for number in held_out]
+            return sum(found) / (len(held_out) * (windows.held_out.shape[1] - 1))
 
         started = time.perf_counter()
         report = train(
-            parameters, loss, [tokens.shape[1] - 1] * len(tokens), judge, block_settings(training, seed),
+            parameters, loss, [windows.train.shape[1] - 1] * len(windows.train), judge, settings,
             lambda epoch, value: notify(f"epoch {epoch}: held-out loss {value:.4f}", 0, time.perf_counter() - started),
         )  # fmt: skip
         better = report.best < report.start
         values = {name: value.detach().to("cpu", copy=True) for name, value in parameters.items()} if better else {}
     edits, outside = _apart(view, values)
-    record = {
-        "repair": "partial-finetune", "held_out_tokens": held.numel(), "loss_without": report.start, "loss": report.best,
-        "layers": last, "accepted": better, "head": "tied, not trained" if view.untied_head is None else "trained",
-        "training": _facts(report),
-    }  # fmt: skip
-    return replace(model_edit, edits=edits, outside=outside, record={**model_edit.record, "repair": record})
+    record = RepairRecord(
+        "partial-finetune", windows.held_out.numel(), report.start, report.best, layers=last, accepted=better,
+        head="tied, not trained" if view.untied_head is None else "trained", training=_facts(report),
+    )  # fmt: skip
+    return replace(model_edit, edits=edits, outside=outside, record=record.added_to(model_edit.record))
+
+
+@torch.no_grad()
+def _states_before(
+    view: ModelView, model_edit: ModelEdit, layer: int, batches: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """The hidden states (samples, length, hidden) that reach a layer of the pruned model, per batch."""
+    with layerwise(view, batches) as forward:
+        for turn in forward:
+            if turn.index == layer:
+                return [call.hidden for call in turn.calls]
+            if turn.index in model_edit.dropped:
+                turn.answer(turn.passed_by())
+            else:
+                with turn.loaded(device, model_edit.edit(turn.name)) as module:
+                    turn.answer(run_calls(module, turn.name, turn.calls, device))
+    raise ValueError(f"there is no layer {layer}")
 
 
 def _apart(view: ModelView, values: Mapping[str, Tensor]) -> tuple[dict[str, LayerEdit], dict[str, Tensor]]:
@@ -190,33 +228,6 @@ def _facts(report: Refinement) -> dict[str, Any]:
         "parameters": report.parameters, "steps": report.steps, "seconds": round(report.seconds, 1), "stopped": report.stopped,
         "start": report.start, "best": report.best,
     }  # fmt: skip
-
-
-@contextmanager
-def _states(view: ModelView, batches: Sequence[Tensor]) -> Iterator[Lockstep]:
-    """Forwards of all batches, standing before the first layer."""
-    view.load_outside()
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids} for ids in batches])
-        view.unload()
-        give_back()
-        yield steps
-
-
-def _outputs(view: ModelView, steps: Lockstep, device: torch.device, model_edit: ModelEdit | None = None) -> list[Any]:
-    """What the layer that all forwards stand before puts out, with the model edit where there is one."""
-    name = view.layer_names[steps.index]
-    if model_edit is not None and steps.index in model_edit.dropped:
-        return [passed_by(view.layers[steps.index], call) for call in steps.calls]
-    outputs = []
-    with edited(view.load(name).to(device), name, model_edit.edit(name) if model_edit else None) as layer:
-        for batch, call in enumerate(steps.calls):
-            output = run_layer(layer, call.to(device))
-            check_finite(output, name, batch)
-            outputs.append(on_host(output))
-    view.unload(name)
-    give_back()
-    return outputs
 
 
 class _End:

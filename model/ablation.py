@@ -1,8 +1,8 @@
-"""What a model loses with some layers or sub-layers gone or changed: many such variants in one pass over the weights.
+"""Ablations: the loss of a model without some layers or sub-layers, or with edits; many of them in one pass over the weights.
 
-Every variant is the model with its own layers dropped and edited. Variants go through the layers in lockstep, each layer's
-weights are read once for all of them, and as long as two variants have met the same changes they are one computation. Only so
-many go through together that their hidden states stay within `STATES` bytes.
+All ablations run layer by layer together, so that each layer's weights are read once for all of them. Two ablations with the
+same changes in all layers so far share one computation. The number of ablations in a pass is limited so that their hidden
+states take at most `STATES` bytes.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import NonFiniteError
 from .divergence import Predictions
-from .host_memory import give_back
 from .layer_edit import LayerEdit, edited
+from .layerwise import LayerTurn, layerwise
 from .likelihood import makes_few_logits
-from .lockstep import Call, Lockstep, check_finite, on_host, passed_by, run_layer, with_hidden
+from .lockstep import Call, run_calls
 from .sublayers import SubLayer
 from .view import ModelView
 
-# Variants of a model go through the layers side by side, and the plan knows what they take.
-STATES = 2 << 30  # bytes of hidden states of those that go together
-COPIES = 4  # of a hidden state that live at once: the embedding, a layer's input, its output, and what a forward keeps
-BATCH_TOKENS = 512  # of one forward of a variant, unless one window is longer: logits are held for so many
+# The plan computes the memory of ablations from these three.
+STATES = 2 << 30  # bytes of hidden states of the ablations in one pass
+COPIES = 4  # copies of a hidden state in memory at once: the embedding, a layer's input, its output, and one inside a forward
+BATCH_TOKENS = 512  # tokens in one batch of an ablation, unless one window is longer: the logits of a batch are held at once
 
-SKIP = 16  # first tokens of each window, whose predictions have little to go by
+SKIP = 16  # first tokens of each window that are not compared: their predictions have little context
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A model with something changed.
+class Ablation:
+    """A model without some layers, or with edited ones; without arguments it is the model itself.
 
     Args:
-        dropped: layers that are passed by.
+        dropped: layers that do nothing: the hidden state skips them.
         edits: layer -> what is changed in it.
     """
 
@@ -47,37 +47,38 @@ class Variant:
     edits: Mapping[int, LayerEdit] = field(default_factory=dict)
 
     def at(self, layer: int) -> LayerEdit | str | None:
-        """What a layer is in this variant; equal for two variants that treat it alike."""
+        """What is done to a layer: 'dropped', an edit, or None; equal for two ablations that do the same to it."""
         return "dropped" if layer in self.dropped else self.edits.get(layer)
 
 
 class WithoutSubLayers:
-    """Variants of a model that lack some of its sub-layers; equal edits are one object, so that variants share what they can.
+    """Makes ablations without some sub-layers. Equal edits are one object, so that ablations share their computations.
 
     Args:
-        sublayers: of the model, by number.
+        sublayers: all sub-layers of the model; their places in the list are their numbers.
     """
 
     def __init__(self, sublayers: Sequence[SubLayer]) -> None:
         self._sublayers = sublayers
         self._edits: dict[frozenset[int], LayerEdit] = {}
 
-    def __call__(self, parts: Collection[int]) -> Variant:
-        """The model without the sub-layers of these numbers."""
+    def __call__(self, numbers: Collection[int]) -> Ablation:
+        """The model without the sub-layers with these numbers."""
         by_layer: dict[int, set[int]] = {}
-        for part in parts:
-            by_layer.setdefault(self._sublayers[part].layer, set()).add(part)
-        return Variant(edits={layer: self._edit(frozenset(mine)) for layer, mine in by_layer.items()})
+        for number in numbers:
+            by_layer.setdefault(self._sublayers[number].layer, set()).add(number)
+        return Ablation(edits={layer: self._edit(frozenset(mine)) for layer, mine in by_layer.items()})
 
     def _edit(self, mine: frozenset[int]) -> LayerEdit:
         if mine not in self._edits:
-            self._edits[mine] = reduce(LayerEdit.with_others, (self._sublayers[part].zeroed for part in sorted(mine)))
+            self._edits[mine] = reduce(LayerEdit.with_others, (self._sublayers[number].zeroed for number in sorted(mine)))
         return self._edits[mine]
 
 
 def scored(model: nn.Module, tokens: Tensor) -> tuple[int, dict[str, int]]:
-    """How many of each window's last tokens count where predictions are compared, and the arguments with which a model's
-    forward makes no other logits, if it can.
+    """(How many of each window's last tokens are compared, arguments that make a forward compute logits of these only).
+
+    The arguments are empty where the model's forward cannot be told for which tokens to compute logits.
 
     Args:
         tokens: (windows, length) token ids.
@@ -86,31 +87,34 @@ def scored(model: nn.Module, tokens: Tensor) -> tuple[int, dict[str, int]]:
     return count, {"logits_to_keep": count} if makes_few_logits(model) else {}
 
 
-def losses(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
-    """Mean negative log likelihood of the tokens under each variant, in nats per predicted token.
+def losses(view: ModelView, tokens: Tensor, ablations: Sequence[Ablation], device: torch.device) -> list[float]:
+    """Mean negative log likelihood of the tokens under each ablation, in nats per predicted token.
 
     Args:
-        tokens: (windows, length) token ids, without padding; each but a window's first is predicted.
+        tokens: (windows, length) token ids, without padding; every token except a window's first is predicted.
         device: where layers run.
+
+    Raises:
+        NonFiniteError: a loss or a layer's output is not finite.
     """
-    found = [0.0] * len(variants)
-    for chunk in _chunks(len(variants), together(view, tokens)):
-        for number, ids, logits in _predictions(view, tokens, [variants[i] for i in chunk], device):
+    found = [0.0] * len(ablations)
+    for chunk in _chunks(len(ablations), together(view, tokens)):
+        for number, ids, logits in _predictions(view, tokens, [ablations[i] for i in chunk], device):
             nll = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             found[chunk[number]] += float(nll)
     return _finite([total / (tokens.shape[0] * (tokens.shape[1] - 1)) for total in found])
 
 
-def divergences(view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device) -> list[float]:
-    """Kullback-Leibler divergence of each variant's predictions from the whole model's, in nats per token; as `losses`."""
-    found = [0.0] * len(variants)
+def divergences(view: ModelView, tokens: Tensor, ablations: Sequence[Ablation], device: torch.device) -> list[float]:
+    """Kullback-Leibler divergence of each ablation's predictions from the whole model's, nats per token; as `losses`."""
+    found = [0.0] * len(ablations)
     count, only = scored(view.model, tokens)
-    for chunk in _chunks(len(variants), together(view, tokens) - 1):
+    for chunk in _chunks(len(ablations), together(view, tokens) - 1):
         original: Predictions | None = None
-        for number, _, logits in _predictions(view, tokens, [Variant(), *(variants[i] for i in chunk)], device, only):
+        for number, _, logits in _predictions(view, tokens, [Ablation(), *(ablations[i] for i in chunk)], device, only):
             words = logits[:, -count:]
             if number == 0 or original is None:
-                original = Predictions(words)  # of this batch
+                original = Predictions(words)  # the whole model's predictions of this batch
             else:
                 found[chunk[number - 1]] += original.divergence(words)
     return _finite([max(total / (tokens.shape[0] * count), 0.0) for total in found])
@@ -123,74 +127,70 @@ def _chunks(count: int, most: int) -> list[range]:
 def _finite(found: list[float]) -> list[float]:
     if not all(math.isfinite(each) for each in found):
         raise NonFiniteError(
-            f"The loss of {sum(not math.isfinite(each) for each in found)} of {len(found)} models with parts taken out is no "
-            "number.",
+            f"The loss of {sum(not math.isfinite(each) for each in found)} of {len(found)} models without some layers or "
+            "sub-layers is not finite.",
             "In float16 logits can overflow: try --dtype bfloat16 or float32.",
         )
     return found
 
 
 def together(view: ModelView, tokens: Tensor) -> int:
-    """How many variants go through the layers side by side: their hidden states stay within `STATES` bytes."""
+    """How many ablations run in one pass, so that their hidden states take at most `STATES` bytes; at least 2."""
     hidden = view.config.get_text_config().hidden_size
     return max(2, STATES // (COPIES * tokens.numel() * hidden * view.dtype.itemsize))
 
 
 @torch.no_grad()
 def _predictions(
-    view: ModelView, tokens: Tensor, variants: Sequence[Variant], device: torch.device, more: Mapping[str, int] | None = None
+    view: ModelView,
+    tokens: Tensor,
+    ablations: Sequence[Ablation],
+    device: torch.device,
+    options: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number of the variant, token ids of a batch, their logits), batch after batch and in each variant after variant.
+    """(number of the ablation, token ids of a batch, their logits): all ablations of the first batch, then of the next one.
 
     Args:
-        more: arguments of the model's forward.
+        options: more arguments of the model's forward.
     """
     batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    count, last = len(variants), len(view.layers) - 1
-    same = [0] * count  # variants of equal numbers have met the same changes so far
-    view.load_outside()
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids, **(more or {})} for ids in batches for _ in variants])
-        view.unload()
-        give_back()
-        for index, name in enumerate(view.layer_names):
-            kinds = list(dict.fromkeys((same[number], variant.at(index)) for number, variant in enumerate(variants)))
-            leaders = [next(n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind) for kind in kinds]
-            template = passed_by(view.layers[index], steps.calls[0])
-            outputs: list[Any] = [None] * len(steps.calls)
-            if any(kind[1] != "dropped" for kind in kinds):
-                view.load(name).to(device)
-            for kind, leader in zip(kinds, leaders, strict=True):
-                members = [n for n, variant in enumerate(variants) if (same[n], variant.at(index)) == kind]
-                calls = [steps.calls[batch * count + leader] for batch in range(len(batches))]
-                for batch, output in enumerate(_through(view.layers[index], name, kind[1], calls, template, device)):
-                    for number in members:
-                        outputs[batch * count + number] = output
-            same = [kinds.index((same[number], variant.at(index))) for number, variant in enumerate(variants)]
-            view.unload(name)
-            give_back()
-            if index < last:
-                steps.answer(outputs)
-                del outputs
-        view.load_end()
-        for place, result in enumerate(steps.finish(outputs)):
+    count = len(ablations)
+    same = [0] * count  # ablations with equal numbers have had the same changes so far
+    with layerwise(view, [ids for ids in batches for _ in ablations], options) as forward:
+        for turn in forward:
+            kinds = [(same[number], ablation.at(turn.index)) for number, ablation in enumerate(ablations)]
+            turn.answer(_outputs(turn, kinds, device))
+            numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+            same = [numbers[kind] for kind in kinds]
+        for place, result in enumerate(forward.results()):
             yield place % count, batches[place // count], result.logits
-    view.unload()
 
 
-def _through(
-    layer: nn.Module,
-    name: str,
-    how: LayerEdit | str | None,
-    calls: Sequence[Call],
-    template: Any,
-    device: torch.device,
-) -> Iterator[Any]:
-    if isinstance(how, str):
-        yield from (with_hidden(template, call.hidden) for call in calls)
-        return
-    with edited(layer, name, how):
-        for batch, call in enumerate(calls):
-            output = run_layer(layer, call.to(device))
-            check_finite(output, name, batch)
-            yield on_host(output)
+Kind = tuple[int, LayerEdit | str | None]  # of an ablation at a layer: (number of its changes so far, `Ablation.at`)
+
+
+def _outputs(turn: LayerTurn, kinds: Sequence[Kind], device: torch.device) -> list[Any]:
+    """The layer's output for every call (all ablations of the first batch, ...), computed once for ablations of one kind."""
+    outputs: list[Any] = [None] * len(turn.calls)
+    alike: dict[Kind, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(number)
+
+    def calls(members: Sequence[int]) -> list[Call]:
+        return turn.calls[members[0] :: len(kinds)]
+
+    def give(members: Sequence[int], found: Sequence[Any]) -> None:
+        for number in members:
+            outputs[number :: len(kinds)] = found
+
+    for (_, change), members in alike.items():
+        if isinstance(change, str):
+            give(members, turn.passed_by(calls(members)))
+    if all(isinstance(change, str) for _, change in alike):
+        return outputs
+    with turn.loaded(device) as layer:
+        for (_, change), members in alike.items():
+            if not isinstance(change, str):
+                with edited(layer, turn.name, change):
+                    give(members, run_calls(layer, turn.name, calls(members), device))
+    return outputs

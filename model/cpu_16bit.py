@@ -1,9 +1,9 @@
-"""Products of 16-bit numbers on processors that have no instructions for them: by float32, in place of torch's own.
+"""16-bit products on processors that have no instructions for them: computed in float32, in place of torch's own.
 
-torch multiplies 16-bit matrices on a processor by oneDNN, and oneDNN wants AVX-512 (or matrix units) for bfloat16 and more for
-float16. Elsewhere torch falls back to loops that are 8 to 500 times slower than float32 (pytorch issue 146508), which is most
-desktops. Here factors are widened to float32, multiplied, and the result is rounded once, as such instructions do it; a large
-weight is widened in parts that stay in the processor's cache, so that this costs a few percent and no memory.
+torch multiplies 16-bit matrices on a processor by oneDNN, and oneDNN needs AVX-512 (or matrix units) for bfloat16, and more for
+float16. On other processors, most desktops among them, torch uses loops that are 8 to 500 times slower than float32 (pytorch
+issue 146508). Here factors are converted to float32 and multiplied, and the result is rounded once, as 16-bit instructions do.
+A large weight is converted in slices that fit in the processor's cache, so that this costs a few percent of time and no memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_IN_CACHE = 2**20  # weights widened at once: 4 MiB of float32
+_IN_CACHE = 2**20  # weights converted at a time: 4 MiB of float32
 _TORCH = nn.functional.linear
 
 
 @functools.cache
 def slow_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that this processor multiplies by loops."""
+    """The 16-bit dtypes that this processor has no instructions for."""
     return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not onednn_multiplies(dtype))
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch gives products of a 16-bit dtype to oneDNN on this processor."""
+    """Whether torch computes products of a 16-bit dtype by oneDNN on this processor."""
     onednn: Any = torch.ops.mkldnn
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return torch.backends.mkldnn.is_available() and bool(getattr(onednn, asked[dtype])())
 
 
 def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """(module of torch, name in it, what does the same by float32); none where no dtype is slow."""
+    """(module of torch, name in it, function that does the same in float32); none where no dtype is slow."""
     if not slow_dtypes():
         return []
     others = [name for name in ("addmm", "_grouped_mm") if hasattr(torch, name)]
@@ -41,17 +41,17 @@ def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `torch.nn.functional.linear`, and of slow 16-bit matrices in float32, rounded once.
+    """As `torch.nn.functional.linear`; slow 16-bit matrices are multiplied in float32 and the result is rounded once.
 
-    For gradients it keeps the 16-bit factors and no wide copies.
+    For a backward pass it keeps the 16-bit factors, no float32 copies.
     """
     device = weight.device.type
     cast = torch.get_autocast_dtype(device) if device == "cpu" and torch.is_autocast_enabled(device) else None
-    if cast in slow_dtypes() and input.dtype != torch.float64:  # which autocast leaves alone
+    if cast in slow_dtypes() and input.dtype != torch.float64:  # autocast does not convert float64
         with torch.autocast(device, enabled=False):
             return linear(input.to(cast), weight.to(cast), None if bias is None else bias.to(cast))
     given = [input, weight] if bias is None else [input, weight, bias]
-    if not _slow(given) or weight.ndim != 2 or input.numel() == input.shape[-1]:  # of one row torch is as fast
+    if not _slow(given) or weight.ndim != 2 or input.numel() == input.shape[-1]:  # for a single row torch is as fast
         return _TORCH(input, weight, bias)
     if torch.is_grad_enabled() and any(each.requires_grad for each in given):
         product: Tensor = _Linear.apply(input, weight, bias)
@@ -60,7 +60,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A product of torch that takes slow 16-bit tensors to float32 and its result back."""
+    """A product of torch that converts slow 16-bit tensors to float32 and its result back."""
 
     @functools.wraps(function)
     def product(*args: Any, **kwargs: Any) -> Tensor:
@@ -78,7 +78,7 @@ def _wide(value: Any) -> Any:
 
 
 def _slow(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are plain tensors on the processor, all of one slow dtype."""
+    """Whether these are plain tensors on the CPU, all of one slow dtype."""
     first = tensors[0].dtype
     return first in slow_dtypes() and all(
         each.dtype == first and each.device.type == "cpu" and type(each) in (Tensor, nn.Parameter) for each in tensors
@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of those factors that are asked for, in their dtype."""
+        """Gradients of the factors that need one, in their dtype."""
         x, weight = ctx.saved_tensors
         flat, of_x, of_weight, of_bias = gradients[0].flatten(0, -2), None, None, None
         if ctx.needs_input_grad[0]:

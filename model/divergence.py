@@ -1,7 +1,7 @@
-"""How far a changed model's predictions are from the original's, in nats.
+"""Kullback-Leibler divergence of a changed model's predictions from the original's, in nats.
 
-Single targets change predictions by 1e-4 to 1e-2 nats per token, where cross entropies are of the order of ten: the divergence
-is summed from differences of logarithms, word by word, and never as the difference of two sums.
+Compressing a single target changes predictions by 1e-4 to 1e-2 nats per token, and cross entropies are of the order of ten. So
+the divergence is summed from differences of logarithms, word by word, and never as the difference of two sums.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_AT_ONCE = 1 << 20  # logits that are worked on together: few enough for a processor's cache, which makes it three times as fast
+_AT_ONCE = 1 << 20  # logits processed at a time: they fit in a processor's cache, which is three times as fast
 
 
 class Predictions:
-    """The original's predictions over some tokens, for several others to be compared with.
+    """The original's predictions over some tokens, with which several changed models are compared.
 
     Args:
         logits: (windows, tokens, words), any floating dtype.

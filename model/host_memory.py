@@ -11,9 +11,9 @@ import psutil
 
 
 def peak_rss(child: int | None = None) -> int:
-    """The largest resident memory that this process, or a child that is running, has had, in bytes; 0 of a child that ended.
+    """Peak resident memory of this process, or of a running child, in bytes; 0 for a child that has ended.
 
-    Linux counts in `getrusage` what a child's parent held when it was started.
+    `getrusage` is only the fallback: on Linux it starts a child's count with its parent's memory.
     """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path(f"/proc/{child or 'self'}/status").read_text().splitlines()
@@ -26,18 +26,18 @@ def peak_rss(child: int | None = None) -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system: glibc keeps what was freed, and the peak would grow from layer to layer."""
+    """Return freed memory to the system: glibc keeps freed memory, and the peak would grow from layer to layer."""
     with contextlib.suppress(AttributeError, OSError):  # another C library has no malloc_trim and no such habit
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def steady_memory() -> None:
-    """Hold memory for the next batch, and give it back when a layer is done (`give_back`).
+    """Let glibc keep freed memory for the next batch; `give_back` returns it when a layer is done.
 
-    A block that is mapped when it is made and unmapped when it is freed comes back as pages that the system has to clear: with
-    every activation of more than 1 MiB treated so, forwards and backward passes of a small model took half as long again. What
-    glibc does by itself depends on what was freed before; here it is said. What was freed before (a tokenizer leaves some
-    150 MB) goes back at once.
+    By default glibc maps a large block when it is allocated and unmaps it when it is freed, and the system has to clear its
+    pages each time: with every activation above 1 MiB, forward and backward passes of a small model took 1.5 times as long.
+    glibc adapts these thresholds at run time; they are fixed here. Memory freed so far (a tokenizer leaves some 150 MB) is
+    returned at once.
     """
     give_back()
     with contextlib.suppress(AttributeError, OSError):  # another C library has no such settings

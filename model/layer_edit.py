@@ -1,8 +1,8 @@
-"""A layer with something changed: values of its tensors, targets that are gone, maps laid around its modules.
+"""Edits of a layer: new values of its tensors, targets that multiply to zero, linear maps around its modules.
 
-Dropping sub-layers and repairing after layers were dropped (depth/choose.py, depth/repair.py) are edits: data, kept on disk
-beside an unfinished artifact, laid on a layer after its weights came in and taken off before they go. Whatever runs or stores
-the layer between sees the edited one.
+Dropping sub-layers and repairs after layers were dropped (depth/) produce edits. An edit is data: it is kept on disk beside an
+unfinished artifact, applied to a layer after its weights were loaded, and undone before they are unloaded. Code that runs or
+stores the layer in between sees the edited layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class LinearMap:
-    """`h + D h + b` on what goes into a module, or comes out of it.
+    """`h + D h + b` on the input of a module, or on its output.
 
     Args:
         weight: D, (width, width).
@@ -47,7 +47,7 @@ class LinearMap:
 
 @dataclass(frozen=True, eq=False)
 class LayerEdit:
-    """What is changed in one layer; two edits are the same only if they are one object.
+    """What is changed in one layer; two edits are equal only if they are one object.
 
     Args:
         zeroed: targets that multiply to zero.
@@ -80,18 +80,19 @@ NONE = LayerEdit()
 
 @contextmanager
 def edited(layer: nn.Module, name: str, edit: LayerEdit | None) -> Iterator[nn.Module]:
-    """While the context is open, the layer is the edited one.
+    """While the context is open, the edit is applied to the layer.
 
     Args:
-        layer: with its weights.
+        layer: with its weights in memory.
         name: its module path.
     """
     undo: list[Callable[[], object]] = []
     try:
         for path, value in (edit.tensors if edit else {}).items():
             undo.append(_put(layer, path, value))
-        whole = [target for target in edit.zeroed if not target.expert] if edit else []  # all experts go with their first
-        undo.extend(_zero(layer, name, target) for target in whole)
+        # `_zero` of the first expert zeroes all experts of its parameter
+        zeroed = [target for target in edit.zeroed if target.expert is None or target.expert == 0] if edit else []
+        undo.extend(_zero(layer, name, target) for target in zeroed)
         for path, each in (edit.maps if edit else {}).items():
             module = layer.get_submodule(path)
             inside = next(module.parameters())
@@ -106,6 +107,7 @@ def edited(layer: nn.Module, name: str, edit: LayerEdit | None) -> Iterator[nn.M
 
 
 def _put(layer: nn.Module, path: str, value: Tensor) -> Callable[[], object]:
+    """Replace a parameter's value; returns the function that undoes it."""
     parent, _, leaf = path.rpartition(".")
     module = layer.get_submodule(parent)
     old: Any = getattr(module, leaf)
@@ -114,6 +116,7 @@ def _put(layer: nn.Module, path: str, value: Tensor) -> Callable[[], object]:
 
 
 def _zero(layer: nn.Module, name: str, target: Target) -> Callable[[], object]:
+    """Zero a target, or all experts of an expert's parameter; returns the function that undoes it."""
     path = target.module.removeprefix(name + ".")
     if target.expert is not None:
         module, leaf = layer.get_submodule(path), target.role.rpartition(".")[2]

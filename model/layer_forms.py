@@ -1,4 +1,4 @@
-"""A layer's targets and their forms: weights out of the modules, tensors onto the disk, forms back into the layer."""
+"""A layer's targets and their forms: reading weights from modules, the tensors to store, installing forms in the layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def target_weight(layer: nn.Module, name: str, target: Target) -> tuple[Tensor, 
 
 
 def stored_tensors(layer: nn.Module, name: str, forms: Mapping[str, Form]) -> dict[str, Tensor]:
-    """The layer's tensors as they go to disk: forms in the place of the targets that have one."""
+    """The layer's tensors as they are stored: those of a form in place of the weight of every target that has one."""
     tensors: dict[str, Tensor] = {}
     fused = {key.rpartition(".")[0] for key in forms}
     for path, tensor in layer.state_dict().items():
@@ -62,7 +62,7 @@ def form_specs(targets: Iterable[Target], forms: Mapping[str, Form]) -> dict[str
 
 
 def install(layer: nn.Module, name: str, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
-    """Put the stored forms into the layer, so that activations can go through the compressed layer."""
+    """Install the stored forms in the layer, so that the compressed layer can be run."""
 
     def module_for(spec: Spec, path: str, shape: tuple[int, int], device: torch.device) -> nn.Module:
         prefix = path + "."

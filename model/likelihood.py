@@ -15,10 +15,10 @@ from ..errors import NonFiniteError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits are made this many at a time: 2048 tokens over 256k words would be 2 GiB in float32. In 16 bits these are 24 MiB, which
-# an allocator keeps for the next ones, where it would give 32 back; with fewer, more time goes into laying out the head anew.
+# Logits computed at a time: 2048 tokens over 256k words would be 2 GiB in float32. In 16 bits this many are 24 MiB, which glibc
+# keeps for the next ones; it would return 32 MiB to the system. With fewer, repacking the head's weight takes more of the time.
 _LOGITS_AT_ONCE = 3 * 2**22
-_IN_CACHE = 2**20  # of these, as many as a processor's cache holds are summed up together: half the time of all at once
+_IN_CACHE = 2**20  # logits that are summed at a time: they fit in a processor's cache, which takes half the time
 
 
 def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: 
     Args:
         model: a causal language model in evaluation mode.
         windows: (batch, length) int64 token ids, on any device.
-        task: what the windows are from, for the error.
+        task: name of the text that the windows are from, for the error.
         first: the number of the first window in the task, from 0, for the error.
 
     Returns:
@@ -44,7 +44,7 @@ def window_nll(model: PreTrainedModel, windows: torch.Tensor, task: str, first: 
         for start in range(0, length - 1, at_once):
             stop = min(start + at_once, length - 1)
             logits = logits_of(start, stop)
-            # aminmax hands on a NaN, and needs no second tensor of this size as isfinite does.
+            # aminmax returns NaN where there is one, and unlike isfinite needs no second tensor of this size.
             if not all(extreme.isfinite() for extreme in torch.aminmax(logits)):
                 row, position = (~logits.isfinite().all(dim=-1)).nonzero()[0].tolist()
                 raise NonFiniteError(
@@ -66,7 +66,7 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def makes_few_logits(model: Any) -> bool:
-    """Whether a model's forward can be told (`logits_to_keep`) for which positions to make logits."""
+    """Whether a model's forward can be told (`logits_to_keep`) for which positions to compute logits."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
@@ -74,9 +74,9 @@ def makes_few_logits(model: Any) -> bool:
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int, int], torch.Tensor]]:
     """Give a function of (start, stop) that returns the model's own logits at these positions: (batch, stop - start, words).
 
-    The decoder runs once; then the model's forward, with the decoder's output put in its place, makes the logits of a few
-    positions at a time. So whatever a model does to its logits (soft-capping, scaling) is done, and they never exist all at
-    once. A model that does not take `logits_to_keep` makes them all at once, in its own dtype.
+    The decoder runs once. Then the model's forward, its decoder replaced by that output, computes the logits of a few
+    positions at a time. So a model's own processing of logits (soft-capping, scaling) is applied, and they are never all in
+    memory. A model that does not take `logits_to_keep` computes them all at once, in its own dtype.
     """
     decoder = model.get_decoder()
     outputs: list[Any] = []

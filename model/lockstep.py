@@ -1,9 +1,9 @@
 """Running a model layer by layer, for all calibration batches at once, without knowing its architecture.
 
-A decoder's own forward prepares what its layers need (masks, rotary tables, per-layer kinds of attention) and hands the
-hidden state from one layer to the next. lrc runs that very forward, once per batch, each in a greenlet that stops at every
-layer. When all batches stand before layer i, that layer's weights are brought in, every batch's call is answered, and all
-forwards go on to layer i + 1. No architecture's loop is rewritten here, so none can be rewritten wrongly.
+A decoder's own forward prepares the inputs of its layers (masks, rotary tables, per-layer kinds of attention) and hands the
+hidden state from one layer to the next. lrc runs that very forward once per batch, each in a greenlet that pauses at every
+layer. When all batches have reached layer i, its weights are loaded, its outputs are computed for all batches, and all forwards
+continue to layer i + 1 (layerwise.py). No architecture's loop is rewritten here, so none can be rewritten wrongly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Call:
 
 
 def on_host(output: Any) -> Any:
-    """What a layer puts out, every tensor on the CPU, where states wait between layers."""
+    """A layer's output with every tensor on the CPU, where hidden states are kept between layers."""
     return tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, output)
 
 
@@ -50,18 +50,17 @@ class Lockstep:
     """Many forwards of one model that advance together from layer to layer.
 
     Args:
-        model: the whole model; what lies outside `layers` must have its weights by the time of `start`.
-        layers: its decoder layers, in order; they may be on the meta device, since they are never called through the model.
+        model: the whole model; modules outside `layers` need their weights when `start` is called.
+        layers: its decoder layers, in order; they may be on the meta device, since the model does not call them.
 
-    Use as a context; `calls` holds one `Call` per batch for the layer (`index`) that all batches stand before. After the last
-    layer was answered, `results` holds what the model returned for each batch.
+    Use as a context; `calls` holds one `Call` per batch for the layer (`index`) that all batches wait before. After the last
+    layer was answered, `index` is the number of layers and `calls` is empty.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self._model, self._layers = model, list(layers)
         self._forwards: list[greenlet] = []
         self.calls: list[Call] = []
-        self.results: list[Any] = []
         self.index = -1
 
     def __enter__(self) -> Lockstep:
@@ -77,24 +76,24 @@ class Lockstep:
             del layer.forward
 
     def start(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Run every batch (keyword arguments of the model's forward) up to its first layer."""
+        """Run every batch (keyword arguments of the model's forward) up to the first layer."""
         self._forwards = [greenlet(lambda kwargs=kwargs: self._model(**kwargs, use_cache=False)) for kwargs in batches]
         self._stand([forward.switch() for forward in self._forwards])
 
     def answer(self, outputs: Sequence[Any]) -> None:
-        """Give every batch its layer's output (as the layer returned it) and go on to the next layer."""
+        """Give every batch the layer's output (as the layer returned it) and run it up to the next layer."""
         self.calls = []
         self._stand([forward.switch(output) for forward, output in zip(self._forwards, outputs, strict=True)])
 
     def finish(self, outputs: Sequence[Any]) -> Iterator[Any]:
-        """Answer the last layer batch by batch and yield what the model returned for each; no two results are held at once."""
+        """Answer the last layer batch by batch and yield what the model returns for each; it holds one result at a time."""
         self.calls, self.index = [], len(self._layers)
         for number, output in enumerate(outputs):
             yield self._forwards[number].switch(output)
 
     def _stand(self, stops: list[Any]) -> None:
         if any(forward.dead for forward in self._forwards):
-            self.index, self.calls, self.results = len(self._layers), [], stops
+            self.index, self.calls = len(self._layers), []
             return
         indices = {index for index, _ in stops}
         if len(indices) != 1:
@@ -114,15 +113,15 @@ def _pause(index: int) -> Callable[..., Any]:
 
 
 def hidden_of(value: Any) -> Tensor:
-    """The hidden state in what a layer takes or returns: its first floating-point tensor."""
+    """The hidden state in a layer's arguments or output: the first floating-point tensor."""
     return next(t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def passed_by(layer: nn.Module, call: Call) -> Any:
-    """What a layer would return if it did nothing: its input in the shape of its output.
+    """The output of a layer that does nothing: the call's hidden state in the structure of the layer's output.
 
     Args:
-        layer: on the meta device; only the structure of what it returns is asked for.
+        layer: on the meta device: only the structure of its output is needed.
     """
     with torch.no_grad():
         output = run_layer(layer, call.to(torch.device("meta")))
@@ -130,7 +129,7 @@ def passed_by(layer: nn.Module, call: Call) -> Any:
 
 
 def with_hidden(value: Any, hidden: Tensor) -> Any:
-    """What a layer takes or returns, with another hidden state in its place."""
+    """A layer's arguments or output with another hidden state."""
     leaves, spec = tree_flatten(value)
     place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     leaves[place] = hidden
@@ -138,8 +137,22 @@ def with_hidden(value: Any, hidden: Tensor) -> Any:
 
 
 def run_layer(layer: nn.Module, call: Call) -> Any:
-    """Answer one call with the layer's real forward (which `Lockstep` has covered on the instance)."""
+    """Compute one call with the layer's real forward (on the instance, `Lockstep` has put another one in its place)."""
     return type(layer).forward(layer, *call.args, **call.kwargs)
+
+
+def run_calls(layer: nn.Module, name: str, calls: Sequence[Call], device: torch.device) -> list[Any]:
+    """A layer's output for each call, computed one after the other on `device`, where its weights are; outputs on the CPU.
+
+    Raises:
+        NonFiniteError: an output holds a NaN or an infinity.
+    """
+    outputs = []
+    for batch, call in enumerate(calls):
+        output = run_layer(layer, call.to(device))
+        check_finite(output, name, batch)
+        outputs.append(on_host(output))
+    return outputs
 
 
 def check_finite(output: Any, layer: str, batch: int) -> None:
@@ -158,7 +171,7 @@ def check_finite(output: Any, layer: str, batch: int) -> None:
 
 
 def side_by_side(work: Callable[[int], object], workers: int) -> None:
-    """Call work(0) to work(workers - 1), several in a thread each, which has as many cores as the caller has for itself."""
+    """Call work(0) to work(workers - 1): one in this thread, several in a thread each with as many cores as the caller has."""
     if workers == 1:
         work(0)
         return

@@ -1,4 +1,4 @@
-"""What computes products while lrc works: float32 means float32, by the fastest library of the processor that keeps it."""
+"""How products are computed while lrc runs: float32 keeps all its bits, by the processor's fastest library that does so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cpu_16bit import onednn_multiplies, replacements
 
-_FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to begin one than MKL to do it
+_FEW_QUERIES = 256  # with fewer, attention is many small products, and oneDNN takes longer to start one than MKL to compute it
 _BACKENDS: Any = torch.backends  # whose types name no precisions
 _ONEDNN = _BACKENDS.mkldnn.matmul
 _KEPT = "ieee"
@@ -21,16 +21,16 @@ _FEWER_BITS = "bf16"
 
 
 class _FullPrecision(ContextDecorator):
-    """Float32 in float32 while the context is open or the decorated function runs; then all is as it was.
+    """Float32 products in full float32 while the context is open or the decorated function runs; then settings are restored.
 
     Grams in TensorFloat-32 would keep 10 bits of mantissa. On a processor torch has two libraries for float32 products. MKL,
-    which it takes by itself, leaves half of what processors of another maker can do; oneDNN is taken only where fewer bits are
-    allowed, though without matrix tiles it uses none of that leave. So the leave is given where oneDNN turns out to keep every
-    bit, and attention of many 16-bit tokens, which torch computes no faster than float32 there, runs in float32. With a GPU,
-    torch computes float32 on the processor as it does by itself. Products of 16-bit numbers go by float32 where the processor
-    has none of its own (model/cpu_16bit.py).
+    its default, reaches half the speed of processors that are not Intel's. torch uses oneDNN only where products may round
+    their factors to bfloat16, but on processors without matrix tiles oneDNN does not round them. So rounding is allowed where a
+    test shows that oneDNN keeps every bit, and attention of many 16-bit tokens, which torch computes no faster than float32
+    there, is computed in float32. On a machine with a GPU, torch's default for the processor stays. On a processor without
+    16-bit instructions, 16-bit products are computed in float32 (cpu_16bit.py).
 
-    It may be opened within itself and in several threads; the last one out puts things back.
+    The context may be nested and open in several threads; the last one to close it restores the settings.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ full_precision = _FullPrecision()
 
 
 def _set() -> ExitStack:
-    """Set everything; what is returned puts it back when it is closed."""
+    """Set everything; closing the returned stack restores it."""
     with ExitStack() as stack:
 
         def change(backend: Any, precision: str) -> None:
@@ -80,22 +80,22 @@ def _set() -> ExitStack:
 
 
 def float32_products() -> str:
-    """How float32 products are computed just now, for protocols."""
+    """How float32 products are computed now, for benchmark records."""
     precision: str = _ONEDNN.fp32_precision
     return "highest, by oneDNN" if precision == _FEWER_BITS else "highest" if precision == _KEPT else precision
 
 
 @functools.cache
 def _onednn_keeps_float32() -> bool:
-    """Whether oneDNN, allowed to round the factors of a float32 product to bfloat16, does not: one look at its products."""
-    if not onednn_multiplies(torch.bfloat16):  # torch would go on with MKL
+    """Whether oneDNN keeps the bits of float32 factors although it may round them to bfloat16; tested on a few products."""
+    if not onednn_multiplies(torch.bfloat16):  # torch would still use MKL
         return False
     before = _ONEDNN.fp32_precision
     _ONEDNN.fp32_precision = _FEWER_BITS
     try:
         generator = torch.Generator().manual_seed(0)
         for rows, inner, columns in ((2, 64, 64), (64, 64, 512), (512, 576, 1536)):
-            # Of 12 bits each: a product is exact in float32 and none is in bfloat16, which has 8.
+            # Factors of 12 bits: each product is exact in float32, and none is in bfloat16, which has 8.
             a, b = (torch.randint(2048, 4096, size, generator=generator).float() for size in ((rows, inner), (inner, columns)))
             exact = a.double() @ b.double()
             if ((a @ b).double() - exact).abs().max() > 1e-5 * exact.abs().max():
@@ -106,7 +106,7 @@ def _onednn_keeps_float32() -> bool:
 
 
 def attention_by(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """Attention for where oneDNN keeps float32: of many tokens in float32, of few by MKL.
+    """Attention where oneDNN keeps float32: in float32 for many tokens, by MKL for few.
 
     Args:
         sdpa: transformers' attention by `scaled_dot_product_attention`, whose arguments and result the function has.

@@ -1,12 +1,13 @@
 """The residual sub-layers of a layer, and which targets belong to each: found by trial, whatever the architecture calls them.
 
-A sub-layer reads the stream of hidden states and adds to it: attention, feed-forward. Its tail is the module whose output is
-added. A module is a tail if, while all others keep the outputs that they had, adding something to its output adds just that
-(times a constant) to the layer's output; and the tails are all sub-layers if the layer without their outputs gives back what it
-was given. A target belongs to the sub-layer whose tail it reaches while the other sub-layers keep their outputs.
+A sub-layer (attention, feed-forward) computes something from the hidden state and adds it to the hidden state. Its tail is the
+module whose output is added. The trial: hold the outputs of all other modules fixed and add noise to one module's output. The
+module is a tail if the layer's output changes by just that noise (times a constant). The tails found are all sub-layers if the
+layer returns its input unchanged when their outputs are zero. A target belongs to the sub-layer whose tail changes when the
+target's output is disturbed while the other tails' outputs are held.
 
-Direct children of the layer are tried first, so that a sub-layer is a whole attention or feed-forward with the norm behind
-it; then all modules with weights of their own. Layers that are built alike are looked at once.
+Direct children of the layer are tried first, so that a sub-layer is a whole attention or feed-forward with the norm after it;
+then all modules with weights of their own. Of layers that are built alike only one is examined.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .layer_edit import LayerEdit, edited
 from .lockstep import Call, Lockstep, hidden_of, passed_by, run_layer, with_hidden
 from .targets import Target, standing_in
 
-_EQUAL = 1e-3  # relative; float32 through a layer is far better, and what is no tail is far worse
+_EQUAL = 1e-3  # relative error; rounding of a layer in float32 is far smaller, the error of a module that is no tail far larger
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class SubLayer:
         layer: its number.
         name: path of the module that holds its targets ('model.layers.3.self_attn'), or its tail's.
         targets: its matrices, in the order of a forward.
-        tail: path in the layer of the module whose output is added to the stream.
-        scale: the constant that the output is multiplied by on the way.
+        tail: path in the layer of the module whose output is added to the hidden state.
+        scale: the constant that the output is multiplied by before it is added.
         last: the target whose output is the tail's, where there is one.
         vanishes: whether the tail gives zeros when all targets give zeros.
     """
@@ -55,7 +56,7 @@ class SubLayer:
 
     @property
     def zeroed(self) -> LayerEdit:
-        """The edit that takes the sub-layer out."""
+        """The edit that removes the sub-layer."""
         return LayerEdit(self.targets)
 
 
@@ -68,7 +69,7 @@ def sublayers_of(
 
     Args:
         targets: of all layers, in the order of a forward.
-        layers: those to look at; None takes all.
+        layers: those to examine; None takes all.
     """
     found: dict[int, tuple[SubLayer, ...]] = {}
     alike: dict[Any, tuple[SubLayer, ...]] = {}
@@ -99,7 +100,7 @@ def require_sublayers(view: Checkpoint, targets: Sequence[Target]) -> list[SubLa
     """All sub-layers of all layers, numbered by their place in the list.
 
     Raises:
-        ModelError: a layer's sub-layers cannot be told apart, or cannot be taken out by zeros.
+        ModelError: a layer's sub-layers cannot be told apart, or zeroing a sub-layer's matrices does not remove it.
     """
     everything: list[SubLayer] = []
     for index, sublayers in sublayers_of(view, targets).items():
@@ -132,17 +133,17 @@ def _moved(sublayer: SubLayer, index: int, name: str, targets: Sequence[Target])
 
 
 def _inside(targets: Sequence[Target], tail: str) -> str:
-    """The path in the layer of the module that holds all targets; the tail's where that is the layer itself."""
-    parts = [target.role.split(".") for target in targets]
-    common = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
-    if len(common) == len(parts[0]):
+    """The path in the layer of the innermost module that holds all targets; the tail's where that is the layer itself."""
+    paths = [target.role.split(".") for target in targets]
+    common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    if len(common) == len(paths[0]):
         common = common[:-1]
     return ".".join(common) or tail
 
 
 def _look(layer: nn.Module, name: str, index: int, targets: Sequence[Target], call: Call) -> tuple[SubLayer, ...]:
     alone = copy.deepcopy(layer).float()
-    alone.__dict__.pop("forward", None)  # that of Lockstep
+    alone.__dict__.pop("forward", None)  # the one that Lockstep has put on the instance
     width = call.hidden.shape[-1]
     hidden = torch.randn(1, call.hidden.shape[1], width, generator=torch.Generator().manual_seed(0))
     wide = tree_map(

@@ -1,7 +1,7 @@
-"""The matrices that a model multiplies by, and which of them read one input: found by watching a forward.
+"""The matrices that a model multiplies by, and which of them have the same input: found by watching a forward.
 
-Four tokens go through the model with its layers on the meta device, where shapes flow and no weights exist. Targets whose input
-is one and the same tensor form a group, whatever the architecture calls them.
+Four tokens are run through the model with its layers on the meta device, where tensors have shapes but no values. Targets whose
+input is the same tensor object form a group, whatever the architecture calls them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Target:
         out_features, in_features: its shape.
         bias: whether its module adds a bias.
         expert: the expert's number in a fused parameter, else None.
-        bound: whether its input channels cannot leave with the rows that make them: a vector of the layer (a norm, not a bias
-            of a matrix) is as wide, or an expert's gate pairs its channels in a way of its own.
-        siblings: how many targets under its path read its input, itself included; some of them may be kept dense.
+        bound: whether its input channels cannot be pruned together with the rows that compute them: a vector of the layer (a
+            norm, not a bias of a matrix) has the same width, or an expert's gate pairs its channels in a way of its own.
+        siblings: how many targets in the same module have its input, itself included; some of them may be kept dense.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Target:
 
 
 def watch(view: Checkpoint) -> list[Target]:
-    """Run four tokens through the model with its layers on the meta device and note who multiplies what."""
+    """Run four tokens through the model with its layers on the meta device, and note which module multiplies which tensor."""
     layers = view.layers
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
         steps.start([start])
@@ -74,7 +74,7 @@ def watch(view: Checkpoint) -> list[Target]:
 
 @contextmanager
 def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, zeros stand for the weights outside the layers; gives what to start a forward of them with."""
+    """While the context is open, weights outside the layers are zeros; gives the arguments of a forward that uses them."""
     model = view.model
     outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
                for n, p in m.named_parameters(recurse=False)]  # fmt: skip
@@ -129,7 +129,7 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
 
 
 def _place(target: Target) -> tuple[str, str]:
-    """What it reads, and the path that it lies under."""
+    """(Its group, the path of its module's parent in the layer)."""
     return target.group, target.role.rpartition(".")[0]
 
 

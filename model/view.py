@@ -1,4 +1,4 @@
-"""What a model is made of, whatever its architecture: layers, targets by role, groups, and the rest.
+"""A model of any architecture as lrc sees it: layers, targets by role, groups, sub-layers, and parameters that are kept.
 
 Nothing here knows an architecture by name. The targets are the matrices that the layers multiply by (model/targets.py).
 """
@@ -44,12 +44,12 @@ class ModelView(Checkpoint):
 
     @cached_property
     def sublayers(self) -> list[SubLayer]:
-        """The residual sub-layers of all layers; reads the weights of one layer of each kind (see `require_branches`)."""
+        """The residual sub-layers of all layers; reads the weights of one layer of each kind (see `require_sublayers`)."""
         return require_sublayers(self, self.targets)
 
     @cached_property
     def kept(self) -> list[Kept]:
-        """What is not a target, with the reason."""
+        """Parameters that are not targets, each with the reason."""
         covered = {target.module if target.expert is None else target.name.rpartition(".")[0] for target in self.targets}
         reasons = {target.module: reason for target in self._matrices() if (reason := self._why_kept(target))}
         embeddings = {id(m) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if m is not None}
@@ -91,7 +91,7 @@ class ModelView(Checkpoint):
 
     @cached_property
     def left_out(self) -> list[Kept]:
-        """What the checkpoint holds and the model of config.json has no place for; the result will not have it."""
+        """Tensors of the checkpoint that the model of config.json has no place for; the result will not hold them."""
         shapes = {name: self.source.shape(name) for name in self.unused}
         return [
             Kept(name, math.prod(shape or (0,)), "the model of config.json has no place for it")
@@ -99,10 +99,10 @@ class ModelView(Checkpoint):
         ]
 
     def require_tokens(self, tokens: Tensor) -> None:
-        """Refuse calibration tokens (samples, length) that a forward of this model could not take.
+        """Refuse calibration tokens (samples, length) that this model's forward cannot process.
 
         Raises:
-            CalibrationError: samples longer than the model's positions, or a token that its vocabulary does not hold.
+            CalibrationError: samples are longer than the model's positions, or a token is not in its vocabulary.
         """
         text = self.config.get_text_config()
         require_positions(self.config, tokens.shape[1], "calibration.length")
@@ -118,7 +118,7 @@ def require_positions(config: Any, length: int, what: str) -> None:
     """Refuse sequences that are longer than the model's positions.
 
     Raises:
-        CalibrationError: `what`, a flag or a key of the recipe, asks for more.
+        CalibrationError: `what`, an option of the command line or a key of the recipe, asks for more.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -129,6 +129,6 @@ def require_positions(config: Any, length: int, what: str) -> None:
 
 
 def number_of_experts(config: Any) -> int | None:
-    """How many experts a router chooses from; None where the model is no mixture."""
+    """How many experts a router chooses from; None where the model is no mixture of experts."""
     text = config.get_text_config()
     return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)

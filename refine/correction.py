@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..model.layer_forms import target_weight
 from ..model.lockstep import Call, hidden_of, run_layer
 from ..model.targets import Target
+from .objectives import BlockExamples
 
 
 class CorrectionSpec(BaseModel):
@@ -78,10 +79,10 @@ class Pair:
             return self.compressed[: self.trained], self.original
         return self.original[: self.trained], self.original[self.trained :]
 
-    def split(self, goals: Sequence[Tensor]) -> tuple[Sequence[Call], Sequence[Tensor], Sequence[Call], Sequence[Tensor]]:
-        """The compressed model's calls and their goals: those to train on, then those held out."""
+    def split(self, goals: Sequence[Tensor]) -> tuple[BlockExamples, BlockExamples]:
+        """The compressed model's calls and their goals: (those to train on, those held out)."""
         at = self.trained
-        return self.compressed[:at], goals[:at], self.compressed[at:], goals[at:]
+        return BlockExamples(self.compressed[:at], goals[:at]), BlockExamples(self.compressed[at:], goals[at:])
 
 
 def cross_moments(
@@ -159,12 +160,11 @@ def correct(
     goals: Sequence[Tensor],
     settings: CorrectionSpec | None,
     compress: Callable[[nn.Module], Solved],
-    device: torch.device,
 ) -> tuple[nn.Module, Solved, dict[str, Any]]:
     """Compress a copy of a layer with and without correction, and keep what is nearest to the goals on held-out tokens.
 
     Args:
-        layer: the original layer on `device`; not changed.
+        layer: the original layer on its device; not changed.
         goals: the original layer's hidden states, of all batches.
         settings: which β to try; None: no correction at all.
         compress: compresses a layer in place: solves its targets and installs their forms.
@@ -175,8 +175,9 @@ def correct(
     if settings is None:
         small = copy.deepcopy(layer)
         return small, compress(small), {}
+    device = next(layer.parameters()).device
     moments = cross_moments(layer, name, targets, pair, device)
-    _, _, calls, wanted = pair.split(goals)
+    _, held_out = pair.split(goals)
     best: tuple[float, nn.Module, Solved, dict[str, Any]] | None = None
     for beta in (None, *settings.betas):
         tried = copy.deepcopy(layer)
@@ -187,7 +188,7 @@ def correct(
                         weight, _ = target_weight(tried, name, target)
                         weight.copy_(regressed(weight, *moments[target.group], beta, settings.damping))
         solved = compress(tried)
-        error = block_error(tried, calls, wanted, device)
+        error = block_error(tried, held_out, device)
         if best is None or error < best[0]:
             best = error, tried, solved, {"correction": {"beta": beta, "held_out_error": error}}
     assert best is not None
@@ -195,10 +196,11 @@ def correct(
 
 
 @torch.no_grad()
-def block_error(layer: nn.Module, calls: Sequence[Call], goals: Sequence[Tensor], device: torch.device) -> float:
+def block_error(layer: nn.Module, examples: BlockExamples, device: torch.device) -> float:
     """Sum of squared differences between a layer's hidden states and the goals, float64."""
-    outputs = (hidden_of(run_layer(layer, call.to(device))) for call in calls)
-    return math.fsum(float((y.cpu().double() - goal.double()).square().sum()) for y, goal in zip(outputs, goals, strict=True))
+    outputs = (hidden_of(run_layer(layer, call.to(device))) for call in examples.calls)
+    pairs = zip(outputs, examples.goals, strict=True)
+    return math.fsum(float((y.cpu().double() - goal.double()).square().sum()) for y, goal in pairs)
 
 
 def restored(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -35,11 +35,10 @@ from ..checkpoint.atomic import replacing, sync_file, writing
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import CheckpointError
-from ..model.host_memory import give_back
-from ..model.lockstep import Lockstep
+from ..model.layerwise import layerwise
 from ..model.view import ModelView
-from .objectives import EndToEndSettings, refine_end_to_end
-from .trainer import Refinement, TrainingState, trainable
+from .objectives import EndToEndSettings, Teaching, refine_end_to_end
+from .trainer import Refinement, TrainingState, Windows, trainable
 
 _TEACHER = "teacher.safetensors"
 _STATE = "state.safetensors"
@@ -51,16 +50,15 @@ class Distillation:
     Args:
         folder: for the original's hidden states and the state of the training; lies there until the run is finished.
         settings: of the training.
-        tokens: (samples, length) token ids to train on.
-        held_out: (windows, length) token ids that decide when to stop and what to keep.
+        windows: calibration samples, which are cut to the length of the settings, and held-out windows.
     """
 
-    def __init__(self, folder: Path, settings: EndToEndSettings, tokens: Tensor, held_out: Tensor) -> None:
+    def __init__(self, folder: Path, settings: EndToEndSettings, windows: Windows) -> None:
         self._folder, self._settings = folder, settings
-        length = min(settings.length or tokens.shape[1], tokens.shape[1])
-        whole = tokens[:, : tokens.shape[1] // length * length]
-        windows = torch.cat(whole.split(length, dim=1))
-        self._train, self._held = list(windows.split(1)), list(held_out.split(1))
+        samples = windows.train
+        length = min(settings.length or samples.shape[1], samples.shape[1])
+        whole = samples[:, : samples.shape[1] // length * length]
+        self._train, self._held = list(torch.cat(whole.split(length, dim=1)).split(1)), list(windows.held_out.split(1))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -69,24 +67,15 @@ class Distillation:
         path = self._folder / _TEACHER
         if path.is_file():
             return
-        decoder = view.model.get_submodule(view.model.base_model_prefix)
         windows = [*self._train, *self._held]
-        with torch.no_grad(), Lockstep(decoder, view.layers) as steps:
-            view.load_outside()
-            steps.start([{"input_ids": ids} for ids in windows])
-            view.unload()
-            for index, name in enumerate(view.layer_names):
-                outputs = run_batches(view.load(name), name, steps.calls, devices)[0]
-                view.unload(name)
-                give_back()
-                if index < len(view.layers) - 1:
-                    steps.answer(outputs)
-            view.load_end()
+        with torch.no_grad(), layerwise(view, windows, head=False) as forward:
+            for turn in forward:
+                with turn.loaded() as layer:
+                    turn.answer(run_batches(layer, turn.name, turn.calls, devices)[0])
             states = {
                 token_hash(ids): result.last_hidden_state.clone()
-                for ids, result in zip(windows, steps.finish(outputs), strict=True)
+                for ids, result in zip(windows, forward.results(), strict=True)
             }
-        view.unload()
         with writing(path), replacing(path) as temporary:
             save_file(states, temporary)
             sync_file(temporary)
@@ -113,7 +102,7 @@ class Distillation:
                 return from_hidden(model, ids.to(device), hidden.to(device))
 
             return refine_end_to_end(
-                model, layers, self._train, teacher, self._held, self._settings,
+                model, layers, Teaching(self._train, self._held, teacher), self._settings,
                 notify=lambda look, loss: notify(look, looks, loss),
                 resume=self._read_state(len(trainable(model, self._settings.vectors))),
                 keep=self._write_state,
@@ -142,23 +131,20 @@ def refine_artifact(
     artifact: Artifact,
     config: Mapping[str, Any],
     view: ModelView,
-    folder: Path,
-    settings: EndToEndSettings,
-    tokens: Tensor,
-    held_out: Tensor,
+    work: Distillation,
     devices: Sequence[torch.device],
     notify: Callable[[int, int, float], None],
 ) -> dict[str, Any]:
-    """Train what the shards of an unfinished artifact hold, and write them again; returns what to record.
+    """Train the values in the shards of an unfinished artifact, and write the shards again; returns what to record.
 
     Args:
         artifact: all of its shards are written.
         config: what its config.json will hold.
         view: the original.
-        folder: see `Distillation`.
+        work: not begun, or interrupted.
+        devices: the original's layers run on all of them, the training on the first.
         notify: called with (look, of how many at most, held-out divergence in nats per token).
     """
-    work = Distillation(folder, settings, tokens, held_out)
     work.watch_original(view, devices)
     artifact.expose(config)
     location = Location(str(artifact.folder), artifact.folder, config_file=UNCHECKED)

@@ -20,6 +20,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -78,12 +79,23 @@ class EndToEndSettings(TrainingSettings):
     gradient_checkpointing: bool = True
 
 
+@dataclass(frozen=True)
+class BlockExamples:
+    """What a layer is called with, batch by batch, and the hidden states (samples, length, hidden) that it should put out."""
+
+    calls: Sequence[Call]
+    goals: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens each batch has."""
+        return [goal.numel() // goal.shape[-1] for goal in self.goals]
+
+
 def refine_block(
     layer: nn.Module,
-    calls: Sequence[Call],
-    targets: Sequence[Tensor],
-    held_calls: Sequence[Call],
-    held_targets: Sequence[Tensor],
+    examples: BlockExamples,
+    held_out: BlockExamples,
     settings: BlockSettings,
     notify: Notify = lambda epoch, loss: None,
     everything: bool = False,
@@ -92,9 +104,8 @@ def refine_block(
 
     Args:
         layer: with its forms in place, on its device.
-        calls: what the layer is called with, batch by batch, the hidden state being the compressed model's.
-        targets: the original layer's hidden states, (samples, length, hidden) each, as the original model has them.
-        held_calls, held_targets: the same of other text, which decides when to stop and what to keep.
+        examples: the compressed model's calls of the layer; their goals are the original layer's outputs in the original model.
+        held_out: the same of other text, which decides when to stop and what to keep.
         notify: called with (epoch, held-out loss).
         everything: train dense weights too (a layer that is to stand in for others).
 
@@ -102,20 +113,19 @@ def refine_block(
         NonFiniteError: the held-out loss is no number before the first step.
         RequestError: float16.
     """
-    if not calls or not held_calls:
+    if not examples.calls or not held_out.calls:
         raise ValueError("refinement needs calls to train on and calls to judge by")
     started = time.perf_counter()
-    scale = _variance(targets) if settings.loss == "variance" else 1.0
-    tokens = [target.numel() // target.shape[-1] for target in targets]
-    held_tokens = sum(target.numel() // target.shape[-1] for target in held_targets)
+    scale = _variance(examples.goals) if settings.loss == "variance" else 1.0
+    tokens, held_tokens = examples.tokens, sum(held_out.tokens)
 
     def judge() -> float:
         with torch.no_grad():
-            pairs = zip(held_calls, held_targets, strict=True)
+            pairs = zip(held_out.calls, held_out.goals, strict=True)
             return math.fsum(float(_block_error(layer, *pair, settings)) for pair in pairs) / scale / held_tokens
 
     def backward(index: int, total: int) -> float:
-        loss = _block_error(layer, calls[index], targets[index], settings) / (scale * total)
+        loss = _block_error(layer, examples.calls[index], examples.goals[index], settings) / (scale * total)
         loss.backward()
         return loss.item()
 
@@ -143,12 +153,26 @@ def _block_error(layer: nn.Module, call: Call, target: Tensor, settings: BlockSe
     return each.sum()
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """What a whole model is trained on, and what it is to predict.
+
+    Args:
+        batches: token ids to train on, (samples, length) each.
+        held_out: token ids of other text, which decides when to stop and what to keep.
+        teacher: token ids -> the original's logits (samples, length, words), in any dtype and on any device; called anew each
+            time, so it is the caller's choice whether they are computed or read.
+    """
+
+    batches: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    teacher: Callable[[Tensor], Tensor]
+
+
 def refine_end_to_end(
     model: nn.Module,
     layers: Sequence[nn.Module],
-    batches: Sequence[Tensor],
-    teacher: Callable[[Tensor], Tensor],
-    held_out: Sequence[Tensor],
+    teaching: Teaching,
     settings: EndToEndSettings,
     notify: Notify = lambda look, loss: None,
     resume: TrainingState | None = None,
@@ -159,25 +183,23 @@ def refine_end_to_end(
     Args:
         model: a compressed causal language model of transformers in evaluation mode, with its weights.
         layers: its decoder layers; each is run anew in the backward pass instead of keeping its activations.
-        batches: token ids, (samples, length) each.
-        teacher: token ids -> the original's logits (samples, length, words), in any dtype and on any device; called anew each
-            time, so it is the caller's choice whether they are computed or read.
-        held_out: token ids of other text.
+        teaching: the text, and the original's predictions.
         notify: called with (number of the look, held-out loss).
-        resume: where an interrupted refinement of the same model stood.
+        resume: the last state of an interrupted refinement of the same model.
         keep: called with the state after every look.
 
     Raises:
         NonFiniteError: the held-out loss is no number before the first step.
         RequestError: float16.
     """
+    batches, held_out = teaching.batches, teaching.held_out
     if not batches or not held_out:
         raise ValueError("refinement needs batches to train on and batches to judge by")
     started, device = time.perf_counter(), next(model.parameters()).device
 
     def compared(ids: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None, float]:
         with torch.no_grad():
-            wanted = teacher(ids)
+            wanted = teaching.teacher(ids)
         with multiplying_in(settings.precision, device):
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
         slope = torch.empty_like(logits) if gradient else None

@@ -92,6 +92,19 @@ class Refinement:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The text of a training.
+
+    Args:
+        train: (windows, length) int64 token ids to train on.
+        held_out: (windows, length) int64 token ids that decide when to stop and what to keep; lengths may differ.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
 class Course:
     """What is trained on and judged by.
 

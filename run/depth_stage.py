@@ -9,6 +9,7 @@ from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
 from ..model.events import Event
 from ..plan.plan import Draft
+from ..refine.trainer import Windows
 from .run import Run
 
 
@@ -31,6 +32,7 @@ def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
 
     chosen = choose_parts(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, notify)
     seed = draft.recipe.calibration.seed
-    found = repaired(view, chosen, spec, calibration.tokens, calibration.held_out, seed, run.devices[0], notify)
+    windows = Windows(calibration.tokens, calibration.held_out)
+    found = repaired(view, chosen, spec, windows, seed, run.devices[0], notify)
     with writing(run.own_folder):
         return found.write(run.own_folder, identity)

@@ -320,7 +320,7 @@ class _BothModels:
 
         targets = [step.target for step in work.plan.layer_steps(index)]
         wanted = [hidden_of(goal) for goal in goals]
-        small, solved, chosen = correct(layer, name, targets, pair, wanted, recipe.correction, in_place, work.run.devices[0])
+        small, solved, chosen = correct(layer, name, targets, pair, wanted, recipe.correction, in_place)
         record, tensors = solved.record | chosen, solved.tensors
         if recipe.refine is not None and recipe.refine.block is not None:
             done = refine_block(small, *pair.split(wanted), recipe.refine.block)

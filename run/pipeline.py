@@ -28,7 +28,8 @@ from ..model.precision import full_precision
 from ..model.view import ModelView, require_positions
 from ..plan.plan import Draft, Plan, Planned
 from ..plan.planner import make_draft, make_plan
-from ..refine.end_to_end import refine_artifact
+from ..refine.end_to_end import Distillation, refine_artifact
+from ..refine.trainer import Windows
 from .depth_stage import model_edit_of
 from .layer_loop import compress_layers
 from .loss_curves import measure
@@ -218,9 +219,10 @@ def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, An
         return None
     view, calibration = run.view, run.calibration
     original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
+    work = Distillation(run.own_folder / DISTILLATION, settings, Windows(calibration.tokens, calibration.held_out))
     return refine_artifact(
-        run.artifact, config, original, run.own_folder / DISTILLATION, settings, calibration.tokens, calibration.held_out,
-        run.devices, lambda look, looks, loss: run.notify(Event("refinement", look, looks, loss=loss)),
+        run.artifact, config, original, work, run.devices,
+        lambda look, looks, loss: run.notify(Event("refinement", look, looks, loss=loss)),
     )  # fmt: skip
 
 

@@ -33,9 +33,9 @@ from ..compress.forms.shared import link
 from ..compress.options import Option, at_shares, at_sizes, coarsest
 from ..model.ablation import scored, together
 from ..model.divergence import Predictions
-from ..model.host_memory import give_back
 from ..model.layer_forms import target_weight
-from ..model.lockstep import Call, Lockstep, check_finite, on_host, run_layer
+from ..model.layerwise import LayerTurn, layerwise
+from ..model.lockstep import on_host, run_calls, run_layer
 from ..model.targets import Target
 from ..model.view import ModelView
 from ..plan.plan import PROBES_EACH
@@ -168,39 +168,24 @@ class Probing:
         self, probes: Sequence[Probe], solve: SolveUnit, device: torch.device, notify: Callable[[int], None]
     ) -> dict[str, dict[int, float]]:
         """One pass over the weights, with a variant per probe beside the original."""
-        view, last = self._view, len(self._view.layers) - 1
-        view.load_outside()
-        with Lockstep(view.model, view.layers) as steps:
-            steps.start([{"input_ids": self._tokens, **self._only}] * (1 + len(probes)))
-            view.unload()
-            for index, name in enumerate(view.layer_names):
-                layer = view.load(name).to(device)
-                outputs = self._layer(layer, name, index, probes, steps.calls, solve, device)
-                view.unload(name)
-                give_back()
-                notify(index + 1)
-                if index < last:
-                    steps.answer(outputs)
-            view.load_end()
-            return self._divergences(probes, steps.finish(outputs))
+        with layerwise(self._view, [self._tokens] * (1 + len(probes)), self._only) as forward:
+            for turn in forward:
+                with turn.loaded(device) as layer:
+                    turn.answer(self._outputs(turn, layer, probes, solve, device))
+                notify(turn.index + 1)
+            return self._divergences(probes, forward.results())
 
-    def _layer(
-        self,
-        layer: nn.Module,
-        name: str,
-        index: int,
-        probes: Sequence[Probe],
-        calls: Sequence[Call],
-        solve: SolveUnit,
-        device: torch.device,
+    def _outputs(
+        self, turn: LayerTurn, layer: nn.Module, probes: Sequence[Probe], solve: SolveUnit, device: torch.device
     ) -> list[Any]:
-        original = on_host(run_layer(layer, calls[0].to(device)))
-        check_finite(original, name, 0)
-        outputs: list[Any] = [original] * len(calls)
+        """The outputs of a layer in the original model and in every variant."""
+        index, name = turn.index, turn.name
+        (original,) = run_calls(layer, name, turn.calls[:1], device)
+        outputs: list[Any] = [original] * len(turn.calls)
         solutions: dict[str, Solution] = {}
         for number, (group, option) in enumerate(probes, 1):
             if group.layer > index:
-                break  # from here on variants are still the original
+                break  # the remaining variants do not differ from the original yet
             forms = self._later.pop((group.name, option), {})
             for unit in group.units if group.layer == index else ():
                 if unit.name not in solutions:
@@ -210,7 +195,7 @@ class Probing:
             if len(here) < len(forms):
                 self._later[group.name, option] = {t: form.stored(self._stored) for t, form in forms.items() if t.layer > index}
             with _in_place_of(layer, name, here, self._stored):
-                outputs[number] = on_host(run_layer(layer, calls[number].to(device)))
+                outputs[number] = on_host(run_layer(layer, turn.calls[number].to(device)))
         return outputs
 
     def _divergences(self, probes: Sequence[Probe], results: Iterator[Any]) -> dict[str, dict[int, float]]:

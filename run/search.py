@@ -24,11 +24,10 @@ from ..calibrate.layerwise import run_batches
 from ..checkpoint.atomic import read_json, write_json
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
-from ..compress.forms.shared import lenders
 from ..errors import BudgetError, NonFiniteError
 from ..model.events import Event
-from ..model.host_memory import give_back, steady_memory
-from ..model.lockstep import Lockstep
+from ..model.host_memory import steady_memory
+from ..model.layerwise import layerwise
 from ..model.precision import full_precision
 from ..model.view import ModelView
 from ..plan.budget import Found
@@ -145,26 +144,13 @@ def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]
         windows: (windows, length) int64; every token but a window's first is predicted from those before it.
     """
     steady_memory()
-    decoder, parts = view.model.get_submodule(view.model.base_model_prefix), list(windows.split(1))
-    with torch.no_grad(), Lockstep(decoder, view.layers) as steps:
-        view.load_outside()
-        steps.start([{"input_ids": ids} for ids in parts])
-        view.unload()
-        for index, name in enumerate(view.layer_names):
-            layer = view.load(name)
-            lent = lenders(layer, name)
-            for path in lent:
-                view.load_module(path)
-            outputs = run_batches(layer, name, steps.calls, devices)[0]
-            for path in (name, *lent):
-                view.unload(path)
-            give_back()
-            if index < len(view.layers) - 1:
-                steps.answer(outputs)
-        view.load_end()
-        states = [result.last_hidden_state for result in steps.finish(outputs)]
-        total = sum(_nll(view, ids, state) for ids, state in zip(parts, states, strict=True))
-    view.unload()
+    batches = windows.split(1)
+    with torch.no_grad(), layerwise(view, batches, head=False) as forward:
+        for turn in forward:
+            with turn.loaded() as layer:
+                turn.answer(run_batches(layer, turn.name, turn.calls, devices)[0])
+        states = [result.last_hidden_state for result in forward.results()]
+        total = sum(_nll(view, ids, state) for ids, state in zip(batches, states, strict=True))
     mean = total / (windows.numel() - len(windows))
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf
 

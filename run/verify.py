@@ -11,10 +11,10 @@ from ..checkpoint.artifact import read_record
 from ..checkpoint.atomic import sha256_of
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
-from ..compress.forms.shared import lenders
 from ..errors import CheckpointError, NonFiniteError
-from ..model.host_memory import give_back, steady_memory
-from ..model.lockstep import Lockstep, check_finite, run_layer
+from ..model.host_memory import steady_memory
+from ..model.layerwise import layerwise
+from ..model.lockstep import run_calls
 from ..model.view import ModelView
 
 _TOKENS = 8
@@ -88,24 +88,11 @@ def _check_bytes(folder: Path, record: dict[str, Any], view: ModelView) -> None:
 def _check_logits(folder: Path, view: ModelView) -> None:
     vocabulary = view.config.get_text_config().vocab_size
     ids = torch.arange(1, _TOKENS + 1).remainder(vocabulary)[None]
-    view.load_outside()
-    with Lockstep(view.model, view.layers) as steps:
-        steps.start([{"input_ids": ids}])
-        view.unload()
-        for index, name in enumerate(view.layer_names):
-            layer = view.load(name)
-            lent = lenders(layer, name)
-            for path in lent:
-                view.load_module(path)
-            output = run_layer(layer, steps.calls[0])
-            check_finite(output, name, 0)
-            for path in (name, *lent):
-                view.unload(path)
-            give_back()
-            if index == len(view.layers) - 1:
-                view.load_end()
-            steps.answer([output])
-        logits = steps.results[0].logits
+    with layerwise(view, [ids]) as forward:
+        for turn in forward:
+            with turn.loaded() as layer:
+                turn.answer(run_calls(layer, turn.name, turn.calls, ids.device))
+        logits = next(forward.results()).logits
     if not torch.isfinite(logits).all():
         raise NonFiniteError(
             f"{folder}: the logits over {_TOKENS} tokens are not finite.", "Compress again with --dtype float32."

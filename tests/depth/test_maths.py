@@ -95,10 +95,11 @@ def test_greedy_choice_sees_what_earlier_removals_did():
 def test_runs_and_held_out_windows():
     assert runs_of([7, 2, 3, 9, 8]) == [(2, 4), (7, 10)]
     tokens = torch.arange(16 * 32).reshape(16, 32)
-    train, held = divided(tokens, 0.125)
+    windows = divided(tokens, 0.125)
+    train, held = windows.train, windows.held_out
     assert train.shape == (14, 32) and held.shape == (2, 32)
     assert not np.intersect1d(train.numpy(), held.numpy()).size
-    assert sum(part.numel() for part in divided(tokens[:2], 0.9)) == 64  # something is left to fit to
-    assert divided(torch.zeros(64, 2048, dtype=torch.int64), 0.5)[1].shape == (16, 512)
+    assert divided(tokens[:2], 0.9).train.numel() == divided(tokens[:2], 0.9).held_out.numel() == 32  # something to fit to
+    assert divided(torch.zeros(64, 2048, dtype=torch.int64), 0.5).held_out.shape == (16, 512)
     with pytest.raises(CalibrationError, match="two calibration samples"):
         divided(tokens[:1], 0.5)

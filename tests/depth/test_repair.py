@@ -112,7 +112,7 @@ def test_a_repair_helps_on_text_it_did_not_see(name, family, operate, tiny_check
     plan, calibration = operate(model, tmp_path / "out", **common, **overrides, **{"depth.repair": name})
     assert len(plan.dropped) == 2
     record = verify(tmp_path / "out")["depth"]["repair"]
-    held = divided(calibration.tokens, 0.125)[1]
+    held = divided(calibration.tokens, 0.125).held_out
     assert record["repair"] == name and record["held_out_tokens"] == held.numel()
     assert record["loss"] < record["loss_without"]
     # both losses again, in float64: of the checkpoint, and of the original without those layers
@@ -161,7 +161,7 @@ def test_replace_me_is_the_papers_least_squares_and_loads_without_lrc(operate, t
     h[1].register_forward_hook(lambda m, args, output: seen.update(out=output[0] if isinstance(output, tuple) else output))
     h[3].register_forward_hook(lambda m, args, output: seen.update(goal=output[0] if isinstance(output, tuple) else output))
     with torch.no_grad():
-        original(divided(calibration.tokens, 0.125)[0])
+        original(divided(calibration.tokens, 0.125).train)
     m, out, goal = (seen[key].flatten(0, 1) for key in ("M", "out", "goal"))
     t = torch.linalg.lstsq(m, goal - (out - m), driver="gelsd").solution
     c_proj = h[1].mlp.c_proj

@@ -17,7 +17,7 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms.base import LowRankLinear
 from lrc.errors import NonFiniteError, RequestError
 from lrc.model.lockstep import Call, Lockstep, run_layer
-from lrc.refine.objectives import BlockSettings, EndToEndSettings, refine_block, refine_end_to_end
+from lrc.refine.objectives import BlockExamples, BlockSettings, EndToEndSettings, Teaching, refine_block, refine_end_to_end
 from lrc.refine.trainer import Course, Trainer, TrainingSettings, TrainingState, trainable
 
 FAST = BlockSettings(lr=3e-3, epochs=4, batch_tokens=96, patience=4)
@@ -77,17 +77,18 @@ class Block:
         teacher, student = (open_model(str(folder), dtype=dtype)[0] for folder in (original, compressed))
         self.layer = student.model.layers[1]
         train, held = batches(1, 60), batches(2, 4)
-        self.data = (through(student, 1, train)[0], through(teacher, 1, train)[1])
-        self.held = (through(student, 1, held)[0], through(teacher, 1, held)[1])
+        self.data = BlockExamples(through(student, 1, train)[0], through(teacher, 1, train)[1])
+        self.held = BlockExamples(through(student, 1, held)[0], through(teacher, 1, held)[1])
 
     def held_error(self) -> float:
         """Mean squared error on held-out tokens, in float64."""
         with torch.no_grad():
-            found = [run_layer(self.layer, call).double() - y.double() for call, y in zip(*self.held, strict=True)]
+            pairs = zip(self.held.calls, self.held.goals, strict=True)
+            found = [run_layer(self.layer, call).double() - y.double() for call, y in pairs]
         return float(torch.cat([each.flatten() for each in found]).square().mean())
 
     def refine(self, settings: BlockSettings, **options):
-        return refine_block(self.layer, *self.data, *self.held, settings, **options)
+        return refine_block(self.layer, self.data, self.held, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_block_that_only_gets_worse_is_left_as_it_was(block):
 
 def test_the_best_state_is_kept_not_the_last(block):
     mine, seen = block(), []
-    mine.data = (mine.data[0][:4], mine.data[1][:4])  # so few tokens that they are soon learnt by heart
+    mine.data = BlockExamples(mine.data.calls[:4], mine.data.goals[:4])  # so few tokens that they are soon learnt by heart
     settings = BlockSettings(lr=0.01, epochs=30, batch_tokens=96, patience=30)
     report = mine.refine(settings, notify=lambda epoch, loss: seen.append(loss))
     assert len(seen) == 30 and report.best == min(seen) < 0.99 * seen[-1]
@@ -174,31 +175,30 @@ def test_bfloat16_steps_smaller_than_a_rounding_add_up_in_the_masters(block):
 def test_an_epoch_can_be_a_part_of_the_tokens_and_the_parts_go_round(block):
     mine = block()
     counts = [0] * 60
-    real = mine.data[0]
 
     class Counted(list):
         def __getitem__(self, index):
             counts[index] += 1
             return super().__getitem__(index)
 
-    report = refine_block(
-        mine.layer, Counted(real), mine.data[1], *mine.held, FAST.model_copy(update={"epoch_tokens": 1440, "epochs": 2})
-    )
+    counted = BlockExamples(Counted(mine.data.calls), mine.data.goals)
+    settings = FAST.model_copy(update={"epoch_tokens": 1440, "epochs": 2})
+    report = refine_block(mine.layer, counted, mine.held, settings)
     assert report.steps == 2 * 15 and counts == [1] * 60  # two epochs of half the calls: each call once
 
 
 def test_what_cannot_be_refined_is_said(block):
     mine = block()
-    mine.held[1][0][0, 0, 0] = float("nan")
+    mine.held.goals[0][0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="held-out"):
         mine.refine(FAST)
     with pytest.raises(RequestError, match="bfloat16"):
         block(dtype=torch.float16).refine(FAST)
     with pytest.raises(ValueError, match="judge"):
-        refine_block(mine.layer, *mine.data, [], [], FAST)
+        refine_block(mine.layer, mine.data, BlockExamples([], []), FAST)
     dense = nn.Linear(3, 3, bias=False)
-    call, y = Call((torch.ones(1, 2, 3),), {}), torch.zeros(1, 2, 3)
-    assert refine_block(dense, [call], [y], [call], [y], FAST).stopped == "nothing to train"
+    example = BlockExamples([Call((torch.ones(1, 2, 3),), {})], [torch.zeros(1, 2, 3)])
+    assert refine_block(dense, example, example, FAST).stopped == "nothing to train"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,9 +221,7 @@ def test_end_to_end_lowers_the_held_out_divergence(dtype, tiny_checkpoints, tiny
     report = refine_end_to_end(
         model,
         model.model.layers,
-        batches(1, 40),
-        lambda ids: original(ids).logits,
-        held,
+        Teaching(batches(1, 40), held, lambda ids: original(ids).logits),
         EndToEndSettings(lr=5e-4, steps=40, batch_tokens=96, every=10),
     )
     assert report.start == pytest.approx(before, rel=2e-2) and report.best == pytest.approx(divergence(), rel=2e-2)
@@ -240,7 +238,7 @@ def test_end_to_end_that_only_gets_worse_changes_nothing(tiny_checkpoints, tiny_
     original, model = (open_model(str(folder))[0] for folder in (tiny_checkpoints("llama"), tmp_path / "out"))
     before = copy.deepcopy(model.state_dict())
     report = refine_end_to_end(
-        model, model.model.layers, batches(1, 4), lambda ids: original(ids).logits, batches(2, 2),
+        model, model.model.layers, Teaching(batches(1, 4), batches(2, 2), lambda ids: original(ids).logits),
         EndToEndSettings(lr=1.0, steps=50, batch_tokens=96, every=2),
     )  # fmt: skip
     assert report.stopped == "early" and report.steps == 4 and report.best == report.start
@@ -254,8 +252,7 @@ def test_checkpointing_gives_the_gradients_of_plain_autograd(tiny_checkpoints, t
     for checkpointed in (True, False):
         model = open_model(str(tmp_path / "out"))[0]
         layers = model.model.layers if checkpointed else []
-        refine_end_to_end(
-            model, layers, batches(1, 4), lambda ids: original(ids).logits, batches(2, 2), EndToEndSettings(lr=1e-3, steps=3)
-        )
+        teaching = Teaching(batches(1, 4), batches(2, 2), lambda ids: original(ids).logits)
+        refine_end_to_end(model, layers, teaching, EndToEndSettings(lr=1e-3, steps=3))
         found.append(next(m for m in model.modules() if isinstance(m, LowRankLinear)).left)
     assert torch.allclose(*found, atol=1e-6)
