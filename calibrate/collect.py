@@ -1,7 +1,7 @@
 """The survey: statistics of the original model, on disk, before the budget is shared out.
 
 One pass over the calibration tokens collects them into a `StatsStore`, layer by layer; an interrupted survey goes on where it
-stopped. run/loss_curves.py makes the losses of it.
+stopped. run/losses/curves.py makes the losses of it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def chain(first: Method, second: Method) -> Method:
         first.needs | second.needs | _ALWAYS,
         f"{first.source}; {second.source}",
         alone.options,
-        at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85),  # the sizes that run/probe.py probes, too
+        at_shares(0.25, 0.5, 0.85) if joint is None else at_shares(0.5, 0.85),  # the sizes that run/losses/probe.py probes, too
         steps=(first, second),
         joint=None if joint is None else Joint(joint.units, joint.options, joint.solve, shares=False, needs=joint.needs),
     )

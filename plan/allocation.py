@@ -38,7 +38,7 @@ class Shared:
 _SOLVED = {
     "uniform": "The same fraction of every target's bytes.",
     "spectrum": "The solver, with each target's discarded energy relative to that of its outputs.",
-    "kl": "The solver, with losses in nats, measured by compressing one target at a time (run/probe.py).",
+    "kl": "The solver, with losses in nats, measured by compressing one target at a time (run/losses/probe.py).",
     "fisher": "The solver, with losses that the method itself gives in nats (kfac).",
     "own": "No budget: what the method's settings ask for.",
 }

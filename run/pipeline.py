@@ -32,7 +32,7 @@ from ..refine.end_to_end import Distillation, refine_artifact
 from ..refine.trainer import Windows
 from .depth_stage import model_edit_of
 from .layer_loop import compress_layers
-from .loss_curves import measure
+from .losses.curves import measure
 from .output import config_of, finish, shard_names, write_outside
 from .plain_export import as_plain
 from .request import Request

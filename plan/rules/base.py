@@ -72,7 +72,7 @@ class Rule:
         source: the paper it comes from.
         needs: statistics that it reads beside the method's own.
         score: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens'
-            (run/importance_scores.py).
+            (run/losses/importance_scores.py).
         limits: whether it can be held to `limits`.
     """
 

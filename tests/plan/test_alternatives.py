@@ -18,8 +18,8 @@ from lrc.compress.options import Choice, Option, Shape
 from lrc.errors import CalibrationError, LrcError, RecipeError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.run.loss_curves import thinned
-from lrc.run.probe import probed, scaled
+from lrc.run.losses.curves import thinned
+from lrc.run.losses.probe import probed, scaled
 from lrc.run.verify import verify
 
 BOTH = [{"method": "svd-llm"}, {"method": "gptq", "settings": {"bits": None, "group_size": 16}}]

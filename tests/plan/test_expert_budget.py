@@ -18,7 +18,7 @@ from lrc.model.layer_forms import target_weight
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft
-from lrc.run.loss_curves import measure
+from lrc.run.losses.curves import measure
 from lrc.run.run import Run
 from lrc.run.verify import verify
 

@@ -20,7 +20,7 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft
 from lrc.plan.rules.base import Open, in_proportion, rules
-from lrc.run.importance_scores import effective_rank, first_order
+from lrc.run.losses.importance_scores import effective_rank, first_order
 from lrc.run.verify import verify
 
 NAMES = ["effective-rank", "importance", "log-loss", "zero-sum"]

@@ -307,11 +307,11 @@ def test_a_set_gets_one_choice_from_the_solver(name, tiny_checkpoints, tiny_text
 )
 def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
     """The divergences that `kl` measures, against whole models in which one set alone is compressed."""
-    import lrc.run.probe
+    import lrc.run.losses.probe
 
     seen, forms = {}, {}
-    told = lrc.run.probe.Probing.run
-    made = lrc.run.probe.forms_at
+    told = lrc.run.losses.probe.Probing.run
+    made = lrc.run.losses.probe.forms_at
 
     def run(self, *arguments):
         seen["probing"], seen["found"] = self, told(self, *arguments)
@@ -321,8 +321,8 @@ def test_a_set_is_probed_as_one(name, family, tiny_checkpoints, tiny_text_file, 
         forms[unit.name, choice] = made(unit, solution, choice)
         return forms[unit.name, choice]
 
-    monkeypatch.setattr(lrc.run.probe.Probing, "run", run)
-    monkeypatch.setattr(lrc.run.probe, "forms_at", forms_at)
+    monkeypatch.setattr(lrc.run.losses.probe.Probing, "run", run)
+    monkeypatch.setattr(lrc.run.losses.probe, "forms_at", forms_at)
     model = tiny_checkpoints(family)
     plan = compress(model, tmp_path / "out", tiny_text_file, name, ratio=0.3, allocation="kl")
     assert plan.targets_after <= 0.7 * plan.targets_before

@@ -9,14 +9,14 @@ import torch
 from pipeline import compress
 
 import lrc.model.ablation
-import lrc.run.probe
+import lrc.run.losses.probe
 from lrc.checkpoint.hf_quantizer import open_model
 
 
 @pytest.fixture
 def watched(monkeypatch):
     """What probing found, and the forms that it put in place."""
-    seen, run, made = {"forms": {}, "passes": 0}, lrc.run.probe.Probing.run, lrc.run.probe.forms_at
+    seen, run, made = {"forms": {}, "passes": 0}, lrc.run.losses.probe.Probing.run, lrc.run.losses.probe.forms_at
 
     def told(self, *arguments):
         seen["passes"], seen["probing"], seen["found"] = len(self._passes), self, run(self, *arguments)
@@ -26,8 +26,8 @@ def watched(monkeypatch):
         seen["forms"][unit.name, choice] = made(unit, solution, choice)
         return seen["forms"][unit.name, choice]
 
-    monkeypatch.setattr(lrc.run.probe.Probing, "run", told)
-    monkeypatch.setattr(lrc.run.probe, "forms_at", forms_at)
+    monkeypatch.setattr(lrc.run.losses.probe.Probing, "run", told)
+    monkeypatch.setattr(lrc.run.losses.probe, "forms_at", forms_at)
     return seen
 
 

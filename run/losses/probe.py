@@ -27,20 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.base import Curve, Solution
-from ..compress.forms.base import Form, Spec, build_module, fill_module
-from ..compress.forms.shared import link
-from ..compress.options import Option, at_shares, at_sizes, coarsest
-from ..model.ablation import scored, together
-from ..model.divergence import Predictions
-from ..model.layer_forms import target_weight
-from ..model.layerwise import LayerTurn, layerwise
-from ..model.lockstep import on_host, run_calls, run_layer
-from ..model.targets import Target
-from ..model.view import ModelView
-from ..plan.plan import PROBES_EACH
-from ..plan.units import Unit
-from .solve import forms_at
+from ...compress.base import Curve, Solution
+from ...compress.forms.base import Form, Spec, build_module, fill_module
+from ...compress.forms.shared import link
+from ...compress.options import Option, at_shares, at_sizes, coarsest
+from ...model.ablation import scored, together
+from ...model.divergence import Predictions
+from ...model.layer_forms import target_weight
+from ...model.layerwise import LayerTurn, layerwise
+from ...model.lockstep import on_host, run_calls, run_layer
+from ...model.targets import Target
+from ...model.view import ModelView
+from ...plan.plan import PROBES_EACH
+from ...plan.units import Unit
+from ..solve import forms_at
 
 SIZES = (0.3, 0.6)  # fractions of the dense bytes at which targets are probed
 SHARES = (0.5, 0.85)  # of the largest form, where that is smaller

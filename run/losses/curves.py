@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..calibrate.collect import Statistics
-from ..checkpoint.atomic import read_json, write_json
-from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
-from ..compress.options import Option
-from ..model.events import Event
-from ..model.host_memory import give_back
-from ..plan.plan import PROBED, Draft
-from ..plan.units import Unit
+from ...calibrate.collect import Statistics
+from ...checkpoint.atomic import read_json, write_json
+from ...compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
+from ...compress.options import Option
+from ...model.events import Event
+from ...model.host_memory import give_back
+from ...plan.plan import PROBED, Draft
+from ...plan.units import Unit
+from ..run import Run
+from ..solve import Together, solve_unit, weight_at
 from .importance_scores import layer_angles, of_target
 from .probe import Probing, by_alternative, probe_groups, scaled
-from .run import Run
-from .solve import Together, solve_unit, weight_at
 
 _VERSION = 2  # of how curves are measured: curves on disk that were measured otherwise are not used
 MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error

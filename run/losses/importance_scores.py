@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.layerwise import run_batches, through_layers
-from ..compress.base import LowRankSolution, Solution, TargetStats
-from ..compress.forms.base import LowRank
-from ..compress.options import Choice
-from ..model.lockstep import Call, hidden_of
-from ..model.view import ModelView
+from ...calibrate.layerwise import run_batches, through_layers
+from ...compress.base import LowRankSolution, Solution, TargetStats
+from ...compress.forms.base import LowRank
+from ...compress.options import Choice
+from ...model.lockstep import Call, hidden_of
+from ...model.view import ModelView
 
 _LOOKED_AT = 8192  # tokens by which layers are compared
 
