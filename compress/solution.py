@@ -53,7 +53,7 @@ class Curve:
         options: ascending in bytes; the dense form is not among them.
         losses: one per option, in the same metric.
         preferred: the choice that the method itself makes; None leaves it to the budget.
-        scores: what the recipe's allocation rule reads beside the losses (run/losses/importance_scores.py); empty for most rules.
+        scores: what the allocation rule reads beside the losses (run/losses/importance_scores.py); empty for most rules.
     """
 
     total: float

@@ -96,7 +96,7 @@ def test_makefile_and_constraints_agree():
     assert all(pins[name] == number for name, number in stated)
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+def test_the_wheel_holds_the_package_and_does_the_main_job(tiny_checkpoints, tiny_text_file, tmp_path):
     needed = PROJECT["build-system"]["requires"]
     try:
         if not all(Requirement(text).specifier.contains(version(Requirement(text).name)) for text in needed):
@@ -130,9 +130,27 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     recipes = {file.relative_to(ROOT) for file in ROOT.glob("recipes/*.yaml")}
     assert names == {f"lrc/{path.as_posix()}" for path in modules | recipes}
 
-    code = "import lrc.errors, sys; print(lrc.__file__)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    shown = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.strip() == str(tmp_path / "installed" / "lrc" / "__init__.py")
+
+    def installed(*arguments: str) -> str:
+        run = [sys.executable, *arguments]
+        return subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert installed("-c", "import lrc; print(lrc.__file__)").strip() == str(tmp_path / "installed" / "lrc" / "__init__.py")
+    # the main job, which needs a module of every folder
+    model, out = tiny_checkpoints("llama", num_hidden_layers=2), tmp_path / "out"
+    wanted = [
+        "--recipe",
+        "svd-llm",
+        "--ratio",
+        "0.3",
+        "--calibration",
+        f"text:{tiny_text_file}",
+        "--samples",
+        "8",
+        "--length",
+        "48",
+    ]
+    printed = installed("-m", "lrc.cli", "compress", str(model), "--out", str(out), *wanted)
+    assert "Checked: it loads, its logits are finite." in printed
+    assert "lrc-fast" in installed("-m", "lrc.cli", "recipe", "list")
