@@ -29,8 +29,8 @@ from ..model.view import ModelView
 from .backward import GradientPass, collect_gradients
 from .data import Calibration
 from .gradients import GradientSettings
-from .layerwise import TOKENS_PER_BATCH, run_batches, through_layers
-from .stats import wanted
+from .layerwise import TOKENS_PER_BATCH, run_batches, run_in_chunks, through_layers
+from .stats import chunks_of, wanted
 from .store import MANIFEST, StatsStore
 
 
@@ -172,8 +172,9 @@ def _forward(
         if store.has(name):
             outputs = None if index == len(by_layer) - 1 else run_batches(layer, name, calls, devices)[0]
         else:
-            outputs, stats = run_batches(layer, name, calls, devices, targets, wanted(targets, store.needs))
-            store.write(name, stats)
+            what = wanted(targets, store.needs)
+            with store.adding(name) as add:
+                outputs = run_in_chunks(layer, name, calls, devices, chunks_of(targets, what.nbytes), what, add)
         notify(index + 1, time.perf_counter() - started)
         return outputs
 

@@ -70,6 +70,19 @@ def backward_passes(asked: Iterable[tuple[GradientSettings, frozenset[str]]]) ->
     return passes
 
 
+def gradient_bytes(targets: Iterable[Target], needs: frozenset[str]) -> int:
+    """Bytes that a `GradientCollector` allocates for these targets."""
+    total = 0
+    for target in targets:
+        if "grad_gram" in needs:
+            total += 4 * target.out_features**2
+        if "weight_grad" in needs:
+            total += 4 * target.numel
+        if "fisher_in" in needs:
+            total += 8 * target.in_features
+    return total
+
+
 class GradientCollector:
     """Watches the gradients of one layer's targets while the context is open.
 

@@ -9,7 +9,7 @@ gram, or each target's own (out, out) one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,13 @@ from ..compress.forms import experts
 from ..compress.forms.base import linear_weight
 from ..errors import NonFiniteError
 from ..model.targets import Target
+
+STATISTICS_AT_ONCE = 4 << 30
+"""Bytes of a layer's statistics that are collected together, in each device's memory.
+
+Just above what a layer of a dense 70B model takes (8192 and 28672 wide: 4.1 GB), so that only mixtures of experts and wider
+models are collected in several chunks. All experts of a DeepSeek-V3 layer would take 57 GB.
+"""
 
 _BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed
 _NARROWEST = 144  # a block that is narrower than this costs more by itself than it saves
@@ -136,6 +143,47 @@ def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wa
                 names = names | {"gram"}
         inputs[group] = names - {"output_gram"}
     return Wanted(inputs, frozenset(outputs))
+
+
+def chunks_of(
+    targets: Sequence[Target],
+    nbytes: Callable[[Sequence[Target]], int],
+    together: Iterable[Collection[str]] = (),
+    budget: int | None = None,
+) -> list[list[Target]]:
+    """Split targets of one layer into chunks whose statistics are collected one chunk after the other, each within a budget.
+
+    Targets of one group share a gram and stay in one chunk. Which chunk a target is in changes none of its statistics: each
+    chunk is collected over all batches, in the same order.
+
+    Args:
+        nbytes: bytes that the statistics of such targets take (`Wanted.nbytes`).
+        together: names of targets that belong into one chunk, such as the members of a unit; names of others are ignored.
+        budget: bytes of a chunk; `STATISTICS_AT_ONCE` by default. What cannot be split and takes more is a chunk of its own.
+
+    Returns:
+        The chunks, each in the order of `targets`; a single empty one where there are no targets.
+    """
+    budget = STATISTICS_AT_ONCE if budget is None else budget
+    groups: dict[str, list[str]] = defaultdict(list)
+    for target in targets:
+        groups[target.group].append(target.name)
+    place = {target.name: number for number, target in enumerate(targets)}
+    joined = {name: [name] for name in place}  # target -> all targets of its chunk that cannot be in another one
+    for names in (*groups.values(), *together):
+        merged = sorted({other for name in names if name in joined for other in joined[name]}, key=place.__getitem__)
+        joined |= dict.fromkeys(merged, merged)
+    chunks: list[list[Target]] = [[]]
+    taken = 0
+    for first in (name for name in place if joined[name][0] == name):
+        members = [targets[place[name]] for name in joined[first]]
+        size = nbytes(members)
+        if chunks[-1] and taken + size > budget:
+            chunks.append([])
+            taken = 0
+        chunks[-1] += members
+        taken += size
+    return [sorted(chunk, key=lambda target: place[target.name]) for chunk in chunks]
 
 
 class LayerCollector:
