@@ -242,8 +242,8 @@ def _loss_gradient(logits: Tensor, hidden: Tensor, ids: Tensor, first: int, sett
     """∂loss/∂hidden on the CPU, the loss being the cross entropy summed over each sample's tokens.
 
     Args:
-        logits: (samples, length, words).
-        hidden: the leaf of autograd that they depend on.
+        logits: (samples, length, vocabulary).
+        hidden: the leaf of autograd that the logits depend on.
         ids: (samples, length).
         first: number of the first sample.
     """
@@ -270,7 +270,7 @@ def uniforms(seed: int, sample: int, length: int) -> Tensor:
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """The label at which the cumulative distribution of each row of `p` (rows, words) passes `u` (rows,)."""
+    """The label at which the cumulative distribution of each row of `p` (rows, vocabulary) passes `u` (rows,)."""
     cumulative = p.double().cumsum(-1)
     labels = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return labels.clamp_max(p.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""A pass over a model: layer by layer, all calibration batches at once, weights in and out."""
+"""A pass over a model layer by layer: one layer is loaded, all calibration batches run through it, it is unloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..model.targets import Target
 from ..model.view import ModelView
 from .stats import LayerCollector, Wanted
 
-TOKENS_PER_BATCH = 2048  # of calibration that go through a layer at once, unless one sample is longer
+TOKENS_PER_BATCH = 2048  # calibration tokens of one batch, unless a single sample is longer
 
 Visit = Callable[[int, str, nn.Module, Sequence[Call]], "list[Any] | None"]
 
@@ -30,14 +30,14 @@ def through_layers(
     dropped: Collection[int] = frozenset(),
     edit: Callable[[str], LayerEdit | None] = lambda name: None,
 ) -> None:
-    """Bring every layer in, let `visit(index, name, layer, calls)` answer its calls, and send it away again.
+    """Load every layer in turn, let `visit(index, name, layer, calls)` answer its calls, and unload it.
 
     Args:
         view: the model.
         tokens: token ids per batch, (samples, length) each.
-        visit: returns one output per call; after the last layer what it returns is not used.
-        dropped: layers that every batch passes by.
-        edit: layer name -> what is changed in it while it is here.
+        visit: returns one output per call; its result for the last layer is not used.
+        dropped: layers that every batch skips.
+        edit: layer name -> the edit that the layer has while it is loaded.
     """
     for ids in tokens:
         view.require_tokens(ids)

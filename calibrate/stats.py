@@ -1,9 +1,9 @@
-"""Statistics of activations: what the targets of a layer read, and what they put out.
+"""Statistics of activations: the inputs and the outputs of a layer's targets.
 
 Everything is a running mean over tokens in float32 (TF32 off): sums overflow and lose digits, means do not, and the means
-of two workers merge by their token counts. Targets of one group read the same tensor, so it is looked at once. Where a
-method needs only the second moment of the outputs, `W C Wᵀ`, it is taken from the side that costs less: the group's (in, in)
-gram, or each target's own (out, out) one.
+of two workers merge by their token counts. Targets of one group read the same tensor and share its statistics. Where a method
+needs only the second moment of the outputs, `W C Wᵀ`, the smaller gram is collected: the group's (in, in) one, or each target's
+own (out, out) one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MeanOuter:
         self._edges = list(range(0, width, step))
 
     def add(self, x: Tensor) -> None:
-        """Take in (tokens, n) activations."""
+        """Add (tokens, n) activations."""
         total = self.tokens + len(x)
         for start, end in zip(self._edges, [*self._edges[1:], len(self.value)], strict=True):
             self.value[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], beta=self.tokens / total, alpha=1 / total)
@@ -71,16 +71,16 @@ class MeanVector:
 
 
 class PeakMean:
-    """Largest over calibration samples of the sample's mean |x|, (n,) float32; no matter how samples are batched.
+    """Largest over calibration samples of the sample's mean |x|, (n,) float32; it does not depend on the batches.
 
-    An expert's tokens come without their samples: a batch of them counts as one.
+    Which sample an expert's token is from is not known: its tokens of a batch count as one sample.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens, self.value = 0, torch.zeros(width, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in (samples, tokens, n) or, as one sample, (tokens, n) activations."""
+        """Add (samples, tokens, n) or, as one sample, (tokens, n) activations."""
         means = x.abs().float().reshape(-1, *x.shape[-2:]).mean(1)
         self.value = torch.maximum(self.value, means.amax(0))
         self.tokens += x.numel() // x.shape[-1]
@@ -105,7 +105,7 @@ class Wanted:
     outputs: frozenset[str]
 
     def nbytes(self, targets: Iterable[Target], stored: bool = False) -> int:
-        """Bytes that the statistics of these targets take while they are collected, or as they lie on disk."""
+        """Bytes of these targets' statistics: those that a `LayerCollector` allocates, or (`stored`) those on disk."""
 
         def gram(width: int) -> int:
             return width * (width + 1) // 2 if stored else width**2
@@ -122,10 +122,10 @@ class Wanted:
 
 
 def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wanted:
-    """Decide what to collect in a forward for targets of one layer so that the needs of each are met at the least cost.
+    """Choose what to collect in a forward for targets of one layer: the smallest statistics that meet the needs of each.
 
     Args:
-        needs: target -> the statistics that are wanted of it.
+        needs: target -> the statistics that its method reads.
     """
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
@@ -136,7 +136,7 @@ def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wa
         names = frozenset[str]().union(*(needs[target.name] & FORWARD_NEEDS for target in members))
         if "output_gram" in names and "gram" not in names:
             asking = [target for target in members if "output_gram" in needs[target.name]]
-            # an expert's outputs are not seen, only its inputs
+            # of an expert only the inputs are observed
             if members[0].expert is None and sum(t.out_features**2 for t in asking) < members[0].in_features ** 2:
                 outputs.update(target.name for target in asking)
             else:
@@ -187,13 +187,13 @@ def chunks_of(
 
 
 class LayerCollector:
-    """Watches one layer's targets while the context is open.
+    """Collects statistics of one layer's targets while the context is open.
 
     Args:
         layer: the layer on its device; hooks are set on its modules and removed at the end.
         prefix: the layer's path in the model, by which targets are named.
-        targets: the layer's targets.
-        what: from `wanted`.
+        targets: of the layer, all or some; those of one group together.
+        what: from `wanted`, of all targets of the layer.
     """
 
     def __init__(self, layer: nn.Module, prefix: str, targets: Sequence[Target], what: Wanted, device: torch.device) -> None:
@@ -205,7 +205,7 @@ class LayerCollector:
             for name in what.inputs[target.group]:
                 if (target.group, name) not in self._means:
                     self._means[target.group, name] = _accumulator(name, target.in_features, device)
-        self.samples, self.length = 1, 0  # of the batch on its way through the layer, for what is taken per sample
+        self.samples, self.length = 1, 0  # of the batch that runs through the layer; for statistics per sample
         self._experts = {(target.module, target.role.rpartition(".")[2], target.expert): target for target in self._targets}
 
     def __enter__(self) -> LayerCollector:
@@ -215,7 +215,7 @@ class LayerCollector:
             if target.expert is not None:
                 continue
             module = self._layer.get_submodule(target.module.removeprefix(self._prefix + "."))
-            # whoever reads it first: the one that the group is called after may stay dense, and then is not here
+            # the first of these targets that reads it: the group's namesake may stay dense, and is not among them then
             if target.group not in watched and self._what.inputs[target.group]:
                 watched.add(target.group)
                 hook = module.register_forward_pre_hook(self._input_hook(target.group))
@@ -236,7 +236,7 @@ class LayerCollector:
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            # taking a large bias off again would leave what rounding has left of the rest
+            # subtracting a large bias from the output would leave little but rounding errors
             y = output if getattr(module, "bias", None) is None else nn.functional.linear(args[0], linear_weight(module))
             self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]).float())
 
@@ -253,9 +253,9 @@ class LayerCollector:
             self._means[group, name].add(self._by_sample(x) if name == "peak_abs_mean" else flat)
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        """(samples, tokens, n), also of what a model hands on as (samples · tokens, n).
+        """The activations as (samples, tokens, n), also where the model flattens them to (samples · tokens, n).
 
-        Which sample an expert's tokens came from is not known: they count as one.
+        Which sample an expert's tokens are from is not known: they count as one sample.
         """
         whole = x.ndim == 2 and len(x) == self.samples * self.length
         return x.view(self.samples, self.length, -1) if whole else x

@@ -1,4 +1,4 @@
-"""Statistics on disk, a file per layer: collected once, used by every recipe that starts from the original model.
+"""Statistics on disk, a file per layer: collected once, and used by every recipe that starts from the original model.
 
 A folder holds one safetensors file per layer, and a manifest: the model's fingerprint, the token ids' hash and the names of the
 statistics. Of a symmetric matrix the file holds one half. A layer that was collected in several chunks has a file for each
@@ -28,7 +28,7 @@ from ..compress.base import GroupStats, TargetStats
 from ..errors import CheckpointError, OutputError, RequestError
 
 MANIFEST = "statistics.json"
-TRIALS = "trials"  # a folder beside the statistics: what models without some of their parts lost
+TRIALS = "trials"  # a folder beside the statistics: the losses of ablated models
 _LOCK = "statistics.lock"
 _ROWS = 128  # rows of a symmetric matrix that are mirrored together
 LAYOUT = 2  # of the files; those of another are not read
@@ -37,16 +37,16 @@ _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
 
 class StatsStore:
-    """A folder of statistics. As long as this object is there no other process can empty it or collect into it.
+    """A folder of statistics. While this object exists, no other process can empty the folder or collect into it.
 
     Args:
-        folder: created if need be.
-        identity: what they are of; a JSON mapping. A folder that holds statistics of something else is emptied of them.
-        needs: target -> the statistics that will be written; more than before in a folder means collecting anew.
+        folder: created if it does not exist.
+        identity: what the statistics are of; a JSON mapping. Statistics of another identity are deleted from the folder.
+        needs: target -> the statistics that will be written. Where the folder has fewer, its statistics are deleted.
 
     Raises:
-        RequestError: the folder holds files and no statistics, or another process is at work in it.
-        OutputError: it cannot be written.
+        RequestError: the folder holds files but no statistics, or another process uses it.
+        OutputError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], needs: Mapping[str, frozenset[str]]) -> None:
@@ -72,21 +72,21 @@ class StatsStore:
                 self.needs = there
                 return
         with self.alone(), _writing(folder):
-            for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
+            for path in folder.iterdir():  # losses measured on the same statistics stay, whatever their layout was
                 if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
                     path.unlink()
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While something is collected: no other process works in the folder.
+        """Exclude all other processes from the folder, to collect into it.
 
         Raises:
-            RequestError: one does.
+            RequestError: another process uses it.
         """
         self._claim(fcntl.LOCK_EX)
         with contextlib.ExitStack() as if_it_fails:
-            if_it_fails.callback(self._lock.close)  # an object that outlives its failure holds up nobody
+            if_it_fails.callback(self._lock.close)  # an object that outlives its failure must not keep the lock
             with _writing(self.folder):
                 clear_leftovers(self.folder)
             yield
@@ -230,13 +230,13 @@ def _symmetric(key: str) -> bool:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What lies in a folder beside trials and the leftovers of a collection that was killed at its very start."""
+    """The files of a folder that are neither trials nor left over from a collection that was killed at its start."""
     own = (TRIALS, _LOCK)
     return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.endswith(PARTIAL))
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:
-    """What these statistics can say: a gram of the inputs answers for that of the outputs."""
+    """These statistics, and those that can be computed from them: a gram of the inputs gives that of the outputs."""
     return held | {"output_gram"} if "gram" in held else held
 
 
