@@ -24,6 +24,8 @@ from lrc.errors import NonFiniteError
 from lrc.model.lockstep import run_layer
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView, Target
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
@@ -372,3 +374,20 @@ def test_a_layer_that_is_interrupted_between_chunks_is_collected_anew(tiny_check
     assert "model.layers.1.safetensors" not in left
     split = collected(tiny_checkpoints("mixtral"), tmp_path / "split", {"gram"})
     assert all(torch.equal(split[name].group.gram, stats.group.gram) for name, stats in whole.items())
+
+
+def test_a_plan_counts_the_largest_chunk_and_keeps_units_whole(tiny_checkpoints, monkeypatch):
+    view = ModelView(locate(str(tiny_checkpoints("mixtral"))))
+    recipe = load_recipe("nystrom", {"ratio": 0.3, "calibration.samples": 8, "calibration.length": 48})
+    plan = make_plan(view, recipe)
+    assert [len(plan.chunks(layer)) for layer in range(3)] == [1, 1, 1]
+    monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
+    split = make_plan(view, recipe)
+    chunks = [{target.name for target in chunk} for chunk in split.chunks(0)]
+    assert set().union(*chunks) == {target.name for target in split.solved(0)} and len(chunks) >= 4
+    for unit in split.units:
+        members = {target.name for target in unit.targets if target.layer == 0} & set().union(*chunks)
+        assert not members or sum(bool(members & chunk) for chunk in chunks) == 1
+    whole, largest = split.wanted(0).nbytes(split.solved(0)), max(split.wanted(0).nbytes(chunk) for chunk in split.chunks(0))
+    for moment in ("forward", "solve"):
+        assert plan.memory.moments[moment] - split.memory.moments[moment] == 2 * (whole - largest) > 0
