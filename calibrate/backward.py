@@ -12,8 +12,10 @@ hidden state carries gradients from layer to layer. All other arguments of a lay
 earlier hidden states) count as constants.
 
 Memory: the largest layer + 3 × samples × length × hidden in the model's dtype, as in the forward pass + one batch's autograd
-graph of one layer per device + 8 bytes × Σ out² over a layer's targets, per device (with `grad_gram`) + 4 bytes × Σ out · in of
-them, per device (with `weight_grad`). At the end of the model: final norm, head, and two to three times one batch's logits.
+graph of one layer per device + 8 bytes × Σ out² over one chunk of a layer's targets, per device (with `grad_gram`) + 4 bytes ×
+Σ out · in of them, per device (with `weight_grad`). At the end of the model: final norm, head, and two to three times one
+batch's logits. A layer whose sums take more than `stats.STATISTICS_AT_ONCE` has several chunks; it runs forward and back once
+for each.
 Disk: layers × samples × length × hidden in the model's dtype until the pass is done; 2 bytes × Σ out² (`grad_gram`) and
 4 × Σ out · in (`weight_grad`) over all targets are kept.
 """
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,11 @@ from ..model.host_memory import give_back
 from ..model.lockstep import Call, Lockstep, check_finite, run_layer
 from ..model.targets import Target
 from ..model.view import ModelView
-from .gradients import GradientCollector, GradientSettings
+from .gradients import GradientCollector, GradientSettings, gradient_bytes
 from .layerwise import copies_on, run_batches, spread
 from .packing import derived_seed, token_hash
 from .spill import Spill
+from .stats import chunks_of
 from .store import StatsStore
 
 SPILL = "activations"  # inside the statistics' folder, until the pass is done
@@ -134,10 +138,14 @@ def _all_layers(work: GradientPass, store: StatsStore, spill: Spill, notify: Cal
     for index in reversed(range(start)):
         name = view.layer_names[index]
         back = _LayerBack(work, index, view.load(name), through.calls.pop(), through.gradients, spill)
-        stats = back.run([target for target in view.targets if target.layer == index])
+        own = [target for target in view.targets if target.layer == index]
+        *first, last = chunks_of(own, partial(gradient_bytes, needs=work.needs))
+        with store.adding(name) as add:
+            for chunk in first:
+                add(back.run(chunk))
+            add(back.run(last, through.gradients))
         del back
         view.unload(name)
-        store.write(name, stats)
         give_back()
         spill.finish(index, through.gradients)
         notify(len(view.layers) - index, time.perf_counter() - started)
@@ -234,8 +242,8 @@ def _loss_gradient(logits: Tensor, hidden: Tensor, ids: Tensor, first: int, sett
     """∂loss/∂hidden on the CPU, the loss being the cross entropy summed over each sample's tokens.
 
     Args:
-        logits: (samples, length, words).
-        hidden: the leaf of autograd that they depend on.
+        logits: (samples, length, vocabulary).
+        hidden: the leaf of autograd that the logits depend on.
         ids: (samples, length).
         first: number of the first sample.
     """
@@ -262,20 +270,20 @@ def uniforms(seed: int, sample: int, length: int) -> Tensor:
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """The label at which the cumulative distribution of each row of `p` (rows, words) passes `u` (rows,)."""
+    """The label at which the cumulative distribution of each row of `p` (rows, vocabulary) passes `u` (rows,)."""
     cumulative = p.double().cumsum(-1)
     labels = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return labels.clamp_max(p.shape[-1] - 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _LayerBack:
     """The way back through one layer.
 
     Args:
         layer: number `index`, its weights loaded.
         calls: per batch.
-        gradients: per batch, with respect to the layer's output; `run` replaces them by those with respect to its input.
+        gradients: per batch, with respect to the layer's output.
         spill: holds the layer's input.
     """
 
@@ -283,11 +291,20 @@ class _LayerBack:
     index: int
     layer: nn.Module
     calls: Sequence[_Rest]
-    gradients: list[Tensor]
+    gradients: Sequence[Tensor]
     spill: Spill
 
-    def run(self, targets: Sequence[Target]) -> dict[str, TargetStats]:
-        """Run the layer with autograd batch by batch; the statistics of its targets."""
+    def run(self, targets: Sequence[Target], before: list[Tensor] | None = None) -> dict[str, TargetStats]:
+        """Run the layer with autograd batch by batch.
+
+        Args:
+            targets: those whose gradients are collected.
+            before: gets, per batch, the gradients with respect to the layer's input. It may be `gradients`: those with respect
+                to the output are then replaced.
+
+        Returns:
+            target name -> its statistics.
+        """
         devices, name = self.work.devices, self.work.view.layer_names[self.index]
         self.layer.requires_grad_(False)
         copies = copies_on(self.layer, devices)
@@ -300,7 +317,8 @@ class _LayerBack:
                 output = run_layer(copies[worker], self.calls[batch].call(x))
             main = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
             (gradient,) = torch.autograd.grad(main, x, self.gradients[batch].to(main))
-            self.gradients[batch] = _finite(gradient.cpu(), name)
+            if before is not None:
+                before[batch] = _finite(gradient.cpu(), name)
 
         with ExitStack() as watching:
             for collector in collectors:

@@ -1,7 +1,7 @@
-"""The survey: statistics of the original model, on disk, before the budget is shared out.
+"""Statistics of the original model, collected on disk before the budget is allocated.
 
-One pass over the calibration tokens collects them into a `StatsStore`, layer by layer; an interrupted survey goes on where it
-stopped. run/losses/curves.py makes the losses of it.
+One pass over the calibration tokens writes them into a `StatsStore`, layer by layer; an interrupted collection resumes at the
+layer that it had reached. `run/losses/curves.py` computes losses from them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ..model.view import ModelView
 from .backward import GradientPass, collect_gradients
 from .data import Calibration
 from .gradients import GradientSettings
-from .layerwise import TOKENS_PER_BATCH, run_batches, through_layers
-from .stats import wanted
+from .layerwise import TOKENS_PER_BATCH, run_batches, run_in_chunks, through_layers
+from .stats import chunks_of, wanted
 from .store import MANIFEST, StatsStore
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration says of the original model, on disk: forward statistics and, where asked for, gradients."""
+    """Statistics of the original model on disk: those of activations and, where a method needs them, of gradients."""
 
     forward: StatsStore
     backward: StatsStore | None = None
@@ -50,7 +50,7 @@ class Statistics:
         return self.with_gradients(layer, self.forward.read(layer, names))
 
     def with_gradients(self, layer: str, found: dict[str, TargetStats]) -> dict[str, TargetStats]:
-        """Forward statistics, the gradients' beside them."""
+        """The given forward statistics, with those of gradients added."""
         if self.backward is None or not found:
             return found
         gradients = self.backward.read(layer, list(found))
@@ -75,12 +75,12 @@ def collect(
     gradients: GradientSettings,
     notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
 ) -> Statistics:
-    """Statistics of the original model for all targets, on disk; what lies there of the same model and tokens is used.
+    """Collect statistics of the original model for all targets, on disk; those of the same model and tokens are reused.
 
     Args:
-        needs: target -> those that are wanted of it, of `base.NEEDS`; none of a target that is not named.
-        folder: where they go; disk space of 2 bytes per entry of every gram, of which one half is kept.
-        gradients: how the backward pass is made, where `needs` asks for one.
+        needs: target -> its statistics, of `base.NEEDS`; a target that is not named has none.
+        folder: of the store; it takes 2 bytes per entry of every gram (half of a symmetric float32 matrix).
+        gradients: settings of the backward pass, where `needs` asks for one.
         notify: called with (what was done, layers finished, seconds).
     """
     steady_memory()
@@ -93,7 +93,7 @@ def collect(
 
 
 def backward_needs(needs: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    """Those of any target's needs that want a backward pass."""
+    """The statistics among any target's needs that take a backward pass."""
     return frozenset[str]().union(*needs.values()) & BACKWARD_NEEDS
 
 
@@ -107,9 +107,9 @@ def collect_backward(
     gradients: GradientSettings,
     notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
 ) -> StatsStore:
-    """Statistics of gradients beside the forward ones in `folder`, a folder inside it for each way to make them.
+    """Collect statistics of gradients in a folder inside `folder`, one for each combination of settings.
 
-    One that lies there and answers for these needs, of whatever recipe, is used.
+    An existing collection that holds these needs is reused, whatever recipe made it.
     """
     steady_memory()
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
@@ -120,7 +120,7 @@ def collect_backward(
 
 
 def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSettings) -> GradientSettings | None:
-    """The settings of a finished or begun collection in `folder` that says the same of `needs`."""
+    """The settings of a collection in `folder`, finished or not, whose `needs` have the same values."""
     own = wanted.relevant_to(needs)
     for manifest in sorted(folder.glob(f"gradients-*/{MANIFEST}")):
         try:
@@ -128,7 +128,7 @@ def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSetting
             settings = GradientSettings(**held["identity"]["gradients"])
             there = frozenset[str]().union(*held["needs"].values())
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # collected anew where it is wanted
+            continue  # not readable: collected again where it is needed
         if settings.relevant_to(needs) == own and needs <= there:
             return settings
     return None
@@ -166,14 +166,15 @@ def _forward(
     batch = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
 
     def visit(index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
-        """Collect a layer's statistics, unless they lie there already."""
+        """Collect a layer's statistics, unless its file exists."""
         started = time.perf_counter()
         targets = by_layer[index]
         if store.has(name):
             outputs = None if index == len(by_layer) - 1 else run_batches(layer, name, calls, devices)[0]
         else:
-            outputs, stats = run_batches(layer, name, calls, devices, targets, wanted(targets, store.needs))
-            store.write(name, stats)
+            what = wanted(targets, store.needs)
+            with store.adding(name) as add:
+                outputs = run_in_chunks(layer, name, calls, devices, chunks_of(targets, what.nbytes), what, add)
         notify(index + 1, time.perf_counter() - started)
         return outputs
 

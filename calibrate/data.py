@@ -2,8 +2,8 @@
 
 `load_calibration` turns a `CalibrationSpec` into (samples, length) tokens, the same for the same text, tokenizer and seed on
 any machine. One long text (`text:`, `wikitext2`, `ptb`) is tokenised whole and cut at random starts, as the papers do (GPTQ,
-arXiv:2210.17323, and its successors); documents are shuffled and packed one after the other, EOS between them.
-`evaluation_text` gives the text that perplexity is measured on, and `same_text` tells whether the two are one.
+arXiv:2210.17323, and its successors); documents are shuffled and concatenated, with EOS between them.
+`evaluation_text` returns the text that perplexity is measured on, and `same_text` says whether both read the same text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .readers import Document, drawn
 from .sources import HELD_OUT, NAMED, SHAPES, STREAMS, Source, open_documents, parse_mix, parse_source, read_stream
 
 Generate = Callable[[int, int, int], torch.Tensor]
-WRITTEN_TOGETHER = 8  # samples that the model writes side by side
+WRITTEN_TOGETHER = 8  # samples that the model generates in one batch
 C4_DOCUMENTS = 1100  # documents of C4's first validation shard that the papers evaluate on
 EVALUATION_CHARACTERS = 1 << 25  # of a source made of documents: some 4,000 windows of 2,048 tokens
 
@@ -41,14 +41,15 @@ class WeightedSource(pydantic.BaseModel):
 
 
 class CalibrationSpec(pydantic.BaseModel):
-    """Which tokens statistics are taken on.
+    """The tokens that statistics are collected on.
 
     Attributes:
         source: one source (see `sources`), a mix written `wikitext2*0.5+pydoc*0.5`, or a list of weighted sources.
         samples: number of windows.
         length: tokens per window, BOS included.
         seed: chooses windows, order of documents, order of a mix.
-        held_out: windows beside the samples that no statistic sees: refinement stops by them, searches choose by them.
+        held_out: further windows, of which no statistics are collected; refinement stops by the loss on them, and searches
+            choose by it.
         chat: wrap each document as a user's turn in the tokenizer's chat template; rows that are conversations are
             rendered as they are. For sources made of documents.
 
@@ -95,11 +96,11 @@ class CalibrationSpec(pydantic.BaseModel):
         return _parts(self.source)
 
     def divided(self, windows: int) -> list[int]:
-        """How many of so many windows fall to each source."""
+        """The number of windows that each source gets out of `windows`."""
         return divide(windows, [weight for _, weight in self.parts()])
 
     def self_written(self, windows: int) -> int:
-        """How many of so many windows the model itself writes."""
+        """The number of windows, out of `windows`, that the model itself generates."""
         each = zip(self.parts(), self.divided(windows), strict=True)
         return sum(count for (source, _), count in each if source.kind == "self")
 
@@ -124,7 +125,7 @@ class Calibration:
         provenance: per source: source, split, dataset (of the hub, else absent), sha256 of the text that was read (of the
             whole file for local files), weight, documents, samples, and `overlap`: whether windows may share tokens
             because the text is short.
-        source: of each sample, which entry of `provenance` it is from; empty: all are of one.
+        source: of each sample, the index of its entry in `provenance`; empty where there is one source.
     """
 
     tokens: torch.Tensor
@@ -134,7 +135,7 @@ class Calibration:
     source: tuple[int, ...] = ()
 
     def few(self, samples: int, length: int) -> torch.Tensor:
-        """(samples, length) first tokens of a few samples, evenly spread: of every source by its share, and one at least."""
+        """The first `length` tokens of `samples` evenly spread samples; each source has its share of them, and at least one."""
         of = self.source or (0,) * len(self.tokens)
         members = {source: [index for index, its in enumerate(of) if its == source] for source in sorted(set(of))}
         more = divide(max(0, samples - len(members)), [len(each) for each in members.values()])
@@ -145,7 +146,7 @@ class Calibration:
         return self.tokens[taken, :length]
 
 
-NO_TEXT = Calibration(torch.empty(0, 2, dtype=torch.int64), "", ())  # for recipes that look at none
+NO_TEXT = Calibration(torch.empty(0, 2, dtype=torch.int64), "", ())  # for recipes that need no calibration
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def load_calibration(
         generate: (samples, length, seed) -> (samples, length) tokens, written by the model itself; for `self`.
 
     Raises:
-        CalibrationError: a source cannot be had, is damaged, empty or too short; `self` without `generate`; chat without a
+        CalibrationError: a source is not available, is damaged, empty or too short; `self` without `generate`; chat without a
             chat template.
         RequestError: a source of the mix would get no sample.
     """
@@ -188,7 +189,7 @@ def load_calibration(
     reader = _Reader(spec, tokenizer)
     tokens, apart, provenance = [], [], []
     for i, ((source, weight), count, more) in enumerate(zip(parts, counts, extra, strict=True)):
-        seed = derived_seed(spec.seed, i)  # by place, not by name: a path must not choose the windows
+        seed = derived_seed(spec.seed, i)  # from its number, not its name: the windows must not depend on a path
         if source.kind == "self":
             windows, facts = _generated(generate, count + more, spec.length, seed)
         else:
@@ -300,7 +301,7 @@ def evaluation_text(name: str) -> EvaluationText:
 
     Raises:
         RequestError: no such evaluation text.
-        CalibrationError: it cannot be had, is damaged or is empty.
+        CalibrationError: it is not available, is damaged or is empty.
     """
     kind = name.partition(":")[0]
     if kind not in HELD_OUT and (kind not in SHAPES or kind == name):

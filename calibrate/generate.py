@@ -34,7 +34,7 @@ def generator(
                 ids = torch.full(
                     (min(WRITTEN_TOGETHER, samples - first), 1), 0 if start is None else start, device=loaded.device
                 )
-                # a text that ends is no sample of `length` tokens: the end is never drawn
+                # a sample has `length` tokens, so the end-of-text token is never drawn
                 rows.append(
                     loaded.generate(
                         ids,

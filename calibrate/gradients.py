@@ -1,9 +1,9 @@
-"""What is kept of the gradients that pass a layer's targets, while `backward` runs that layer with autograd.
+"""Statistics of the gradients at a layer's targets, collected while `backward` runs that layer with autograd.
 
 `grad_gram` is token-wise: E over tokens of g gᵀ, with g = ∂loss/∂y of the target's output y and the loss summed over a sample.
-Made of per-sample weight gradients instead (GFWSVD) it has too low a rank, and models break. A few tokens carry gradients far
-larger than all others; clipping each token's norm to a band around the mean keeps them from filling the gram (in KFAC-SVD:
-0.1 to 10 times). The mean is taken per sample, so that no split into batches changes it.
+Computed from per-sample weight gradients instead (GFWSVD), its rank is too low, and compressed models fail. A few tokens have
+far larger gradients than all others; clipping each token's norm to a band around the mean keeps them from dominating the gram
+(KFAC-SVD: 0.1 to 10 times the mean). The mean is per sample, so that it does not depend on the batches.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from ..errors import ModelError, NonFiniteError
 from ..model.targets import Target
 from .stats import MeanOuter
 
-_AT_ONCE = 1 << 22  # entries of a sample's weight gradient that exist at once (16 MiB)
+_AT_ONCE = 1 << 22  # entries of a sample's weight gradient that are in memory together (16 MiB)
 
 
 class GradientSettings(Settings):
-    """How the loss is made and which tokens count.
+    """How the loss is computed, and which tokens count.
 
     Attributes:
         labels: `sampled`: drawn from the model's own distribution at every position, the true Fisher, in nats; `data`: the
             text's next token, the empirical one.
-        clip: (low, high): each token's gradient norm is brought into [low, high] × its sample's mean norm before it enters
-            `grad_gram`; None leaves it. `fisher_in` is never clipped.
-        trim: fraction of a sample's tokens that is left out of `grad_gram` at its start, and again at its end (0.125 in
-            KFAC-SVD).
-        seed: of the sampled labels; each sample has its own, whatever batch it is in.
+        clip: (low, high): each token's gradient norm is clipped to [low, high] × its sample's mean norm in `grad_gram`; None
+            does not clip. `fisher_in` is never clipped.
+        trim: fraction of a sample's tokens that `grad_gram` leaves out at its start, and again at its end (KFAC-SVD: 0.125).
+        seed: of the sampled labels; each sample derives its own, whatever its batch.
     """
 
     labels: Literal["sampled", "data"] = "sampled"
@@ -50,19 +49,19 @@ class GradientSettings(Settings):
         return self
 
     def relevant_to(self, needs: frozenset[str]) -> GradientSettings:
-        """Without what makes no difference to these statistics: band and trim are of `grad_gram`, the seed of drawn labels."""
+        """These settings, with those set to a neutral value that `needs` do not depend on (`clip`, `trim`, `seed`)."""
         neutral: dict[str, Any] = {} if "grad_gram" in needs else {"clip": None, "trim": 0.0}
         return self.model_copy(update=neutral | ({"seed": 0} if self.labels == "data" else {}))
 
 
 def backward_passes(asked: Iterable[tuple[GradientSettings, frozenset[str]]]) -> dict[GradientSettings, frozenset[str]]:
-    """As few backward passes as answer everyone: settings -> the statistics to take.
+    """The fewest backward passes that collect everything asked for: settings -> the statistics to collect.
 
     Args:
-        asked: pairs of settings and what is needed under them, of `base.BACKWARD_NEEDS`; nothing may be asked for.
+        asked: pairs of settings and the statistics needed with them, of `base.BACKWARD_NEEDS`, possibly none.
     """
     passes: dict[GradientSettings, frozenset[str]] = {}
-    for settings, needs in sorted(asked, key=lambda one: "grad_gram" not in one[1]):  # those who care for everything first
+    for settings, needs in sorted(asked, key=lambda one: "grad_gram" not in one[1]):  # first those that depend on all settings
         if needs:
             own = settings.relevant_to(needs)
             serving = next((each for each in passes if each.relevant_to(needs) == own), own)
@@ -70,16 +69,29 @@ def backward_passes(asked: Iterable[tuple[GradientSettings, frozenset[str]]]) ->
     return passes
 
 
+def gradient_bytes(targets: Iterable[Target], needs: frozenset[str]) -> int:
+    """Bytes that a `GradientCollector` allocates for these targets."""
+    total = 0
+    for target in targets:
+        if "grad_gram" in needs:
+            total += 4 * target.out_features**2
+        if "weight_grad" in needs:
+            total += 4 * target.numel
+        if "fisher_in" in needs:
+            total += 8 * target.in_features
+    return total
+
+
 class GradientCollector:
-    """Watches the gradients of one layer's targets while the context is open.
+    """Collects statistics of the gradients at one layer's targets while the context is open.
 
     Args:
         layer: the layer on its device; hooks are set on its modules and removed at the end.
         prefix: the layer's path in the model, by which targets are named.
-        targets: the layer's targets; experts of a mixture are seen too (their gradient includes the router's weight).
+        targets: of the layer, all or some; experts of a mixture too (their gradient includes the router's weight).
         needs: of `base.BACKWARD_NEEDS`.
-        settings: see there.
-        device: where the sums lie.
+        settings: of the tokens that count.
+        device: of the sums.
     """
 
     def __init__(
@@ -104,7 +116,7 @@ class GradientCollector:
         self._batch = (0, 0)
 
     def expect(self, samples: int, length: int) -> None:
-        """Say what the next forward's batch is."""
+        """Announce the shape of the next forward's batch."""
         self._batch = (samples, length)
         self.samples += samples
         self._tokens += samples * length
@@ -126,7 +138,7 @@ class GradientCollector:
         self._stack.close()
 
     def _watch_experts(self, module: nn.Module, parameter: str, names: dict[int, str]) -> None:
-        """Let each expert of a fused parameter multiply through a module of its own, on which a hook can be set."""
+        """Give each expert of a fused parameter a module of its own to multiply with, on which a hook can be set."""
 
         def route(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._routes[id(module)] = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach()
@@ -155,7 +167,7 @@ class GradientCollector:
         return forward
 
     def _add(self, name: str, gradient: Tensor, x: Tensor | None, rows: Tensor | None) -> None:
-        """Take in one target's ∂loss/∂y, (..., out); `rows` are the flat numbers of its tokens, None for all of them."""
+        """Add one target's ∂loss/∂y, (..., out); `rows` are the flat indices of its tokens, None for all of them."""
         samples, length = self._batch
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
         if rows is None:
@@ -217,7 +229,7 @@ class GradientCollector:
 
 
 class _Expert(nn.Module):
-    """One expert's share of a fused parameter; the weight is a view, and no parameter of this module."""
+    """One expert's matrix of a fused parameter; the weight is a view, and no parameter of this module."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -237,7 +249,7 @@ def _mean_of(means: Sequence[MeanOuter], tokens: int) -> Tensor:
 def _squared_gradients(gradient: Tensor, x: Tensor, sample: Tensor, samples: int, summed: Tensor | None) -> Tensor:
     """Sum over samples and outputs of (∂loss/∂W)², (in,) float64, from (rows, out) and (rows, in).
 
-    `summed`, (out, in), has the gradients of all samples added to it where it is given.
+    Where `summed`, (out, in), is given, the gradients of all samples are added to it.
     """
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     step = max(1, _AT_ONCE // x.shape[1])

@@ -63,13 +63,53 @@ def run_batches(
     Returns:
         one output per call, on the CPU; target name -> its statistics (empty where `what` is None).
     """
+    outputs: list[Any] = [None] * len(calls)
+    return outputs, _collect(layer, name, calls, devices, targets, what, outputs)
+
+
+def run_in_chunks(
+    layer: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    devices: Sequence[torch.device],
+    chunks: Sequence[Sequence[Target]],
+    what: Wanted,
+    take: Callable[[dict[str, TargetStats]], None],
+) -> list[Any]:
+    """Answer every batch's call, and collect statistics chunk by chunk, so that those of one chunk are in memory at a time.
+
+    The layer runs once per chunk; it must not be changed in between.
+
+    Args:
+        chunks: of the layer's targets, at least one (`stats.chunks_of`).
+        what: the statistics of all of them.
+        take: called with each chunk's statistics; the next chunk is collected when it returns.
+
+    Returns:
+        one output per call, on the CPU.
+    """
+    outputs: list[Any] = [None] * len(calls)
+    for number, targets in enumerate(chunks):
+        take(_collect(layer, name, calls, devices, targets, what, outputs if number == 0 else None))
+    return outputs
+
+
+def _collect(
+    layer: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    devices: Sequence[torch.device],
+    targets: Sequence[Target],
+    what: Wanted | None,
+    outputs: list[Any] | None,
+) -> dict[str, TargetStats]:
+    """The statistics `what` of the targets over all calls; what the layer returns is put into `outputs`, if that is given."""
     copies = copies_on(layer, devices)
     collectors = (
         [LayerCollector(each, name, targets, what, device) for each, device in zip(copies, devices, strict=True)]
         if what
         else []
     )
-    outputs: list[Any] = [None] * len(calls)
 
     def answer(worker: int, batch: int) -> None:
         call = calls[batch].to(devices[worker])
@@ -78,13 +118,14 @@ def run_batches(
         with torch.no_grad():  # each thread has its own mode
             output = run_layer(copies[worker], call)
         check_finite(output, name, batch)
-        outputs[batch] = on_host(output)
+        if outputs is not None:
+            outputs[batch] = on_host(output)
 
     with ExitStack() as watching:
         for collector in collectors:
             watching.enter_context(collector)
         spread(len(calls), len(devices), answer)
-    return outputs, collectors[0].result(collectors[1:]) if collectors else {}
+    return collectors[0].result(collectors[1:]) if collectors else {}
 
 
 def copies_on(layer: nn.Module, devices: Sequence[torch.device]) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""From text to windows of tokens: tokenising, the tokens before a text, seeded cutting, division of a mix, the hash."""
+"""From text to windows of tokens: tokenising, the tokens before a text, random windows, the division of a mix, the hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import CalibrationError
 from .readers import drawn
 
-CHUNK = 4_000_000  # characters tokenised in one call: a tokenizer takes some 330 bytes of memory per token of a call
+CHUNK = 4_000_000  # characters of one call of the tokenizer, which takes some 330 bytes of memory per token
 
 
 def divide(samples: int, weights: Sequence[float]) -> list[int]:
@@ -28,10 +28,10 @@ def divide(samples: int, weights: Sequence[float]) -> list[int]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The tokens of a text, without the tokens that the tokenizer puts around it.
+    """The tokens of a text, without the special tokens that the tokenizer adds.
 
-    A text of more than `CHUNK` characters is tokenised in pieces that end with a line, which bounds the memory and can
-    change the token at the seam.
+    A text of more than `CHUNK` characters is tokenised in pieces that end with a line. This bounds the memory, and can change
+    the tokens where two pieces meet.
 
     Returns:
         (tokens,) int64.
@@ -42,7 +42,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
         if end < len(text):
             end = text.rfind("\n", start, end) + 1 or end
             end = end if end > start else start + CHUNK
-        # verbose=False: the tokenizer would warn that the text is longer than the model's context, which nobody feeds it.
+        # verbose=False: no warning that the text is longer than the model's context; it is cut into windows later
         encoded = tokenizer(text[start:end], add_special_tokens=False, return_attention_mask=False, verbose=False)
         pieces.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
         start = end
@@ -66,7 +66,7 @@ def token_hash(tokens: torch.Tensor) -> str:
 
 
 def windows_of(ids: torch.Tensor, samples: int, length: int, seed: int) -> tuple[torch.Tensor, bool]:
-    """Cut `samples` windows out of one stream of tokens at seeded random places.
+    """Cut `samples` windows out of one stream of tokens at random places that the seed decides.
 
     Where the stream is long enough, the windows share no token: a grid of windows at a random offset, drawn without
     replacement. Otherwise each starts anywhere, and they may overlap.
@@ -89,5 +89,5 @@ def windows_of(ids: torch.Tensor, samples: int, length: int, seed: int) -> tuple
 
 
 def derived_seed(seed: int, name: int | str) -> int:
-    """A seed of its own (32 bits) for one part of what `seed` decides."""
+    """A separate seed (32 bits) for one part of what `seed` decides."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")

@@ -1,7 +1,7 @@
 """Read documents: lines of JSON, columns of parquet, data sets of the hub, docstrings of the standard library.
 
-Every reader is a generator: what is not asked for is not read, so that neither a large file nor C4 is ever held. Readers of
-files and of docstrings shuffle exactly; a streamed data set is shuffled through a buffer.
+Every reader is a generator and reads one document at a time, so that no large file is in memory whole. Readers of files and of
+docstrings shuffle exactly; a streamed data set is shuffled through a buffer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ OFFLINE = (
     "pydoc (docstrings of the Python standard library) or, for calibration, self (the model's own text)."
 )
 HUB_TIMEOUT = 5.0  # seconds for the first answer
-SHUFFLE_BUFFER = 1000  # documents held while a streamed data set is shuffled
+SHUFFLE_BUFFER = 1000  # documents in memory while a streamed data set is shuffled
 
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set on the hub and the way its text is taken. `identity` is the name that `same_text` compares."""
+    """A data set on the hub and where its text is in it. `identity` is the name that `same_text` compares."""
 
     name: str
     config: str | None = None
@@ -55,7 +55,7 @@ class HubData:
 
 
 def drawn(count: int, seed: int | None) -> Iterator[int]:
-    """0 … count - 1 in seeded random order (None: in order), in memory that grows only with what is taken."""
+    """0 … count - 1 in a random order that the seed decides (None: in order); memory grows with the numbers taken."""
     if seed is None:
         yield from range(count)
         return
@@ -197,7 +197,7 @@ def hub_documents(hub: HubData, seed: int | None) -> Iterator[Document]:
         remedy = "Write hf:NAME[:CONFIG][:SPLIT][:COLUMN]."
     except (OSError, datasets.exceptions.DatasetsError, _TransportError) as error:
         reason = f"the hub does not answer ({silence}) and the cache has no copy" if silence else _one_line(error)
-        what, remedy = f"Data set '{name}' ({hub.split}) cannot be had: {reason}.", OFFLINE
+        what, remedy = f"Data set '{name}' ({hub.split}) is not available: {reason}.", OFFLINE
     else:
         return
     raise CalibrationError(what, remedy)

@@ -2,11 +2,10 @@
 
 A source is written as one word: `wikitext2`, `c4`, `ptb`, `pile`, `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`, `text:PATH`,
 `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `self` or `pydoc`. `parse_source` and `parse_mix` read that word, `read_stream`
-gives a source that is one long text, `open_documents` one that is made of documents. No tokens here: those are in
-calibrate/data.py.
+reads a source that is one long text, `open_documents` one that is made of documents. `data` turns them into tokens.
 
 The splits, columns and joiners of the named data sets are those of the GPTQ line of papers (arXiv:2210.17323 and its
-successors), so that perplexities can be put beside published ones.
+successors), so that perplexities can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Source:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the provenance says about the source before anything is read."""
+        """The part of the provenance that is known before anything is read."""
         if self.hub is None:
             return {"source": self.text, "split": None}
         identity = self.hub.identity or ":".join(filter(None, (self.hub.name, self.hub.config)))
@@ -146,7 +145,7 @@ def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
         the text, and what was read: {"sha256": of the text in UTF-8, its lines ended by \\n; "documents": rows}.
 
     Raises:
-        CalibrationError: it cannot be had, is not UTF-8 or is empty.
+        CalibrationError: it is not available, is not UTF-8 or is empty.
     """
     if source.hub is not None:
         rows = list(hub_documents(source.hub, None))
@@ -182,7 +181,7 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
         all docstrings, for pydoc; nothing for a streamed data set}.
 
     Raises:
-        CalibrationError: it cannot be had (also while iterating), or a field or a line of it is wrong.
+        CalibrationError: it is not available (also while iterating), or a field or a line of it is wrong.
     """
     facts: dict[str, Any] = {}
     if source.hub is not None:

@@ -1,4 +1,4 @@
-"""Hidden states on disk between a forward and a backward pass, and the gradients from which a killed pass goes on."""
+"""Hidden states on disk between a forward and a backward pass, and the gradients with which a killed pass resumes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Spill:
     """A folder of hidden states, one file per layer, a tensor per batch.
 
     Args:
-        folder: where; what other passes have left there is deleted.
-        identity: says what pass this is; only a pass of the same identity goes on from what lies here.
+        folder: of the files; those of other passes are deleted.
+        identity: names the pass; only a pass of the same identity resumes from these files.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -38,7 +38,7 @@ class Spill:
             raise self._unwritable(error) from error
 
     def require_space(self, nbytes: int) -> None:
-        """Refuse before hours of work where the disk is too small for `nbytes` of hidden states.
+        """Refuse to start where the disk is too small for `nbytes` of hidden states.
 
         Raises:
             OutputError: says how much is free and how much is needed.
@@ -66,12 +66,12 @@ class Spill:
             ) from error
 
     def finish(self, layer: int, gradients: Sequence[Tensor]) -> None:
-        """A layer is done: keep the gradients with respect to its inputs, (samples, length, hidden) per batch."""
+        """Finish a layer: store the gradients with respect to its input, (samples, length, hidden) per batch."""
         self._save({"gradient": torch.cat(list(gradients))}, self.folder / _GRADIENT, {"layer": str(layer)})
         self._path(layer).unlink(missing_ok=True)
 
     def resume(self) -> tuple[int, Tensor] | None:
-        """The last finished layer and the gradients with respect to its input, (samples, length, hidden); None at the start."""
+        """The last finished layer and the gradients with respect to its input, (samples, length, hidden); None if none is."""
         path = self.folder / _GRADIENT
         if not path.is_file():
             return None
@@ -82,7 +82,7 @@ class Spill:
             raise CheckpointError(f"{path} cannot be read: {error}", f"Delete {self._root}; the pass starts over.") from error
 
     def remove(self) -> None:
-        """The pass is done."""
+        """Delete the files: the pass is done."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _path(self, layer: int) -> Path:

@@ -1,15 +1,15 @@
-"""Statistics of activations: what the targets of a layer read, and what they put out.
+"""Statistics of activations: the inputs and the outputs of a layer's targets.
 
 Everything is a running mean over tokens in float32 (TF32 off): sums overflow and lose digits, means do not, and the means
-of two workers merge by their token counts. Targets of one group read the same tensor, so it is looked at once. Where a
-method needs only the second moment of the outputs, `W C Wᵀ`, it is taken from the side that costs less: the group's (in, in)
-gram, or each target's own (out, out) one.
+of two workers merge by their token counts. Targets of one group read the same tensor and share its statistics. Where a method
+needs only the second moment of the outputs, `W C Wᵀ`, the smaller gram is collected: the group's (in, in) one, or each target's
+own (out, out) one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,13 @@ from ..compress.forms import experts
 from ..compress.forms.base import linear_weight
 from ..errors import NonFiniteError
 from ..model.targets import Target
+
+STATISTICS_AT_ONCE = 4 << 30
+"""Bytes of a layer's statistics that are collected together, in each device's memory.
+
+Just above what a layer of a dense 70B model takes (8192 and 28672 wide: 4.1 GB), so that only mixtures of experts and wider
+models are collected in several chunks. All experts of a DeepSeek-V3 layer would take 57 GB.
+"""
 
 _BLOCKS = 8  # a gram is symmetric: in 8 x 8 blocks only 36 of 64 are computed
 _NARROWEST = 144  # a block that is narrower than this costs more by itself than it saves
@@ -37,7 +44,7 @@ class MeanOuter:
         self._edges = list(range(0, width, step))
 
     def add(self, x: Tensor) -> None:
-        """Take in (tokens, n) activations."""
+        """Add (tokens, n) activations."""
         total = self.tokens + len(x)
         for start, end in zip(self._edges, [*self._edges[1:], len(self.value)], strict=True):
             self.value[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], beta=self.tokens / total, alpha=1 / total)
@@ -64,16 +71,16 @@ class MeanVector:
 
 
 class PeakMean:
-    """Largest over calibration samples of the sample's mean |x|, (n,) float32; no matter how samples are batched.
+    """Largest over calibration samples of the sample's mean |x|, (n,) float32; it does not depend on the batches.
 
-    An expert's tokens come without their samples: a batch of them counts as one.
+    Which sample an expert's token is from is not known: its tokens of a batch count as one sample.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens, self.value = 0, torch.zeros(width, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in (samples, tokens, n) or, as one sample, (tokens, n) activations."""
+        """Add (samples, tokens, n) or, as one sample, (tokens, n) activations."""
         means = x.abs().float().reshape(-1, *x.shape[-2:]).mean(1)
         self.value = torch.maximum(self.value, means.amax(0))
         self.tokens += x.numel() // x.shape[-1]
@@ -98,7 +105,7 @@ class Wanted:
     outputs: frozenset[str]
 
     def nbytes(self, targets: Iterable[Target], stored: bool = False) -> int:
-        """Bytes that the statistics of these targets take while they are collected, or as they lie on disk."""
+        """Bytes of these targets' statistics: those that a `LayerCollector` allocates, or (`stored`) those on disk."""
 
         def gram(width: int) -> int:
             return width * (width + 1) // 2 if stored else width**2
@@ -115,10 +122,10 @@ class Wanted:
 
 
 def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wanted:
-    """Decide what to collect in a forward for targets of one layer so that the needs of each are met at the least cost.
+    """Choose what to collect in a forward for targets of one layer: the smallest statistics that meet the needs of each.
 
     Args:
-        needs: target -> the statistics that are wanted of it.
+        needs: target -> the statistics that its method reads.
     """
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
@@ -129,7 +136,7 @@ def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wa
         names = frozenset[str]().union(*(needs[target.name] & FORWARD_NEEDS for target in members))
         if "output_gram" in names and "gram" not in names:
             asking = [target for target in members if "output_gram" in needs[target.name]]
-            # an expert's outputs are not seen, only its inputs
+            # of an expert only the inputs are observed
             if members[0].expert is None and sum(t.out_features**2 for t in asking) < members[0].in_features ** 2:
                 outputs.update(target.name for target in asking)
             else:
@@ -138,14 +145,55 @@ def wanted(targets: Sequence[Target], needs: Mapping[str, frozenset[str]]) -> Wa
     return Wanted(inputs, frozenset(outputs))
 
 
+def chunks_of(
+    targets: Sequence[Target],
+    nbytes: Callable[[Sequence[Target]], int],
+    together: Iterable[Collection[str]] = (),
+    budget: int | None = None,
+) -> list[list[Target]]:
+    """Split targets of one layer into chunks whose statistics are collected one chunk after the other, each within a budget.
+
+    Targets of one group share a gram and stay in one chunk. Which chunk a target is in changes none of its statistics: each
+    chunk is collected over all batches, in the same order.
+
+    Args:
+        nbytes: bytes that the statistics of such targets take (`Wanted.nbytes`).
+        together: names of targets that belong into one chunk, such as the members of a unit; names of others are ignored.
+        budget: bytes of a chunk; `STATISTICS_AT_ONCE` by default. What cannot be split and takes more is a chunk of its own.
+
+    Returns:
+        The chunks, each in the order of `targets`; a single empty one where there are no targets.
+    """
+    budget = STATISTICS_AT_ONCE if budget is None else budget
+    groups: dict[str, list[str]] = defaultdict(list)
+    for target in targets:
+        groups[target.group].append(target.name)
+    place = {target.name: number for number, target in enumerate(targets)}
+    joined = {name: [name] for name in place}  # target -> all targets of its chunk that cannot be in another one
+    for names in (*groups.values(), *together):
+        merged = sorted({other for name in names if name in joined for other in joined[name]}, key=place.__getitem__)
+        joined |= dict.fromkeys(merged, merged)
+    chunks: list[list[Target]] = [[]]
+    taken = 0
+    for first in (name for name in place if joined[name][0] == name):
+        members = [targets[place[name]] for name in joined[first]]
+        size = nbytes(members)
+        if chunks[-1] and taken + size > budget:
+            chunks.append([])
+            taken = 0
+        chunks[-1] += members
+        taken += size
+    return [sorted(chunk, key=lambda target: place[target.name]) for chunk in chunks]
+
+
 class LayerCollector:
-    """Watches one layer's targets while the context is open.
+    """Collects statistics of one layer's targets while the context is open.
 
     Args:
         layer: the layer on its device; hooks are set on its modules and removed at the end.
         prefix: the layer's path in the model, by which targets are named.
-        targets: the layer's targets.
-        what: from `wanted`.
+        targets: of the layer, all or some; those of one group together.
+        what: from `wanted`, of all targets of the layer.
     """
 
     def __init__(self, layer: nn.Module, prefix: str, targets: Sequence[Target], what: Wanted, device: torch.device) -> None:
@@ -157,7 +205,7 @@ class LayerCollector:
             for name in what.inputs[target.group]:
                 if (target.group, name) not in self._means:
                     self._means[target.group, name] = _accumulator(name, target.in_features, device)
-        self.samples, self.length = 1, 0  # of the batch on its way through the layer, for what is taken per sample
+        self.samples, self.length = 1, 0  # of the batch that runs through the layer; for statistics per sample
         self._experts = {(target.module, target.role.rpartition(".")[2], target.expert): target for target in self._targets}
 
     def __enter__(self) -> LayerCollector:
@@ -167,7 +215,7 @@ class LayerCollector:
             if target.expert is not None:
                 continue
             module = self._layer.get_submodule(target.module.removeprefix(self._prefix + "."))
-            # whoever reads it first: the one that the group is called after may stay dense, and then is not here
+            # the first of these targets that reads it: the group's namesake may stay dense, and is not among them then
             if target.group not in watched and self._what.inputs[target.group]:
                 watched.add(target.group)
                 hook = module.register_forward_pre_hook(self._input_hook(target.group))
@@ -188,7 +236,7 @@ class LayerCollector:
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            # taking a large bias off again would leave what rounding has left of the rest
+            # subtracting a large bias from the output would leave little but rounding errors
             y = output if getattr(module, "bias", None) is None else nn.functional.linear(args[0], linear_weight(module))
             self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]).float())
 
@@ -205,9 +253,9 @@ class LayerCollector:
             self._means[group, name].add(self._by_sample(x) if name == "peak_abs_mean" else flat)
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        """(samples, tokens, n), also of what a model hands on as (samples · tokens, n).
+        """The activations as (samples, tokens, n), also where the model flattens them to (samples · tokens, n).
 
-        Which sample an expert's tokens came from is not known: they count as one.
+        Which sample an expert's tokens are from is not known: they count as one sample.
         """
         whole = x.ndim == 2 and len(x) == self.samples * self.length
         return x.view(self.samples, self.length, -1) if whole else x

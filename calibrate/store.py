@@ -1,8 +1,10 @@
-"""Statistics on disk, a file per layer: collected once, used by every recipe that starts from the original model.
+"""Statistics on disk, a file per layer: collected once, and used by every recipe that starts from the original model.
 
-A folder holds one safetensors file per layer and a manifest that says of what: the model's fingerprint, the token ids' hash and
-the statistics. Of symmetric matrices one half is kept. Files appear whole (temporary name, rename), so an interrupted
-collection goes on where it stopped. One process collects into a folder at a time, and only while no other works from it.
+A folder holds one safetensors file per layer, and a manifest: the model's fingerprint, the token ids' hash and the names of the
+statistics. Of a symmetric matrix the file holds one half. A layer that was collected in several chunks has a file for each
+(`LAYER.part-N.safetensors`), and its own file says which of them holds which target. A layer's own file appears last and whole
+(temporary name, rename), so that an interrupted collection resumes at the layer that it had reached. One process collects into
+a folder at a time, and only while no other reads from it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import fcntl
 import json
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from ..compress.base import GroupStats, TargetStats
 from ..errors import CheckpointError, OutputError, RequestError
 
 MANIFEST = "statistics.json"
-TRIALS = "trials"  # a folder beside the statistics: what models without some of their parts lost
+TRIALS = "trials"  # a folder beside the statistics: the losses of ablated models
 _LOCK = "statistics.lock"
 _ROWS = 128  # rows of a symmetric matrix that are mirrored together
 LAYOUT = 2  # of the files; those of another are not read
@@ -35,16 +37,16 @@ _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
 
 class StatsStore:
-    """A folder of statistics. As long as this object is there no other process can empty it or collect into it.
+    """A folder of statistics. While this object exists, no other process can empty the folder or collect into it.
 
     Args:
-        folder: created if need be.
-        identity: what they are of; a JSON mapping. A folder that holds statistics of something else is emptied of them.
-        needs: target -> the statistics that will be written; more than before in a folder means collecting anew.
+        folder: created if it does not exist.
+        identity: what the statistics are of; a JSON mapping. Statistics of another identity are deleted from the folder.
+        needs: target -> the statistics that will be written. Where the folder has fewer, its statistics are deleted.
 
     Raises:
-        RequestError: the folder holds files and no statistics, or another process is at work in it.
-        OutputError: it cannot be written.
+        RequestError: the folder holds files but no statistics, or another process uses it.
+        OutputError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], needs: Mapping[str, frozenset[str]]) -> None:
@@ -70,21 +72,21 @@ class StatsStore:
                 self.needs = there
                 return
         with self.alone(), _writing(folder):
-            for path in folder.iterdir():  # losses measured on other statistics go; on these, in any layout, they stay
+            for path in folder.iterdir():  # losses measured on the same statistics stay, whatever their layout was
                 if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
                     path.unlink()
             self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While something is collected: no other process works in the folder.
+        """Exclude all other processes from the folder, to collect into it.
 
         Raises:
-            RequestError: one does.
+            RequestError: another process uses it.
         """
         self._claim(fcntl.LOCK_EX)
         with contextlib.ExitStack() as if_it_fails:
-            if_it_fails.callback(self._lock.close)  # an object that outlives its failure holds up nobody
+            if_it_fails.callback(self._lock.close)  # an object that outlives its failure must not keep the lock
             with _writing(self.folder):
                 clear_leftovers(self.folder)
             yield
@@ -108,25 +110,39 @@ class StatsStore:
         return self._path(layer).is_file()
 
     def write(self, layer: str, statistics: Mapping[str, TargetStats]) -> None:
-        """Put down one layer's statistics; target name -> its statistics."""
-        tensors: dict[str, Tensor] = {}
-        groups: dict[int, str] = {}
-        record: dict[str, Any] = {}
-        for name, stats in statistics.items():
-            group = groups.setdefault(id(stats.group), name)
-            record[name] = {"group": group, "tokens": stats.group.tokens}
-            if group == name:
-                tensors |= {f"{name}|{key}": value for key in _GROUP if (value := getattr(stats.group, key)) is not None}
-            tensors |= {f"{name}|{key}": value for key in _TARGET if (value := getattr(stats, key)) is not None}
-        tensors = {key: packed(value) if _symmetric(key) else value for key, value in tensors.items()}
+        """Write one layer's statistics; target name -> its statistics."""
+        with self.adding(layer) as add:
+            add(statistics)
+
+    @contextlib.contextmanager
+    def adding(self, layer: str) -> Iterator[Callable[[Mapping[str, TargetStats]], None]]:
+        """Write one layer's statistics chunk by chunk: call what the context gives with each chunk (target -> statistics).
+
+        The layer counts as collected when the context ends without an error. Targets of one group belong to one chunk.
+        """
         path = self._path(layer)
-        try:
-            with replacing(path) as temporary:
-                save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary, {"targets": json.dumps(record)})
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"Cannot write {path}: {error}", "Free some space, or give --statistics a folder on another disk."
-            ) from error
+        with self._writing_layer(path):
+            path.unlink(missing_ok=True)  # before its parts change
+            for part in self.folder.glob(f"{layer}.part-*.safetensors"):
+                part.unlink()
+        where: dict[str, int] = {}  # target -> the part that holds it
+        parts: list[Path] = []
+
+        def add(statistics: Mapping[str, TargetStats]) -> None:
+            part = self._path(layer, len(parts))
+            tensors, record = _stored(statistics)
+            with self._writing_layer(part), replacing(part) as temporary:
+                save_file(tensors, temporary, {"targets": json.dumps(record)})
+            where.update(dict.fromkeys(statistics, len(parts)))
+            parts.append(part)
+
+        yield add
+        with self._writing_layer(path):
+            if len(parts) == 1:
+                parts[0].replace(path)
+                return
+            with replacing(path) as temporary:  # no statistics, only where they are
+                save_file({}, temporary, {"parts": json.dumps(where)})
 
     def read(self, layer: str, names: Iterable[str]) -> dict[str, TargetStats]:
         """The statistics of these targets of a layer; targets of one group share its `GroupStats`.
@@ -134,34 +150,71 @@ class StatsStore:
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = self._path(layer)
+        path, names = self._path(layer), list(names)
         try:
             with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["targets"])
-                keys = set(file.keys())
-
-                def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
-                    found = {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
-                    return {key: unpacked(value) if _symmetric(key) else value for key, value in found.items()}
-
-                groups: dict[str, GroupStats] = {}
-                found = {}
-                for name in names:
-                    group = record[name]["group"]
-                    if group not in groups:
-                        groups[group] = GroupStats(record[name]["tokens"], **held(group, _GROUP))
-                    found[name] = TargetStats(groups[group], **held(name, _TARGET))
-                return found
+                index = (file.metadata() or {}).get("parts")
+            if index is None:
+                return _read(path, names)
+            where = json.loads(index)
+            found: dict[str, TargetStats] = {}
+            for part in sorted({where[name] for name in names}):
+                found |= _read(self._path(layer, part), [name for name in names if where[name] == part])
+            return {name: found[name] for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", "Delete that folder; it is collected anew.") from error
 
-    def _path(self, layer: str) -> Path:
-        return self.folder / f"{layer}.safetensors"
+    def _path(self, layer: str, part: int | None = None) -> Path:
+        return self.folder / f"{layer}{'' if part is None else f'.part-{part}'}.safetensors"
+
+    @contextlib.contextmanager
+    def _writing_layer(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"Cannot write {path}: {error}", "Free some space, or give --statistics a folder on another disk."
+            ) from error
 
     def _put(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
             sync_file(temporary)
+
+
+def _stored(statistics: Mapping[str, TargetStats]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file holds of these statistics: its tensors, and target -> its group and tokens."""
+    tensors: dict[str, Tensor] = {}
+    groups: dict[int, str] = {}
+    record: dict[str, Any] = {}
+    for name, stats in statistics.items():
+        group = groups.setdefault(id(stats.group), name)
+        record[name] = {"group": group, "tokens": stats.group.tokens}
+        if group == name:
+            tensors |= {f"{name}|{key}": value for key in _GROUP if (value := getattr(stats.group, key)) is not None}
+        tensors |= {f"{name}|{key}": value for key in _TARGET if (value := getattr(stats, key)) is not None}
+    packed_tensors = {key: packed(value) if _symmetric(key) else value for key, value in tensors.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in packed_tensors.items()}, record
+
+
+def _read(path: Path, names: Iterable[str]) -> dict[str, TargetStats]:
+    """The statistics of these targets, all of which this file holds."""
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["targets"])
+        keys = set(file.keys())
+
+        def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
+            found = {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
+            return {key: unpacked(value) if _symmetric(key) else value for key, value in found.items()}
+
+        groups: dict[str, GroupStats] = {}
+        found = {}
+        for name in names:
+            group = record[name]["group"]
+            if group not in groups:
+                groups[group] = GroupStats(record[name]["tokens"], **held(group, _GROUP))
+            found[name] = TargetStats(groups[group], **held(name, _TARGET))
+        return found
 
 
 @contextlib.contextmanager
@@ -177,13 +230,13 @@ def _symmetric(key: str) -> bool:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What lies in a folder beside trials and the leftovers of a collection that was killed at its very start."""
+    """The files of a folder that are neither trials nor left over from a collection that was killed at its start."""
     own = (TRIALS, _LOCK)
     return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.endswith(PARTIAL))
 
 
 def _answered(held: frozenset[str]) -> frozenset[str]:
-    """What these statistics can say: a gram of the inputs answers for that of the outputs."""
+    """These statistics, and those that can be computed from them: a gram of the inputs gives that of the outputs."""
     return held | {"output_gram"} if "gram" in held else held
 
 

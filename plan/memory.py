@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import psutil
 
 from ..calibrate.backward import LOGITS_AT_ONCE
 from ..calibrate.data import WRITTEN_TOGETHER
+from ..calibrate.gradients import gradient_bytes
+from ..calibrate.stats import chunks_of
 from ..compress.base import BACKWARD_NEEDS
 from ..depth.cost import depth_bytes
 from ..model.ablation import COPIES, STATES
@@ -20,49 +23,56 @@ _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, module
 
 
 def predict_memory(view: ModelView, plan: Planned, devices: int = 1) -> Memory:
-    """Predict the peak of resident memory; the formula stands in docs/memory.md, each term with its reason."""
-    element = view.dtype.itemsize
-    calibration = plan.recipe.calibration
-    text = view.config.get_text_config()
+    """Predict the peak of resident memory from shapes; docs/memory.md states the formula and the reason of each term."""
+    element, calibration = view.dtype.itemsize, plan.recipe.calibration
     read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
-    hidden = read * text.hidden_size * element
+    hidden = read * view.config.get_text_config().hidden_size * element
+    tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
     by_layer: dict[int, list[Step]] = defaultdict(list)
     for step in plan.steps:
         by_layer[step.target.layer].append(step)
-    weights = max(view.layer_nbytes(layer) for layer in range(len(view.layers)))
-    statistics = max(
-        (plan.wanted(layer).nbytes(s.target for s in steps if not s.choice.dense) for layer, steps in by_layer.items()),
-        default=0,
-    )
-    widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
-    tokens = plan.batch * calibration.length if plan.recipe.reads_text else 0
+    layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
+    statistics = max((_collected_bytes(plan, index) for index in by_layer), default=0)
     dense = {step.target.name for step in plan.steps if step.choice.dense}
     solve = max((_solve_bytes([t for t in unit.targets if t.name not in dense]) for unit in plan.units), default=0)
+    factors = max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0)
+    widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     refine = plan.recipe.refine
     both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
-    if both:  # two streams of everything, and the windows that are held out
+    if both:  # hidden states of two models, and of the windows that are held out
         hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
-    return Memory(
-        process=psutil.Process().memory_info().rss + _STILL_TO_COME,
-        reading=view.reading_nbytes(view.outside_nbytes()),
-        outside=view.outside_nbytes(for_calibration=True),
-        layer=weights,
-        activations=3 * hidden,
-        statistics=2 * statistics * devices,
-        forward=tokens * widest * (2 * element + 8),
-        solve=solve,
-        factors=max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0),
-        blocks=max(map(_trained_bytes, by_layer.values()), default=0) + weights + tokens * _graph(view, plan) if both else 0,
-        whole=_whole_bytes(view, plan),
-        depth=depth_bytes(view, plan.recipe.dropping, plan.recipe.calibration, plan.model_edit),
-        probes=_probe_bytes(view, plan, 2 * statistics + solve) if plan.recipe.allocation == "kl" else 0,
-        writing=_writing_bytes(view, plan) if plan.recipe.reads_text else 0,
-        backward=_backward_bytes(view, plan, devices),
-    )
+    activations = 3 * hidden
+    in_layer = layer + activations + 2 * statistics * devices
+    moments = {
+        "outside": view.reading_nbytes(view.outside_nbytes()),
+        "embedding": view.outside_nbytes(for_calibration=True) + activations,
+        "forward": in_layer + tokens * widest * (2 * element + 8),
+        "solve": in_layer + solve + factors,
+    }
+    if both:
+        trained = max(map(_trained_bytes, by_layer.values()), default=0)
+        moments["training a layer"] = layer + activations + trained + layer + tokens * _graph(view, plan)
+    if backward := _backward_bytes(view, plan, devices):
+        moments["backward"] = activations + backward
+    if plan.recipe.allocation == "kl":
+        moments["probes"] = _probe_bytes(view, plan, 2 * statistics + solve)
+    moments |= {
+        "training end to end": _whole_bytes(view, plan),
+        "depth": depth_bytes(view, plan.recipe.dropping, calibration, plan.model_edit),
+        "writing text": _writing_bytes(view, plan) if plan.recipe.reads_text else 0,
+    }
+    process = psutil.Process().memory_info().rss + _STILL_TO_COME
+    return Memory(process, {name: nbytes for name, nbytes in moments.items() if nbytes})
+
+
+def _collected_bytes(plan: Planned, layer: int) -> int:
+    """Statistics of the layer's largest chunk."""
+    wanted = plan.wanted(layer)
+    return max(wanted.nbytes(chunk) for chunk in plan.chunks(layer))
 
 
 def _backward_bytes(view: ModelView, plan: Planned, devices: int) -> int:
-    """Statistics of gradients: one batch's logits and their gradient, or a layer, its graph of one batch and what is summed."""
+    """Statistics of gradients: one batch's logits and their gradient, or a layer, its graph of one batch and a chunk's sums."""
     needs = frozenset[str]().union(*plan.needs.values()) & BACKWARD_NEEDS
     if not needs:
         return 0
@@ -71,7 +81,8 @@ def _backward_bytes(view: ModelView, plan: Planned, devices: int) -> int:
     grams = 8 if "grad_gram" in needs else 0
     means = 4 if "weight_grad" in needs else 0
     layers = [[step.target for step in plan.layer_steps(index)] for index in range(len(view.layers))]
-    summed = max(sum(grams * t.out_features**2 + means * t.numel for t in targets) for targets in layers)
+    chunks = [chunk for targets in layers for chunk in chunks_of(targets, partial(gradient_bytes, needs=needs))]
+    summed = max(sum(grams * t.out_features**2 + means * t.numel for t in chunk) for chunk in chunks)
     layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
     return max(end, devices * (layer + summed + tokens * _graph(view, plan)))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.stats import Wanted, wanted
+from ..calibrate.stats import Wanted, chunks_of, wanted
 from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
@@ -47,35 +47,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak of resident memory in bytes, by part; docs/memory.md states the formula."""
+    """Predicted resident memory in bytes; docs/memory.md states the formula.
+
+    Args:
+        process: what the interpreter, its libraries and the tokenizer take, at every moment.
+        moments: name of a moment of the run -> what it takes beside the process; only moments that this run has.
+    """
 
     process: int = 0
-    reading: int = 0
-    outside: int = 0
-    layer: int = 0
-    activations: int = 0
-    statistics: int = 0
-    forward: int = 0
-    solve: int = 0
-    factors: int = 0
-    blocks: int = 0
-    whole: int = 0
-    depth: int = 0
-    probes: int = 0
-    writing: int = 0
-    backward: int = 0
+    moments: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
-        """The largest moment: reading or writing what lies outside the layers, embedding the tokens, a layer's forward, solving
-        its largest target, training, a backward pass, depth, probes, calibration text that the model writes."""
-        embedding = self.outside + self.activations
-        forward = self.layer + self.activations + self.statistics + self.forward
-        solve = self.layer + self.activations + self.statistics + self.solve + self.factors
-        block = self.layer + self.activations + self.blocks if self.blocks else 0
-        back = self.activations + self.backward if self.backward else 0
-        apart = (self.reading, self.whole, self.depth, self.probes, self.writing)
-        return self.process + max(embedding, forward, solve, block, back, *apart)
+        """The process and the largest moment."""
+        return self.process + max(self.moments.values(), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +175,11 @@ class Planned:
     def wanted(self, layer: int) -> Wanted:
         """The statistics to collect in a layer: those of the targets that are not left dense."""
         return wanted(self.solved(layer), self.needs)
+
+    def chunks(self, layer: int) -> list[list[Target]]:
+        """The solved targets of a layer, in the chunks in which their statistics are collected; a unit is in one chunk."""
+        units = ([target.name for target in unit.targets] for unit in self.units if len(unit.targets) > 1)
+        return chunks_of(self.solved(layer), self.wanted(layer).nbytes, units)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
         """What a run is of; equal identities give equal bytes on one machine."""

@@ -13,15 +13,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lrc.calibrate import collect as survey
+from lrc.calibrate import layerwise
 from lrc.calibrate.data import Calibration
 from lrc.calibrate.gradients import GradientSettings
-from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, wanted
+from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, chunks_of, wanted
 from lrc.checkpoint.location import locate
 from lrc.compress.base import FORWARD_NEEDS
 from lrc.compress.forms.base import linear_weight
 from lrc.errors import NonFiniteError
+from lrc.model.lockstep import run_layer
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView, Target
+from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_plan
 from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
@@ -271,3 +275,119 @@ def test_a_target_whose_partner_stays_dense_has_its_statistics_all_the_same(keep
     solved = [target for target in verify(tmp_path / "out")["targets"] if target["form"]["kind"] != "dense"]
     assert solved and {target["tokens"] for target in solved} == {8 * 48}
     assert all(target["error"] > 0 for target in solved)
+
+
+def targets_like(*described: tuple[str, str, int]) -> list[Target]:
+    """Square targets of a layer: (name, group, width)."""
+    return [Target(name, name, 0, name, group, width, width, False) for name, group, width in described]
+
+
+def names(chunks) -> list[str]:
+    return ["".join(target.name for target in chunk) for chunk in chunks]
+
+
+def test_chunks_keep_groups_and_units_whole_and_stay_within_the_budget():
+    targets = targets_like(("a", "a", 2), ("b", "b", 2), ("c", "a", 2), ("d", "d", 4), ("e", "e", 2))
+    gram = wanted(targets, {target.name: frozenset({"gram"}) for target in targets}).nbytes
+    assert gram(targets) == 4 * (4 + 4 + 16 + 4)
+    assert names(chunks_of(targets, gram)) == ["abcde"], "one chunk where all fit"
+    assert names(chunks_of(targets, gram, budget=1)) == ["ac", "b", "d", "e"]
+    assert names(chunks_of(targets, gram, budget=32)) == ["abc", "d", "e"], "d alone takes more than the budget"
+    assert names(chunks_of(targets, gram, [["b", "e"], ["of another layer", "d"]], budget=1)) == ["ac", "be", "d"]
+    assert names(chunks_of(targets, gram, [["c", "e"], ["e", "d"]], budget=1)) == ["acde", "b"], "what is shared joins both"
+    assert names(chunks_of([], gram, budget=1)) == [""], "a layer without targets runs once all the same"
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What is allocated for statistics, and how often a layer runs: (bytes of each collector, forwards)."""
+    allocated: list[int] = []
+    forwards: list[nn.Module] = []
+
+    class Counted(LayerCollector):
+        def __init__(self, layer, prefix, targets, what, device) -> None:
+            super().__init__(layer, prefix, targets, what, device)
+            allocated.append(sum(mean.value.nbytes for mean in self._means.values()))
+            assert allocated[-1] == what.nbytes(targets)
+
+    def run(layer, call):
+        forwards.append(layer)
+        return run_layer(layer, call)
+
+    monkeypatch.setattr(layerwise, "LayerCollector", Counted)
+    monkeypatch.setattr(layerwise, "run_layer", run)
+    return allocated, forwards
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama", "opt"])
+@pytest.mark.parametrize("needs", [FORWARD_NEEDS, {"output_gram"}])
+def test_chunks_do_not_change_a_bit(family, needs, tiny_checkpoints, tmp_path, monkeypatch, watched):
+    allocated, forwards = watched
+    monkeypatch.setattr(survey, "TOKENS_PER_BATCH", 5 * LENGTH)  # three batches, of which the last is smaller
+    whole = collected(tiny_checkpoints(family), tmp_path / "whole", needs)
+    assert len(allocated) == 3 and len(forwards) == 3 * 3, "one forward of every batch through every layer"
+    largest = max(allocated)
+    allocated.clear()
+    forwards.clear()
+    monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
+    split = collected(tiny_checkpoints(family), tmp_path / "split", needs)
+    groups = {target.group for target in ModelView(locate(str(tiny_checkpoints(family)))).targets}
+    assert len(forwards) == 3 * len(groups), "one forward of every batch for every group"
+    assert max(allocated) < largest / (2 if family == "mixtral" else 1)
+    assert split.keys() == whole.keys()
+    for name, one in whole.items():
+        two = split[name]
+        assert two.group.tokens == one.group.tokens
+        for statistic in FORWARD_NEEDS:
+            value, same = (getattr(x if statistic == "output_gram" else x.group, statistic) for x in (one, two))
+            assert (value is None) == (same is None), f"{name} {statistic}"
+            assert value is None or torch.equal(value, same), f"{name} {statistic}"
+
+
+def test_chunks_over_two_devices(tiny_checkpoints, tmp_path, monkeypatch):
+    """Two threads round in an order of their own from run to run, with or without chunks."""
+    whole = collected(tiny_checkpoints("mixtral"), tmp_path / "whole", devices=(CPU, CPU))
+    monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
+    for name, stats in collected(tiny_checkpoints("mixtral"), tmp_path / "split", devices=(CPU, CPU)).items():
+        assert stats.group.tokens == whole[name].group.tokens
+        for statistic in ("gram", *sorted(VECTORS)):
+            assert_close(getattr(stats.group, statistic), getattr(whole[name].group, statistic).double().numpy(), 2e-6, name)
+
+
+def test_a_layer_that_is_interrupted_between_chunks_is_collected_anew(tiny_checkpoints, tmp_path, monkeypatch):
+    whole = collected(tiny_checkpoints("mixtral"), tmp_path / "whole", {"gram"})
+    monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
+    collect, count = layerwise._collect, 0
+
+    def stop(*arguments):
+        nonlocal count
+        count += 1
+        if count == 15:
+            raise KeyboardInterrupt
+        return collect(*arguments)
+
+    monkeypatch.setattr(layerwise, "_collect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tiny_checkpoints("mixtral"), tmp_path / "split", {"gram"})
+    left = {path.name for path in (tmp_path / "split").glob("*.safetensors")}
+    assert "model.layers.0.safetensors" in left and "model.layers.1.part-0.safetensors" in left
+    assert "model.layers.1.safetensors" not in left
+    split = collected(tiny_checkpoints("mixtral"), tmp_path / "split", {"gram"})
+    assert all(torch.equal(split[name].group.gram, stats.group.gram) for name, stats in whole.items())
+
+
+def test_a_plan_counts_the_largest_chunk_and_keeps_units_whole(tiny_checkpoints, monkeypatch):
+    view = ModelView(locate(str(tiny_checkpoints("mixtral"))))
+    recipe = load_recipe("nystrom", {"ratio": 0.3, "calibration.samples": 8, "calibration.length": 48})
+    plan = make_plan(view, recipe)
+    assert [len(plan.chunks(layer)) for layer in range(3)] == [1, 1, 1]
+    monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
+    split = make_plan(view, recipe)
+    chunks = [{target.name for target in chunk} for chunk in split.chunks(0)]
+    assert set().union(*chunks) == {target.name for target in split.solved(0)} and len(chunks) >= 4
+    for unit in split.units:
+        members = {target.name for target in unit.targets if target.layer == 0} & set().union(*chunks)
+        assert not members or sum(bool(members & chunk) for chunk in chunks) == 1
+    whole, largest = split.wanted(0).nbytes(split.solved(0)), max(split.wanted(0).nbytes(chunk) for chunk in split.chunks(0))
+    for moment in ("forward", "solve"):
+        assert plan.memory.moments[moment] - split.memory.moments[moment] == 2 * (whole - largest) > 0

@@ -24,7 +24,6 @@ from lrc.cli import app
 from lrc.commands.terminal import size
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_draft
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_a_plan_says_what_the_model_has_to_write_itself(share, count, model, tin
     assert (f"the model, held whole, writes {count} of 8 samples" in printed) == (count > 0)
     recipe = load_recipe("svd-llm", {"ratio": 0.3, "calibration.source": source, "calibration.samples": 8})
     plan = make_draft(ModelView(locate(str(model)), None), recipe)
-    assert (plan.memory.writing > plan.whole_bytes) == (count > 0)
+    assert (plan.memory.moments.get("writing text", 0) > plan.whole_bytes) == (count > 0)
 
 
 def test_help_imports_nothing_that_is_slow(tmp_path):
