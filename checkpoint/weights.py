@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -241,9 +240,3 @@ def group_by_prefix(source_to_target: Mapping[str, str], prefixes: Iterable[str]
         home = next((prefix for prefix in ordered if target.startswith(prefix + ".")), "")
         groups[home].append(source)
     return groups
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the file system that `folder` lies on, for this user."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize

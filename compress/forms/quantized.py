@@ -80,11 +80,6 @@ class Quantized(Form):
             codes = self.grid.encode(values, Scales(rounded.double(), zeros))
         return Quantized(self.grid, codes, Scales(rounded, zeros), bias, dtype)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk per number of the original matrix, steps and zeros included."""
-        return bits_per_weight(self, *self.codes.shape)
-
 
 @dataclass(frozen=True)
 class QuantizedLowRank(Form):
@@ -113,16 +108,6 @@ class QuantizedLowRank(Form):
 
     def stored(self, dtype: torch.dtype) -> QuantizedLowRank:
         return QuantizedLowRank(self.base.stored(dtype), self.correction.stored(dtype))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk per number of the original matrix, steps, zeros and factors included."""
-        return bits_per_weight(self, *self.base.codes.shape)
-
-
-def bits_per_weight(form: Form, out_features: int, in_features: int) -> float:
-    """Bits on disk of any form of an (out, in) matrix per number of the original, everything but the bias included."""
-    return 8 * form.nbytes / (out_features * in_features)
 
 
 class QuantizedLinear(nn.Module):
