@@ -1,4 +1,4 @@
-"""The dictionary form: packing, both forwards, bytes on disk and in a model; how it is learned is in test_coding.py."""
+"""The dictionary form: packing, both forwards, bytes on disk and in a model; how it is learned is in test_sparse_coding.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_both_forwards_are_the_dense_matrix(pattern, dtype):
     assert torch.allclose(module.multiply(z).float(), expected, atol=tolerance)
     assert torch.allclose(module(x).float(), expected, atol=tolerance)
     assert torch.equal(module.dense(), form.dense())
-    assert torch.allclose(module.gather(z[0, :1]).float(), expected[0, :1], atol=tolerance)  # one token has a way of its own
+    assert torch.allclose(module.gather(z[0, :1]).float(), expected[0, :1], atol=tolerance)  # one token has code of its own
     assert module.gather(z[:0]).shape == module.multiply(z[:0]).shape == (0, 3, 13)
 
 

@@ -163,7 +163,7 @@ def textbook_gptq(
     top = 2**bits - 1
 
     def step(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | int]:
-        """Of a group, and the code that stands for zero."""
+        """Of a group, and the code of the value 0."""
         low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
         span = 2 * np.abs(values).max(1) if symmetric else high - low
         size = torch.tensor(span / top).bfloat16().double().numpy()
@@ -222,7 +222,7 @@ def test_no_token_at_all_is_rounding():
     for name in ("gptq", *CORRECTIONS):
         options, solution = solved(name, weight, nothing, bits=4, **({} if name == "gptq" else {"rank": 2}))
         form = solution.form(options[0].choice)
-        base = form if name == "gptq" else form.base  # where factors were offered, factors there are
+        base = form if name == "gptq" else form.base  # an option with factors gives a form with factors
         assert torch.equal(base.dense(), Quantized.nearest(weight, Grid(4, 64, symmetric=False)).dense())
         assert torch.isfinite(form.dense()).all()
 
