@@ -1,8 +1,8 @@
 """The errors that a user can fix.
 
-Each class is one situation. A message says what happened, with the numbers, and what to do about it; the command line prints
-it without a traceback and exits with `exit_code` (2: the request was wrong, 1: the run failed). Anything else that escapes is
-a bug and keeps its traceback.
+Each class is one situation. A message says what happened, with the numbers, and what to do about it. The command line prints it
+without a traceback and exits with `exit_code` (2: the request was wrong, 1: the run failed). Any other exception is a bug and
+is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class LrcError(Exception):
 
 
 class RequestError(LrcError):
-    """The request cannot be carried out as it was written (a flag, a value, a combination)."""
+    """The request cannot be carried out as written (a flag, a value, a combination)."""
 
     exit_code = 2
 
 
 class RecipeError(RequestError):
-    """One or several things wrong in a recipe; all of them are listed."""
+    """One or several mistakes in a recipe; all of them are listed."""
 
     def __init__(self, where: str, problems: Iterable[str], remedy: str = "") -> None:
         self.problems = list(problems)
@@ -51,7 +51,7 @@ class ModelError(RequestError):
 
 
 class CalibrationError(RequestError):
-    """The calibration or evaluation text cannot be had, or is not enough."""
+    """The calibration or evaluation text is not available, or too short."""
 
 
 class BudgetError(RequestError):
@@ -59,19 +59,19 @@ class BudgetError(RequestError):
 
 
 class ResumeError(RequestError):
-    """The output folder holds a run of something else."""
+    """The output folder holds a run of another request."""
 
     def __init__(self, where: str, differences: Iterable[str]) -> None:
         self.differences = list(differences)
         listed = "\n".join(f"  - {difference}" for difference in self.differences)
         super().__init__(
             f"{where} holds an unfinished or finished run of something else:\n{listed}",
-            "Give another --out, put the request back as it was, or start over with --restart (it deletes that run).",
+            "Give another --out, ask for the same as before, or start over with --restart (it deletes that run).",
         )
 
 
 class CheckpointError(LrcError):
-    """A checkpoint's file is missing, truncated, corrupt or inconsistent."""
+    """A file of a checkpoint is missing, truncated, corrupt or inconsistent."""
 
 
 class NonFiniteError(LrcError):
@@ -79,7 +79,7 @@ class NonFiniteError(LrcError):
 
 
 class OutputError(LrcError):
-    """The result cannot be written: no space, no permission, not a folder."""
+    """The result cannot be written: no space, no permission, or not a folder."""
 
 
 class EvaluationError(LrcError):
@@ -93,12 +93,12 @@ class SweepError(LrcError):
         self.failures = dict(failures)
         listed = "\n".join(f"  - {name}: {text}" for name, text in self.failures.items())
         super().__init__(
-            f"Rows that failed: {len(self.failures)}.\n{listed}", "Mend that and run the same command: it goes on."
+            f"Rows that failed: {len(self.failures)}.\n{listed}", "Fix that and run the same command again: it continues."
         )
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, on one line: its first line, and what follows a line that ends in a colon."""
+    """A library's error message on one line: its first line, and the second one if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -106,7 +106,7 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: ` Did you mean 'x'?`, or the list of what is known."""
+    """A hint for a mistyped name: `Did you mean 'x'?`, or the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names)}."

@@ -1,1 +1,1 @@
-"""Files: where a checkpoint lies, weights in, the artifact out, and loading it with transformers."""
+"""Files: finding a checkpoint, reading its weights, writing the artifact, and loading the artifact with transformers."""

@@ -1,9 +1,9 @@
-"""The artifact on disk: written shard by shard, so that a run can be killed anywhere and nothing half-written looks finished.
+"""The artifact on disk. It is written shard by shard, so that a run can be killed at any time and still never looks finished.
 
-While a run is under way the folder holds finished shards and a journal, but no config.json: no tool takes it for a model. Each
-shard is written to a temporary file, synced and renamed; then a line goes into the journal. The last file to appear is
-config.json, and only after the result was checked. The journal's first line is the identity of the run (recipe, model,
-calibration); another request is refused with the differences.
+During a run the folder holds the finished shards and a journal, but no config.json, so no tool takes it for a model. Each shard
+is written to a temporary file, synced and renamed; then a line is appended to the journal. config.json appears last, and only
+after the result was checked. The journal's first line is the identity of the run (recipe, model, calibration); a different
+request is refused, and the message lists the differences.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
-_RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # what readers of the record rely on
+_RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # keys that every reader of the record needs
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: its file, sha256, size in bytes, tensor names, and what the run recorded with it."""
+    """A finished shard: its file, sha256, size in bytes, tensor names, and the run's record of it."""
 
     file: str
     sha256: str
@@ -53,17 +53,17 @@ class Artifact:
     """An output folder that is being written.
 
     Args:
-        folder: created if need be; must be empty, or hold a run of the same identity.
-        identity: what this run is of; a JSON mapping. Two runs with equal identities write equal bytes.
-        restart: delete a run that is there (its files; files of others stay).
+        folder: created if it does not exist; must be empty, or hold a run of the same identity.
+        identity: a JSON mapping of everything that determines the result. Two runs with equal identities write equal bytes.
+        restart: delete the files of an earlier run in the folder; other files are kept.
 
-    Use as a context: it holds a lock on the folder. `done` maps a shard's key to the shard for everything that an earlier,
-    interrupted run finished; `finished` says that the artifact is complete already, and then nothing is touched.
+    Use as a context manager: it holds a lock on the folder. `done` maps keys to the shards that an earlier, interrupted run
+    finished. `finished` is True if the artifact is complete already; then no file is changed.
 
     Raises:
-        ResumeError: the folder holds a run of something else; lists the differences.
-        RequestError: the folder holds foreign files, or another process is writing to it.
-        CheckpointError: the folder holds a finished result that has been damaged since.
+        ResumeError: the folder holds a run with another identity; the message lists the differences.
+        RequestError: the folder holds files that are not lrc's, or another process is writing to it.
+        CheckpointError: the folder holds a finished result that was damaged afterwards.
         OutputError: it cannot be created or written.
     """
 
@@ -76,7 +76,7 @@ class Artifact:
         self.finished = False
 
     def __enter__(self) -> Artifact:
-        # a lock file: another is at work, or one was killed; either way it takes the lock to find out
+        # a lock file is left by a running process or by one that was killed: taking the lock tells which
         if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
             return self
         require_usable(self.folder)
@@ -91,7 +91,7 @@ class Artifact:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # an unlocked lock file that stays is harmless
+            with contextlib.suppress(OSError):  # an unlocked lock file that is left over does no harm
                 (self.folder / _LOCK).unlink()
             self._lock.close()
 
@@ -100,17 +100,17 @@ class Artifact:
             if self._restart:
                 self._clear()
             if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
-                # killed after the result was checked, before the journal went; or finished while this process waited
+                # killed after the result was checked and before the journal was deleted, or finished while this process waited
                 (self.folder / JOURNAL).unlink(missing_ok=True)
                 self._is_finished()
             elif (self.folder / JOURNAL).exists():
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
-            clear_leftovers(self.folder)  # only now: a run of something else is left as it is
+            clear_leftovers(self.folder)  # only now, because a run with another identity must not be changed
 
     def _is_finished(self) -> bool:
-        """Whether the folder holds the finished result of this very request; raises where it is another's or damaged."""
+        """Whether the folder holds the finished result of this request; raises if it is of another request, or damaged."""
         folder = self.folder
         if (folder / JOURNAL).exists() or not ((folder / RECORD).is_file() and (folder / "config.json").is_file()):
             return False
@@ -131,7 +131,7 @@ class Artifact:
                 path.unlink()
 
     def _copied_files(self) -> set[str]:
-        """Names of the tokenizer's and other files that an earlier run put here, or was about to."""
+        """Names of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
         texts = [
             *((self.folder / JOURNAL).read_bytes().splitlines() if (self.folder / JOURNAL).is_file() else []),
             (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
@@ -148,7 +148,7 @@ class Artifact:
         path = self.folder / JOURNAL
         data = path.read_bytes()
         entries, length = [], 0
-        for line in data.splitlines(keepends=True):  # a kill may leave half a line at the end, a power cut zeros
+        for line in data.splitlines(keepends=True):  # a killed run may leave half a line at the end, a power cut zeros
             entry = _parsed(line)
             if not line.endswith(b"\n") or not isinstance(entry, dict):
                 break
@@ -176,7 +176,11 @@ class Artifact:
         sync_folder(self.folder)
 
     def require_space(self, nbytes: int) -> None:
-        """Refuse before any work if `nbytes` more do not fit on the disk."""
+        """Refuse, before any work, if the disk has no room for `nbytes` more.
+
+        Raises:
+            OutputError: there is too little free space.
+        """
         free = shutil.disk_usage(self.folder).free
         if free < nbytes:
             raise OutputError(
@@ -187,15 +191,18 @@ class Artifact:
     def write(self, key: str, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Shard:
         """Commit one shard: temporary file, sync, rename, journal.
 
-        Where it is written again, the journal's line comes before the renaming. A line counts where its hash is the file's, so
-        that the shard is finished at every moment, by the older line or by the newer one.
+        Where a shard is written a second time, the journal's line comes before the renaming. A line is valid if its hash is
+        that of the file. The shard is therefore finished at every moment, by the older line or by the newer one.
+
+        Raises:
+            OutputError: it cannot be written.
         """
         path, again = self.folder / file, key in self.done
         with writing(path):
             with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
                 sync_file(temporary)
-                # in one order, whether they come from a computation or from a file
+                # tensor names are sorted, so that the line does not depend on where the tensors come from
                 shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(sorted(tensors)), dict(record))
                 line = {"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
                         "tensors": shard.tensors, "record": shard.record}  # fmt: skip
@@ -212,7 +219,7 @@ class Artifact:
         return read_shard(self.folder, self.done[key])
 
     def expose(self, config: Mapping[str, Any]) -> None:
-        """Let the unfinished result be read: its index, and its configuration under the name `UNCHECKED`."""
+        """Write what is needed to read the unfinished result: its index, and its configuration under the name `UNCHECKED`."""
         with writing(self.folder):
             self._put(INDEX, _json(self._index()))
             self._put(UNCHECKED, _json(config))
@@ -232,14 +239,14 @@ class Artifact:
         files: Mapping[str, bytes],
         check: Callable[[], object],
     ) -> None:
-        """Write everything else, check the whole, and only then let config.json appear; the journal goes.
+        """Write all other files, check the result, and only then create config.json and delete the journal.
 
         Args:
-            config: what config.json will hold; while `check` runs it lies in `UNCHECKED`.
-            record: what lrc.json will hold.
+            config: the content of config.json; while `check` runs it is in the file `UNCHECKED`.
+            record: the content of lrc.json.
             card: the README.
             files: name -> content of the tokenizer's and other files.
-            check: raises if the result is not sound; then it never looks finished.
+            check: raises if the result is not sound; then config.json is not created.
         """
         shards = sorted(self.done.values(), key=lambda shard: shard.file)
         written = dict(files) | {INDEX: _json(self._index()), "config.json": _json(config)}
@@ -272,11 +279,11 @@ class Artifact:
 
 
 def require_usable(folder: Path) -> None:
-    """Refuse a folder that a run could not be written into, before any work; writes nothing.
+    """Refuse, before any work, a folder that a run cannot be written into. Writes nothing.
 
     Raises:
-        RequestError: it holds files of others.
-        OutputError: it is no folder, or it may not be written to.
+        RequestError: it holds files that are not lrc's.
+        OutputError: it is not a folder, or it is not writable.
     """
     with writing(folder):
         if folder.exists():
@@ -320,7 +327,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
-    """All tensors of a shard, copied out of the file."""
+    """All tensors of a shard, copied out of the file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     try:
         return {name: tensor.clone() for name, tensor in load_file(folder / shard.file).items()}
     except (OSError, SafetensorError) as error:
@@ -328,7 +339,7 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
 
 
 def _parsed(text: bytes) -> Any:
-    """The JSON value of a text, None if it is none."""
+    """The JSON value of a text, or None if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or a second process cannot leave something that looks finished and is not."""
+"""Writing files so that a killed run, a full disk or a second process cannot leave a file that looks finished and is not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def locked(path: Path) -> IO[str]:
-    """An exclusive lock by a file, held until it is closed (or the process dies).
+    """Take an exclusive lock on a file; it is held until the returned file is closed or the process ends.
 
     Raises:
         RequestError: another process holds it.
@@ -39,14 +39,14 @@ def locked(path: Path) -> IO[str]:
             lock = unless_held.enter_context(path.open("w"))
             if not claimed(lock, fcntl.LOCK_EX):
                 raise RequestError(f"Another lrc is writing to {path.parent}.", "Wait for it, or give another --out.")
-            # the holder before us may have deleted the file that we have just locked
+            # the previous holder may have deleted the file that this process has just locked
             if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
                 unless_held.pop_all()
                 return lock
 
 
 def claimed(lock: IO[str], kind: int) -> bool:
-    """Take a lock of this kind (`fcntl.LOCK_SH`, `LOCK_EX`) in the place of one that is held; False where others forbid it."""
+    """Take a lock of this kind (`fcntl.LOCK_SH`, `LOCK_EX`), replacing one that is held; False if others prevent it."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,32 +56,32 @@ def claimed(lock: IO[str], kind: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes it if all goes well, and goes if not (a full disk needs the space).
+    """A temporary file beside `path`, renamed to `path` at the end; deleted if an error occurs (a full disk needs the space).
 
-    It is the process's own: two that find the same thing at one moment each put it down whole.
+    Its name contains the process's id, so two processes that write the same file at the same time both write it completely.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # where all went well it bears its final name
+        temporary.unlink(missing_ok=True)  # after a success the temporary name no longer exists
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written; nobody else may write there now."""
+    """Delete the temporary files of killed processes; no other process may be writing to the folder."""
     for leftover in folder.glob("*" + PARTIAL):
         leftover.unlink()
 
 
 def read_json(path: Path, shape: type[T]) -> T | None:
-    """What a JSON file holds that an earlier run left; None where there is none.
+    """The content of a JSON file that an earlier run wrote with `write_json`; None if there is no such file.
 
     Args:
-        shape: its type: a dataclass, or built-in ones inside each other, as `write_json` was given.
+        shape: the type of the content: a dataclass, or built-in types, nested.
 
     Raises:
-        CheckpointError: it is damaged, or holds something else.
+        CheckpointError: the file is damaged, or its content has another type.
     """
     try:
         return TypeAdapter(shape).validate_python(json.loads(path.read_text()))
@@ -92,15 +92,15 @@ def read_json(path: Path, shape: type[T]) -> T | None:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-        raise CheckpointError(f"{path} cannot be read: {reason}", "Delete it: what it held is found anew.") from error
+        raise CheckpointError(f"{path} cannot be read: {reason}", "Delete it: its content is computed again.") from error
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a value for `read_json`, whole or not at all.
+    """Write a value for `read_json`, completely or not at all.
 
     Args:
-        value: of built-in types and dataclasses.
-        indent: where people read the file.
+        value: of built-in types and dataclasses, nested.
+        indent: spaces per level, for files that people read.
 
     Raises:
         OutputError: no space, or the folder cannot be written.
@@ -112,13 +112,13 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk."""
+    """Flush a file's content to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
+    """Flush a folder's list of names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,18 +128,18 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do."""
+    """Turn the operating system's write errors into an `OutputError` that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
         text = str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
-            remedy = "Free some space and run the same command again: it goes on after the last finished shard."
+            remedy = "Free some space and run the same command again: it continues after the last finished shard."
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "Give an --out folder that you may write to."
         elif code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             remedy = "Give a folder, not a file, as --out."
         else:
-            remedy = "Mend that and run the same command again: it goes on after the last finished shard."
+            remedy = "Fix that and run the same command again: it continues after the last finished shard."
         raise OutputError(f"Cannot write {path}: {text}", remedy) from error

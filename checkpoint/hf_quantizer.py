@@ -1,8 +1,8 @@
-"""Compressed checkpoints in transformers: `import lrc`, then plain `from_pretrained`.
+"""Compressed checkpoints in transformers: `import lrc`, then the ordinary `from_pretrained`.
 
-lrc registers a quantizer under the name that `config.json` carries (`quant_method: lrc`). It swaps the modules named there for
-their forms' modules before weights are loaded; transformers does the rest (devices, dtypes, sharding, saving). Tensor names in
-a compressed checkpoint are the model's own, so no renaming applies to them.
+lrc registers a quantizer under the name that `config.json` contains (`quant_method: lrc`). Before weights are loaded it
+replaces the modules named there by the modules of their forms; transformers does everything else (devices, dtypes, sharding,
+saving). Tensor names in a compressed checkpoint are the model's own, so no renaming applies to them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LrcConfig(QuantizationConfigMixin):
 
     Args:
         modules: module path -> the spec of its form; a fused experts parameter has `{"kind": "experts", "forms": [...]}`.
-        format_version: of this layout; a newer one than this lrc knows is refused.
-        lrc_version: the lrc that wrote it, for the record.
+        format_version: of this configuration; a version newer than `FORMAT_VERSION` is refused.
+        lrc_version: the version of lrc that wrote the checkpoint, for messages.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LrcConfig(QuantizationConfigMixin):
 
 
 class LrcQuantizer(HfQuantizer):
-    """Builds the forms' modules; everything else is transformers' own loading."""
+    """Builds the forms' modules; transformers loads everything else itself."""
 
     requires_calibration = True
     quantization_config: LrcConfig
@@ -67,7 +67,7 @@ class LrcQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        return []  # a compressed checkpoint names its tensors as the model does
+        return []  # tensors have the model's own names
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         install_forms(model, self.quantization_config.modules, kwargs.get("dtype") or model.dtype)
@@ -81,7 +81,14 @@ class LrcQuantizer(HfQuantizer):
 
 
 def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> None:
-    """Swap the named modules of a model on the meta device for empty modules of their forms."""
+    """Replace the named modules of a model on the meta device by empty modules of their forms.
+
+    Args:
+        modules: as in `LrcConfig`.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
     if not isinstance(modules, dict) or not all(isinstance(spec, dict) for spec in modules.values()):
         raise CheckpointError(
             "The checkpoint's quantization_config has no readable 'modules'.", "Its config.json was changed; get it again."
@@ -116,7 +123,11 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> N
 
 
 def install_stored(model: Any) -> None:
-    """Build the forms that the model's own config.json names; a model whose targets all stayed dense has none."""
+    """Install the forms that the model's own config.json names, if it names any.
+
+    Raises:
+        CheckpointError: they do not fit the model, or a newer lrc wrote them.
+    """
     stored = getattr(model.config, "quantization_config", None)
     if stored is None:
         return
@@ -141,18 +152,18 @@ def open_model(
     Args:
         model: a hub id, folder, `.gguf` file, `pkg:PACKAGE/FILE`, or lrc's output folder.
         dtype: None takes the checkpoint's own (float32 for GGUF).
-        device: a torch device, several with commas between them to spread the layers over, or 'auto' for all GPUs.
+        device: a torch device, several separated by commas to distribute the layers, or 'auto' for all GPUs.
 
     Raises:
-        ModelError: nothing is there, or the folder holds an unfinished run.
-        CheckpointError: weights are missing, damaged or do not fit.
+        ModelError: there is no such model, or the folder holds an unfinished run.
+        CheckpointError: weights are missing or damaged, or do not fit the model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     location = locate(model)
     config = location.config(trust_remote_code)
-    own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # names a shard that is damaged
+    own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # the error names a damaged shard
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             location.path,
@@ -161,7 +172,7 @@ def open_model(
             **_placed(device),
             trust_remote_code=trust_remote_code,
             use_safetensors=None if location.gguf else True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with the tensor's name
             output_loading_info=True,
         )
     except (SafetensorError, RuntimeError) as error:
@@ -174,7 +185,7 @@ def open_model(
 
 
 def _placed(device: str) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that put a model onto these devices."""
+    """The arguments of `from_pretrained` that place a model on these devices."""
     devices = [torch.device(part.strip()) for part in device.split(",")] if device != "auto" else []
     if len(devices) == 1:
         return {"device_map": {"": devices[0]}}
@@ -183,7 +194,7 @@ def _placed(device: str) -> dict[str, Any]:
 
 
 def _require_whole(model: str, loaded: Any, info: Mapping[str, Any]) -> None:
-    """transformers draws random weights for what a checkpoint lacks, and says so in a warning only."""
+    """Refuse a model with missing or unfitting tensors; transformers initialises them at random and only warns."""
     if unfitting := sorted(info["mismatched_keys"]):
         name, got, wanted = unfitting[0]
         raise CheckpointError(

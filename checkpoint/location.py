@@ -1,4 +1,4 @@
-"""Where a model lies: a hub id, a local folder, a `.gguf` file, or `pkg:PACKAGE/FILE`."""
+"""Finding a model: a hub id, a local folder, a `.gguf` file, or `pkg:PACKAGE/FILE`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ import torch
 from ..errors import CheckpointError, ModelError, did_you_mean, one_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
-_HUB_LEFT = [
-    "consolidated*",
-    "*/*.safetensors",
-]  # the same weights once more, in their makers' own layout or for another engine
+# copies of the same weights in the authors' own layout, or for another engine
+_HUB_LEFT = ["consolidated*", "*/*.safetensors"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
 
@@ -29,7 +27,7 @@ class Location:
     Args:
         name: the model as the user wrote it.
         path: the folder that holds it.
-        gguf: the file's name inside `path` when it is a GGUF file, else None.
+        gguf: the name of the GGUF file inside `path`; None for other checkpoints.
         config_file: the name of the configuration inside `path`.
     """
 
@@ -39,7 +37,12 @@ class Location:
     config_file: str = "config.json"
 
     def config(self, trust_remote_code: bool = False) -> Any:
-        """The model's configuration, read by transformers (from the GGUF header for a GGUF file)."""
+        """The model's configuration, read by transformers (from the header, for a GGUF file).
+
+        Raises:
+            CheckpointError: the GGUF file cannot be read.
+            ModelError: transformers cannot read the configuration, or its dtype is unknown.
+        """
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
@@ -63,22 +66,26 @@ class Location:
         return config
 
     def tokenizer(self, trust_remote_code: bool = False) -> Any:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
-        except Exception as error:  # the library of the tokenizers raises plain ones
+        except Exception as error:  # the tokenizers library raises plain `Exception`s
             raise ModelError(
                 f"{self.name}: no tokenizer could be read: {one_line(error)}",
                 "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library.",
             ) from error
 
     def files(self, code: bool = False) -> list[Path]:
-        """Files beside the weights that a loader or a chat needs: tokenizer, templates, generation settings, licence.
+        """Other files of the checkpoint that loading or chatting needs: tokenizer, templates, generation settings, licence.
 
         Args:
-            code: Python files of the checkpoint too.
+            code: include the checkpoint's Python files.
         """
         patterns = ["tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
         patterns += ["generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"]
@@ -90,7 +97,7 @@ def locate(model: str) -> Location:
     """Find a model; a hub id is downloaded into the hub's cache.
 
     Raises:
-        ModelError: nothing is there, with the nearest names.
+        ModelError: there is none; the message names the closest ones.
     """
     if not model.strip():
         raise ModelError("The name of the model is empty.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id.")

@@ -1,7 +1,7 @@
-"""A checkpoint as a model whose weights come in by module prefix and go out again.
+"""A checkpoint as a model whose weights are loaded and unloaded layer by layer.
 
-The model stands on the meta device; its layers are the module list that holds most of the parameters. What the layers are made
-of is another subject (model/view.py).
+The model is on the meta device; its layers are the module list with most of the parameters. model/ knows what is inside the
+layers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefi
 
 
 class Checkpoint:
-    """A checkpoint's model, its layers, and the ways of its weights.
+    """A checkpoint's model and its layers, with the weights loaded on request.
 
     Args:
-        location: where the checkpoint lies.
-        dtype: the dtype to hold and store weights in; None takes the checkpoint's own.
+        location: where the checkpoint is.
+        dtype: of the weights in memory and in the result; None takes the checkpoint's own.
         trust_remote_code: whether modelling code inside the checkpoint may run.
-        prepare: called with the model on the meta device before anything is read, to change modules (a compressed
-            checkpoint's forms); without it compressed checkpoints are refused.
+        prepare: called with the model on the meta device before weights are read, to replace modules (by the forms of a
+            compressed checkpoint). None refuses compressed checkpoints.
+
+    Raises:
+        ModelError: the model cannot be compressed, or transformers cannot build it.
+        CheckpointError: tensors are missing or have other shapes than the model's.
     """
 
     def __init__(
@@ -72,12 +76,12 @@ class Checkpoint:
         return _nbytes(self.layers[layer].parameters())
 
     def reading_nbytes(self, nbytes: int) -> int:
-        """Bytes while weights that take `nbytes` come in: the file's pages, a copy, and the weights where they are cast."""
+        """Peak bytes while weights of `nbytes` are read: the file's pages, a copy, and the weights again if they are cast."""
         stored = nbytes * self.source.dtype.itemsize // self.dtype.itemsize
         return 2 * stored + (nbytes if self.source.dtype != self.dtype else 0)
 
     def outside_nbytes(self, for_calibration: bool = False) -> int:
-        """Bytes outside the layers; without the output head for calibration, which never reaches it."""
+        """Bytes outside the layers; for calibration without the output head, which it does not compute."""
         left_out = {id(p) for layer in self.layers for p in layer.parameters()}
         if for_calibration and (head := self.untied_head):
             left_out.add(id(head.weight))
@@ -86,7 +90,7 @@ class Checkpoint:
 
     @property
     def untied_head(self) -> Any:
-        """The output head where it has weights of its own, else None."""
+        """The output head if it has weights of its own, else None."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is None or head.weight is embedding.weight:
             return None
@@ -98,7 +102,7 @@ class Checkpoint:
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     def outside_parts(self) -> list[list[str]]:
-        """Checkpoint names outside the layers, in parts of one large tensor or many small ones; tied copies left out."""
+        """Checkpoint names outside the layers, without tied copies: one list per large tensor, and one for all small ones."""
         parts: dict[str, list[str]] = {}
         for name in self._sources[""]:
             target = self._renamed[name]
@@ -112,16 +116,16 @@ class Checkpoint:
         return {name for name, _ in self.model.named_parameters()}
 
     def outside_tensors(self, names: list[str]) -> dict[str, Tensor]:
-        """The loaded tensors that these checkpoint names became, by their names in the model."""
+        """Name in the model -> loaded tensor, for these names in the checkpoint."""
         state = self.model.state_dict()
         return {target: state[target] for target in dict.fromkeys(self._renamed[name] for name in names)}
 
     def source_names(self, prefix: str) -> list[str]:
-        """The checkpoint's tensors that make up a layer (its name) or everything outside the layers ('')."""
+        """The checkpoint's names of the tensors of a layer (its path), or of everything outside the layers ('')."""
         return self._sources[prefix]
 
     def load(self, prefix: str) -> nn.Module:
-        """Bring one layer's weights in (CPU, `self.dtype`) and return the layer.
+        """Load one layer's weights (on the CPU, in `self.dtype`) and return the layer.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape than the model.
@@ -133,7 +137,7 @@ class Checkpoint:
         return module
 
     def load_module(self, path: str) -> nn.Module:
-        """Bring the weights of one module inside a layer in, without the rest of its layer.
+        """Load the weights of one module inside a layer, without the rest of the layer.
 
         Raises:
             CheckpointError, NonFiniteError: as for `load`.
@@ -146,7 +150,11 @@ class Checkpoint:
         return module
 
     def load_outside(self, names: Iterable[str] | None = None) -> None:
-        """Bring in weights outside the layers: those of `names` (checkpoint names), or all that a calibration forward reads."""
+        """Load weights outside the layers.
+
+        Args:
+            names: in the checkpoint; None: all that the forward pass of calibration needs.
+        """
         if names is None:
             head = self.untied_head
             unread = {name for name, p in self.model.named_parameters() if head is not None and p is head.weight}
@@ -154,14 +162,14 @@ class Checkpoint:
         self._materialise(list(names))
 
     def load_end(self) -> None:
-        """Bring in what a forward reads after the last layer: the final norm and the output head."""
+        """Load what the forward pass needs after the last layer: the final norm and the output head."""
         embedding = self.model.get_input_embeddings().weight
         unread = set() if self.untied_head is None else {n for n, p in self.model.named_parameters() if p is embedding}
         self._materialise([name for name in self._sources[""] if self._renamed[name] not in unread])
         self.model.tie_weights()
 
     def unload(self, prefix: str = "") -> None:
-        """Send weights back to the meta device: one layer's, or with '' all that lie outside the layers."""
+        """Move weights back to the meta device: those of one layer (its path), or all outside the layers ('')."""
         if prefix:
             _to_meta(self.model.get_submodule(prefix))
             return
@@ -176,7 +184,7 @@ class Checkpoint:
 
         tensors = self.source.read(names)
         for name, tensor in tensors.items():
-            # aminmax hands on a NaN, and needs no second tensor of this size as isfinite does
+            # aminmax propagates NaN and, unlike isfinite, needs no second tensor of this size
             if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
@@ -203,7 +211,7 @@ class Checkpoint:
         module.requires_grad_(False)
 
     def _check_headers(self) -> None:
-        """Compare the headers with the model, so that a missing or unfitting tensor is known before any work."""
+        """Compare the headers with the model, so that missing and unfitting tensors are found before any work."""
         have = set(self._renamed.values())
         missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
         if missing:
@@ -225,7 +233,11 @@ class Checkpoint:
 
 
 def _refuse(config: Any, name: str) -> None:
-    """Models that cannot be compressed, and why."""
+    """Refuse models that cannot be compressed.
+
+    Raises:
+        ModelError: the model is compressed already, or an encoder-decoder.
+    """
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "?")
@@ -236,7 +248,7 @@ def _refuse(config: Any, name: str) -> None:
 
 
 def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model with parameters on the meta device and buffers (rotary tables) computed for real."""
+    """The model with parameters on the meta device; buffers (rotary tables) are computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -257,7 +269,11 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 
 def find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
-    """Path and modules of the decoder layers: the module list that holds most of the parameters."""
+    """Path and modules of the decoder layers: the module list with most of the parameters.
+
+    Raises:
+        ModelError: the model has no module list.
+    """
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ModelError(f"{name}: the model has no list of layers.", "lrc compresses stacks of decoder layers.")
@@ -266,7 +282,7 @@ def find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
 
 
 def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
-    """Checkpoint name -> name in the model, and the checkpoint's names that the model has no place for."""
+    """Name in the checkpoint -> name in the model, and the checkpoint's names that the model does not have."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -289,7 +305,7 @@ def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str
 
 
 def _changes_shape(model: Any, name: str) -> bool:
-    """Whether transformers fuses, splits or transposes this tensor of the checkpoint as it loads it."""
+    """Whether transformers fuses, splits or transposes this tensor of the checkpoint when it loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 

@@ -1,8 +1,8 @@
-"""Reading a checkpoint tensor by tensor, so that a model is never held whole.
+"""Reading a checkpoint tensor by tensor, so that the whole model is never in memory.
 
-Two kinds of file are read: safetensors shards and GGUF. Pickled weights are refused: unpickling runs code. Every read opens
-the file, copies what is asked for and closes it again: pages of a mapped file count as resident memory for as long as the
-mapping lives, and a model read layer by layer would otherwise end up resident as a whole.
+Two kinds of file are read: safetensors shards and GGUF. Pickled weights are refused, because unpickling runs code. Every read
+opens the file, copies the requested tensors and closes it again: pages of a mapped file count as resident memory as long as the
+mapping exists, so a model that is read layer by layer would otherwise become resident as a whole.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class WeightSource(ABC):
-    """The tensors of one checkpoint by their names on disk."""
+    """The tensors of one checkpoint, by their names on disk."""
 
     files: tuple[Path, ...]
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The names of all tensors, as the checkpoint spells them."""
+        """The names of all tensors in the checkpoint."""
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of the named tensors on the CPU, in the dtype of the file.
 
         Raises:
-            CheckpointError: a file is missing, truncated or corrupt, or lacks the tensor; names both.
+            CheckpointError: a file is missing, truncated or corrupt, or lacks the tensor; the message names both.
         """
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape in the file's header, None where the file stores the tensor in another layout (GGUF)."""
+        """The shape in the file's header; None if the file stores the tensor in another layout (GGUF)."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of most of the numbers; float32 where the file holds quantized blocks (GGUF)."""
+        """The floating-point dtype of most of the numbers; float32 for a file with quantized blocks (GGUF)."""
 
     def fingerprint(self) -> str:
         """sha256 over the files' names, sizes and three samples of 1 MiB (start, middle, end) of each.
 
-        It tells one checkpoint from another without reading 140 GB; it is no proof of integrity.
+        It distinguishes checkpoints without reading 140 GB; it does not prove that a file is intact.
         """
         digest = hashlib.sha256()
         for path in self.files:
@@ -104,7 +104,7 @@ class SafetensorsSource(WeightSource):
         return numbers.most_common(1)[0][0] if numbers else torch.float32
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors from their shards, each opened once."""
+        """The named tensors; each shard is opened once."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._where[name]].append(name)
@@ -122,7 +122,12 @@ class SafetensorsSource(WeightSource):
 
 
 def _locate_shards(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or the single file."""
+    """Tensor name -> file name, from the index or the single file.
+
+    Raises:
+        CheckpointError: the index is damaged, or shards are missing.
+        ModelError: the folder holds no safetensors.
+    """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         try:
@@ -155,7 +160,11 @@ def _locate_shards(folder: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype as safetensors spells it) of every tensor; opening checks the header and the file's length."""
+    """Name -> (shape, dtype in safetensors' spelling) of every tensor; opening checks the header and the file's length.
+
+    Raises:
+        CheckpointError: the file is truncated or corrupt.
+    """
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
@@ -170,12 +179,16 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 class GgufSource(WeightSource):
     """The tensors of a GGUF file, dequantized one at a time.
 
-    Names and layout changes (such as the rotary permutation of q and k) come from transformers' own table of GGUF
-    architectures; mixtures of experts, whose experts GGUF stores fused, are not read from GGUF.
+    Names and changes of layout (such as the rotary permutation of q and k) come from transformers' own table of GGUF
+    architectures. Mixtures of experts are not read, because GGUF stores their experts fused.
 
     Args:
         path: the file.
         model: the model on the meta device; transformers derives the names from it.
+
+    Raises:
+        ModelError: the model is a mixture of experts.
+        CheckpointError: the file cannot be read as GGUF.
     """
 
     def __init__(self, path: Path, model: Any) -> None:
@@ -196,7 +209,7 @@ class GgufSource(WeightSource):
             raise CheckpointError(f"{path} ({size} bytes) cannot be read as GGUF: {error}", "Get the file again.") from error
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
         self._map = get_gguf_hf_weights_map(model, self._processor)
-        # offsets, so that later reads touch neither the header (a whole vocabulary) nor a lasting mapping
+        # with offsets, later reads need neither the header (a whole vocabulary) nor a permanent mapping
         known = {self._map[t.name]: t for t in reader.tensors if t.name in self._map}
         self._layout = {name: (int(t.data_offset), t.data.shape, t.data.dtype) for name, t in known.items()}
         self._types = {name: (t.name, t.tensor_type) for name, t in known.items()}
@@ -212,7 +225,7 @@ class GgufSource(WeightSource):
         return torch.float32
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors dequantized to float32."""
+        """The named tensors, dequantized to float32."""
         from gguf import dequantize
 
         tensors = {}
@@ -233,7 +246,12 @@ class GgufSource(WeightSource):
 
 
 def group_by_prefix(source_to_target: Mapping[str, str], prefixes: Iterable[str]) -> dict[str, list[str]]:
-    """Checkpoint names by the module prefix that their renamed form falls under; '' collects the rest."""
+    """Module prefix -> the checkpoint's names of the tensors under it; '' -> all other names.
+
+    Args:
+        source_to_target: name in the checkpoint -> name in the model.
+        prefixes: module paths in the model.
+    """
     ordered = list(prefixes)
     groups: dict[str, list[str]] = {prefix: [] for prefix in [*ordered, ""]}
     for source, target in source_to_target.items():

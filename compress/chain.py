@@ -29,7 +29,7 @@ DERIVED = frozenset({"gram", "output_gram", "mean", "mean_square"})
 _ALWAYS = frozenset({"gram"})  # the inputs of the factors, and the metric of the second step, are derived from it
 _ANY = Shape(512, 512, 2)  # whether two steps fit each other does not depend on the shape
 _CACHED = 3  # forms of one target that are cached, because the form is often asked for after its loss
-_RANGE = 1e-10  # eigenvalues below this part of the largest one carry no information about the input
+_RANGE = 1e-10  # eigenvalues below this fraction of the largest one carry no information about the input
 
 
 class ChainSettings(Settings):

@@ -1,30 +1,48 @@
-"""Modules that register themselves on import, one file each, in a package and in the folders inside it."""
+"""Registries that fill themselves: every module of a package is imported, and registers what it defines on import."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 
 def import_all(package: str) -> None:
-    """Import every module of a package and of the packages inside it; folders added to its `__path__` later count, too."""
+    """Import every module of a package and of the packages inside it.
+
+    A new file is found wherever it is put: in the package's folder, in a folder inside it, in a new folder with an
+    `__init__.py`, or in a folder that was added to a package's `__path__`.
+
+    Raises:
+        ImportError: a folder has Python files and no `__init__.py`: it is not a package, and its files would not be found.
+    """
     _import_from(package, tuple(importlib.import_module(package).__path__))
 
 
-@functools.cache  # names are looked up for every target
+@functools.cache  # methods are looked up by name for every target
 def _import_from(package: str, folders: tuple[str, ...]) -> None:
+    _require_packages(folders)
     for module in pkgutil.walk_packages(folders, package + ".", onerror=_stop):
-        importlib.import_module(module.name)
+        imported = importlib.import_module(module.name)
+        if module.ispkg:
+            _require_packages(imported.__path__)
+
+
+def _require_packages(folders: Iterable[str]) -> None:
+    for folder in map(Path, folders):
+        for inner in sorted({file.parent for file in folder.glob("*/*.py")}):
+            if inner.name.isidentifier() and not (inner / "__init__.py").exists():
+                raise ImportError(f"{inner} has Python files and no __init__.py, so they are not found: add an empty one")
 
 
 def _stop(name: str) -> None:
-    """Let the error of a package that cannot be imported be seen: `walk_packages` hides an ImportError by itself."""
+    """Raise the error of a package that cannot be imported again: `walk_packages` would hide an ImportError."""
     raise  # noqa: PLE0704  # called while the error is handled
 
 
 def first_line(registered: Callable[..., Any], name: str) -> str:
-    """The first line of what the file that defines this says of itself; its name where it says nothing."""
+    """The first line of the docstring of the module that defines this function or class; `name` if there is none."""
     return (importlib.import_module(registered.__module__).__doc__ or name).strip().splitlines()[0]

@@ -1,10 +1,10 @@
-"""The pages of docs/methods, written from what each method's own file says.
+"""Writes the pages of docs/methods from the methods' own files.
 
     make docs
 
-A page has one fixed order: what the method does, when to use it, its options, the statistics that it needs, what it costs,
-how to run it, its recipe, its source, and how it differs from the authors' code. `tests/test_docs.py` fails where a page is not
-what this script would write, or where a method's file lacks a part.
+A page has a fixed order: what the method does, when to use it, its settings, the statistics that it needs, its cost, how to run
+it, its recipe, its source, and how it differs from the authors' code. `tests/test_docs.py` fails if a page is not what this
+script writes, or if a method's file lacks a section.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEEDS = {
     "fisher_in": "`fisher_in`: mean over samples of the squared gradients of each input channel, (in,) per target; "
     "takes a backward pass",
 }
-# what a choice of a large square target holds -> the family
+# the fields of a choice for a large square target -> the method's family
 FAMILIES = [
     ({"atoms"}, "Dictionaries"),
     ({"bits", "rank"}, "Quantized, corrected by low rank"),
@@ -46,11 +46,15 @@ _COMMAND = re.compile(r"^# +(lrc compress MODEL .*)$", re.MULTILINE)
 
 
 class LackingError(ValueError):
-    """A method's file does not say something that its page must."""
+    """A method's file lacks a section of its page."""
 
 
-def parts(method: Method) -> dict[str, str]:
-    """What a method's file says of itself: 'what' and one text for each of `_LABELS`, and 'differences' ('' where none)."""
+def sections_of(method: Method) -> dict[str, str]:
+    """The sections of a method's docstring: 'what', one for each of `_LABELS`, and 'differences' ('' if there are none).
+
+    Raises:
+        LackingError: one of the others is missing.
+    """
     text = (importlib.import_module(method.solve.__module__).__doc__ or "").strip()
     found: dict[str, list[str]] = defaultdict(list)
     label = "what"
@@ -66,8 +70,8 @@ def parts(method: Method) -> dict[str, str]:
 
 
 def _file(method: Method) -> str:
-    """The method's file as a path from the root of the repository, such as compress/low_rank/svd.py."""
-    return f"{method.solve.__module__.removeprefix('lrc.').replace('.', '/')}.py"
+    """The method's file, from the root of the repository."""
+    return method.solve.__module__.partition(".")[2].replace(".", "/") + ".py"
 
 
 def _capital(text: str) -> str:
@@ -75,14 +79,14 @@ def _capital(text: str) -> str:
 
 
 def family(method: Method) -> str:
-    """Where a method stands in the index, by what it offers."""
+    """The family of a method in the index, by its options."""
     options = method.options(Shape(4096, 4096, 2), method.settings(), 1)
     held = {key for key, value in vars(options[-1].choice).items() if value is not None} if options else set()
     return next((name for keys, name in FAMILIES if keys <= held), "Others")
 
 
-def options(method: Method) -> str:
-    """A table of the settings, from their schema.
+def settings(method: Method) -> str:
+    """A table of a method's settings, from their schema.
 
     Raises:
         LackingError: a setting has no description.
@@ -99,11 +103,11 @@ def options(method: Method) -> str:
         f"| {field['description'].replace('|', chr(92) + '|')} |"
         for name, field in fields.items()
     ]
-    return "\n".join(["| option | default | values | meaning |", "|---|---|---|---|", *rows])
+    return "\n".join(["| setting | default | values | meaning |", "|---|---|---|---|", *rows])
 
 
 def _shown(value: Any) -> str:
-    """As a recipe writes it; 0.0 and False are equal, and not the same."""
+    """A value as a recipe writes it (0.0 and False are equal in Python)."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
@@ -127,7 +131,7 @@ def _kind(kind: dict[str, Any]) -> str:
 
 
 def recipes_of(method: Method) -> list[str]:
-    """The shipped recipes that name a method, that of its own name first."""
+    """The shipped recipes that use a method; the recipe of the same name comes first."""
     using = []
     for name in shipped():
         recipe = load_recipe(name)
@@ -139,7 +143,7 @@ def recipes_of(method: Method) -> list[str]:
 
 def page(method: Method) -> str:
     """The Markdown of one method."""
-    said, using = parts(method), recipes_of(method)
+    said, using = sections_of(method), recipes_of(method)
     texts = shipped()
     if not using:
         raise LackingError(f"no shipped recipe uses the method {method.name}")
@@ -148,7 +152,7 @@ def page(method: Method) -> str:
     sections = {
         "What it does": said["what"],
         "When to use it": _capital(said["When to use"]),
-        "Options": options(method),
+        "Settings": settings(method),
         "Statistics": "\n".join(f"* {NEEDS.get(need, f'`{need}`')}" for need in sorted(method.all_needs))
         or "None: it looks at the weights only, and no calibration text is read.",
         "Cost": _capital(said["Cost"]),
@@ -164,7 +168,7 @@ def page(method: Method) -> str:
 
 
 def index(known: dict[str, Method]) -> str:
-    """docs/methods/README.md: every method by family."""
+    """docs/methods/README.md: all methods by family."""
     by_family: dict[str, list[Method]] = defaultdict(list)
     for method in known.values():
         by_family[family(method)].append(method)
@@ -185,7 +189,7 @@ def index(known: dict[str, Method]) -> str:
 
 
 def pages() -> dict[str, str]:
-    """File name -> Markdown, of every page."""
+    """File name -> Markdown of every page."""
     known = methods()
     return {"README.md": index(known)} | {f"{name}.md": page(method) for name, method in known.items()}
 

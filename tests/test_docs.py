@@ -17,7 +17,7 @@ pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pages)
 
 ORDER = [
-    "What it does", "When to use it", "Options", "Statistics", "Cost", "How to run it", "Recipe", "Source",
+    "What it does", "When to use it", "Settings", "Statistics", "Cost", "How to run it", "Recipe", "Source",
     "Differences from the authors' code",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_the_index_names_every_method_and_no_page_is_left_over():
 
 
 def test_every_setting_is_in_the_table_with_its_default():
-    table = pages.options(methods()["caldera"])
+    table = pages.settings(methods()["caldera"])
     assert "| `bits` | `2` |" in table and "base of" not in table
     for key in methods()["caldera"].settings.model_fields:
         assert f"| `{key}` |" in table

@@ -92,24 +92,24 @@ class Channels(ChannelSolution):
     Args:
         weight: (out, in).
         energy: (inner,) float64, the loss of this matrix for each pruned channel: Σ E[x²] W² over the channel's row or column.
-        stays: (inner,) channels in the order in which they are kept; the last one is pruned first.
+        ranking: (inner,) channels in the order in which they are kept; the last one is pruned first.
         reads: whether it is the down projection: the channels are its columns.
     """
 
     weight: Tensor
     energy: Tensor
-    stays: Tensor
+    ranking: Tensor
     reads: bool
 
     @property
     def inner(self) -> int:
-        return len(self.stays)
+        return len(self.ranking)
 
     def kept(self, channels: int) -> Tensor:
-        return self.stays[:channels].sort().values
+        return self.ranking[:channels].sort().values
 
     def loss(self, choice: Choice) -> float:
-        return float(self.energy[self.stays[choice.channels :]].sum())
+        return float(self.energy[self.ranking[choice.channels :]].sum())
 
     @property
     def total(self) -> float:

@@ -1,10 +1,10 @@
 """LoRAP: attention by weighted low rank, feed-forwards by pruning channels.
 
-The matrices of attention have nearly low rank and those of feed-forwards have not, so the two are compressed differently.
-Attention: an SVD with input channels scaled by √E[x²]. The value and output projections keep three times the fraction of their
-bytes that the query and key projections keep; a matrix stays dense where its factors would not be smaller. Feed-forward: whole
-inner channels are pruned in the order of their importance, the least important first, except for the very least important
-1 %, which are kept. The result is an ordinary, smaller feed-forward.
+Attention matrices are close to low rank, feed-forward matrices are not, so the two are compressed differently. Attention: an
+SVD with input channels scaled by √E[x²]. The value and output projections keep three times the fraction of their bytes that the
+query and key projections keep; a matrix stays dense where its factors would not be smaller. Feed-forward: whole inner channels
+are pruned in the order of their importance, the least important first, except for the very least important 1 %, which are kept.
+The result is an ordinary, smaller feed-forward.
 
 When to use: where the result should run fast without a special kernel (a pruned feed-forward is dense), or to compare with
 published LoRAP results. The authors fine-tune afterwards (LoRA); lrc does not.
@@ -172,8 +172,8 @@ def solve_together(
     energies = [_energy(weight, stats, slot, inner) for weight, stats, slot in each]
     # the paper's importance adds up norms, not squared norms; fused gate and up count as two matrices
     norms = [_norms(weight, stats, slot, inner) for weight, stats, slot in each]
-    stays = order(torch.stack(norms).sum(0), settings.protect)
-    return [Channels(w, energy, stays, slot == DOWN) for (w, _, slot), energy in zip(each, energies, strict=True)]
+    ranking = order(torch.stack(norms).sum(0), settings.protect)
+    return [Channels(w, energy, ranking, slot == DOWN) for (w, _, slot), energy in zip(each, energies, strict=True)]
 
 
 def _norms(weight: Tensor, stats: TargetStats, slot: str, inner: int) -> Tensor:

@@ -1,14 +1,14 @@
 """Nyström: prunes feed-forward channels and refits the down projection; every other matrix by `svd-llm`.
 
-The matrices of attention have nearly low rank and those of feed-forwards have not (LoRAP). From feed-forwards whole inner
-channels are pruned, which takes no second factor, and the down projection is refitted to the kept channels:
+Attention matrices are close to low rank, feed-forward matrices are not (LoRAP). Whole inner channels of the feed-forward are
+therefore pruned, which takes no second factor, and the down projection is refitted to the kept channels:
 `W_S + W_R C_RS (C_SS + λ)⁻¹` is the least-squares map for the calibration inputs, S the kept channels, R the pruned ones. At
 each step the method prunes the few channels whose removal, after refitting the rest, changes the output least
 (‖w‖² / [C⁻¹]_ii, Optimal Brain Surgeon); then it updates the costs of the others. The result is an ordinary, smaller
 feed-forward.
 
-When to use: with `allocation: kl`. It is then the best of the one-shot methods here (docs/allocation.md) and depends least on
-the calibration text, and the result needs no special kernel. With a uniform budget it shows what pruning channels alone gains.
+When to use: with `allocation: kl` it is the best of the one-shot methods here (docs/allocation.md) and depends least on the
+calibration text. The result needs no special kernel. With a uniform budget it shows what pruning channels alone gains.
 
 Cost: one Cholesky inverse of the inner width and its elimination, 2/3 n³ in float64 per feed-forward; attention as `svd-llm`.
 Statistics: a gram (inner, inner) per feed-forward; for the other targets as `svd-llm`.

@@ -1,1 +1,1 @@
-"""How a target is stored: one file per form, each with the module that multiplies by it."""
+"""How a target is stored: one file per form, with the module that multiplies by it."""

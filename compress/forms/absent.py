@@ -1,8 +1,8 @@
-"""Two forms that compress nothing: a matrix that is gone, and a matrix that a reader without lrc must not find.
+"""Two forms that compress nothing: a matrix that was dropped, and a dense matrix that a reader without lrc must not load.
 
-`zero` stands for a target of a dropped half of a layer: it multiplies to zeros, and holds an empty guard under the target's
-name. `guarded` is a dense matrix whose name is taken by an empty guard: a layer that must not be run without what lrc puts
-into it (compress/forms/stream_map.py) has one, so that a reader without lrc fails on its shape.
+`zero` replaces a target of a dropped sub-layer: its output is zero, and an empty tensor, the guard, is stored under the
+target's name. `guarded` is a dense matrix that is stored under another name, with an empty guard under its own. A layer that
+must not run without a module of lrc (stream_map.py) has one guarded matrix, so that a reader without lrc fails on its shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ZERO = "zero"
 
 
 class ZeroLinear(nn.Module):
-    """`y = 0` of the right width; `weight` is empty."""
+    """`y = 0` with `out_features` features; `weight` is empty."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ZeroLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Guarded(Dense):
-    """A dense weight under another name."""
+    """A dense weight that is stored under another name."""
 
     kind: ClassVar[str] = "guarded"
 

@@ -1,8 +1,8 @@
 """Forms: how a target is stored, and how to multiply by it.
 
-A form is a value: named tensors, the bytes they take, the dense matrix they stand for. Its module is the same thing inside a
-loaded model. The first tensor of a form that is not dense is stored under the target's original name `<module>.weight`, so
-that a reader without lrc fails on its shape instead of filling in random weights.
+A form is a value: named tensors, their bytes, and the dense matrix that they represent. Its module multiplies by the same
+tensors inside a loaded model. The first tensor of every form but the dense one is stored under the target's original name
+`<module>.weight`, so that a reader without lrc fails on its shape instead of filling in random weights.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ Spec = dict[str, Any]
 
 
 class Form(ABC):
-    """One target's weight in the shape in which it is stored."""
+    """One target's weight as it is stored."""
 
     kind: ClassVar[str]
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to store, by the suffix that follows the target's name."""
+        """Suffix after the target's name -> tensor to store."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The (out, in) matrix that this form stands for, in the dtype of its tensors."""
+        """The (out, in) matrix that this form represents, in the dtype of its tensors."""
 
     @abstractmethod
     def spec(self) -> Spec:
-        """What a loader must know before it opens a file: `kind` and sizes, JSON-able."""
+        """What a loader must know before it opens a file, as JSON: `kind` and sizes."""
 
     @abstractmethod
     def with_bias(self, bias: Tensor | None) -> Form:
-        """The same form with the module's own bias (out,) added to whatever bias the method gave it."""
+        """The same form with the module's own bias (out,) added to the bias that the method made, if any."""
 
     @abstractmethod
     def stored(self, dtype: torch.dtype) -> Form:
-        """The same form as it goes to disk: floating-point tensors rounded to `dtype`, on the CPU."""
+        """The same form as it is written to disk: floating-point tensors rounded to `dtype`, on the CPU."""
 
     def owned_by(self, owner: str) -> Form:
-        """The same form as a member of a set whose first target, which keeps what they share, has this module path."""
+        """The same form as a member of a unit whose shared factor is stored by the target with this module path."""
         return self
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, without the bias (which is never compressed)."""
+        """Bytes on disk without the bias, which is never compressed."""
         return sum(t.numel() * t.element_size() for name, t in self.tensors().items() if name != "bias")
 
 
 @dataclass(frozen=True)
 class Dense(Form):
-    """A weight as it is.
+    """An uncompressed weight.
 
     Args:
         weight: (out, in).
@@ -147,7 +147,7 @@ class LowRankLinear(nn.Module):
 
 
 # kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors; a file that
-# brings a form of its own adds its entry on import
+# defines a form adds its entry on import
 MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = {
     LowRank.kind: lambda spec, n, m, dtype: LowRankLinear(n, m, spec["rank"], spec["bias"], dtype),
     Dense.kind: lambda spec, n, m, dtype: nn.Linear(n, m, spec["bias"], dtype=dtype),
@@ -155,14 +155,20 @@ MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = 
 
 
 def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> nn.Module:
-    """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights follow later."""
+    """The empty module for a form's `spec`; create it under `torch.device("meta")` where weights are loaded later.
+
+    Files of forms are imported when a kind is not known yet; no method is imported.
+
+    Raises:
+        KeyError: no form has this kind.
+    """
     if spec["kind"] not in MODULES:
         import_all(__package__ or "lrc.compress.forms")
     return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
 
 
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give a module built on any device these tensors as its parameters, without a copy."""
+    """Set these tensors as the parameters of a module, without a copy; the module may be on any device."""
     module.load_state_dict(dict(tensors), strict=True, assign=True)
     return module.requires_grad_(False)
 
@@ -173,10 +179,7 @@ def is_form_module(module: nn.Module) -> bool:
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a module that multiplies by one 2-D weight, None for any other module.
-
-    `nn.Linear` and transformers' `Conv1D` (whose weight is stored (in, out), as in GPT-2) are such modules.
-    """
+    """(out, in) of an `nn.Linear` or of transformers' `Conv1D` (GPT-2, weight stored as (in, out)); None for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
@@ -185,6 +188,6 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 
 
 def linear_weight(module: Any) -> Tensor:
-    """The module's weight as (out, in); a view."""
+    """A view of the weight of such a module as (out, in)."""
     weight: Tensor = module.weight
     return weight if isinstance(module, nn.Linear) else weight.T

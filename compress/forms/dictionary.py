@@ -1,9 +1,9 @@
 """The dictionary form: every row of the weight is a sum of a few of the target's atoms.
 
-`weight ≈ codes @ atoms` with few nonzero codes in each row (for an input x: y = codes (atoms x)). Stored are the atoms, the
-nonzero values in the order of rows, and where they are: one bit for each place of the codes, or, for the 2:4 pattern, the two
-positions of each group of four in 2 bits each, which is as many bytes. Nothing else lies in the file. How codes and atoms are
-found is another subject (compress/dictionary/sparse_coding.py).
+`weight ≈ codes @ atoms` with few nonzero codes in each row (for an input x: y = codes (atoms x)). The file holds the atoms, the
+nonzero values row by row, and their support, which says where the nonzero values are: one bit for each entry of the codes, or,
+for the 2:4 pattern, the two positions of each group of four in 2 bits each, which takes as many bytes. The methods in
+compress/dictionary find codes and atoms.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from ..options import Shape
 from .base import MODULES, Form, Spec
 
 Pattern = Literal["free", "2:4"]
-# inputs of at most this many tokens are multiplied by gathering; the measurement stands in benchmarks/dictionary.py
+# inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measures where that is faster
 GATHER_UP_TO = 512
 _ALIGN = 8  # the support is padded to this many bytes, so that sizes in bytes are whole numbers of any dtype
 
 
 def support_nbytes(out_features: int, atoms: int) -> int:
-    """Bytes of the support of (out, atoms) codes, in either pattern."""
+    """Bytes of the support of (out, atoms) codes; equal for both patterns."""
     return -(-out_features * atoms // (8 * _ALIGN)) * _ALIGN
 
 
 def nbytes(shape: Shape, atoms: int, nonzeros: int) -> int:
-    """Bytes on disk with this many atoms and codes altogether."""
+    """Bytes on disk with this many atoms and this many nonzero codes in the whole target."""
     return (atoms * shape.in_features + nonzeros) * shape.element + support_nbytes(shape.out_features, atoms)
 
 
 def pack(mask: Tensor, pattern: Pattern) -> Tensor:
-    """The support of codes as stored: (bytes,) uint8, bit i of byte b is place 8 b + i.
+    """The support of codes as stored: (bytes,) uint8; bit i of byte b is entry 8 b + i of the mask.
 
     Args:
         mask: (out, atoms) bool; for 2:4 with two True in each group of four columns.
+
+    Raises:
+        ValueError: the pattern is 2:4 and a group has not exactly two.
     """
     bits = mask.flatten()
     if pattern == "2:4":
@@ -53,14 +56,14 @@ def pack(mask: Tensor, pattern: Pattern) -> Tensor:
 
 
 def unpack(support: Tensor, out_features: int, atoms: int, pattern: Pattern) -> Tensor:
-    """(out, atoms) bool from what `pack` made."""
+    """The mask (out, atoms) bool, the inverse of `pack`."""
     places = _places(pattern, support.device)[support.int()]
     return places.flatten()[: out_features * atoms].view(out_features, atoms)
 
 
 @functools.cache
 def _places(pattern: Pattern, device: torch.device) -> Tensor:
-    """(256, 8) bool: the eight places of the codes that a byte of the support speaks of, in either pattern."""
+    """(256, 8) bool: for every value of a byte of the support, the eight entries of the mask that it encodes."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
     if pattern == "free":
         return bits.bool().to(device)
@@ -74,10 +77,10 @@ class Dictionary(Form):
 
     Args:
         atoms: (k, in).
-        values: (nonzeros,) the codes that are stored, row after row.
-        support: (bytes,) uint8, where they are; `pack`.
+        values: (nonzeros,) the nonzero codes, row by row.
+        support: (bytes,) uint8, where they are, as `pack` writes it.
         out_features: rows of the codes.
-        pattern: how `support` is to be read.
+        pattern: how `support` is encoded.
         bias: (out,) or None.
     """
 
@@ -91,7 +94,7 @@ class Dictionary(Form):
 
     @staticmethod
     def of(codes: Tensor, mask: Tensor, atoms: Tensor, pattern: Pattern = "free") -> Dictionary:
-        """From (out, k) codes, of which those under the mask are kept, and (k, in) atoms."""
+        """From (out, k) codes, of which those under the mask are stored, and (k, in) atoms."""
         return Dictionary(atoms, codes[mask], pack(mask, pattern), len(codes), pattern)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -99,7 +102,7 @@ class Dictionary(Form):
         return named if self.bias is None else named | {"bias": self.bias.contiguous()}
 
     def codes(self) -> Tensor:
-        """(out, k), zeros filled in."""
+        """(out, k) with the zeros."""
         return expand(self.values, unpack(self.support, self.out_features, len(self.atoms), self.pattern))
 
     def dense(self) -> Tensor:
@@ -122,16 +125,16 @@ class Dictionary(Form):
 
 
 def expand(values: Tensor, mask: Tensor) -> Tensor:
-    """(out, k) codes from their nonzero values; differentiable in the values."""
+    """(out, k) codes from their nonzero values and their mask; differentiable in the values."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 class DictionaryLinear(nn.Module):
     """`y = codes (weight x) + bias`, where `weight` holds the form's atoms, (k, in).
 
-    Up to `GATHER_UP_TO` tokens gather: each output sums its few coefficients of `weight x`. More expand: the codes are laid out
-    with their zeros for one dense multiplication. Gathering keeps 4 bytes per value in memory from the first such input on;
-    they are in no file.
+    Inputs of up to `GATHER_UP_TO` tokens are multiplied by gathering: each output sums its few coefficients of `weight x`. For
+    longer inputs the codes are expanded with their zeros for one dense multiplication. From the first short input on, gathering
+    keeps an index of 4 bytes per value in memory; it is not stored in the file.
     """
 
     def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
@@ -154,14 +157,14 @@ class DictionaryLinear(nn.Module):
         return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
     def multiply(self, z: Tensor) -> Tensor:
-        """codes z + bias for (..., k) coefficients, by the codes with their zeros."""
+        """codes z + bias for (..., k) coefficients, by a dense multiplication."""
         return nn.functional.linear(z, expand(self.values, self.mask()), self.bias)
 
     def gather(self, z: Tensor) -> Tensor:
         """The same, by a weighted sum over each row's few coefficients."""
         columns, starts = self._indices()
         flat = z.reshape(-1, self.atoms)
-        # torch's kernel is three times slower for one column than for two
+        # torch's kernel takes three times as long for one column as for two
         table = (flat.expand(2, -1) if len(flat) == 1 else flat).T.contiguous()
         y = nn.functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=self.values).T[: len(flat)]
         y = y.reshape(*z.shape[:-1], self.out_features)

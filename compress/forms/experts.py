@@ -1,9 +1,9 @@
 """Mixtures of experts: multiplying by experts that are stored in forms.
 
-transformers 5 keeps all experts of a layer in fused 3-D parameters (experts, out, in) and lets an implementation of the
-experts' forward be registered by name. lrc registers one, `lrc`: it multiplies expert by expert, by the fused parameter where
-that is dense and by a form's module where an expert is factored, and it can show each expert's input to an observer, which is
-how statistics per expert are collected. The gate, the activation and the biases stay the model's own.
+transformers 5 keeps all experts of a layer in fused 3-D parameters (experts, out, in), and implementations of the experts'
+forward pass can be registered by name. lrc registers one, `lrc`. It multiplies expert by expert: by the fused parameter where
+that is dense, by a form's module where an expert is compressed. It can also show each expert's input to an observer; statistics
+per expert are collected in this way. The gate, the activation and the biases remain the model's own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 IMPLEMENTATION = "lrc"
 _FORMS = "_forms"
-_TRIED = 5  # channels that a gate is tried on
+_TRIED = 5  # channels on which a gate is tested
 # observer(experts module, parameter name, expert index, input (tokens, in)); one at a time, set by `observe`
 _observers: list[Callable[[nn.Module, str, int, Tensor], None]] = []
-_readings: list[Callable[[Tensor], Tensor]] = []  # what an expert's input goes through before it is multiplied
+_readings: list[Callable[[Tensor], Tensor]] = []  # applied to an expert's input before it is multiplied
 
 
 def register() -> None:
-    """Make transformers know the experts implementation `lrc`; calling it again changes nothing."""
+    """Register the experts implementation `lrc` with transformers; calling it again changes nothing."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
@@ -33,7 +33,7 @@ def register() -> None:
 
 @contextmanager
 def observe(observer: Callable[[nn.Module, str, int, Tensor], None]) -> Iterator[None]:
-    """While the context is open, `observer(module, parameter, expert, input)` sees what each expert multiplies."""
+    """While the context is open, `observer(module, parameter, expert, input)` is called with every expert's input."""
     _observers.append(observer)
     try:
         yield
@@ -43,7 +43,7 @@ def observe(observer: Callable[[nn.Module, str, int, Tensor], None]) -> Iterator
 
 @contextmanager
 def reading_through(function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the context is open, experts multiply `function(input)` in the place of their input (tokens, in)."""
+    """While the context is open, experts multiply `function(input)` instead of their input (tokens, in)."""
     _readings.append(function)
     try:
         yield
@@ -64,7 +64,7 @@ def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def number_of_matrices(module: nn.Module) -> int:
-    """Matrices that an experts module multiplies by, one per expert and parameter, factored or not."""
+    """The number of matrices that an experts module multiplies by: one per expert and parameter, compressed or not."""
     forms = sum(
         len(child) for name, child in module.named_children() if name.endswith(_FORMS) and isinstance(child, nn.ModuleList)
     )
@@ -72,10 +72,10 @@ def number_of_matrices(module: nn.Module) -> int:
 
 
 def channels_are_free(module: Any) -> bool:
-    """Whether an inner channel of an expert may leave with its own rows and column, gate and up being halves of one matrix.
+    """Whether an inner channel of an expert can be pruned by removing its rows and its column.
 
-    Biases of the experts would have to be cut too, and a gate may pair rows in another way (gpt-oss interleaves them); the
-    gate is tried on a few channels.
+    It cannot where experts have biases, which would have to be pruned too, or where gate and up are not the two halves of one
+    matrix (gpt-oss interleaves their rows). The latter is found by testing the gate on a few channels.
     """
     if any(name.endswith("_bias") for name, _ in module.named_parameters(recurse=False)):
         return False
@@ -88,16 +88,16 @@ def channels_are_free(module: Any) -> bool:
 
 
 def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:
-    """One expert's dense weight as (out, in); a view."""
+    """A view of one expert's dense weight as (out, in)."""
     weight: Tensor = getattr(module, parameter)[expert]
     return weight.T if module.is_transposed else weight
 
 
 def install(module: nn.Module, parameter: str, forms: list[nn.Module]) -> None:
-    """Put one module per expert in the place of a fused parameter.
+    """Replace a fused parameter by one module per expert.
 
-    The fused parameter becomes an empty guard of shape (0,) under its own name: a reader without lrc fails on that shape
-    instead of drawing random experts.
+    Under the parameter's name remains an empty guard of shape (0,): a reader without lrc fails on that shape instead of
+    initialising random experts.
     """
     old = getattr(module, parameter)
     setattr(module, parameter, nn.Parameter(torch.empty(0, dtype=old.dtype, device=old.device), requires_grad=False))
@@ -105,7 +105,7 @@ def install(module: nn.Module, parameter: str, forms: list[nn.Module]) -> None:
 
 
 def stored_name(parameter: str, expert: int) -> str:
-    """Where an expert's form lives relative to its experts module: 'gate_up_proj', 3 -> 'gate_up_proj_forms.3'."""
+    """The path of an expert's form inside its experts module: 'gate_up_proj', 3 -> 'gate_up_proj_forms.3'."""
     return f"{parameter}{_FORMS}.{expert}"
 
 
@@ -121,7 +121,7 @@ def _multiply(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tens
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts' part of a layer, expert by expert.
+    """The forward pass of a layer's experts, expert by expert.
 
     Args:
         self: an experts module of transformers.
@@ -132,7 +132,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (tokens, hidden): the weighted sum of the experts' outputs, summed in float32.
     """
-    if hidden_states.device.type == "meta":  # shapes only: who multiplies what depends on the data
+    if hidden_states.device.type == "meta":  # shapes only: which expert gets which token depends on the data
         return torch.empty_like(hidden_states)
     result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     first = "gate_up_proj" if self.has_gate else "up_proj"

@@ -1,17 +1,17 @@
-"""Number grids: what a quantized number can be, how it is found, and how many bytes it takes.
+"""Number grids: the values that a quantized number can have, how it is rounded to them, and how many bytes it takes.
 
 A grid stores a matrix as codes of 2, 3, 4, 5, 6 or 8 bits, in groups along the input that share a step:
 
-* `int`: value = (code - zero) · step. Symmetric: zero is the middle code, and the largest magnitude of a group lies half a step
-  beyond the last code, so that no error is larger than half a step. Asymmetric: zero is stored too and the group's range is
-  covered exactly (0 always included).
+* `int`: value = (code - zero) · step. Symmetric: zero is the middle code, and the largest magnitude of a group is half a step
+  beyond the last code, so that no error is larger than half a step. Asymmetric: zero is stored too, and the codes cover the
+  group's range exactly (0 is always included).
 * `mxint`: the step is a power of two, stored as one byte (OCP Microscaling Formats v1.0, with blocks of 16 or 32): with e the
-  exponent of the block's largest magnitude, step = 2^(e - bits + 2); the middle code stands for 0.
+  exponent of the block's largest magnitude, step = 2^(e - bits + 2); the middle code is 0.
 
-Steps of `int` have eight significant bits from the start: bfloat16, float16 and float32 all hold them exactly, so that codes
-are chosen for the very steps that are stored.
+Steps of `int` have eight significant bits from the start. bfloat16, float16 and float32 all represent them exactly, so codes
+are chosen for exactly the steps that are stored.
 
-Bits are packed least significant first, each row padded to whole bytes; where a row fills whole 32-bit words this is the bit
+Bits are packed least significant first, each row padded to whole bytes. Where a row fills whole 32-bit words this is the bit
 order of the `pack-quantized` checkpoints of compressed-tensors (which pads rows to words and takes seconds to import).
 """
 
@@ -26,17 +26,17 @@ from torch import Tensor
 from ...errors import NonFiniteError
 
 BITS = (2, 3, 4, 5, 6, 8)
-_SHRUNK = tuple(1 - 0.05 * turn for turn in range(13))  # parts of a group's range that `fitted` tries
-_BIAS = 127  # of a stored exponent, as in OCP's E8M0
+_SHRUNK = tuple(1 - 0.05 * turn for turn in range(13))  # fractions of a group's range that `fitted` tries
+_BIAS = 127  # added to a stored exponent, as in OCP's E8M0
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Of the groups of a matrix.
+    """Steps and zeros of the groups of a matrix.
 
     Args:
         steps: (out, groups) floating point, all positive.
-        zeros: (out, groups) uint8 codes that stand for 0, or None where the middle code does.
+        zeros: (out, groups) uint8, the codes of the value 0; None where it is the middle code.
     """
 
     steps: Tensor
@@ -48,10 +48,10 @@ class Grid:
     """A number grid.
 
     Args:
-        bits: of a code: 2, 3, 4, 5, 6 or 8.
+        bits: per code: 2, 3, 4, 5, 6 or 8.
         group_size: values along the input that share a step; 0: a whole row. The last group of a row may be shorter.
         kind: 'int' or 'mxint'.
-        symmetric: of an `int` grid; `mxint` always is.
+        symmetric: whether zeros are not stored; `mxint` is always symmetric.
     """
 
     bits: int
@@ -74,11 +74,11 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The code that stands for 0 where zeros are not stored."""
+        """The code of the value 0 where zeros are not stored."""
         return 2 ** (self.bits - 1)
 
     def width(self, in_features: int) -> int:
-        """Values of a group in a row of `in_features`."""
+        """Values in a group of a row of `in_features`."""
         return min(self.group_size, in_features) or in_features
 
     def groups(self, in_features: int) -> int:
@@ -86,7 +86,7 @@ class Grid:
         return -(-in_features // self.width(in_features))
 
     def nbytes(self, out_features: int, in_features: int, element: int) -> int:
-        """Exact bytes of an (out, in) matrix on this grid; `element`: bytes of a number in the checkpoint's own dtype."""
+        """Exact bytes of an (out, in) matrix on this grid; `element` is the bytes of a number in the checkpoint's own dtype."""
         groups = self.groups(in_features)
         codes = packed_width(in_features, self.bits)
         steps = groups * (1 if self.kind == "mxint" else element)
@@ -105,16 +105,16 @@ class Grid:
         return self._steps(*self._ranges(weight.double()))
 
     def fitted(self, weight: Tensor, importance: Tensor) -> Scales:
-        """Steps and zeros for a matrix (out, in) whose groups may give up their extremes for finer steps.
+        """Steps and zeros for a matrix (out, in) whose groups may clip their extreme values to get finer steps.
 
-        Every group tries parts of its range and takes the one with the least Σ importance · (value - nearest point)².
+        Every group tries fractions of its range and takes the one with the least Σ importance · (value - nearest point)².
 
         Args:
-            importance: (in,) not negative: how much a squared error in each column counts.
+            importance: (in,) not negative, the weight of a squared error in each column.
         """
         scales = self.scales(weight)
         low, high = self._ranges(weight.double())
-        # float32 is enough to tell which of two is better
+        # float32 is precise enough to compare two ranges
         values, counts = self._grouped(weight.float()), self._grouped(importance[None].float())
         least = self._lost(values, counts, scales)
         for part in _SHRUNK[1:]:
@@ -145,12 +145,12 @@ class Grid:
         return Scales(steps, (-low / steps).round().clamp(0, self.top).to(torch.uint8))
 
     def _ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest value of each group, 0 among them; (out, groups) each."""
+        """The smallest and the largest value of each group and 0; (out, groups) each."""
         padded = self._grouped(weight)
         return padded.amin(2).clamp_max(0), padded.amax(2).clamp_min(0)
 
     def _grouped(self, values: Tensor) -> Tensor:
-        """(out, in) as (out, groups, width); a last group that is not full is filled with zeros."""
+        """(out, in) as (out, groups, width); an incomplete last group is padded with zeros."""
         out_features, in_features = values.shape
         width, groups = self.width(in_features), self.groups(in_features)
         if groups * width > in_features:
@@ -158,16 +158,16 @@ class Grid:
         return values.reshape(out_features, groups, width)
 
     def encode(self, weight: Tensor, scales: Scales) -> Tensor:
-        """Codes (out, in) uint8 of the grid's points nearest to a matrix (out, in); float64 inside."""
-        # by groups: spreading steps and zeros over a matrix of the weight's size first takes longer than all the rest
+        """Codes (out, in) uint8 of the grid's points nearest to a matrix (out, in); computed in float64."""
+        # by groups: expanding steps and zeros to the size of the weight would take longer than all the rest
         values = self._grouped(weight.double()) / scales.steps[..., None]
         offset = self.middle if scales.zeros is None else scales.zeros[..., None]
         codes = values.round_().add_(offset).clamp_(0, self.top).to(torch.uint8)
         return codes.flatten(1)[:, : weight.shape[1]].contiguous()
 
     def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
-        """The matrix (out, in) that codes (out, in) stand for, computed and returned in `dtype`."""
-        # a power of two below the range of float16 still makes values within it
+        """The matrix (out, in) that codes (out, in) represent, computed and returned in `dtype`."""
+        # a step below the range of float16 can still give values within that range
         wide = torch.float32 if self.kind == "mxint" and dtype == torch.float16 else dtype
         # by groups, as in `encode`: five times as fast
         values = self._grouped(codes).to(wide)
@@ -176,23 +176,23 @@ class Grid:
         return values.to(dtype).contiguous()
 
     def spec(self) -> dict[str, Any]:
-        """What a loader must know, JSON-able: the arguments of this class."""
+        """What a loader must know, as JSON: the arguments of this class."""
         return {"bits": self.bits, "group_size": self.group_size, "kind": self.kind, "symmetric": self.symmetric}
 
 
 def _rounded(steps: Tensor) -> Tensor:
-    """Eight significant bits; a group of zeros has step 1."""
+    """Steps rounded to eight significant bits; a group of zeros has step 1."""
     steps = steps.to(torch.bfloat16).double()
     return torch.where(steps > 0, steps, 1.0)
 
 
 def exponents_of(steps: Tensor) -> Tensor:
-    """The stored bytes of steps that are powers of two, (…) uint8."""
+    """The stored exponents (…) uint8 of steps that are powers of two."""
     return (torch.frexp(steps).exponent - 1 + _BIAS).to(torch.uint8)
 
 
 def powers(exponents: Tensor) -> Tensor:
-    """Steps (…) float32 of stored exponents 1 to 254; written as bits, because `exp2` need not be exact."""
+    """Steps (…) float32 of stored exponents 1 to 254; made from their bits, because `exp2` may not be exact."""
     return (exponents.to(torch.int32) << 23).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""The product of two forms: each factor of a low-rank target in a form of its own."""
+"""The product form: low-rank factors that are each stored in a form of their own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Product(Form):
     """`weight ≈ left · right`, each a form of its own.
 
     Args:
-        left: stands for an (out, rank) matrix; carries the bias.
-        right: stands for a (rank, in) matrix.
+        left: the form of the (out, rank) factor; has the bias.
+        right: the form of the (rank, in) factor.
         rank: inner size.
     """
 

@@ -1,4 +1,4 @@
-"""The pruned form: some rows and columns of a weight; which ones need not be stored, since nothing else reads them."""
+"""The pruned form: the kept rows and columns of a weight. Their indices are not stored, because loading does not need them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .base import MODULES, Form, Spec, build_module
 
 @dataclass(frozen=True)
 class Pruned(Form):
-    """Some rows and columns of a weight, in any form: as they are, or codes on a grid, say.
+    """The kept rows and columns of a weight, in any form: dense, or quantized.
 
     Args:
-        form: of the (rows kept, columns kept) matrix; carries the bias of its rows.
-        rows: (rows kept,) which outputs these are; columns: (columns kept,) which inputs.
+        form: of the (rows kept, columns kept) matrix; has the bias of these rows.
+        rows: (rows kept,) indices of the kept outputs.
+        columns: (columns kept,) indices of the kept inputs.
         shape: (out, in) of the whole weight.
     """
 
@@ -31,7 +32,7 @@ class Pruned(Form):
         return self.form.tensors()
 
     def dense(self) -> Tensor:
-        """(out, in), zero where rows and columns are gone."""
+        """(out, in), zero in the pruned rows and columns."""
         left = self.form.dense()
         whole = left.new_zeros(self.shape)
         whole[self.rows[:, None], self.columns] = left
@@ -41,7 +42,7 @@ class Pruned(Form):
         return {"kind": self.kind, "rows": len(self.rows), "columns": len(self.columns), "form": self.form.spec()}
 
     def with_bias(self, bias: Tensor | None) -> Pruned:
-        """With the module's own bias (out,), of which the rows that stay are kept."""
+        """The same form with the kept rows of the module's own bias (out,)."""
         return self if bias is None else replace(self, form=self.form.with_bias(bias[self.rows]))
 
     def stored(self, dtype: torch.dtype) -> Pruned:

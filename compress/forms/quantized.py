@@ -1,7 +1,7 @@
 """Quantized forms: codes on a grid, alone or with a low-rank correction beside them.
 
-Codes are packed, and flat: an 8-bit matrix would else have the shape of the dense one, and a reader without lrc would take
-codes for weights. Factors on a grid are `product.Product` of two quantized forms.
+Codes are packed into a flat tensor. Otherwise an 8-bit matrix would have the shape of the dense one, and a reader without lrc
+would take codes for weights. Quantized factors are a `Product` (product.py) of two quantized forms.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Quantized(Form):
     """A matrix on a grid.
 
     Args:
-        grid: how codes are read.
+        grid: of the codes.
         codes: (out, in) uint8.
-        scales: of the codes' groups; on an `mxint` grid in float32 or float64 whatever the checkpoint's dtype is.
+        scales: of the groups; on an `mxint` grid in float32 or float64, whatever the checkpoint's dtype is.
         bias: (out,) or None.
-        dtype: in which `dense` is computed.
+        dtype: in which `dense` computes.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -38,7 +38,7 @@ class Quantized(Form):
 
     @classmethod
     def nearest(cls, weight: Tensor, grid: Grid) -> Quantized:
-        """The matrix (out, in) with each value rounded to the nearest point of the grid; float64 inside."""
+        """The matrix (out, in) with each value rounded to the nearest point of the grid; computed in float64."""
         scales = grid.scales(weight)
         return cls(grid, grid.encode(weight, scales), scales)
 
@@ -64,9 +64,9 @@ class Quantized(Form):
         return replace(self, bias=bias.to(self.dtype) if self.bias is None else self.bias + bias.to(self.bias))
 
     def stored(self, dtype: torch.dtype) -> Quantized:
-        """The same on the CPU for a checkpoint in `dtype`, whose steps the dtype holds exactly.
+        """The same form on the CPU for a checkpoint in `dtype`, which represents the steps exactly.
 
-        A step below the normal range of float16 is rounded there, and its codes are chosen again for the rounded step.
+        A step below the normal range of float16 is rounded, and its codes are chosen again for the rounded step.
         """
         bias = None if self.bias is None else self.bias.to("cpu", dtype)
         codes, zeros = self.codes.cpu(), None if self.scales.zeros is None else self.scales.zeros.cpu()
@@ -80,19 +80,14 @@ class Quantized(Form):
             codes = self.grid.encode(values, Scales(rounded.double(), zeros))
         return Quantized(self.grid, codes, Scales(rounded, zeros), bias, dtype)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk per number of the original matrix, steps and zeros included."""
-        return bits_per_weight(self, *self.codes.shape)
-
 
 @dataclass(frozen=True)
 class QuantizedLowRank(Form):
-    """`weight ≈ base + correction`: a matrix on a grid, and a low-rank form of what the grid lost.
+    """`weight ≈ base + correction`: a quantized matrix and a low-rank form of its error.
 
     Args:
-        base: carries the bias.
-        correction: factors in the checkpoint's dtype, or on a grid themselves.
+        base: the quantized matrix; has the bias.
+        correction: factors in the checkpoint's dtype, or quantized themselves.
     """
 
     kind: ClassVar[str] = "quantized+low-rank"
@@ -114,25 +109,15 @@ class QuantizedLowRank(Form):
     def stored(self, dtype: torch.dtype) -> QuantizedLowRank:
         return QuantizedLowRank(self.base.stored(dtype), self.correction.stored(dtype))
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits on disk per number of the original matrix, steps, zeros and factors included."""
-        return bits_per_weight(self, *self.base.codes.shape)
-
-
-def bits_per_weight(form: Form, out_features: int, in_features: int) -> float:
-    """Bits on disk of any form of an (out, in) matrix per number of the original, everything but the bias included."""
-    return 8 * form.nbytes / (out_features * in_features)
-
 
 class QuantizedLinear(nn.Module):
     """`y = weight x + bias`, the weight unpacked from its codes at each call.
 
     Args:
-        grid: how codes are read.
+        grid: of the codes.
         in_features, out_features: of the matrix.
         bias: whether there is one.
-        dtype: of scales and bias; multiplied in the dtype of the input, whatever it is.
+        dtype: of scales and bias; the multiplication is done in the dtype of the input.
     """
 
     def __init__(self, grid: Grid, in_features: int, out_features: int, bias: bool, dtype: torch.dtype | None = None) -> None:
@@ -169,7 +154,7 @@ class QuantizedLinear(nn.Module):
 
 
 def _bytes(*shape: int) -> nn.Parameter:
-    # a parameter, because that is what loaders give a dtype, a device and a place in a shard; its dtype keeps it from any cast
+    # a parameter, because loaders place parameters on devices and in shards; they do not cast uint8
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
 
 
@@ -191,7 +176,7 @@ class QuantizedLowRankLinear(QuantizedLinear):
 
 
 def _dense(module: Any) -> Tensor:
-    """The matrix of a low-rank module, whose factors may be modules themselves."""
+    """The matrix of a low-rank module; its factors may be modules themselves."""
     if hasattr(module, "right"):
         return module.left.dense() @ module.right.dense()
     matrix: Tensor = module.dense()

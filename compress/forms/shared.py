@@ -1,9 +1,9 @@
-"""Forms of which several targets share one factor: it is stored once, with the set's first target.
+"""Forms with a factor that several targets share: it is stored once, with the first target of the unit.
 
-Every member stores what is its own under `<module>.weight` (its left factor, or the values of its codes), whose shape is never
-that of the dense weight; the first one, the owner, stores the shared factor beside it. The others name the owner's module path
-in their spec and read its tensor when they multiply. They hold no copy and register nothing, so that a state dict, an
-optimizer or a byte count sees the factor once.
+Every member stores its own tensor under `<module>.weight` (its left factor, or the values of its codes), whose shape is never
+that of the dense weight. The first member, the owner, also stores the shared factor. The spec of each other member names the
+owner's module path, and its module reads the owner's tensor when it multiplies. These modules have no copy and no registered
+parameter, so that a state dict, an optimizer or a byte count sees the factor once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class SharedLowRank(Form):
 
     Args:
         left: (out, rank), the target's own.
-        right: (rank, in), the set's.
+        right: (rank, in), shared by the unit.
         lends: whether this target stores the right factor.
-        owner: module path of the one that does, where it is another.
+        owner: if not, the module path of the target that does.
         bias: (out,) or None.
     """
 
@@ -74,7 +74,7 @@ class SharedDictionary(Form):
     Args:
         own: the target's codes with all atoms.
         lends: whether this target stores the atoms.
-        owner: module path of the one that does, where it is another.
+        owner: if not, the module path of the target that does.
     """
 
     kind: ClassVar[str] = "shared-dictionary"
@@ -107,30 +107,31 @@ class SharedDictionary(Form):
 
 
 class Borrowing:
-    """A module that multiplies by a tensor which it, or the module that it is linked to, holds.
-
-    Args:
-        owner: module path of the lender; None for the lender itself.
-        shared: name of the tensor in the lender.
-        size: its shape.
-    """
+    """A module that multiplies by a shared tensor: its own, or that of the module that it is linked to (the lender)."""
 
     def _share(self, owner: str | None, shared: str, size: tuple[int, int]) -> None:
+        """Say where the shared tensor is.
+
+        Args:
+            owner: module path of the lender; None for the lender itself.
+            shared: name of the tensor in the lender.
+            size: its shape.
+        """
         self.owner, self.shared_name, self.shared_size = owner, shared, size
 
     def link(self, lender: Borrowing) -> None:
         """Read the shared tensor from this module from now on."""
-        self.__dict__["_lender"] = lender  # past nn.Module, which would register it a second time
+        self.__dict__["_lender"] = lender  # not by setattr: nn.Module would register the lender a second time
 
     def shared(self, device: torch.device) -> Tensor:
         """The shared tensor on this device.
 
         Raises:
-            CheckpointError: its lender's weights are not in memory.
+            CheckpointError: the lender's weights are not in memory.
         """
         lender = self if self.owner is None else self.__dict__["_lender"]
         tensor: Tensor = getattr(lender, self.shared_name)
-        if tensor.is_meta:  # accelerate keeps the weights of modules that are not running elsewhere, and knows where
+        if tensor.is_meta:  # accelerate has moved the weights of a module that is not running, and knows where to
             kept = getattr(getattr(lender, "_hf_hook", None), "weights_map", None)
             if kept is None:
                 raise CheckpointError(
@@ -205,14 +206,14 @@ MODULES[SharedDictionary.kind] = SharedDictionaryLinear
 
 
 def link(specs: Mapping[str, Spec], module_at: Callable[[str], nn.Module]) -> None:
-    """Let the modules that share another one's factor find it.
+    """Link every module that shares another module's factor to that module.
 
     Args:
-        specs: module path -> spec; those without an owner need no link.
-        module_at: module path -> the module, AttributeError where there is none.
+        specs: module path -> spec; modules whose spec names no owner need no link.
+        module_at: module path -> the module; raises AttributeError where there is none.
 
     Raises:
-        CheckpointError: the owner is missing, or holds another factor.
+        CheckpointError: the owner is missing, or its factor has another shape or kind.
     """
     for name, spec in specs.items():
         if (owner := spec.get("owner")) is None:
@@ -233,6 +234,11 @@ def link(specs: Mapping[str, Spec], module_at: Callable[[str], nn.Module]) -> No
 
 
 def lenders(module: nn.Module, path: str) -> set[str]:
-    """Module paths outside `path`, the module's own, whose factors its parts read."""
+    """Paths of the modules outside `path` whose factors this module reads.
+
+    Args:
+        module: a layer, say.
+        path: the module's own path.
+    """
     owners = {part.owner for part in module.modules() if isinstance(part, Borrowing) and part.owner is not None}
     return {owner for owner in owners if not owner.startswith(path + ".")}

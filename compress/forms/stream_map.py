@@ -1,9 +1,10 @@
-"""A module whose hidden state is mapped, h + D h + b, before it goes in or after it comes out.
+"""A module whose hidden state is mapped to h + D h + b, at its input or at its output.
 
-A decoder has no weight that multiplies its hidden state, so a repair that does (depth/repairs/linear_patch.py) is laid around a
-module that is there: the module's class becomes a subclass of itself whose forward maps the first floating-point tensor of what
-it takes or returns. Its own tensors keep their names; the map's are `<module>.stream_map.weight` (D) and `.bias`. D and not 1 +
-D is stored: near the identity, 16 bits hold the difference better.
+A decoder has no weight that multiplies its hidden state. A repair that needs one (depth/repairs/linear_patch.py) is therefore
+wrapped around an existing module: the module's class is replaced by a subclass whose forward pass maps the first floating-point
+tensor of its arguments, or of its result. The module's own tensors keep their names; those of the map are
+`<module>.stream_map.weight` (D) and `.bias`. D is stored instead of 1 + D, because 16 bits represent a small difference from
+the identity more precisely.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class StreamMap(nn.Module):
 
 
 def spec(width: int, side: str, bias: bool) -> Spec:
-    """What a loader must know of a map; `side` is 'input' or 'output'."""
+    """What a loader must know about a map; `side` is 'input' or 'output'."""
     return {"kind": KIND, "width": width, "side": side, "bias": bias}
 
 
 def install(module: nn.Module, spec: Spec, dtype: torch.dtype | None = None) -> StreamMap:
-    """Lay an empty map around a module; returns the map. `remove` undoes it."""
+    """Wrap an empty map around a module and return the map; `remove` undoes this."""
     mapped = StreamMap(spec["width"], spec["bias"], dtype)
     module.add_module(NAME, mapped)
     module.__class__ = _mapping(type(module), spec["side"])
@@ -46,13 +47,13 @@ def install(module: nn.Module, spec: Spec, dtype: torch.dtype | None = None) -> 
 
 
 def remove(module: nn.Module) -> None:
-    """Take a map off again."""
+    """Remove the map of a module."""
     module.__class__ = type(module).__mro__[1]
     delattr(module, NAME)
 
 
 def _mapping(plain: type, side: str) -> type:
-    """A subclass of the module's class, by the same name, which transformers looks at when it spreads layers over devices."""
+    """A subclass of the module's class with the same name, which transformers checks when it places layers on devices."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if side == "input":

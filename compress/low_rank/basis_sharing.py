@@ -4,8 +4,8 @@ The weights of one role (q_proj, say) in `layers` neighbouring layers are stacke
 matrix, in the metric of the mean of the layers' grams. The result is one shared basis and one left factor per layer. The output
 and down projections are factored alone, as by `svd-llm`, because their inputs have little in common between layers.
 
-When to use: on models without grouped-query attention. With it the published results are worse than those of `svd-llm`
-(Llama-3-8B). Where 0.6 of the bytes or less are kept, the inputs of neighbouring layers differ too much to share a basis.
+When to use: on models without grouped-query attention; on one that has it (Llama-3-8B) the published results are worse than
+those of `svd-llm`. Where 0.6 of the bytes or less are kept, the inputs of neighbouring layers differ too much to share a basis.
 
 Cost: one symmetric eigenproblem of size (in, in) per role and run of layers; it is repeated only if the run was interrupted
 inside these layers. Statistics: a gram (in, in) per group, kept on disk. The weights of one unit are in memory together.

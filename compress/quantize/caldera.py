@@ -1,18 +1,18 @@
-"""CALDERA: a quantized weight and quantized low-rank factors, found in turn until they fit each other.
+"""CALDERA: a quantized weight and quantized low-rank factors, refitted to each other in turn.
 
-W ≈ Q + L R. Each round quantizes what the factors leave over, W - L R, and then finds new factors for what that quantization
-lost, W - Q, in the metric of the input gram; the round with the least output error is kept. Factors are the best rank-k map of
-W - Q, put on their grid right, left, right, left, each fitted to the other (compress/quantize/factors.py).
+W ≈ Q + L R. Each round quantizes the part that the factors do not represent, W - L R, and then finds new factors for the
+quantization error, W - Q, in the metric of the input gram. The round with the lowest output error is kept. The factors are the
+best rank-k map of W - Q; they are quantized in the order right, left, right, left, each refitted to the other (factors.py).
 
-When to use: at 2 and 3 bits, where one round (`qera`) leaves much.
+When to use: at 2 and 3 bits, where the error after one round (`qera`) is large.
 
-Cost: per round one eigenproblem, one sweep of GPTQ and `inner_rounds` of them on the factors; some ten times `qera`. With
-`rank: null` all of that again for every rank that is asked about. Statistics: a gram per group.
+Cost: per round one eigenproblem, one pass of GPTQ and `inner_rounds` passes on the factors; some ten times `qera`. With
+`rank: null` all of this is repeated for every rank that is asked for. Statistics: a gram per group.
 
 Source: Saha et al., CALDERA, arXiv 2405.18886, algorithms 1 and 2 (2-bit base, 4-bit factors, rank 64 to 256, 20 outer and 50
-inner iterations). Differences from the authors' code: the base is on an integer grid by GPTQ, not on the E8P lattice of QuIP#,
-and no Hadamard transform comes before; factors start from the projection form, which needs no inverse of the gram; fewer
-rounds, because the first ones bring most of the gain.
+inner iterations). Differences from the authors' code: the base is quantized by GPTQ on an integer grid, not on the E8P lattice
+of QuIP#, and without a Hadamard transform before; the factors start from the projection form, which needs no inverse of the
+gram; there are fewer rounds, because the first ones bring most of the gain.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from .factors import Base, quantize_factors
 from .gptq import Compensator, compensator
 from .rtn import Bits
 
-_PATIENCE = 2  # rounds without a better one before the search ends
+_PATIENCE = 2  # the search ends after so many rounds without improvement
 
 
 class CalderaSettings(CorrectionSettings):
     """Settings of `caldera`."""
 
-    bits: Bits = Field(2, description="bits of a code of the base")
-    factor_bits: Literal[16, 8, 4] = Field(4, description="of the factors; 16: in the checkpoint's own dtype")
-    base: Base = Field("gptq", description="how weight and factors are put on their grids")
-    rounds: int = Field(10, ge=1, le=100, description="of quantizing and finding factors in turn; fewer where none is better")
-    inner_rounds: int = Field(5, ge=1, le=100, description="of quantizing both factors, each fitted to the other")
-    damping: float = Field(0.01, ge=0, le=1, description="of gptq: ridge added to the gram, relative to its mean diagonal")
-    act_order: bool = Field(True, description="of gptq: inputs with the most energy first")
+    bits: Bits = Field(2, description="bits per code of the base")
+    factor_bits: Literal[16, 8, 4] = Field(4, description="bits of the factors; 16: stored in the checkpoint's own dtype")
+    base: Base = Field("gptq", description="how weight and factors are quantized")
+    rounds: int = Field(10, ge=1, le=100, description="of quantizing and refitting; stops early without improvement")
+    inner_rounds: int = Field(5, ge=1, le=100, description="of quantizing both factors, each refitted to the other")
+    damping: float = Field(0.01, ge=0, le=1, description="for gptq: ridge added to the gram, relative to its mean diagonal")
+    act_order: bool = Field(True, description="for gptq: inputs with the most energy first")
 
 
 @dataclass(frozen=True)
 class Alternating(Solution):
-    """Found anew for every rank that is asked about.
+    """A target that is solved again for every rank that is asked for.
 
     Args:
         weight: (out, in).
         stats: with the gram.
-        settings: how base and factors are found.
-        ready: rounds in the gram's metric; None rounds to nearest.
+        settings: of the method.
+        ready: GPTQ in the gram's metric; None rounds to nearest.
     """
 
     weight: Tensor
@@ -87,7 +87,7 @@ class Alternating(Solution):
         if choice.rank is None:
             raise ValueError("a dense target is not solved")
         if choice.rank not in self._done:
-            self._done.clear()  # of many ranks that a survey asks about, the last one is kept
+            self._done.clear()  # measuring asks for many ranks once each: only the last one is cached
             self._done[choice.rank] = self._search(choice.rank)
         return self._done[choice.rank]
 
@@ -105,7 +105,7 @@ class Alternating(Solution):
         return best
 
     def _rounds(self, rank: int) -> Iterator[tuple[float, Quantized | QuantizedLowRank]]:
-        """(loss, form) of each round; without factors, of the base alone."""
+        """(loss, form) of each round; for rank 0 only that of the base."""
         weight, metric = self.weight.double(), Metric.of(self.stats)
         base = self._quantize(weight)
         if not rank:
@@ -132,7 +132,7 @@ class Alternating(Solution):
 
 @method("caldera", source="arXiv 2405.18886", needs=["gram"], settings=CalderaSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: CalderaSettings) -> Alternating:
-    """A quantized weight (out, in) and quantized factors, alternating; losses are mean squared output errors."""
+    """A quantized weight (out, in) and quantized factors in turn; losses are mean squared output errors."""
     assert stats.group.gram is not None
     ready = None
     if settings.base == "gptq":

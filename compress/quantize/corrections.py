@@ -1,7 +1,7 @@
-"""What methods share that store a target as a quantized base and a low-rank correction of its error.
+"""Common code of the methods that store a target as a quantized base and a low-rank correction of the base's error.
 
-They differ in the metric in which the error is decomposed. Factors of rank k are the leading part of one decomposition, so that
-a target is solved once for every rank.
+The methods differ in the metric in which the error is decomposed. The factors of rank k are the leading part of one
+decomposition, so a target is solved once for all ranks.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from .rtn import Bits, OneGridSettings
 class CorrectionSettings(OneGridSettings):
     """Settings of methods with a quantized base and a low-rank correction."""
 
-    bits: Bits = Field(4, description="bits of a code of the base")
-    rank: int | None = Field(32, ge=0, description="of the correction; null: as large as the budget allows")
-    factor_bits: Literal[16, 8, 4] = Field(16, description="of the factors; 16: in the checkpoint's own dtype")
+    bits: Bits = Field(4, description="bits per code of the base")
+    rank: int | None = Field(32, ge=0, description="rank of the correction; null: as large as the budget allows")
+    factor_bits: Literal[16, 8, 4] = Field(16, description="bits of the factors; 16: stored in the checkpoint's own dtype")
 
     @property
     def base_grid(self) -> Grid:
+        """The base's grid."""
         return self.of(self.bits)
 
     @property
     def factor_grid(self) -> Grid | None:
-        """The factors' grid (symmetric), None where they stay in the checkpoint's dtype."""
+        """The factors' grid, which is symmetric; None where they are stored in the checkpoint's dtype."""
         return None if self.factor_bits == 16 else Grid(self.factor_bits, self.group_size, self.grid)
 
     def choice(self, rank: int) -> Choice:
-        """The choice of a rank, everything else as the settings say."""
+        """The choice with this rank and the bits of the settings."""
         return Choice(rank, self.bits, None if self.factor_bits == 16 else self.factor_bits)
 
 
 def correction_options(shape: Shape, settings: Any, multiple: int) -> list[Option]:
-    """The rank of the settings, or every rank in steps of `multiple` from 0; none that is not smaller than the matrix.
+    """The rank of the settings, or every rank from 0 in steps of `multiple`, where the form is smaller than the matrix.
 
-    A rank past the smaller side of the matrix is that side.
+    A rank larger than the smaller side of the matrix is replaced by that side.
     """
     most = min(shape.out_features, shape.in_features)
     ranks = range(0, most + 1, multiple) if settings.rank is None else [min(settings.rank, most)]
@@ -68,16 +69,16 @@ def _nbytes(shape: Shape, settings: CorrectionSettings, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Corrected(Solution):
-    """A quantized base, and its error solved for every rank.
+    """A quantized base, and the low-rank correction of its error for every rank.
 
     Args:
         weight: (out, in).
-        base: the weight on a grid.
+        base: the quantized weight.
         error: the solution of weight - base, whose energies are in `metric`.
         metric: in which losses are measured.
-        grid: of the factors; None leaves them in the checkpoint's dtype.
-        ready: with which the factors are put on their grid; None rounds to nearest.
-        ridge: damping of the gram that base or factors were rounded with.
+        grid: of the factors; None stores them in the checkpoint's dtype.
+        ready: GPTQ for the factors; None rounds them to nearest.
+        ridge: damping of the gram that GPTQ used for base or factors.
     """
 
     weight: Tensor
@@ -92,7 +93,7 @@ class Corrected(Solution):
     def form(self, choice: Choice) -> Quantized | QuantizedLowRank:
         rank = self.error.rank(choice)
         if rank not in self._done:
-            self._done.clear()  # a survey asks for many ranks once each; what is kept is the last one
+            self._done.clear()  # measuring asks for many ranks once each: only the last one is cached
             self._done[rank] = self._form(rank)
         return self._done[rank]
 
@@ -121,11 +122,11 @@ class Corrected(Solution):
 
 
 def corrected_by_channel(weight: Tensor, settings: CorrectionSettings, scale: Tensor | None) -> Corrected:
-    """Round to nearest, and the SVD of E diag(scale), E the error: exact in the metric of diag(scale²).
+    """Round to nearest and take the SVD of E diag(scale), E the rounding error: optimal in the metric of diag(scale²).
 
     Args:
         weight: (out, in).
-        scale: (in,) positive, how much an error in each input channel counts; None: all alike.
+        scale: (in,) positive, the weight of an error in each input channel; None: 1 for all.
     """
     base = Quantized.nearest(weight, settings.base_grid)
     error = weight.double() - base.dense()
@@ -137,13 +138,13 @@ def corrected_by_channel(weight: Tensor, settings: CorrectionSettings, scale: Te
 
 
 def best_correction(error: Tensor, stats: TargetStats) -> Projected:
-    """The best map of every rank for an error (out, in) in the metric of the input gram."""
+    """The best correction of every rank for an error (out, in), in the metric of the input gram."""
     directions = stats.group.directions(error)
     return Projected(directions.values, error, directions)
 
 
 def positive(scale: Tensor) -> Tensor:
-    """The scale (in,) float64 with the smallest positive value in the place of zeros; ones where nothing was ever read."""
+    """The scale (in,) in float64 with zeros replaced by the smallest positive value; ones if all are zero."""
     scale = scale.double()
     seen = scale[scale > 0]
     return scale.clamp_min(seen.min()) if len(seen) else torch.ones_like(scale)

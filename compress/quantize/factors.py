@@ -1,9 +1,9 @@
-"""Low-rank factors on a grid.
+"""Quantized low-rank factors.
 
-The right factor is quantized first, in the metric of the target's input; the left one is then fitted anew to what the
-quantized right factor puts out, which makes up for most of what that lost, and is quantized in the metric of that.
+The right factor is quantized first, in the metric of the target's input. The left factor is then refitted to the output of the
+quantized right factor, which compensates for most of its error, and is quantized in the metric of that output.
 
-Source: the order of SVD-LLM's combination with GPTQ (arXiv 2403.07378, §4) with a refit between, which repeated is the inner
+Source: the order of SVD-LLM's combination with GPTQ (arXiv 2403.07378, §4) with a refit in between. Repeated, it is the inner
 loop of CALDERA's factorization (arXiv 2405.18886, algorithm 2, LPLRFactorize).
 """
 
@@ -15,9 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..base import TargetStats
 from ..chain import refit
-from ..forms.base import LowRank
 from ..forms.grids import Grid
 from ..forms.product import Product
 from ..forms.quantized import Quantized
@@ -27,46 +25,10 @@ from .gptq import Compensator, compensator
 Base = Literal["rtn", "gptq"]
 
 
-def quantize_form(
-    form: LowRank,
-    stats: TargetStats,
-    grid: Grid,
-    *,
-    weight: Tensor | None = None,
-    base: Base = "gptq",
-    damping: float = 0.01,
-    act_order: bool = True,
-    rounds: int = 1,
-) -> Product:
-    """A low-rank form with both factors on a grid.
-
-    Args:
-        form: left (out, rank), right (rank, in).
-        stats: of the target's input; its gram is read.
-        grid: of both factors; groups run along the input of each.
-        weight: (out, in) what the product is to stand for; None: what the form stands for.
-        base: how a factor is put on the grid.
-        damping, act_order: of `gptq`.
-        rounds: how often both factors are fitted and quantized; more than one only with settings that gain from it.
-
-    Raises:
-        ValueError: gptq without a gram.
-    """
-    metric = Metric.of(stats)
-    ready = None
-    if base == "gptq":
-        if metric.matrix is None:
-            raise ValueError("quantizing factors by gptq needs the gram of the target's input")
-        ready = compensator(metric.matrix, damping, act_order)
-    target = form.dense() if weight is None else weight
-    product = quantize_factors(target.double(), form.left, form.right, metric, grid, ready, rounds)
-    return product.with_bias(form.bias)
-
-
 def _of_one_size(left: Tensor, right: Quantized) -> tuple[Tensor, Quantized, Tensor]:
-    """The same product with the columns of left of nearly one length, and by what (rank,) the rows of right grew.
+    """The same product with columns of left of nearly equal length, and the factors (rank,) that multiplied the rows of right.
 
-    These are powers of two, which leave right on its grid.
+    The factors are powers of two, so right remains on its grid.
     """
     size = left.norm(dim=0)
     power = torch.where(size > 0, torch.exp2(torch.log2(size.clamp_min(1e-300)).round()), 1.0)
@@ -82,14 +44,16 @@ def quantize_factors(
     ready: Compensator | None = None,
     rounds: int = 1,
 ) -> Product:
-    """Factors of `target` (out, in) on a grid; of several rounds the best in the metric.
+    """Quantized factors of `target` (out, in); of several rounds the one with the lowest error in the metric.
 
     Args:
-        left, right: (out, rank) and (rank, in), where to start from.
+        left, right: (out, rank) and (rank, in), the starting point.
         metric: of the target's input.
-        ready: rounds the right factor, and tells the damping and order with which the left one is; None: both to nearest.
+        grid: of both factors.
+        ready: GPTQ for the right factor; the left one gets the same damping and order. None rounds both to nearest.
+        rounds: how often both factors are refitted and quantized; it stops at the first round that is not better.
     """
-    # groups of the left factor run over components: these must be of one size, and a row of the right factor has its own steps
+    # a group of the left factor contains several components, which must have equal size; rows of right have steps of their own
     size = left.double().norm(dim=0)
     size = torch.where(size > 0, size, 1.0)
     left, right = left.double() / size, right.double() * size[:, None]
@@ -103,15 +67,15 @@ def quantize_factors(
         values = coarse.dense()
         seen = metric.times(values)
         gram = seen @ values.T
-        left = left + refit((target - left @ values) @ seen.T, gram)  # where inputs have no energy, left stays what it was
-        # the fit stretches components that the inputs hardly see: their columns would set the steps of their whole groups
+        left = left + refit((target - left @ values) @ seen.T, gram)  # unchanged where inputs have no energy
+        # the fit enlarges components with little input energy; their columns would determine the steps of their whole groups
         left, coarse, power = _of_one_size(left, coarse)
         gram = gram * power[:, None] * power
         fitted = compensator(gram, ready.damping, ready.order is not None) if ready else None
         product = Product(fitted.quantize(left, grid) if fitted else Quantized.nearest(left, grid), coarse, len(right))
         if rounds == 1:
             return product
-        if best is None:  # once: losses of all rounds come from it without another product of (out, in) with (in, in)
+        if best is None:  # once; the losses of all rounds follow from it without another product of (out, in) and (in, in)
             ahead = metric.times(target)
             whole = float((ahead * target).sum())
         held = product.left.dense()

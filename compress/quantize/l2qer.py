@@ -1,16 +1,16 @@
-"""L²QER: the error of rounding, decomposed with each input channel scaled by its mean magnitude.
+"""L²QER: a low-rank correction of the rounding error, with each input channel scaled by its mean magnitude.
 
-W ≈ Q + L R with L R = SVD_k((W - Q) S) S⁻¹, S a diagonal of the channels' mean magnitudes: the largest of any calibration
-sample, divided by the geometric mean of the least and the greatest channel's.
+W ≈ Q + L R with L R = SVD_k((W - Q) S) S⁻¹, S a diagonal of the channels' mean magnitudes: for each channel the largest mean of
+any calibration sample, divided by the geometric mean of the smallest and the largest channel's value.
 
-When to use: to compare with published results. `qera-approx` costs the same and rests on a derivation; `qera` is exact.
+When to use: to compare with published results. `qera-approx` costs the same and its scale is derived; `qera` is exact.
 
 Cost: one SVD per target; statistics: (in,) per group.
 
-Source: Zhang et al., LQER, arXiv 2402.02446, §3.2 (eq. 12 to 14). Differences from the authors' code: the largest mean is
-taken over samples, not over batches, so that it does not depend on how samples are batched (of an
-expert, whose tokens are of no known sample, it is taken over batches); a channel that never fires has the
-scale of the weakest one that does, in the place of 1e-4; bits are counted per number of the original weight.
+Source: Zhang et al., LQER, arXiv 2402.02446, §3.2 (eq. 12 to 14). Differences from the authors' code: the largest mean
+is taken over samples, not over batches, so that it does not depend on how samples are batched (for an expert, whose tokens
+cannot be assigned to samples, it is taken over batches); a channel that is always zero gets the smallest positive scale instead
+of 1e-4; bits are counted per number of the original weight.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""LQER: what rounding loses is given back by the leading singular components of the error, blind to the data.
+"""LQER: a low-rank correction of the rounding error by its truncated SVD, without calibration data.
 
-W ≈ Q + L R with Q the weight rounded to nearest and L R the truncated SVD of W - Q. The error of rounding is noise with a flat
-spectrum, so that a small rank gives back little; `l2qer` and `qera` decompose what the error does to the outputs instead.
+W ≈ Q + L R with Q the weight rounded to nearest and L R the truncated SVD of W - Q. The rounding error is noise with a flat
+spectrum, so a small rank corrects little of it; `l2qer` and `qera` decompose the effect of the error on the outputs instead.
 
-When to use: without calibration data, or to measure what the others gain.
+When to use: without calibration data, or to measure what the other corrections gain.
 
-Cost: one SVD per target. Needs no statistics. The paper's W4A8 is measured with `lrc eval OUT --activations mxint8` (also
-of `lrc sweep`), which rounds what every matrix reads.
+Cost: one SVD per target. Needs no statistics. The paper's W4A8 is measured with `lrc eval OUT --activations mxint8`, an option
+of `lrc sweep` too, which rounds the input of every matrix.
 
 Source: Zhang et al., LQER, arXiv 2402.02446, §3.1 (4-bit MXINT in blocks of 16, factors in 8-bit MXINT, rank 32). Differences
-from the authors' code: bits are counted per number of the original weight (theirs divide by the factors' numbers too); 8-bit
-factors are fitted to each other after rounding (compress/quantize/factors.py).
+from the authors' code: bits are counted per number of the original weight (theirs count the factors' numbers in the divisor
+too); 8-bit factors are refitted to each other after rounding (factors.py).
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""QERA, exact: the low-rank correction of a quantized weight that leaves the least output error.
+"""QERA, exact: the low-rank correction of a quantized weight with the least output error.
 
-W ≈ Q + L R with L R the best rank-k map for the error E = W - Q in the metric of the input gram C. Published as SVD_k(E
-C^{1/2}) C^{-1/2}; here as the projection U_k U_kᵀ E onto the leading eigenvectors of E C Eᵀ, which is the same map without an
-inverse, so that an exactly singular gram needs no damping.
+W ≈ Q + L R with L R the best rank-k map for the error E = W - Q in the metric of the input gram C. The paper writes it as
+SVD_k(E C^{1/2}) C^{-1/2}. lrc computes the projection U_k U_kᵀ E onto the leading eigenvectors of E C Eᵀ: the same map without
+an inverse, so an exactly singular gram needs no damping.
 
-When to use: the default among corrections. The base is rounded to nearest as published, or by GPTQ, whose error is smaller and
+When to use: the default among corrections. The base is rounded to nearest, as published, or by GPTQ, whose error is smaller and
 is corrected in the same way.
 
-Cost: one symmetric eigenproblem per target on its smaller side (plus one per group where outputs are the larger side);
-with `base: gptq` its Cholesky factor too. Statistics: a gram per group.
+Cost: one symmetric eigenproblem per target on its smaller side (plus one per group where the output side is the larger);
+`base: gptq` adds its Cholesky factor. Statistics: a gram per group.
 
 Source: Zhang et al., QERA, arXiv 2410.06040, theorem 1 (published with 4-bit MXINT in blocks of 32, rank 32 in 16 bit). The
 same map as EoRA, arXiv 2410.21271. Differences from the authors' code: the projection form; grams are means over tokens; the
-base may be GPTQ's.
+base may be quantized by GPTQ.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .gptq import compensator
 class QeraSettings(CorrectionSettings):
     """Settings of `qera`."""
 
-    base: Base = Field("rtn", description="how the weight is put on the grid")
-    damping: float = Field(0.01, ge=0, le=1, description="of gptq: ridge added to the gram, relative to its mean diagonal")
-    act_order: bool = Field(True, description="of gptq: inputs with the most energy first")
+    base: Base = Field("rtn", description="how the weight is quantized")
+    damping: float = Field(0.01, ge=0, le=1, description="for gptq: ridge added to the gram, relative to its mean diagonal")
+    act_order: bool = Field(True, description="for gptq: inputs with the most energy first")
 
 
 @method("qera", source="arXiv 2410.06040", needs=["gram"], settings=QeraSettings, options=correction_options)

@@ -1,10 +1,11 @@
-"""Round to nearest: every weight goes to the nearest point of its grid, blind to the data.
+"""Round to nearest: every weight is rounded to the nearest point of its grid, without calibration data.
 
-When to use: at 8 bits, where nothing better is needed; at 4 bits as the baseline that `gptq` and `qera` are measured against.
+When to use: at 8 bits, where nothing better is needed; at 4 bits as the baseline for `gptq` and `qera`.
 
-Cost: none to speak of. Needs no statistics; the loss is measured on the inputs where their gram is known, else on the weight.
+Cost: negligible. Needs no statistics. The loss is the output error where the input gram was collected, else the weight error.
 
-Source: the common baseline, as in Frantar et al., GPTQ, arXiv 2210.17323, §4. The grids are those of compress/forms/grids.py.
+Source: the common baseline, as in Frantar et al., GPTQ, arXiv 2210.17323, §4. compress/forms/grids.py describes
+the grids.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class OneGridSettings(Settings):
-    """The grid of a method that quantizes, all but its bits."""
+    """Settings of a grid without its bits."""
 
-    group_size: int = Field(64, ge=0, description="values along the input that share a step; 0: a whole row")
+    group_size: int = Field(64, ge=0, description="values along the input that share a step size; 0: a whole row")
     grid: Literal["int", "mxint"] = Field("int", description="int: steps in the checkpoint's dtype; mxint: powers of two")
     symmetric: bool | None = Field(
-        None, description="no zero points are stored; null: asymmetric on int, and mxint is symmetric always"
+        None, description="store no zero points; null: false on int, true on mxint (always symmetric)"
     )
 
     @field_validator("symmetric")
@@ -42,26 +43,26 @@ class OneGridSettings(Settings):
         return symmetric
 
     def of(self, bits: int) -> Grid:
-        """The grid with that many bits."""
+        """The grid with this many bits."""
         return Grid(bits, self.group_size, self.grid, self.grid == "mxint" or bool(self.symmetric))
 
 
 class GridSettings(OneGridSettings):
     """Settings of `rtn`."""
 
-    bits: Bits | None = Field(4, description="bits of a code; null: as many as the budget allows")
+    bits: Bits | None = Field(4, description="bits per code; null: as many as the budget allows")
 
 
 @dataclass(frozen=True)
 class OnGrid(Solution):
-    """A target quantized at each of the bits that are asked for, each of them once.
+    """A target that is quantized once for each number of bits that is asked for.
 
     Args:
         weight: (out, in).
         settings: of the grid.
-        quantize: puts the weight on a grid.
+        quantize: returns the weight on a grid.
         metric: in which the loss is measured.
-        ridge: damping of the gram that `quantize` works with.
+        ridge: damping of the gram that `quantize` uses.
     """
 
     weight: Tensor
@@ -91,7 +92,7 @@ class OnGrid(Solution):
 
 
 def grid_options(shape: Shape, settings: GridSettings, multiple: int) -> list[Option]:
-    """One option for the bits of the settings, or one for each number of bits; none that is not smaller than the matrix."""
+    """One option for the bits of the settings, or one for each number of bits, where the form is smaller than the matrix."""
     wanted = BITS if settings.bits is None else (settings.bits,)
     options = [
         Option(Choice(bits=bits), settings.of(bits).nbytes(shape.out_features, shape.in_features, shape.element))
@@ -102,5 +103,5 @@ def grid_options(shape: Shape, settings: GridSettings, multiple: int) -> list[Op
 
 @method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, options=grid_options)
 def solve(weight: Tensor, stats: TargetStats, settings: GridSettings) -> OnGrid:
-    """The weight (out, in) rounded to nearest."""
+    """The weight (out, in), rounded to nearest."""
     return OnGrid(weight, settings, lambda grid: Quantized.nearest(weight, grid), Metric.of(stats))

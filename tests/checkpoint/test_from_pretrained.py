@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pipeline import compress
-from stock import plain_python, refused_without_lrc
+from stock import plain_python, refused_without_lrc, stock_python
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +56,25 @@ def test_import_lrc_is_all_it_takes(order, compressed, tmp_path):
         compressed("llama"),
     )
     assert done.stdout.split() == ["LowRankLinear", "torch.float16"], done.stderr
+
+
+def test_loading_a_result_imports_forms_and_no_method(compressed):
+    done = stock_python(
+        """
+        import lrc, sys
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        print(type(model.model.layers[0].mlp.up_proj).__name__)
+        print(*(name for name in sys.modules if name.startswith("lrc.compress.")))
+        """,
+        compressed("llama", recipe="svd-llm+gptq"),
+    )
+    assert done.returncode == 0, done.stderr
+    module, imported = done.stdout.splitlines()
+    assert module == "ProductLinear" and "lrc.compress.forms.quantized" in imported.split()
+    needed_by_forms = {"lrc.compress.forms", "lrc.compress.options", "lrc.compress.registry"}
+    rest = {name for name in imported.split() if not name.startswith("lrc.compress.forms.")}
+    assert rest <= needed_by_forms
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -24,6 +24,7 @@ from lrc.cli import app
 from lrc.commands.terminal import size
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
+from lrc.plan.planner import make_draft
 
 
 @pytest.fixture(scope="module")

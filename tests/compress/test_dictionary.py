@@ -76,7 +76,7 @@ def test_both_forwards_are_the_dense_matrix(pattern, dtype):
     assert torch.allclose(module.multiply(z).float(), expected, atol=tolerance)
     assert torch.allclose(module(x).float(), expected, atol=tolerance)
     assert torch.equal(module.dense(), form.dense())
-    assert torch.allclose(module.gather(z[0, :1]).float(), expected[0, :1], atol=tolerance)  # one token has a way of its own
+    assert torch.allclose(module.gather(z[0, :1]).float(), expected[0, :1], atol=tolerance)  # one token has code of its own
     assert module.gather(z[:0]).shape == module.multiply(z[:0]).shape == (0, 3, 13)
 
 
@@ -102,7 +102,7 @@ def test_a_cast_leaves_the_support_alone():
 @pytest.mark.parametrize("settings", [{}, {"pattern": "2:4"}, {"atoms_per_nonzero": "auto"}, {"share": "row"}])
 @pytest.mark.parametrize("shape", [(40, 26), (26, 40), (31, 31)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_file_holds_the_bytes_that_were_optioned(settings, shape, dtype, tmp_path):
+def test_the_file_has_the_bytes_of_its_option(settings, shape, dtype, tmp_path):
     weight, x = problem(*shape, tokens=100)
     weight = weight.to(dtype)
     element = weight.element_size()

@@ -230,7 +230,7 @@ def test_sizes_of_the_methods_own_and_of_the_budget_through_the_pipeline(
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits).all()
 
 
-def test_a_rank_of_the_methods_own_is_rounded_up_to_one_that_is_optioned(tiny_checkpoints, tiny_text_file, tmp_path):
+def test_a_rank_of_the_methods_own_is_rounded_up_to_an_option(tiny_checkpoints, tiny_text_file, tmp_path):
     """Dense would hold what was asked for too, and save nothing."""
     model, wish = tiny_checkpoints("llama"), {"settings__keep": 0.8, "settings__multiple": 1}
     plain = compress(model, tmp_path / "plain", tiny_text_file, "energy", **wish)

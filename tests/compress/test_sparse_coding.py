@@ -220,7 +220,7 @@ def test_auto_is_not_worse_than_the_usual_split():
     weight, x = problem(60, 40, tokens=300)
     for choice in [o.choice for o in options("compot", Shape(60, 40, 8), atoms_per_nonzero="auto")[5::9]]:
         usual = solve("compot", weight, statistics(x)).loss(choice)
-        # splits are compared on their way, so a near tie may go the other way
+        # splits are compared before they are finished, so a near tie may be decided differently
         assert solve("compot", weight, statistics(x), atoms_per_nonzero="auto").loss(choice) <= usual * 1.02
 
 
