@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.collect import Statistics
-from ..calibrate.layerwise import run_batches, through_layers
+from ..calibrate.layerwise import run_batches, run_in_chunks, through_layers
 from ..compress.base import NOTHING_SEEN, TargetStats
 from ..compress.forms.absent import ZERO, Guarded
 from ..compress.forms.base import Form, Spec
@@ -162,34 +162,63 @@ class _Layers:
         """The layer's outputs, batch by batch."""
         return run_batches(layer, name, calls, self.run.devices)[0]
 
+    def observe_and_solve(
+        self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]
+    ) -> tuple[list[Any], SolvedLayer]:
+        """A layer's outputs, and what the artifact will hold of it; statistics are in memory chunk by chunk."""
+        found: dict[str, SolvedTarget] = {}
+
+        def take(stats: dict[str, TargetStats]) -> None:
+            if self.statistics is not None:
+                stats = self.statistics.with_gradients(name, stats)
+            self._solve(index, layer, stats, found)
+
+        chunks, what = self.plan.chunks(index), self.plan.wanted(index)
+        outputs = run_in_chunks(layer, name, calls, self.run.devices, chunks, what, take)
+        return outputs, self.formed(index, name, layer, found)
+
     def observe(
         self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]
     ) -> tuple[list[Any], dict[str, TargetStats]]:
-        """A layer's outputs, and the statistics of its targets that are not left dense."""
+        """A layer's outputs, and the statistics of all its targets that are not left dense, for who needs them repeatedly."""
         outputs, stats = run_batches(layer, name, calls, self.run.devices, self.plan.solved(index), self.plan.wanted(index))
         if self.statistics is not None:
             stats = self.statistics.with_gradients(name, stats)
         return outputs, stats
 
-    def on_disk(self, index: int, name: str) -> dict[str, TargetStats]:
-        """What was collected before of the layer's targets that are still to be solved; nothing seen where nothing was."""
-        names = [target.name for target in self.plan.solved(index) if target.name not in self._waiting]
-        return self.statistics.read(name, names) if self.statistics else dict.fromkeys(names, NOTHING_SEEN)
+    def solve_from_disk(self, index: int, name: str, layer: nn.Module) -> SolvedLayer:
+        """What the artifact will hold of a layer, from statistics that were collected before, read chunk by chunk."""
+        found: dict[str, SolvedTarget] = {}
+        for chunk in self.plan.chunks(index):
+            names = [target.name for target in chunk if target.name not in self._waiting]
+            stats = self.statistics.read(name, names) if self.statistics else dict.fromkeys(names, NOTHING_SEEN)
+            self._solve(index, layer, stats, found)
+        return self.formed(index, name, layer, found)
 
     def solve(self, index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> SolvedLayer:
-        """What the artifact will hold of a layer, which itself is not changed.
+        """What the artifact will hold of a layer, which itself is not changed."""
+        found: dict[str, SolvedTarget] = {}
+        self._solve(index, layer, dict(stats), found)
+        return self.formed(index, name, layer, found)
+
+    def _solve(self, index: int, layer: nn.Module, stats: dict[str, TargetStats], found: dict[str, SolvedTarget]) -> None:
+        """Solve the units that these statistics are of, and those that wait; what belongs to this layer is put into `found`.
 
         Args:
-            stats: of its targets that are not left dense; each is taken out once it was used, to free its memory.
+            stats: of some of the layer's targets, the members of a unit together; each is taken out once it was used, to free
+                its memory.
         """
-        steps = self.plan.layer_steps(index)
-        found: dict[str, SolvedTarget] = {}
         for target in self.plan.solved(index):
-            if target.name not in self._waiting:
+            if target.name in stats and target.name not in self._waiting:
                 unit = self._units[target.name]
                 mine = {each.name: stats.pop(each.name) for each in unit.targets if each.name in stats}
                 self._waiting |= self._solver.solve(unit, layer, index, mine)
-            found[target.name] = self._waiting.pop(target.name)
+            if target.name in self._waiting:
+                found[target.name] = self._waiting.pop(target.name)
+
+    def formed(self, index: int, name: str, layer: nn.Module, found: Mapping[str, SolvedTarget]) -> SolvedLayer:
+        """What the artifact will hold of a layer whose targets are solved."""
+        steps = self.plan.layer_steps(index)
         forms: dict[str, Form] = {path: each.form for path, each in found.items()}
         edits = self.plan.model_edit.edit(name) or NONE
         if edits.maps and not forms and not edits.zeroed:
@@ -231,9 +260,8 @@ def _without_activations(work: _Layers) -> None:
             continue
         started, resumed = time.perf_counter(), work.finished(name)
         if not resumed:
-            stats = work.on_disk(index, name)
             with edited(view.load(name), name, work.plan.model_edit.edit(name)) as layer:
-                work.write(name, work.solve(index, name, layer, stats))
+                work.write(name, work.solve_from_disk(index, name, layer))
             view.unload(name)
             give_back()
         work.report(index, name, started, resumed)
@@ -250,8 +278,9 @@ class _OneShot:
         work, started, resumed = self.work, time.perf_counter(), self.work.finished(name)
         outputs: list[Any] | None = None
         if not resumed:
-            outputs, stats = work.observe(index, name, layer, calls)
-            work.write(name, work.solve(index, name, layer, stats))
+            outputs, solved = work.observe_and_solve(index, name, layer, calls)
+            work.write(name, solved)
+            del solved
         elif not work.last(index):
             outputs = work.forward(layer, name, calls)
         work.report(index, name, started, resumed)
@@ -270,8 +299,7 @@ class _Sequential:
         if resumed:
             work.put_back(layer, name)
         else:
-            stats = work.observe(index, name, layer, calls)[1]
-            solved = work.solve(index, name, layer, stats)
+            solved = work.observe_and_solve(index, name, layer, calls)[1]
             work.write(name, solved)
             if not work.last(index):
                 install(layer, name, solved.specs, solved.tensors)
@@ -314,7 +342,7 @@ class _BothModels:
         goals = others if sequential else outputs + others
 
         def in_place(tried: nn.Module) -> SolvedLayer:
-            solved = work.solve(index, name, tried, dict(stats))
+            solved = work.solve(index, name, tried, stats)
             install(tried, name, solved.specs, solved.tensors)
             return solved
 
