@@ -11,7 +11,7 @@ import torch
 from ..calibrate.data import Calibration
 from ..checkpoint.artifact import Artifact
 from ..checkpoint.atomic import writing
-from ..depth.choose import choose_parts
+from ..depth.choose import choose_removed
 from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
 from ..model.host_memory import steady_memory
@@ -54,7 +54,7 @@ def operated(
             return held
         spec = plan.recipe.dropping
         assert spec is not None
-        chosen = choose_parts(view, spec, calibration.tokens, devices, trials, notify)
+        chosen = choose_removed(view, spec, calibration.tokens, devices, trials, notify)
         windows = Windows(calibration.tokens, calibration.held_out)
         found = repaired(view, chosen, spec, windows, plan.recipe.calibration.seed, devices[0], notify)
         with writing(folder):
