@@ -1,21 +1,22 @@
-"""Dropping layers or sub-layers, and repairing what is left: contracts and registry of scores and repairs.
+"""Dropping layers or sub-layers, and repairing the rest of the model: contracts and registry of scores and repairs.
 
-A score is one pure function that says which parts go. A part is a layer, or one residual sub-layer of a layer (attention, or
-feed-forward); the score knows parts by their numbers only, in the order of a forward. What it is shown is its own choice:
+A score is one pure function that chooses which candidates are removed. A candidate is a layer, or one residual sub-layer of a
+layer (attention or feed-forward); the score knows candidates by their numbers only, in the order of a forward. Each score
+declares its input:
 
-* `states`: the hidden states that a few calibration tokens have before and after every layer;
-* `loss`: a function that says what the model loses (mean negative log likelihood in nats per token) without some parts;
+* `states`: the hidden states of a few calibration tokens before and after every layer;
+* `loss`: a function that measures the model's loss (mean negative log likelihood in nats per token) without some candidates;
 * `divergence`: the same for the divergence of its predictions from those of the whole model;
 * nothing.
 
-A repair says how to make up for a run of dropped layers, without training (a linear map, fitted to hidden states) or with it.
+A repair compensates for a run of dropped layers, without training (a linear map, fitted to hidden states) or with it.
 
-No state or loss here ever belongs to a padded token, so that scores and repairs need no mask: calibration packs text into full
-windows (calibrate/data.py), and every token of a window is real.
+Scores and repairs need no mask: no state and no loss here belongs to a padded token, because calibration packs text into full
+windows (calibrate/data.py).
 
-Scores that compare hidden states by cosine alone are cheap and can be badly wrong: on Llama-3-8B a contiguous run of seven
-layers chosen so takes the perplexity from 6.1 to 2288 (LinearPatch, NeurIPS 2025), because few dimensions of very large value
-make any two states look alike. Look at the result before you use it.
+Scores that compare hidden states by cosine alone are cheap and can be badly wrong: dropping a run of seven layers chosen by
+cosine takes Llama-3-8B from a perplexity of 6.1 to 2288 (LinearPatch, NeurIPS 2025), because a few dimensions with very large
+values make any two states look alike. Evaluate the result before you use it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from ..compress.registry import first_line, import_all
 from ..errors import RequestError, did_you_mean
 
 Looks = Literal["states", "loss", "divergence", ""]
-# boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many go -> the layers that go, ascending
+# boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many to drop -> the dropped layers, ascending
 ByStates = Callable[[Sequence[Tensor], Sequence[int], int], list[int]]
-# sets of parts that are taken out -> nats per token of each such model
+# sets of removed candidates -> loss or divergence of each such model, nats per token
 Trial = Callable[[Sequence[frozenset[int]]], list[float]]
-# parts -> whether enough is gone when these are
+# removed candidates -> whether these are enough
 Enough = Callable[[Collection[int]], bool]
-# trial, candidates, enough -> the parts that go, ascending
+# trial, candidates, enough -> the removed candidates, ascending
 ByTrial = Callable[[Trial, Sequence[int], Enough], list[int]]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,13 +49,12 @@ class Score:
 
     Args:
         name: as recipes write it.
-        choose: `ByStates` where it looks at states or at nothing, else `ByTrial`; candidates are the parts that are not
-            protected.
+        choose: `ByStates` where its input is states or nothing, else `ByTrial`; candidates are not protected.
         source: the paper it comes from.
         by_cosine: whether it compares directions of hidden states only.
-        looks: what it is shown; empty for nothing.
-        one_run: whether what it chooses are always neighbours.
-        tokens_per_channel: of the hidden states; fewer than so many times the model's width tell it nothing.
+        looks: its input; empty for nothing.
+        one_run: whether it always chooses neighbouring layers.
+        tokens_per_channel: how many tokens of hidden states it needs for each channel of the model's width.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Score:
 
     @property
     def tries(self) -> bool:
-        """Whether it asks what the model loses without some parts."""
+        """Whether it measures the model without some candidates."""
         return self.looks in ("loss", "divergence")
 
     @property
@@ -80,7 +80,7 @@ class Fit(Protocol):
     """A linear map that is fitted to pairs of states, batch by batch."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in states (tokens, width) and what they should become."""
+        """Add states (tokens, width) and the states that the map should make of them."""
 
     def change(self) -> tuple[Tensor, Tensor | None]:
         """(D, b), float64: the map is x + D x + b; D is (width, width), b is (width,) or None."""
@@ -94,9 +94,9 @@ class Repair:
         name: as recipes write it.
         make: (width, damping) -> `Fit` where it is fitted; `Training` -> `Training` with its own defaults where it is trained.
         source: the paper it comes from.
-        on: what it changes: `stream`: the hidden state where the run was; `sub-layer`: what the last sub-layer before the run
-            adds to it; `layer`: one layer of the run stays and stands in for it; `end`: norm, head and the last layers.
-        damped: whether it is fitted by least squares, which damping pulls towards leaving the state as it is.
+        on: what it changes: `stream`: the hidden state where the run was; `sub-layer`: the output of the last sub-layer before
+            the run; `layer`: the first layer of the run, which is kept in place of the run; `end`: norm, head and last layers.
+        damped: whether it is fitted by least squares; damping then pulls the map towards the identity.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Repair:
 
 
 class Training(BaseModel):
-    """How a trained repair is trained; what is left out is the repair's own default (its file says which and why).
+    """How a trained repair is trained; for a key that is left out, the repair's file gives its own default and the reason.
 
     Args:
         lr: peak of AdamW's learning rate.
@@ -135,7 +135,7 @@ class Training(BaseModel):
     weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def filled(self, **defaults: float) -> Training:
-        """The same with defaults where nothing was given."""
+        """The same with these defaults for keys that were left out."""
         return Training(**(defaults | self.model_dump(exclude_none=True)))
 
 
@@ -206,13 +206,13 @@ def get_repair(name: str) -> Repair:
 
 
 def greedily(trial: Trial, candidates: Sequence[int], enough: Enough) -> list[int]:
-    """Take out, again and again, the part without which the model is best, until enough is gone; ascending.
+    """In each round remove the candidate without which the model is best, until enough are removed; ascending.
 
-    Of equal candidates the earlier one goes, so that the result does not depend on their order.
+    Of equally good candidates the one with the smallest number is removed, so that their order does not change the result.
     """
-    gone: set[int] = set()
-    while not enough(gone):
-        left = [part for part in sorted(candidates) if part not in gone]
-        found = trial([frozenset(gone | {part}) for part in left])
-        gone.add(min(zip(found, left, strict=True))[1])
-    return sorted(gone)
+    removed: set[int] = set()
+    while not enough(removed):
+        left = [candidate for candidate in sorted(candidates) if candidate not in removed]
+        found = trial([frozenset(removed | {candidate}) for candidate in left])
+        removed.add(min(zip(found, left, strict=True))[1])
+    return sorted(removed)

@@ -1,4 +1,4 @@
-"""Which parts of a model may go, and when enough of them are gone."""
+"""Which layers or sub-layers of a model may be removed, and when enough of them are."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from .spec import DepthSpec
 
 
 def open_layers(layers: int, spec: DepthSpec) -> range:
-    """The layers that may go, of so many."""
+    """The numbers of the layers that are not protected, in a model of so many layers."""
     return range(spec.protect_first, layers - spec.protect_last)
 
 
 def open_sublayers(sublayers: Sequence[SubLayer], layers: int, spec: DepthSpec) -> list[int]:
-    """The numbers of the sub-layers that may go.
+    """The numbers of the sub-layers that are not protected.
 
     Raises:
-        BudgetError: they are fewer, or smaller, than what is to go.
+        BudgetError: they are fewer, or smaller, than what `spec` removes.
     """
-    parts = [number for number, sublayer in enumerate(sublayers) if sublayer.layer in open_layers(layers, spec)]
-    if not enough_sublayers(sublayers, spec)(parts):
+    candidates = [number for number, sublayer in enumerate(sublayers) if sublayer.layer in open_layers(layers, spec)]
+    if not enough_sublayers(sublayers, spec)(candidates):
         wanted = f"{spec.drop} sub-layers" if spec.drop is not None else f"{spec.ratio:.0%} of the targets"
-        share = _numel([sublayers[number] for number in parts]) / _numel(sublayers)
+        share = _numel([sublayers[number] for number in candidates]) / _numel(sublayers)
         raise BudgetError(
-            f"depth: {wanted} shall go; {len(parts)} of {len(sublayers)} sub-layers ({share:.0%}) are not protected.",
+            f"depth: {wanted} are to be removed; {len(candidates)} of {len(sublayers)} sub-layers ({share:.0%}) "
+            "are not protected.",
             "Change depth.drop (or depth.ratio), depth.protect_first or depth.protect_last.",
         )
-    return parts
+    return candidates
 
 
 def enough_sublayers(sublayers: Sequence[SubLayer], spec: DepthSpec) -> Enough:
-    """Whether sub-layers are as many as `drop` says, or hold as much of all targets as `ratio` says."""
+    """Tells of removed sub-layers whether they are `drop` or more, or hold `ratio` or more of all targets' weights."""
     if spec.drop is not None:
         wanted = spec.drop
         return lambda gone: len(gone) >= wanted

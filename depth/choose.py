@@ -1,7 +1,7 @@
-"""Which layers, or which sub-layers, go: a score's question to the original model, asked with a few calibration tokens.
+"""Choosing the layers or sub-layers to remove: a score is evaluated on the original model with a few calibration tokens.
 
-The answer is part of the plan. From there on the model simply has fewer parts: statistics of what stays are taken without those
-that go, and the artifact is renumbered (run/run.py).
+The choice is in the plan. All later steps work on the model without them: statistics of the remaining layers are taken without
+the removed ones, and the artifact's layers are renumbered (run/run.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .model_edit import ModelEdit
 from .spec import DepthSpec, how_many
 
 
-def choose_parts(
+def choose_removed(
     view: ModelView,
     spec: DepthSpec,
     tokens: Tensor,
@@ -38,23 +38,23 @@ def choose_parts(
     folder: Path,
     notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
 ) -> ModelEdit:
-    """The parts that go; repairs come later (depth/repair.py).
+    """The model edit that removes the chosen layers or sub-layers; repairs come later (depth/repair.py).
 
     Args:
-        tokens: (samples, length) calibration tokens; a part of them is enough.
-        folder: keeps what each model without some parts lost: an interrupted search, or one for more parts, goes on from there.
+        tokens: (samples, length) calibration tokens; the score uses some of them.
+        folder: keeps the loss of every model that was measured; an interrupted search, or one that removes more, reads it.
         notify: called with (what was done, 0, seconds) after each round of a greedy score.
     """
     score = get_score(spec.score)
     if spec.granularity == "sub-layer":
         candidates = open_sublayers(view.sublayers, len(view.layers), spec)
         trial = _Trying(view, spec, tokens, devices[0], view.sublayers, folder, notify)
-        gone = score.choose(trial, candidates, enough_sublayers(view.sublayers, spec))
-        return ModelEdit.without([view.sublayers[part] for part in gone], trial.record)
+        removed = score.choose(trial, candidates, enough_sublayers(view.sublayers, spec))
+        return ModelEdit.without([view.sublayers[number] for number in removed], trial.record)
     layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
     if score.tries:
         trial = _Trying(view, spec, tokens, devices[0], None, folder, notify)
-        chosen_layers = score.choose(trial, layers, lambda gone: len(gone) >= count)
+        chosen_layers = score.choose(trial, layers, lambda removed: len(removed) >= count)
         return ModelEdit(tuple(chosen_layers), record=trial.record)
     boundaries: list[Tensor] = []
     if score.looks:
@@ -64,12 +64,12 @@ def choose_parts(
 
 
 def layers_chosen(view: ModelView, spec: DepthSpec) -> int:
-    """How many layers a score chooses; one more than go, where one of them is to stand in for all."""
+    """How many layers a score chooses; one more than are dropped where the repair keeps one of them in place of the run."""
     return how_many(spec, len(view.layers)) + (spec.repair != "none" and get_repair(spec.repair).on == "layer")
 
 
 class _Trying:
-    """What the model loses without sets of parts, and a record of each round's best."""
+    """Measures the model without sets of candidates, and records the best set of each round."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class _Trying:
         notify: Callable[[str, int, float], None],
     ) -> None:
         self._view, self._device, self._notify = view, device, notify
-        self._variant = Ablation if sublayers is None else WithoutSubLayers(sublayers)
+        self._without = Ablation if sublayers is None else WithoutSubLayers(sublayers)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
@@ -93,11 +93,12 @@ class _Trying:
 
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()
-        keys = [",".join(map(str, sorted(parts))) for parts in sets]
-        missing = {key: parts for key, parts in zip(keys, sets, strict=True) if key not in self._known}
+        keys = [",".join(map(str, sorted(removed))) for removed in sets]
+        missing = {key: removed for key, removed in zip(keys, sets, strict=True) if key not in self._known}
         if missing:
             measure = losses if self._looks == "loss" else divergences
-            measured = measure(self._view, self._tokens, [self._variant(parts) for parts in missing.values()], self._device)
+            ablations = [self._without(removed) for removed in missing.values()]
+            measured = measure(self._view, self._tokens, ablations, self._device)
             self._known |= dict(zip(missing, measured, strict=True))
             write_json(self._file, self._known)
         found = [self._known[key] for key in keys]
@@ -109,7 +110,7 @@ class _Trying:
 
 
 def spread(tokens: Tensor, samples: int) -> Tensor:
-    """At most so many of the samples, evenly spread."""
+    """At most this many of the samples (samples, length), evenly spread."""
     samples = max(1, min(len(tokens), samples))
     return tokens[[number * len(tokens) // samples for number in range(samples)]]
 

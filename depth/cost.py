@@ -1,4 +1,4 @@
-"""What depth costs before it is known what goes: forwards, training and memory, for the plan."""
+"""Cost of dropping layers and of repairs, for the plan, before the layers are chosen: forwards, training and memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from ..calibrate.data import CalibrationSpec
     from ..model.view import ModelView
 
-_SEEN_TOKENS = 8192  # of the hidden states that a score looks at, which are held for all layers at once, unless it needs more
-HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens of a window, and of all windows
-_GRAPH = 16  # numbers per token that a layer keeps for its backward pass, in its widest width
+_SEEN_TOKENS = 8192  # whose hidden states a score gets, unless it needs more: those of all layers are in memory at once
+HELD_WINDOW, HELD_TOKENS = 512, 8192  # of the held-out loss: tokens in a window, and in all windows
+_GRAPH = 16  # numbers that a layer keeps for its backward pass, per token and channel of its widest matrix
 _WIDENED = 6  # float64 copies of one layer's states that a score works on
 _TRAINED = 20  # bytes for each trained number: master, gradient, two moments, best state
 
 
 def seen_samples(score: Score, hidden: int, samples: int, length: int) -> int:
-    """Of how many calibration samples a score is shown the hidden states of the model's width."""
+    """For how many calibration samples a score gets hidden states, in a model with `hidden` channels."""
     return min(samples, max(1, _SEEN_TOKENS // length, math.ceil(score.tokens_per_channel * hidden / length)))
 
 
 def depth_lines(
     view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, model_edit: ModelEdit
 ) -> tuple[str, ...]:
-    """What choosing and repairing will take, and what the result needs to load, in words."""
+    """What choosing and repairing will compute, and whether the result needs lrc to load, in words."""
     if spec is None:
         return ()
     lines, tokens = [], calibration.samples * calibration.length
@@ -72,7 +72,7 @@ def _repair_lines(view: ModelView, spec: DepthSpec, tokens: int) -> list[str]:
 
 
 def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: CalibrationSpec, model_edit: ModelEdit) -> int:
-    """Predicted resident memory, beside the process, while depth chooses and repairs; docs/memory.md has the formula."""
+    """Predicted resident bytes, without the process itself, of choosing and repairing; docs/memory.md has the formula."""
     if spec is None:
         return 0
     element = view.dtype.itemsize
@@ -86,9 +86,9 @@ def depth_bytes(view: ModelView, spec: DepthSpec | None, calibration: Calibratio
         seen = seen_samples(score, text.hidden_size, calibration.samples, calibration.length) * calibration.length
         moments.append(layer + (len(view.layers) + 1) * seen * token + _WIDENED * 8 * seen * text.hidden_size)
     if score.tries:
-        parts = len(view.sublayers) if spec.granularity == "sub-layer" else len(view.layers)
+        candidates = len(view.sublayers) if spec.granularity == "sub-layer" else len(view.layers)
         seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
-        moments.append(layer + min(STATES, parts * COPIES * seen * token) + logits)
+        moments.append(layer + min(STATES, candidates * COPIES * seen * token) + logits)
     if spec.repair != "none":
         repair = get_repair(spec.repair)
         held = min(HELD_TOKENS, calibration.samples * calibration.length)

@@ -1,7 +1,7 @@
-"""What depth does to one model: layers and sub-layers that go, edits of those that stay, and why; kept on disk.
+"""The change that depth makes to one model: removed layers and sub-layers, edits of the others, and a record of the reasons.
 
-Finding it can cost hours, so it lies in a folder beside the unfinished artifact and is read again, layer by layer, by the run
-that stores the result and by one that continues it.
+Finding it can take hours. So it is kept in a folder beside the unfinished artifact; the run that stores the result reads it
+from there layer by layer, and so does a run that continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _OUTSIDE = "outside"
 
 @dataclass(frozen=True)
 class ModelEdit:
-    """What goes, and what is changed.
+    """Layers and sub-layers that are removed, and edits of the others.
 
     Args:
-        dropped: layers that go, ascending.
-        removed: names of the sub-layers that go.
-        zeroed: their targets.
-        edits: layer name -> its edit, where they are held in memory.
-        outside: parameters outside the layers -> new values, where they are held in memory.
-        maps: layer name -> {module path in it: spec} of every map, for the plan's bytes.
-        record: what was found on the way, for `lrc.json`.
-        folder: where edits lie, None where there are none or they are held in memory.
+        dropped: removed layers, ascending.
+        removed: names of the removed sub-layers.
+        zeroed: the targets of the removed sub-layers.
+        edits: layer name -> its edit; empty where edits are on disk.
+        outside: parameter outside the layers -> new value; empty where edits are on disk.
+        maps: layer name -> {module path in the layer: spec} of every map, for the plan's bytes.
+        record: losses and choices, for `lrc.json`.
+        folder: where edits are on disk; None where there are none or they are in memory.
     """
 
     dropped: tuple[int, ...] = ()
@@ -51,12 +51,12 @@ class ModelEdit:
 
     @classmethod
     def without(cls, sublayers: Sequence[SubLayer], record: Mapping[str, Any] | None = None) -> ModelEdit:
-        """These sub-layers go."""
+        """The model edit that removes these sub-layers."""
         zeroed = tuple(target for sublayer in sublayers for target in sublayer.targets)
         return cls((), tuple(sublayer.name for sublayer in sublayers), zeroed, record=record or {})
 
     def edit(self, layer: str) -> LayerEdit | None:
-        """What is changed in a layer; reads its file."""
+        """The edit of a layer, None where it has none; reads it from disk where it is there."""
         gone = tuple(target for target in self.zeroed if target.name.startswith(layer + "."))
         found = self.edits.get(layer)
         if self.folder is not None and (self.folder / f"{layer}.safetensors").is_file():
@@ -66,19 +66,19 @@ class ModelEdit:
         return found
 
     def outside_tensors(self) -> dict[str, Tensor]:
-        """New values of parameters outside the layers; reads their file."""
+        """New values of parameters outside the layers; reads them from disk where they are there."""
         if self.folder is not None and (self.folder / f"{_OUTSIDE}.safetensors").is_file():
             return load_file(self.folder / f"{_OUTSIDE}.safetensors")
         return dict(self.outside)
 
     @property
     def added(self) -> int:
-        """Numbers that maps add to the model."""
+        """How many parameters maps add to the model."""
         specs = [spec for layer in self.maps.values() for spec in layer.values()]
         return sum(spec["width"] * (spec["width"] + (1 if spec["bias"] else 0)) for spec in specs)
 
     def write(self, folder: Path, identity: Mapping[str, Any]) -> ModelEdit:
-        """Put it into a folder, in the place of another one; returns the same, read from there when needed."""
+        """Write it into a folder in place of an earlier one; returns a model edit that reads its edits from there."""
         folder.mkdir(parents=True, exist_ok=True)
         for earlier in (folder / _FILE, *folder.glob("*.safetensors")):
             earlier.unlink(missing_ok=True)
@@ -94,13 +94,13 @@ class ModelEdit:
         maps = {layer: {path: each.spec for path, each in edit.maps.items()} for layer, edit in self.edits.items() if edit.maps}
         zeroed = [target.name for target in self.zeroed]
         held = _Held(dict(identity), self.dropped, self.removed, zeroed, maps, dict(self.record))
-        write_json(folder / _FILE, held)  # the last to appear: edits without it are written again
+        write_json(folder / _FILE, held)  # written last: without this file, edits are found and written again
         return ModelEdit(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A model edit's file; `identity` is of the run that found it, `zeroed` names targets, tensors lie beside it."""
+    """The JSON file of a model edit: `identity` of the run that found it, names of `zeroed` targets; tensors have own files."""
 
     identity: dict[str, Any]
     dropped: tuple[int, ...]
@@ -111,7 +111,7 @@ class _Held:
 
 
 def read_model_edit(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> ModelEdit | None:
-    """What an interrupted run of the same identity found; None where there is nothing of it."""
+    """The model edit that an interrupted run of the same identity wrote; None where there is none."""
     held = read_json(folder / _FILE, _Held)
     if held is None or held.identity != json.loads(json.dumps(identity)):
         return None

@@ -1,12 +1,12 @@
-"""Repairs: making up for runs of dropped layers, and keeping only what helps.
+"""Repairs: compensating for runs of dropped layers, and keeping only the repairs that do not raise the held-out loss.
 
-A fitted repair is a linear map (depth/repairs/*.py says which). The original model and the pruned one go through the layers
-side by side, two streams of the same tokens; at the end of each run the map is fitted from the pruned stream to the original
-one, and the pruned stream goes on repaired, so that later runs are fitted to what will reach them. Where the map can be
-multiplied into a matrix it is, and the checkpoint stays plain; else it is laid around a layer (compress/forms/stream_map.py).
+A fitted repair is a linear map (depth/repairs/). The original model and the pruned one run layer by layer on the same tokens.
+At the end of each run of dropped layers the map is fitted from the pruned model's hidden states to the original's, and applied
+to the pruned model's, so that later runs are fitted to the states that will reach them. Where the map can be multiplied into a
+matrix it is, and the checkpoint stays plain; else it is a linear layer of its own (compress/forms/stream_map.py).
 
-Every repair is judged by the model's own loss on calibration samples that it was not fitted to, one after the other: what
-raises it is left out, and the record says so. Trained repairs: depth/trained_repair.py.
+Every repair is judged, one after the other, by the model's loss on calibration samples that it was not fitted to: a repair that
+raises the loss is left out, and the record says so. Trained repairs: depth/trained_repair.py.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Notify = Callable[[str, int, float], None]
 
 @dataclass(frozen=True)
 class Mend:
-    """One run's repair.
+    """The repair of one run of dropped layers.
 
     Args:
-        layers: the run, first and one past the last.
-        at: the layer that is edited.
-        edit: how.
-        how: where the map lives, in words.
-        tokens: that it was fitted to.
+        layers: the run: its first layer, and one past its last.
+        at: number of the layer that is edited.
+        edit: the edit.
+        how: which module holds the map, in words.
+        tokens: how many tokens it was fitted to.
     """
 
     layers: tuple[int, int]
@@ -113,7 +113,7 @@ def divided(tokens: Tensor, hold_out: float) -> Windows:
 
 
 def held_windows(samples: Tensor) -> Tensor:
-    """Held-out samples cut into windows of `HELD_WINDOW`; evenly spread, as many as hold `HELD_TOKENS`."""
+    """Held-out samples (samples, length) cut into windows of `HELD_WINDOW` tokens; evenly spread, `HELD_TOKENS` in all."""
     length = min(HELD_WINDOW, samples.shape[1])
     windows = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
     most = max(1, HELD_TOKENS // length)
@@ -148,8 +148,8 @@ def accepted(view: ModelView, dropped: Collection[int], mends: Sequence[Mend], h
     """
     kept, merge = list(mends), _Merging()
     while True:
-        variants = [Ablation(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
-        found = losses(view, held, variants, device)
+        ablations = [Ablation(frozenset(dropped), merge(kept[:count])) for count in range(len(kept) + 1)]
+        found = losses(view, held, ablations, device)
         worse = next((count for count in range(1, len(found)) if found[count] > found[count - 1]), None)
         if worse is None:
             return Accepted(kept, found[0], found[-1])
@@ -157,7 +157,7 @@ def accepted(view: ModelView, dropped: Collection[int], mends: Sequence[Mend], h
 
 
 class _Merging:
-    """Edits of several mends by layer; equal ones are one object, so that variants share what they can."""
+    """Edits of several mends by layer; equal ones are one object, so that ablations share their computations."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], LayerEdit] = {}
@@ -177,8 +177,10 @@ class _Run:
     """One run while its map is fitted.
 
     Args:
-        sublayer: the last sub-layer of the layer before the run, where the map goes behind it.
-        added: what that sub-layer added to the pruned stream, one tensor per batch.
+        first: its first layer.
+        end: one past its last.
+        sublayer: the last sub-layer of the layer before the run, where the map is applied to that sub-layer's output.
+        added: what that sub-layer added to the pruned model's hidden state, one tensor per batch.
         matrix: (weight (out, in), bias) of the sub-layer's last target, where the map can be multiplied into it.
     """
 
@@ -198,7 +200,7 @@ def fitted(
     device: torch.device,
     notify: Notify = lambda what, count, seconds: None,
 ) -> list[Mend]:
-    """The map of every run of dropped layers, in their order.
+    """The map of every run of dropped layers, in the order of the runs.
 
     Args:
         tokens: (samples, length); all of them are used.
@@ -281,7 +283,7 @@ class _Fitting:
             return whole, run_calls(layer, turn.name, turn.calls[count:], self._device)
 
     def _mended(self, run: _Run, whole: Sequence[Any], pruned: Sequence[Any]) -> tuple[Mend, list[Any]]:
-        """The run's repair, and the pruned stream with it."""
+        """The run's repair, and the pruned model's outputs with the map applied."""
         width = hidden_of(pruned[0]).shape[-1]
         fit: Fit = self._repair.make(width, self._damping)
         tokens = 0
@@ -307,7 +309,7 @@ class _Fitting:
         return Mend((run.first, run.end), at, edit, how, tokens), moved
 
     def _placed(self, run: _Run, change: Tensor, narrow: LinearMap) -> tuple[int, LayerEdit, str]:
-        """Where the map lives: (layer, edit, in words)."""
+        """Which layer holds the map: (its number, its edit, in words)."""
         names = self._view.layer_names
         if run.sublayer is not None and run.sublayer.last is not None and run.matrix is not None:
             weight, bias = run.matrix

@@ -1,4 +1,4 @@
-"""What a recipe may ask of depth: which score, how much goes, and how it is made up for."""
+"""The recipe key `depth`: which score chooses layers or sub-layers to remove, how many, and which repair follows."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .base import Training, repairs, scores
 
 
 class DepthSpec(BaseModel):
-    """Whole layers, or sub-layers, that go before anything else happens.
+    """Layers or sub-layers are removed before anything else is done.
 
     Args:
-        score: what decides (`lrc recipe scores`).
-        granularity: 'layer', or 'sub-layer': attention and feed-forward go each on its own.
-        drop: how many of them; or
-        ratio: of layers, which fraction, rounded up; of sub-layers, which fraction of the targets' bytes at least.
-        protect_first, protect_last: layers at either end that stay.
-        repair: how to make up for what went (`lrc recipe scores` lists them too).
-        damping: of least squares in a repair, relative to the mean diagonal of the gram, towards leaving the state as it is.
-        hold_out: fraction of the calibration samples that a repair is not fitted to and must not lose on; not looked at where
-            the calibration has held-out windows of its own (`calibration.held_out`).
-        loss_samples, loss_length: calibration samples, and tokens of each, on which a score that asks for losses has them.
-        training: of a repair that is trained.
+        score: chooses them (`lrc recipe scores`).
+        granularity: 'layer', or 'sub-layer': attention and feed-forward are removed independently.
+        drop: how many are removed; or
+        ratio: the fraction of layers to remove, rounded up; of sub-layers, the least fraction of the targets' bytes to remove.
+        protect_first, protect_last: how many layers at either end are not removed.
+        repair: compensates for removed layers (`lrc recipe scores` lists repairs too).
+        damping: ridge of a repair's least squares, relative to the mean diagonal of the gram; pulls the map towards identity.
+        hold_out: fraction of the calibration samples that a repair is not fitted to, and on which it must not raise the loss;
+            unused where the calibration has held-out windows of its own (`calibration.held_out`).
+        loss_samples, loss_length: number of calibration samples, and tokens of each, on which a score measures losses.
+        training: settings of a trained repair.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,7 +69,7 @@ class DepthSpec(BaseModel):
             able = ", ".join(name for name, each in scores().items() if each.tries)
             raise ValueError(f"score {self.score} knows whole layers only; granularity sub-layer goes with {able}")
         if self.granularity == "sub-layer" and repair is not None and repair.on != "end":
-            raise ValueError(f"repair {self.repair} stands in for whole layers; granularity sub-layer goes with none")
+            raise ValueError(f"repair {self.repair} stands in for whole layers; granularity sub-layer allows none")
         if repair is not None and repair.on == "layer" and not score.one_run:
             able = ", ".join(name for name, each in scores().items() if each.one_run)
             raise ValueError(f"repair {self.repair} stands in for one run of neighbours; take score {able}")
@@ -82,14 +82,15 @@ class DepthSpec(BaseModel):
 
 
 def how_many(spec: DepthSpec, layers: int) -> int:
-    """The number of layers that go; a ratio is rounded up, so that no less than asked for is removed.
+    """The number of dropped layers; a ratio is rounded up, so that no fewer than asked for are dropped.
 
     Raises:
-        BudgetError: fewer layers than that are open.
+        BudgetError: fewer layers than that are not protected.
     """
     count = spec.drop if spec.drop is not None else -int(-(spec.ratio or 0) * layers // 1)
     open_layers = layers - spec.protect_first - spec.protect_last
-    spare = 1 if spec.repair in repairs() and repairs()[spec.repair].on == "layer" else 0  # one of the run stands in for it
+    keeps_one = spec.repair in repairs() and repairs()[spec.repair].on == "layer"  # a layer of the run, in place of the run
+    spare = 1 if keeps_one else 0
     if not 0 < count <= open_layers - spare:
         stands = f", one of which is to stand in for the {count + 1} of a run" if spare else ""
         raise BudgetError(

@@ -1,7 +1,7 @@
-"""Trained repairs: one layer that learns to stand in for a run, or the end of the model that learns to live without one.
+"""Trained repairs: the first layer of a run learns to replace the run, or the end of the model learns to do without it.
 
-Both are trained by refine/trainer.py, which keeps the state that is best on held-out text; both leave plain tensors of layers
-that stay.
+Both are trained by refine/trainer.py, which keeps the state that is best on held-out text; both change only the values of plain
+tensors in the remaining layers and outside the layers.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def train(
     settings: BlockSettings,
     notify: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Refinement:
-    """Train any parameters on any loss of batches; they are left in their best state, without gradients.
+    """Train any parameters on any loss of batches; the parameters end in their best state, without gradients.
 
     Args:
         parameters: as `checked_dtypes` gives them.
         loss: number of a batch -> the sum of its tokens' losses.
-        tokens: of each batch.
-        judge: the held-out loss.
-        settings: `loss` and `epoch_tokens` have no part in it.
+        tokens: how many each batch has.
+        judge: computes the held-out loss.
+        settings: its `loss` and `epoch_tokens` are not used.
 
     Raises:
-        NonFiniteError: the held-out loss is no number before the first step.
+        NonFiniteError: the held-out loss is not finite before the first step.
     """
 
     def backward(index: int, total: int) -> float:
@@ -231,9 +231,9 @@ def _facts(report: Refinement) -> dict[str, Any]:
 
 
 class _End:
-    """The end of a pruned model, to be run from the states that reach it: the last layers, the final norm and the head.
+    """The end of a pruned model (the last layers, the final norm, the head), run from given hidden states.
 
-    The model's own forward runs, so that whatever it does to states and logits is done; its earlier layers hand on the state.
+    The model's own forward runs, so that its own processing of states and logits is kept; its earlier layers do nothing.
     """
 
     def __init__(self, view: ModelView, model_edit: ModelEdit, last: Sequence[int], device: torch.device) -> None:
@@ -268,7 +268,7 @@ class _End:
         return logits
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: all of the last layers, vectors outside the layers (the final norm), a head of its own."""
+        """The trained parameters: all of the last layers, vectors outside the layers (the final norm), an untied head."""
         view, head = self._view, self._view.untied_head
         inside = tuple(f"{view.layer_names[index]}." for index in self._last)
         layers = f"{view.layers_path}."
@@ -288,7 +288,7 @@ class _End:
 
 @contextmanager
 def _outside_on(view: ModelView, device: torch.device) -> Iterator[None]:
-    """While the context is open, what lies outside the layers is on the device; buffers go back at its end."""
+    """While the context is open, modules outside the layers are on the device; at its end their buffers are restored."""
     moved: list[tuple[nn.Module, str, Tensor]] = []
     if device.type != "cpu":
         for path, module in view.model.named_modules():

@@ -1,13 +1,14 @@
-"""Two streams: what the original's layers see and put out, and what the compressed layers do, side by side.
+"""Correction: fitting a layer's matrices to the inputs that they get in the compressed model, before they are compressed.
 
-Both go through the layers together, so that a compressed layer can be held to the original's output on the same tokens:
+The original and the compressed model run layer by layer on the same tokens, so that a compressed layer can be compared with the
+original's output:
 
-* `correct` regresses every matrix on what the compressed layers before its own give it (`propagate: compressed` alone
-  compresses the original matrix on that): R = W (Ĉ + β D)(Ĉ + λ I)⁻¹ with Ĉ = E[x̂ x̂ᵀ] and D = E[(x - x̂) x̂ᵀ], x the original's
-  input and x̂ the compressed model's (`regressed` says where the ridge stands). β = 1 aims at the original's output, β = 0 at
-  W x̂. The method then compresses R. Which β is taken, or none, is chosen for each layer by its error on held-out tokens.
-  Matrices that stay dense are corrected too, for nothing.
-* `refine_block` (refine/objectives.py) trains what the layer stores, its norms and its biases.
+* `correct` regresses every matrix on its inputs in the compressed model (`propagate: compressed` alone compresses the original
+  matrix for these inputs): R = W (Ĉ + β D)(Ĉ + λ I)⁻¹ with Ĉ = E[x̂ x̂ᵀ] and D = E[(x - x̂) x̂ᵀ], x the original's input and x̂ the
+  compressed model's (`regressed` explains where the ridge is added). β = 1 aims at the original's output, β = 0 at W x̂. The
+  method then compresses R. For each layer the β, or no correction, with the least error on held-out tokens is chosen. Matrices
+  that are kept dense are corrected too, which adds no bytes.
+* `refine_block` (refine/objectives.py) trains the layer's stored parameters, its norms and its biases.
 
 Source: the dual-input objective of AA-SVD (arXiv 2604.02119, theorem 3.2) and SAES-SVD (arXiv 2602.03051); choosing by held-out
 block error, and "none" among the choices, is lrc's: independent reproductions (LowRankArena, arXiv 2608.26389) saw
@@ -56,7 +57,7 @@ class CorrectionSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """The calls of one layer in both streams, batch by batch; the last `held` of each are held out."""
+    """The calls of one layer in both models, batch by batch; the last `held` of each are held out."""
 
     original: Sequence[Call]
     compressed: Sequence[Call]
@@ -65,8 +66,8 @@ class Pair:
     @classmethod
     def of(cls, calls: Sequence[Call], held: int) -> Pair:
         """From all calls in a row: the original's, then the compressed model's."""
-        half = len(calls) // 2
-        return cls(calls[:half], calls[half:], held)
+        count = len(calls) // 2
+        return cls(calls[:count], calls[count:], held)
 
     @property
     def trained(self) -> int:
@@ -74,7 +75,7 @@ class Pair:
         return len(self.original) - self.held
 
     def read(self, sequential: bool) -> tuple[Sequence[Call], Sequence[Call]]:
-        """The calls that statistics come from, and the others that the original layer answers."""
+        """(The calls that statistics are taken from, the other calls for which the original layer's outputs are needed)."""
         if sequential:
             return self.compressed[: self.trained], self.original
         return self.original[: self.trained], self.original[self.trained :]
@@ -90,7 +91,7 @@ def cross_moments(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Group -> (E[x̂ x̂ᵀ], E[(x - x̂) x̂ᵀ]), both (in, in) float64, over the batches that are not held out.
 
-    Experts are left out: the two streams send different tokens to them.
+    Experts are left out: the two models send different tokens to them.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = 0
@@ -114,7 +115,7 @@ def cross_moments(
 
 @contextmanager
 def _inputs(layer: nn.Module, name: str, targets: Sequence[Target]) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, the input (tokens, in) float32 of every group whose targets are no experts."""
+    """While the context is open, notes the input (tokens, in) float32 of every group whose targets are no experts."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         watched: set[str] = set()
@@ -161,7 +162,7 @@ def correct(
     settings: CorrectionSpec | None,
     compress: Callable[[nn.Module], Solved],
 ) -> tuple[nn.Module, Solved, dict[str, Any]]:
-    """Compress a copy of a layer with and without correction, and keep what is nearest to the goals on held-out tokens.
+    """Compress copies of a layer with and without correction, and keep the one nearest to the goals on held-out tokens.
 
     Args:
         layer: the original layer on its device; not changed.
@@ -204,7 +205,7 @@ def block_error(layer: nn.Module, examples: BlockExamples, device: torch.device)
 
 
 def restored(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Give a layer with its forms in place the stored values of everything else (norms and biases that were refined)."""
+    """Give a layer with its forms installed the stored values of all other tensors (norms and biases that were refined)."""
     state = layer.state_dict()
     with torch.no_grad():
         for key, value in tensors.items():

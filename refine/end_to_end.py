@@ -1,16 +1,16 @@
-"""Refinement of the whole: the last step of a run trains what it stored towards the original's predictions.
+"""End-to-end refinement: the last step of a run trains the stored parameters towards the original's predictions.
 
-The original is read once more, layer by layer, for the hidden states from which it predicts; they lie on disk, and its logits
-are made from them by the compressed model's own output head, which is the same. The compressed model is then held whole and
-trained (refine/objectives.py), and the shards are written again. After every look at the held-out text the state of the
-training is put down, so that a killed run goes on from there.
+The original runs once more, layer by layer, and its last hidden states are written to disk. The compressed model's output head,
+which is the same, computes the original's logits from them. Then the whole compressed model is loaded and trained
+(refine/objectives.py), and the shards are written again. After every evaluation on held-out text the state of the training is
+written to disk, so that a killed run continues from there.
 
 Memory: the compressed model + 12 bytes per trained number (16 where it is stored in 16 bits) + the best values so far + the
 activations and logits of one step. Time: some four forwards of the model per trained token, three without gradient
 checkpointing.
 
 Source: KL to the original's logits on the factors alone, a few dozen steps: level 3 of three-level compression ("Per-Matrix
-Optimality Is Not Enough", 2026), with the divergence in the place of the text's own next tokens, which generalises better.
+Optimality Is Not Enough", 2026), with the divergence in place of the text's own next tokens, which generalises better.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Distillation:
     """One refinement of a compressed model against its original.
 
     Args:
-        folder: for the original's hidden states and the state of the training; lies there until the run is finished.
+        folder: for the original's hidden states and the state of the training, until the run is finished.
         settings: of the training.
         windows: calibration samples, which are cut to the length of the settings, and held-out windows.
     """
@@ -63,7 +63,7 @@ class Distillation:
             folder.mkdir(parents=True, exist_ok=True)
 
     def watch_original(self, view: ModelView, devices: Sequence[torch.device]) -> None:
-        """Put the original's last hidden states onto the disk, a tensor per window, unless they lie there already."""
+        """Write the original's last hidden states to disk, a tensor per window, unless they are there already."""
         path = self._folder / _TEACHER
         if path.is_file():
             return
@@ -81,13 +81,13 @@ class Distillation:
             sync_file(temporary)
 
     def run(self, model: Any, layers: Sequence[torch.nn.Module], notify: Callable[[int, int, float], None]) -> Refinement:
-        """Train a compressed model, held whole on its device, and leave it in its best state.
+        """Train a compressed model, which is in memory on its device, and leave it in its best state.
 
         Args:
-            notify: called with (look, of how many at most, held-out divergence in nats per token).
+            notify: called with (number of the evaluation, how many at most, held-out divergence in nats per token).
 
         Raises:
-            CheckpointError: a file that an interrupted run left is damaged.
+            CheckpointError: a file of an interrupted run is damaged.
         """
         looks = -(-self._settings.steps // self._settings.every)
         path = self._folder / _TEACHER
@@ -143,7 +143,7 @@ def refine_artifact(
         view: the original.
         work: not begun, or interrupted.
         devices: the original's layers run on all of them, the training on the first.
-        notify: called with (look, of how many at most, held-out divergence in nats per token).
+        notify: called with (number of the evaluation, how many at most, held-out divergence in nats per token).
     """
     work.watch_original(view, devices)
     artifact.expose(config)
@@ -157,7 +157,7 @@ def refine_artifact(
     done = work.run(small.model, small.layers, notify)
     state = small.model.state_dict()
     for key, shard in artifact.done.items():
-        # guards (empty tensors under the names of what they guard) have no place in the model
+        # guards (empty tensors under the names of the tensors that they guard) have no place in the model
         refined = {name: state[name].cpu() if name in state else held for name, held in artifact.read(key).items()}
         artifact.write(key, shard.file, refined, shard.record)
     return {key: value for key, value in asdict(done).items() if key != "seconds"}  # the same for an interrupted run
@@ -165,7 +165,7 @@ def refine_artifact(
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Only around what reads the file: whatever else goes wrong is not its fault."""
+    """Turns errors of reading a file into CheckpointError; wrap only the reading in it."""
     try:
         yield
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -173,11 +173,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def from_hidden(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The logits that a causal language model makes of its decoder's last hidden states, scaled and capped as it does.
+    """The logits that a causal language model computes from its decoder's last hidden states, with its own scaling and capping.
 
     Args:
         ids: (samples, length), for the shape only.
-        hidden: (samples, length, hidden), in the place of what the decoder would return.
+        hidden: (samples, length, hidden), the decoder's output.
     """
     decoder = model.get_submodule(model.base_model_prefix)
     own = vars(decoder).get("forward")
@@ -192,7 +192,7 @@ def from_hidden(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 class _Given(SimpleNamespace):
-    """A decoder's answer, as an object and as the tuple that older models take apart."""
+    """A decoder's output, as an object and as the tuple that older models unpack."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__(last_hidden_state=hidden, past_key_values=None, hidden_states=None, attentions=None)
@@ -202,4 +202,4 @@ class _Given(SimpleNamespace):
         return hidden
 
     def __getattr__(self, name: str) -> None:
-        return None  # router logits, caches: what a model without labels has no use for
+        return None  # router logits, caches: a model without labels does not use them

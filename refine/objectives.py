@@ -1,16 +1,16 @@
-"""Refinement: training what a compressed model already stores, against the original, so that it costs no byte.
+"""Refinement: training the parameters that a compressed model already stores towards the original; it adds no bytes.
 
-`refine_block` trains one layer at a time to give, from the compressed model's hidden state, what the original layer gave from
-the original's (AA-SVD, arXiv:2604.02119, and level 2 of three-level compression; plain squared error: cosine losses inflate the
-factors' largest singular values). `refine_end_to_end` trains the factors of a whole model towards the original's
-distribution, which generalises better than the text's own next tokens. refine/trainer.py steps, judges and keeps the best.
+`refine_block` trains one layer at a time to compute, from the compressed model's hidden state, the output that the original
+layer has in the original model (AA-SVD, arXiv:2604.02119, and level 2 of three-level compression; plain squared error: cosine
+losses inflate the factors' largest singular values). `refine_end_to_end` trains the factors of a whole model towards the
+original's predicted distribution, which generalises better than the text's own next tokens. trainer.py takes the steps.
 
-What is trained: every floating-point tensor of a form (factors, atoms, scales, biases), and in blocks all norms and biases too;
-dense weights, routers and embeddings stay. A layer in bfloat16 is trained in bfloat16 with float32 masters of what is trained,
-and is judged by the rounded values, which are those that will be stored.
+Trained parameters: every floating-point tensor of a form (factors, atoms, scales, biases), and in blocks all norms and biases
+too; dense weights, routers and embeddings are not trained. A layer in bfloat16 is trained in bfloat16 with float32 masters of
+the trained parameters, and judged by the rounded values, which are the ones that will be stored.
 
-Memory of a block: the layer + 16 bytes per trained parameter (20 with masters) + one call's autograd graph, beside the caller's
-calls and targets. Time: about three forwards of the layer per token and epoch.
+Memory of a block: the layer + 16 bytes per trained parameter (20 with masters) + one call's autograd graph, in addition to the
+caller's examples. Time: about three forwards of the layer per token and epoch.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from .trainer import (
 
 
 class BlockSettings(TrainingSettings):
-    """Of `refine_block`; a look at the held-out loss is an epoch, and a step never divides a call.
+    """Of `refine_block`; the held-out loss is evaluated after each epoch, and a step takes whole calls.
 
     Attributes:
         epochs: at most.
-        epoch_tokens: tokens per epoch; fewer than there are means that each epoch sees another part of them. None: all.
+        epoch_tokens: tokens per epoch; with fewer than there are, successive epochs take different ones. None: all.
         loss: `variance`: squared error relative to the variance of the original's outputs; `token`: each token's relative to
-            the mean square of its own output, so that a few huge tokens do not decide; `mse`: as it is.
+            the mean square of its own output, so that a few tokens with huge outputs do not dominate; `mse`: the plain error.
     """
 
     epochs: int = Field(default=4, ge=1)
@@ -64,10 +64,10 @@ class EndToEndSettings(TrainingSettings):
 
     Attributes:
         steps: at most.
-        every: steps between two looks at the held-out loss.
-        length: windows are cut into pieces of so many tokens, which costs less attention; None: as they are.
+        every: steps between two evaluations of the held-out loss.
+        length: windows are cut into pieces of this many tokens, which makes attention cheaper; None: windows are not cut.
         vectors: whether norms and biases are trained too.
-        gradient_checkpointing: run each layer anew in the backward pass instead of keeping its activations: a third more
+        gradient_checkpointing: run each layer again in the backward pass instead of keeping its activations: a third more
             time, and memory for the activations of one layer only.
     """
 
@@ -100,18 +100,18 @@ def refine_block(
     notify: Notify = lambda epoch, loss: None,
     everything: bool = False,
 ) -> Refinement:
-    """Train a compressed layer towards the original layer's outputs; it is left in its best state, without gradients.
+    """Train a compressed layer towards the original layer's outputs; it ends in its best state, without gradients.
 
     Args:
-        layer: with its forms in place, on its device.
+        layer: with its forms installed, on its device.
         examples: the compressed model's calls of the layer; their goals are the original layer's outputs in the original model.
         held_out: the same of other text, which decides when to stop and what to keep.
         notify: called with (epoch, held-out loss).
-        everything: train dense weights too (a layer that is to stand in for others).
+        everything: train dense weights too (a layer that is to replace a run of layers).
 
     Raises:
-        NonFiniteError: the held-out loss is no number before the first step.
-        RequestError: float16.
+        NonFiniteError: the held-out loss is not finite before the first step.
+        RequestError: a trained parameter is in float16.
     """
     if not examples.calls or not held_out.calls:
         raise ValueError("refinement needs calls to train on and calls to judge by")
@@ -140,7 +140,7 @@ def refine_block(
 
 
 def _block_error(layer: nn.Module, call: Call, target: Tensor, settings: BlockSettings) -> Tensor:
-    """Sum over a call's tokens of the mean squared error, relative to the token's own square where the settings ask for it."""
+    """Sum over a call's tokens of the mean squared error over channels, each token's relative to its own square for `token`."""
     device = next(layer.parameters()).device
     with multiplying_in(settings.precision, device):
         output = run_layer(layer, call.to(device))
@@ -155,13 +155,13 @@ def _block_error(layer: nn.Module, call: Call, target: Tensor, settings: BlockSe
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a whole model is trained on, and what it is to predict.
+    """The text that a whole model is trained on, and the predictions that it is trained towards.
 
     Args:
         batches: token ids to train on, (samples, length) each.
         held_out: token ids of other text, which decides when to stop and what to keep.
-        teacher: token ids -> the original's logits (samples, length, words), in any dtype and on any device; called anew each
-            time, so it is the caller's choice whether they are computed or read.
+        teacher: token ids -> the original's logits (samples, length, words), in any dtype and on any device; called for every
+            batch of every step, so the caller chooses whether logits are computed or read.
     """
 
     batches: Sequence[Tensor]
@@ -182,15 +182,15 @@ def refine_end_to_end(
 
     Args:
         model: a compressed causal language model of transformers in evaluation mode, with its weights.
-        layers: its decoder layers; each is run anew in the backward pass instead of keeping its activations.
+        layers: its decoder layers; with gradient checkpointing each runs again in the backward pass.
         teaching: the text, and the original's predictions.
-        notify: called with (number of the look, held-out loss).
+        notify: called with (number of the evaluation, held-out loss).
         resume: the last state of an interrupted refinement of the same model.
-        keep: called with the state after every look.
+        keep: called with the state after every evaluation of the held-out loss.
 
     Raises:
-        NonFiniteError: the held-out loss is no number before the first step.
-        RequestError: float16.
+        NonFiniteError: the held-out loss is not finite before the first step.
+        RequestError: a trained parameter is in float16.
     """
     batches, held_out = teaching.batches, teaching.held_out
     if not batches or not held_out:
@@ -239,7 +239,7 @@ def _variance(targets: Sequence[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """While the context is open, the layers keep no activations for a backward pass: they run again in it.
+    """While the context is open, the layers keep no activations: they run again in a backward pass.
 
     transformers' own switch needs training mode, which also turns dropout on.
     """

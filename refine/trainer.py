@@ -1,7 +1,7 @@
-"""What every training here shares: AdamW on float32 masters, a held-out loss that decides, and the best state kept.
+"""Training for all refinements: AdamW on float32 masters, early stopping on a held-out loss, and the best state kept.
 
-Whatever is trained stops early on data that it does not train on, and is left in the state that was best there: never worse
-than where it started. Nothing here touches a disk.
+A training stops early on data that it does not train on, and leaves the parameters in the state that was best there: never
+worse than at the start. Nothing here reads or writes files.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Notify = Callable[[int, float], None]
 
 
 class TrainingSettings(Settings):
-    """What every training is told.
+    """Settings of every training.
 
     Attributes:
         lr: peak of AdamW's learning rate.
         batch_tokens: tokens per step.
-        patience: looks at the held-out loss without a better one before stopping.
+        patience: how many evaluations of the held-out loss without a better one before stopping.
         weight_decay: of AdamW.
-        warmup: share of all steps in which the learning rate rises; then it falls in a cosine to a tenth.
+        warmup: fraction of all steps in which the learning rate rises; then it falls in a cosine to a tenth.
         clip: largest norm of a step's gradient.
-        precision: `bfloat16` multiplies in bfloat16 whatever the model's dtype is (weights and sums stay in theirs), which is
-            several times as fast where the processor has the instructions; `model`: in the model's own.
+        precision: `bfloat16` multiplies in bfloat16 whatever the model's dtype is (weights and sums keep theirs), which is
+            several times as fast where the processor has the instructions; `model`: in the model's own dtype.
         seed: of the order of the batches.
     """
 
@@ -55,11 +55,13 @@ class TrainingSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands, from which it goes on after a kill.
+    """The state of a training after an evaluation of the held-out loss, from which a killed training continues.
 
     Args:
         start, best: held-out losses.
-        steps, looks, since: taken so far; looks since the best one.
+        steps: optimizer steps so far.
+        looks: evaluations of the held-out loss so far.
+        since: evaluations since the best one.
         tensors: 'best.N', 'master.N', 'mean.N', 'square.N' of the N-th parameter.
     """
 
@@ -76,11 +78,11 @@ class Refinement:
     """What a training did.
 
     Args:
-        start, best: held-out loss before and after; the same where nothing helped, and then nothing has changed.
+        start, best: held-out loss before and after; equal if no step lowered it, and then no parameter has changed.
         steps: optimizer steps taken.
         seconds: of wall time.
         parameters: how many were trained.
-        stopped: why it ended: 'done', 'early' (patience), 'diverged' (the training loss was no number), 'nothing to train'.
+        stopped: why it ended: 'done', 'early' (patience), 'diverged' (the training loss was not finite), 'nothing to train'.
     """
 
     start: float
@@ -106,14 +108,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class Course:
-    """What is trained on and judged by.
+    """The losses of a training, and how often each is computed.
 
     Args:
-        backward: (number of a batch, tokens of the step) -> its share of the step's loss, gradients added up.
-        tokens: of each batch.
+        backward: (number of a batch, tokens of the step) -> its share of the step's loss; adds to the gradients.
+        tokens: how many each batch has.
         per_step: batches per step.
-        between: steps between two looks at the held-out loss.
-        judge: the held-out loss.
+        between: steps between two evaluations of the held-out loss.
+        judge: computes the held-out loss.
         started: `time.perf_counter()` when the work began, for the report.
     """
 
@@ -129,7 +131,7 @@ def trainable(module: nn.Module, vectors: bool) -> dict[str, nn.Parameter]:
     """The parameters that refinement trains, by name: those of forms, and with `vectors` all norms and biases.
 
     Raises:
-        RequestError: some are in float16, whose range gradients leave.
+        RequestError: some are in float16, in which gradients underflow.
     """
     found = {}
     for path, child in module.named_modules():
@@ -144,7 +146,7 @@ def checked_dtypes(found: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]
     """Those of the parameters that can be trained.
 
     Raises:
-        RequestError: some are in float16, whose range gradients leave.
+        RequestError: some are in float16, in which gradients underflow.
     """
     for name, parameter in found.items():
         if parameter.dtype == torch.float16:
@@ -159,7 +161,7 @@ class Trainer:
         parameters: as `checked_dtypes` gives them.
         settings: of the training.
         steps: at most.
-        resume: where an interrupted training of the same parameters stood.
+        resume: the last state of an interrupted training of the same parameters.
     """
 
     def __init__(
@@ -181,15 +183,15 @@ class Trainer:
         notify: Notify = lambda look, loss: None,
         keep: Callable[[TrainingState], None] = lambda state: None,
     ) -> Refinement:
-        """Step until the steps or the patience are used up; the parameters are left in their best state, without gradients.
+        """Train until the steps or the patience are used up; the parameters end in their best state, without gradients.
 
         Args:
-            course: what is trained on.
-            notify: called with (number of the look, held-out loss).
-            keep: called with the state after every look.
+            course: the losses.
+            notify: called with (number of the evaluation, held-out loss).
+            keep: called with the state after every evaluation of the held-out loss.
 
         Raises:
-            NonFiniteError: the held-out loss is no number before the first step.
+            NonFiniteError: the held-out loss is not finite before the first step.
         """
         resume = self._resume
         start = course.judge() if resume is None else resume.start
@@ -228,7 +230,7 @@ class Trainer:
         return Refinement(start, best, self._done, time.perf_counter() - course.started, count, stopped)
 
     def _advance(self, course: Course, order: Iterator[int], per_step: int) -> bool:
-        """The steps up to the next look; False where a loss was no number, and then the step was not taken."""
+        """Take the steps up to the next evaluation; False where a loss was not finite, and then that step was not taken."""
         for _ in range(min(course.between, self._steps - self._done)):
             batch = list(itertools.islice(order, per_step))
             total = sum(course.tokens[index] for index in batch)
@@ -240,7 +242,7 @@ class Trainer:
         return True
 
     def _added(self, backward: Callable[[int, int], float], index: int, total: int) -> float:
-        """One batch's loss; its gradients are added to the masters', so that sums over a step are in float32."""
+        """A batch's share of the loss; its gradients are added to those of the masters, so that sums are in float32."""
         loss = backward(index, total)
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter and parameter.grad is not None:
@@ -252,7 +254,7 @@ class Trainer:
     @torch.no_grad()
     def _step(self) -> None:
         for master in self._masters:
-            if master.grad is None:  # an expert that no token reached: its moments and its count of steps go on like all others
+            if master.grad is None:  # of an expert that no token reached: its moments and step count advance like all others
                 master.grad = torch.zeros_like(master)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.lr * self._rate()
@@ -269,8 +271,8 @@ class Trainer:
         warm = self._settings.warmup * self._steps
         if self._done + 1 <= warm:
             return (self._done + 1) / (warm + 1)
-        part = (self._done - warm) / max(1, self._steps - warm)
-        return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * part))
+        progress = (self._done - warm) / max(1, self._steps - warm)
+        return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
@@ -298,7 +300,7 @@ class Trainer:
 
 
 def multiplying_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Products in bfloat16 where the settings ask for it; else a context that changes nothing."""
+    """A context in which products are in bfloat16 if `precision` is 'bfloat16'; else one that changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..calibrate.store import TRIALS
 from ..checkpoint.atomic import writing
-from ..depth.choose import choose_parts
 from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
 from ..model.events import Event
@@ -30,7 +29,7 @@ def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
     def notify(what: str, count: int, seconds: float) -> None:
         run.notify(Event(what, count, len(view.layers) if count else 0, seconds))
 
-    chosen = choose_parts(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, notify)
+    chosen = choose_removed(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, notify)
     seed = draft.recipe.calibration.seed
     windows = Windows(calibration.tokens, calibration.held_out)
     found = repaired(view, chosen, spec, windows, seed, run.devices[0], notify)

@@ -1,8 +1,9 @@
-"""Hadamard matrices of the sizes that models are wide, and an orthogonal stand-in for all others.
+"""Hadamard matrices for the hidden sizes of models, and an orthogonal substitute for sizes that have none.
 
-Sylvester's doubling gives the powers of two; Paley's two constructions, from the squares modulo a prime, give what is left of a
-width when they are divided out (12, 20, 28, 36, 44, 60 …). Where neither exists (odd widths, 4 · 23 …) the orthonormal cosine
-transform stands in: it spreads a single large coordinate over all others too, though not evenly.
+Sylvester's doubling gives the powers of two (`scipy.linalg.hadamard`). Most hidden sizes are a power of two times 12, 20, 28,
+36, 44, 60 … (576 = 16 · 36, 3584 = 128 · 28, 5120 = 256 · 20); Paley's two constructions, from the squares modulo a prime, give
+that factor. Where neither exists (odd widths, 4 · 23 …) the orthonormal cosine transform is used: it too spreads a single large
+coordinate over all others, though not evenly.
 
 Source: R. Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
 """
@@ -25,8 +26,8 @@ def orthogonal(width: int) -> Tensor:
 
 
 def hadamard(size: int) -> np.ndarray | None:
-    """(size, size) float64 of 1 and -1 with orthogonal columns; None where these constructions do not reach."""
-    doubled, base = 1, size  # a power of two is Sylvester's, as the papers have it
+    """(size, size) float64 of 1 and -1 with orthogonal columns; None for a size that these constructions do not give."""
+    doubled, base = 1, size  # a power of two takes Sylvester's matrix, as in the papers
     while True:
         found = _base(base)
         if found is not None:

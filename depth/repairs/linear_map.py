@@ -1,10 +1,10 @@
-"""Linear map: the affine map that comes nearest to a whole run of dropped layers stands in for it.
+"""Linear map: a run of dropped layers is replaced by the affine map that is nearest to it.
 
-With x the state that reaches the cut and y the state that the dropped layers made of it, y ≈ x + D x + b by least squares, with
-the means taken out first. Directions that calibration does not show keep x as it is (D is the solution of least norm).
+With x the hidden state before the run and y the state after it in the original model, y ≈ x + D x + b by least squares, fitted
+after subtracting the means. D is the solution of least norm, so directions that do not occur in calibration are not changed.
 
-When to use: for long runs and much calibration text: there are hidden² numbers to fit. It is a map of the hidden state, which
-no weight of a decoder holds, so the checkpoint needs lrc to load. Cost: hidden² + hidden numbers per run.
+When to use: for long runs and much calibration text: there are hidden² numbers to fit. No weight of a decoder can hold a map of
+the hidden state, so the checkpoint needs lrc to load. Cost: hidden² + hidden numbers per run.
 
 Source: the linear approximation of a layer of Razzhigaev et al., Your Transformer is Secretly Linear, arXiv 2405.12250, over a
 run, with its bias.
@@ -22,7 +22,7 @@ from ..base import repair
 class LeastSquares:
     """argmin over D (and b) of E‖x + D x + b - y‖² + damping · mean diagonal of E x xᵀ · ‖D‖², from running sums in float64.
 
-    With b, which is not damped, the gram of the centred x takes the place of E x xᵀ.
+    With b, which is not damped, the covariance of x replaces E x xᵀ.
     """
 
     def __init__(self, width: int, damping: float, bias: bool) -> None:

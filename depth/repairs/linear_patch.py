@@ -1,11 +1,11 @@
-"""LinearPatch: the hidden state at the cut gets back, channel by channel of a Hadamard basis, the size that it had.
+"""LinearPatch: the hidden state after the cut is scaled to its original size, channel by channel in a Hadamard basis.
 
-With x the state that reaches the cut and y the state that the dropped layers made of it, d = E|y H| / E|x H| and the state is
-multiplied by P = H diag(d) Hᵀ. Few channels of a hidden state are huge; the basis spreads them over all channels, so that one
-ratio per channel means something.
+With x the hidden state before the dropped layers and y the state after them in the original model, d = E|y H| / E|x H|, and the
+state is multiplied by P = H diag(d) Hᵀ. A few channels of a hidden state are very large; the basis spreads them over all
+channels, so that one ratio per channel is meaningful.
 
-When to use: with any score; it cannot do much harm. It is a map of the hidden state, which no weight of a decoder holds, so the
-checkpoint needs lrc to load. Cost: hidden² numbers per run of dropped layers.
+When to use: with any score; it rarely does harm. No weight of a decoder can hold a map of the hidden state, so the checkpoint
+needs lrc to load. Cost: hidden² numbers per run of dropped layers.
 
 Source: Chen et al., LinearPatch, arXiv 2505.24680. Widths without a Hadamard matrix: depth/repairs/hadamard.py. Differs from
 the authors: x is the state of the pruned model, so that several runs fit together.
@@ -33,12 +33,12 @@ class Ratios:
         self._after += (y.double() @ basis).abs().sum(0).cpu()
 
     def change(self) -> tuple[Tensor, Tensor | None]:
-        """P - I; a channel that no state reaches stays as it is."""
+        """P - I; a channel that is zero in all states is not changed."""
         ratio = torch.where(self._before > 0, self._after / self._before.clamp_min(1e-300), 1.0)
         return (self._basis * (ratio - 1)) @ self._basis.T, None
 
 
 @repair("linear-patch", source="arXiv 2505.24680", on="stream")
 def fit(width: int, damping: float) -> Ratios:
-    """Nothing is solved, so that damping has no part in it."""
+    """Ratios of means; nothing is solved, so damping is not used."""
     return Ratios(width)

@@ -1,10 +1,10 @@
-"""Partial fine-tuning: final norm, output head and the last three layers learn the calibration text.
+"""Partial fine-tuning: final norm, output head and the last three layers are trained on the calibration text.
 
-The layers before them do not change, so their outputs are computed once, streamed. A head that is tied to the embedding stays
-(training it would change the embedding). The checkpoint stays plain.
+The layers before them do not change, so their outputs are computed once, layer by layer. A head that is tied to the embedding
+is not trained (that would change the embedding). The checkpoint stays plain.
 
-When to use: with `last`, for which it was published as hard to beat; it needs text like that the model is for. Cost: the last
-three layers and the head in memory with 20 bytes per number, and three forwards of them per token and epoch.
+When to use: with score `last`, for which it was published as hard to beat; calibrate on text of the kind that the model will
+see. Cost: 20 bytes of memory per trained number, and three forwards of the last three layers and the head per token and epoch.
 
 Source: Lu et al., Reassessing Layer Pruning in LLMs, arXiv 2411.15558 (§4: learning rate 1e-5, two epochs, 64 × 256 tokens).
 """

@@ -1,7 +1,7 @@
-"""Angular distance: the contiguous run of layers across which the hidden state turns least goes.
+"""Angular distance: the run of neighbouring layers across which the hidden state turns least is dropped.
 
-The distance of a run from layer l of length n is E[arccos(cos(x_l, x_{l+n}))] / π: `angular` takes it at each sample's last
-token, `angular-all` at every token.
+The distance across a run of n layers that begins with layer l is E[arccos(cos(x_l, x_{l+n}))] / π: `angular` takes it at each
+sample's last token, `angular-all` at every token.
 
 When to use: as the published baseline; read the warning in depth/base.py. Cost: one forward over a few tokens.
 
@@ -22,7 +22,7 @@ from ..base import score
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Mean angle between states (…, hidden), as a part of half a turn."""
+    """Mean angle between states (…, hidden), divided by π."""
     cosine = torch.cosine_similarity(x.double(), y.double(), dim=-1)
     return float(torch.arccos(cosine.clamp(-1, 1)).mean()) / math.pi
 

@@ -1,4 +1,4 @@
-"""Block influence: the layers that turn the hidden state least go, wherever they stand.
+"""Block influence: the layers that turn the hidden state least are dropped, neighbours or not.
 
 The influence of a layer is 1 - E[cos(x, y)] over tokens, x its input and y its output.
 

@@ -1,10 +1,10 @@
-"""FinerCut: again and again the attention or feed-forward goes whose absence moves the model's predictions least.
+"""FinerCut: in each round the attention or feed-forward whose removal changes the model's predictions least is removed.
 
-Each round takes out, one at a time, every part that is left, and measures the Kullback-Leibler divergence of the predictions
-from those of the whole model. No label is read: what is kept is the model's own behaviour, on any text.
+Each round removes every remaining candidate, one at a time, and measures the Kullback-Leibler divergence of the predictions
+from those of the whole model. No labels are used: the score keeps the model's own behaviour, on any text.
 
-When to use: with `granularity: sub-layer`, where more of the attention than of the feed-forward can be spared; with whole
-layers too. Cost: as `sleb`, with twice as many parts.
+When to use: with `granularity: sub-layer`, where more attentions than feed-forwards can be removed; with whole layers too.
+Cost: as `sleb`, with twice as many candidates.
 
 Source: Zhang et al., FinerCut, arXiv 2405.18218 (§3). Of its measures of the outputs' change the authors'
 configurations take the Jensen-Shannon divergence; here it is Kullback and Leibler's, in nats, as everywhere in lrc.

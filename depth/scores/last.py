@@ -1,7 +1,7 @@
-"""The last layers go: no measurement at all.
+"""The last layers are dropped: no measurement at all.
 
-When to use: with fine-tuning of the norm, the head and the remaining last layers, for which it was published as hard to beat.
-Without it the damage is large. Cost: nothing.
+When to use: with fine-tuning of the norm, the head and the remaining last layers (`partial-finetune`), a combination that was
+published as hard to beat. Without fine-tuning the damage is large. Cost: nothing.
 
 Source: Lu et al., Reassessing Layer Pruning in LLMs, arXiv 2411.15558.
 """

@@ -1,10 +1,10 @@
-"""Linearity: the layers that are nearest to a linear map of their input go.
+"""Linearity: the layers that are nearest to a linear map of their input are dropped.
 
 The linearity of a layer is 1 - min over A of ‖X A - Y‖² of the centred and normalised inputs and outputs X and Y (tokens,
 hidden); a layer that only turns and scales the state counts as linear even where its influence by cosine is large.
 
-When to use: beside block influence; where both agree, little is lost. Cost: one forward over a few tokens (more of them than
-the model is wide, or every layer looks linear) and one least-squares problem per layer.
+When to use: together with block influence; where both choose the same layers, little is lost. Cost: one forward over a few
+tokens (at least two per channel, or every layer looks linear) and one least-squares problem per layer.
 
 Source: Razzhigaev et al., Your Transformer is Secretly Linear, arXiv 2405.12250 (generalised Procrustes similarity).
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ..base import score
 
-_PER_CHANNEL = 2  # tokens; as many as channels, and every layer looks linear
+_PER_CHANNEL = 2  # tokens; with only as many tokens as channels, every layer looks linear
 
 
 def linearity(x: Tensor, y: Tensor) -> float:

@@ -1,13 +1,14 @@
-"""SLEB: again and again the layer goes without which the model predicts the calibration text best.
+"""SLEB: in each round the layer without which the model predicts the calibration text best is dropped.
 
-Each round takes out, one at a time, every layer that is left, and measures the mean negative log likelihood; the one that costs
-least goes for good. What an early removal does to the worth of later layers is seen, which one look at hidden states cannot.
+Each round removes every remaining layer, one at a time, and measures the mean negative log likelihood; the layer whose removal
+raises it least is dropped. So the score sees how an early removal changes the importance of later layers, which a single
+comparison of hidden states cannot.
 
-When to use: wherever a few minutes are to be had; it is the safest of the scores. Cost: rounds × layers forwards over
-`loss_samples` × `loss_length` tokens, all variants of a round in one pass over the weights.
+When to use: wherever there are a few minutes; it is the safest of the scores. Cost: rounds × layers forwards over
+`loss_samples` × `loss_length` tokens, all ablations of a round in one pass over the weights.
 
-Source: Song et al., SLEB, arXiv 2402.09025 (algorithm 1, its third metric, on WikiText-2). First and last layer stay
-(`protect_first`, `protect_last`).
+Source: Song et al., SLEB, arXiv 2402.09025 (algorithm 1, its third metric, on WikiText-2). The first and the last layer are
+protected (`protect_first`, `protect_last`).
 """
 
 from __future__ import annotations

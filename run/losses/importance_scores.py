@@ -1,4 +1,4 @@
-"""Signals: what some rules of sharing the budget read of a target beside its losses.
+"""Importance scores of targets that some allocation rules use in addition to losses.
 
 components      ΔL_i = -⟨∂L/∂W, component i⟩ for every component of the factors, in descending order of σ, nats per token
 effective-rank  exp(H(p)), p the shares of the components in the target's output energy
@@ -47,7 +47,7 @@ def of_target(score: str, solution: Solution, stats: TargetStats, shape: tuple[i
 
 
 def first_order(left: Tensor, right: Tensor, gradient: Tensor) -> Tensor:
-    """-leftᵢᵀ G rightᵢ for every i: the first-order change of the loss when component i goes, (k,) float64.
+    """-leftᵢᵀ G rightᵢ for every i: the first-order change of the loss when component i is removed, (k,) float64.
 
     Args:
         left: (out, k); right: (k, in); gradient: (out, in) ∂loss/∂W.
@@ -56,7 +56,7 @@ def first_order(left: Tensor, right: Tensor, gradient: Tensor) -> Tensor:
 
 
 def effective_rank(energy: Tensor) -> float:
-    """exp of the entropy of energy (k,) as shares; 1 where there is none at all (Roy and Vetterli 2007; D-Rank)."""
+    """exp of the entropy of energy (k,) divided by its sum; 1 where the sum is zero (Roy and Vetterli 2007; D-Rank)."""
     total = float(energy.sum())
     if total <= 0:
         return 1.0
@@ -65,7 +65,7 @@ def effective_rank(energy: Tensor) -> float:
 
 
 def layer_angles(view: ModelView, tokens: Tensor, device: torch.device) -> list[float]:
-    """Mean angle between the hidden states before and after each layer, over all tokens, as a part of half a turn.
+    """Mean angle between the hidden states before and after each layer, over all tokens, divided by π.
 
     Args:
         tokens: (samples, length); evenly spread samples of at most some 8,000 tokens are looked at.

@@ -1,17 +1,17 @@
-"""Probes: what compressing one target alone does to the model's predictions, measured in nats.
+"""Probes: the effect of compressing a single target on the model's predictions, measured in nats.
 
-Output errors of different targets have no common scale. A probe gives them one: a few tokens run through the original model,
-and beside them, as variants, through models in which one target alone is compressed; the Kullback-Leibler divergence of each
-variant's predictions from the original's is that form's loss in nats per token. Variants share every layer before their own
-with the original and go through the rest in lockstep, so a layer's weights are read once for as many of them as memory takes.
-Two probes per target, at a small and a middling size, tell how its divergence grows with its output error; the power law
-through them predicts the rest.
+Output errors of different targets have no common scale. Probes give them one: a few tokens run through the original model and
+through variants of it, in each of which one target alone is compressed. The Kullback-Leibler divergence of a variant's
+predictions from the original's is the loss of that form in nats per token. A variant shares the computation of all layers
+before its target with the original; all variants of a pass run layer by layer together, so that a layer's weights are read once
+for as many variants as fit in memory. Two probes per target, at a small and a medium size, show how its divergence grows with
+its output error; the power law through them predicts the other sizes.
 
-Probes run in float32 whatever the checkpoint's dtype is: rounding in 16 bits moves predictions too, and no target is to blame
-(docs/LOG.md has what it cost).
+Probes run in float32 whatever the checkpoint's dtype is: rounding in 16 bits changes predictions too, and would be attributed
+to the target (docs/LOG.md has the cost).
 
 Source: LEMS (ICML 2026, OpenReview IjIgNPFuCt) rescales each matrix' spectrum by its divergence at one reference rank; the
-second point and the power law are ours (docs/LOG.md has what they bring).
+second point and the power law are lrc's (docs/LOG.md has their gain).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _LEAST = 1e-7  # nats; below this a divergence is rounding
 
 @dataclass(frozen=True)
 class ProbeGroup:
-    """Units that are probed together: one target, one set, or the units of all experts of a layer."""
+    """Units that are probed together: a single unit, or the units of all experts of a layer."""
 
     units: tuple[Unit, ...]
 
     @property
     def layer(self) -> int:
-        """The first that it changes."""
+        """The first layer that compressing the group changes."""
         return min(target.layer for unit in self.units for target in unit.targets)
 
     @property
@@ -73,7 +73,7 @@ def probe_groups(units: Sequence[Unit]) -> list[ProbeGroup]:
 
 
 def by_alternative(options: Sequence[Option]) -> dict[int | None, list[int]]:
-    """Indices of the options of each alternative (of all, where there is but one way)."""
+    """Alternative -> indices of its options; None -> all options, where the recipe has no alternatives."""
     found: dict[int | None, list[int]] = {}
     for index, option in enumerate(options):
         found.setdefault(option.choice.alternative, []).append(index)
@@ -81,9 +81,9 @@ def by_alternative(options: Sequence[Option]) -> dict[int | None, list[int]]:
 
 
 def probed(options: Sequence[Option], dense: int) -> list[int]:
-    """Indices of the options to probe, ascending: each alternative's at `SIZES`, or the coarsest where bits alone differ.
+    """Indices of the options to probe, ascending: each alternative's at `SIZES`, or the coarsest where only bits differ.
 
-    Of an alternative whose largest form is smaller than that, those at `SHARES` of it.
+    Of an alternative whose largest option is smaller than that, those at `SHARES` of its largest option.
     """
     found: list[int] = []
     for indices in by_alternative(options).values():
@@ -95,21 +95,21 @@ def probed(options: Sequence[Option], dense: int) -> list[int]:
     return sorted(found)
 
 
-def _in_parts(found: Sequence[ProbeGroup], sizes: Sequence[int], most: int) -> list[list[ProbeGroup]]:
-    """Neighbouring groups, so many together that the sum of their sizes is at most `most` (one group at least)."""
-    parts: list[list[ProbeGroup]] = []
+def _passes(groups: Sequence[ProbeGroup], sizes: Sequence[int], most: int) -> list[list[ProbeGroup]]:
+    """Neighbouring groups together, while the sum of their sizes is at most `most`; at least one group in each pass."""
+    passes: list[list[ProbeGroup]] = []
     room = 0
-    for group, size in zip(found, sizes, strict=True):
-        if not parts or size > room:
-            parts.append([])
+    for group, size in zip(groups, sizes, strict=True):
+        if not passes or size > room:
+            passes.append([])
             room = most
-        parts[-1].append(group)
+        passes[-1].append(group)
         room -= size
-    return parts
+    return passes
 
 
 SolveUnit = Callable[[nn.Module, str, Unit], Solution]
-Probe = tuple[ProbeGroup, int]  # a variant: the group that is compressed in it, and to which of its offers
+Probe = tuple[ProbeGroup, int]  # a variant: (the group that is compressed in it, index of the option)
 
 
 class Probing:
@@ -118,9 +118,9 @@ class Probing:
     Args:
         view: the model; forms are rounded to its dtype, as they would be stored.
         tokens: (samples, length) token ids; a few hundred in all are enough.
-        units: by layer, those to probe; one of several layers with that of its first target.
-        options: unit -> what its method offers.
-        dense: unit -> bytes when dense.
+        units: the units to probe, by layer; a unit of several layers belongs to the layer of its first target.
+        options: unit name -> its options.
+        dense: unit name -> its bytes when dense.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Probing:
         self._tokens, self._options, self._dense = tokens, options, dense
         self._scored, self._only = scored(self._view.model, tokens)
         found = [group for layer in units for group in probe_groups(layer)]
-        self._passes = _in_parts(found, [len(self._probed(group)) for group in found], together(self._view, tokens) - 1)
+        self._passes = _passes(found, [len(self._probed(group)) for group in found], together(self._view, tokens) - 1)
         self._later: dict[tuple[str, int], dict[Target, Form]] = {}  # forms of a variant's targets in layers still to come
 
     def _probed(self, group: ProbeGroup) -> list[int]:
@@ -146,17 +146,17 @@ class Probing:
     def run(
         self, solve: SolveUnit, device: torch.device, notify: Callable[[int], None] = lambda layer: None
     ) -> dict[str, dict[int, float]]:
-        """ProbeGroup name -> {option index: divergence in nats per token}.
+        """Name of a probe group -> {option index: divergence in nats per token}.
 
         Args:
             solve: (layer, its name, unit) -> the unit's solution.
             device: where layers run.
-            notify: called with the number of layers done; with several passes, of their share.
+            notify: called with the number of layers done; with several passes, with their mean over all passes.
         """
         found: dict[str, dict[int, float]] = {}
         count, layers = len(self._passes), len(self._view.layers)
-        for number, part in enumerate(self._passes):
-            probes = [(group, option) for group in part for option in self._probed(group)]
+        for number, groups in enumerate(self._passes):
+            probes = [(group, option) for group in groups for option in self._probed(group)]
 
             def share(done: int, before: int = number * layers) -> None:
                 notify((before + done) // count)
@@ -167,7 +167,7 @@ class Probing:
     def _pass(
         self, probes: Sequence[Probe], solve: SolveUnit, device: torch.device, notify: Callable[[int], None]
     ) -> dict[str, dict[int, float]]:
-        """One pass over the weights, with a variant per probe beside the original."""
+        """One pass over the weights, with the original and a variant per probe."""
         with layerwise(self._view, [self._tokens] * (1 + len(probes)), self._only) as forward:
             for turn in forward:
                 with turn.loaded(device) as layer:
@@ -209,14 +209,14 @@ class Probing:
 
 @contextmanager
 def _in_place_of(layer: nn.Module, name: str, forms: Mapping[Target, Form], dtype: torch.dtype) -> Iterator[None]:
-    """While the context is open, the layer multiplies by these forms as `dtype` stores them, in its own dtype."""
+    """While the context is open, the layer multiplies by these forms, rounded to `dtype` and held in the layer's dtype."""
     undo: list[Callable[[], object]] = []
     specs: dict[str, Spec] = {}
     modules = {target.module for target in forms}
     for target, form in forms.items():
         weight, bias = target_weight(layer, name, target)
         stored = form.with_bias(bias).stored(dtype).stored(weight.dtype)
-        # an expert has no module of its own, and what an owner in another layer lends is not here
+        # an expert has no module of its own, and a factor that is shared with another layer is not in memory
         if target.expert is not None or stored.spec().get("owner", target.module) not in modules:
             kept = weight.clone()
             weight.copy_(stored.dense())
@@ -242,9 +242,10 @@ def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str
     """The curves of one group with losses in nats per token.
 
     Args:
-        curves: unit -> its curve, losses in the method's own metric.
-        points: option index -> the group's divergence at it. One unit follows the power laws from point to point of each
-            alternative; several share the divergence of the smallest form in proportion to their losses.
+        curves: unit name -> its curve, with losses in the method's own metric.
+        points: option index -> the group's measured divergence. The losses of a single unit follow the power laws through
+            neighbouring points of each alternative; several units share the divergence of the smallest probed option in
+            proportion to their losses.
     """
     found = {}
     for name, curve in curves.items():
@@ -259,10 +260,10 @@ def scaled(curves: Mapping[str, Curve], points: Mapping[int, float]) -> dict[str
 
 
 def _law(name: str, curves: Mapping[str, Curve], points: Mapping[int, float]) -> Callable[[float], float]:
-    """Loss in the method's own metric -> nats, for one target by the probes of one alternative."""
+    """A function from a loss in the method's own metric to nats, for one unit, from the probes of one alternative."""
     curve = curves[name]
     known = [(curve.losses[i], divergence) for i, divergence in sorted(points.items()) if curve.losses[i] > 0]
-    if not known:  # nothing is lost even at the smallest form that was probed
+    if not known:  # even the smallest probed option has no loss
         return lambda loss: 0.0
     if len(curves) > 1:
         loss, divergence = known[0]

@@ -195,7 +195,7 @@ def test_a_killed_run_goes_on_without_choosing_or_training_again(operate, tiny_c
     with pytest.raises(KilledError):
         operate(model, tmp_path / "killed", "sleb", notify=kill, **wanted)
     with monkeypatch.context() as patched:
-        patched.setattr("lrc.run.depth_stage.choose_parts", lambda *_: pytest.fail("chosen again"))
+        patched.setattr("lrc.run.depth_stage.choose_removed", lambda *_: pytest.fail("chosen again"))
         operate(model, tmp_path / "killed", "sleb", **wanted)
     operate(model, tmp_path / "straight", "sleb", **wanted)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")

@@ -16,7 +16,7 @@ from lrc.model.sublayers import require_sublayers, sublayers_of
 from lrc.model.view import ModelView
 from lrc.run.verify import verify
 
-BRANCHES = {
+SUBLAYERS = {
     "llama": (["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
     "gemma3_text": (["self_attn", "mlp"], [None, None]),
     "gpt2": (["attn", "mlp"], ["attn.c_proj", "mlp.c_proj"]),
@@ -26,15 +26,15 @@ BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("family", BRANCHES)
+@pytest.mark.parametrize("family", SUBLAYERS)
 def test_sublayers_are_found_without_names(family, tiny_checkpoints):
     view = ModelView(locate(str(tiny_checkpoints(family))))
     found = sublayers_of(view, view.targets)
     assert sorted(found) == [0, 1, 2]
     for layer, sublayers in found.items():
         prefix = f"{view.layer_names[layer]}."
-        assert [sublayer.name.removeprefix(prefix) for sublayer in sublayers] == BRANCHES[family][0]
-        assert [sublayer.last and sublayer.last.role for sublayer in sublayers] == BRANCHES[family][1]
+        assert [sublayer.name.removeprefix(prefix) for sublayer in sublayers] == SUBLAYERS[family][0]
+        assert [sublayer.last and sublayer.last.role for sublayer in sublayers] == SUBLAYERS[family][1]
         assert [t for sublayer in sublayers for t in sublayer.targets] == [t for t in view.targets if t.layer == layer]
         assert all(abs(sublayer.scale - 1) < 1e-5 and sublayer.vanishes for sublayer in sublayers)
     assert all(p.is_meta for layer in view.layers for p in layer.parameters()), "the layer that was looked at went again"
@@ -65,8 +65,8 @@ def test_layers_that_are_no_sum_of_sublayers_are_refused(tiny_checkpoints):
 # --- sub-layers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", BRANCHES)
-def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_checkpoints, tiny_text_file, tmp_path):
+@pytest.mark.parametrize("family", SUBLAYERS)
+def test_sublayers_are_removed_and_the_rest_computes_what_it_did(family, tiny_checkpoints, tiny_text_file, tmp_path):
     model = tiny_checkpoints(family)
     overrides = {"depth.drop": 3, "depth.protect_first": 0, "depth.protect_last": 0}
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", **overrides)
@@ -90,7 +90,7 @@ def test_halves_of_layers_go_and_the_rest_computes_what_it_did(family, tiny_chec
         assert torch.allclose(logits(tmp_path / "out"), original(IDS).logits, atol=1e-5)
 
 
-def test_halves_go_until_the_ratio_is_met_and_the_rest_can_be_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
+def test_sublayers_are_removed_until_the_ratio_is_met_and_the_rest_is_compressed(tiny_checkpoints, tiny_text_file, tmp_path):
     model = deep(tiny_checkpoints)
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, "finercut", ratio=0.3)
     most = max(sum(t.numel for t in b.targets) for b in ModelView(locate(str(model))).sublayers)
