@@ -1,6 +1,6 @@
 """A sweep: many recipes on one model, one table.
 
-Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own, so that seconds and peak
+Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own (row_process.py), so that seconds and peak
 memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
 `sweep.json`; the same command goes on with what is missing.
 """
@@ -11,10 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,15 +20,14 @@ from typing import Any
 
 from ..checkpoint.atomic import read_json, write_json
 from ..errors import BudgetError, RequestError, SweepError
-from ..model.host_memory import peak_rss
 from ..model.view import ModelView
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..plan.recipe import Recipe
+from . import row_process
 
 TABLE = "sweep.json"
-_LAST_LINES = 12
-_LOOK = 0.2  # seconds between two looks at how much memory a row takes
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))
-    with ThreadPoolExecutor(sweep.parallel) as pool:
+    with _share_of_cores(sweep.parallel), ThreadPoolExecutor(sweep.parallel) as pool:
         list(pool.map(one, (jobs[place] for place in turns)))
     if failures:
         raise SweepError(failures)
@@ -192,12 +188,12 @@ def _row(sweep: Sweep, job: Job) -> Row:
     out, log, scores = (sweep.folder / f"{job.name}{suffix}" for suffix in ("", ".log", ".json"))
     evaluate = ["lrc", "eval", sweep.model if job.recipe is None else str(out), "--json", str(scores), *sweep.evaluate]
     if job.recipe is None:
-        _run_lrc(evaluate, log, sweep.parallel)
+        row_process.run(evaluate[1:], log)
         return Row(job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings))
     ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
     compress = ["lrc", "compress", sweep.model, "--recipe", job.recipe, *ratio, "--out", str(out), *sweep.compress]
-    seconds, peak = _run_lrc(compress, log, sweep.parallel)
-    _run_lrc(evaluate, log, sweep.parallel)
+    seconds, peak = row_process.run(compress[1:], log)
+    row_process.run(evaluate[1:], log)
     record = (out / "lrc.json").read_text()
     (sweep.folder / f"{job.name}.lrc.json").write_text(record)
     if not sweep.keep:
@@ -213,36 +209,18 @@ def _metrics(scores: Path) -> dict[str, float]:
     return {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
 
 
-def _run_lrc(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
-    """Run a command of lrc as `_run` does, with its share of the cores where several rows run at a time."""
-    environment = dict(os.environ)
+@contextlib.contextmanager
+def _share_of_cores(parallel: int) -> Iterator[None]:
+    """Processes that are started meanwhile take their share of the cores, where several run at a time."""
+    before = os.environ.get(_THREADS)
     if parallel > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
-    # -P: a folder of the current directory must not hide a library
-    return _run([sys.executable, "-P", "-m", "lrc.cli", *command[1:]], log, environment)
-
-
-def _run(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> tuple[float, int]:
-    """Run a command to its end in a process of its own: (seconds, peak resident bytes). What it prints is added to the log.
-
-    Raises:
-        SweepError: it failed; its last lines say why.
-    """
-    started, peak = time.perf_counter(), 0
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-    while process.returncode is None:
-        peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK)
-    if process.returncode:
-        last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        if process.returncode < 0:  # it could not say so itself
-            last.append(
-                f"The process was ended by signal {-process.returncode}; signal 9 is what a system without memory sends."
-            )
-        raise SweepError({log.stem: "\n".join(last)})
-    return time.perf_counter() - started, peak
+        os.environ[_THREADS] = str(max(1, (os.cpu_count() or 1) // parallel))
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
+        if before is not None:
+            os.environ[_THREADS] = before
 
 
 def _finished(sweep: Sweep) -> dict[str, Row]:
