@@ -48,7 +48,7 @@ class SweepOptions:
 def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions) -> None:
     """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
     from ..calibrate.data import load_calibration
-    from ..evaluation.request import check_positions, prepare
+    from ..evaluation.request import Settings, check_positions, prepare
     from ..run.run import shared_statistics
     from .sweep_rows import Job, markdown, run_sweep
     from .terminal import plain_or_terminal
@@ -57,10 +57,12 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     view, jobs, plans = _planned_rows(options, calibration, source)
     check_positions(view.config, options.eval_length, "--eval-length")
     prepare(
-        names_of(options.tasks),
-        length=options.eval_length,
-        max_windows=options.max_windows,
-        activations=options.activations,
+        Settings(
+            names_of(options.tasks),
+            length=options.eval_length,
+            max_windows=options.max_windows,
+            activations=options.activations,
+        )
     )
     for plan in plans:
         require_calibration_fits(view, plan)

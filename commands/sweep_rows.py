@@ -1,8 +1,8 @@
 """A sweep: many recipes on one model, one table.
 
-Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own (row_process.py), so that seconds and peak
-memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
-`sweep.json`; the same command goes on with what is missing.
+Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own (row_process.py), so that
+seconds and peak memory are a row's own. Recipes that start from the original model share its statistics, collected once.
+Finished rows are in `sweep.json`; the same command continues with what is missing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ..run.layer_loop import LayerReport
 
 if TYPE_CHECKING:
     from ..calibrate.data import Calibration
-    from ..evaluation.evaluate import TaskResult
+    from ..evaluation.results import Evaluation
 
 
 def plain_or_terminal() -> Console:
@@ -285,35 +285,36 @@ class Progress:
         )
 
 
-def print_results(
-    model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
-) -> None:
-    """A table of metrics, with the baseline and differences beside them where there is one."""
-    from ..evaluation.evaluate import compare  # brings in lm-eval, which compressing does not need
+def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) -> None:
+    """A table of metrics, with the baseline's and the differences beside them where there is one.
+
+    Raises:
+        EvaluationError: the two cannot be compared; nothing was printed.
+    """
+    from ..evaluation.results import compare
 
     console = plain_or_terminal()
-    rows = compare(results, baseline_results) if baseline_results is not None else []
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
-    table.add_column(model, justify="right", overflow="fold")
+    table.add_column(evaluation.model, justify="right", overflow="fold")
     table.add_column("± standard error", justify="right")
-    if baseline_results is None:
+    if baseline is None:
         table.add_column("tokens", justify="right")
-        for result in results:
+        for result in evaluation.results:
             table.add_row(
                 result.metric, f"{result.value:.4f}", _error(result.stderr), f"{result.tokens:,}" if result.tokens else ""
             )
     else:
-        table.add_column(str(baseline), justify="right", overflow="fold")
+        table.add_column(baseline.model, justify="right", overflow="fold")
         table.add_column("difference", justify="right")
-        errors = {result.metric: result.stderr for result in results}
-        for row in rows:
+        metrics = evaluation.metrics
+        for row in compare(evaluation, baseline):
             table.add_row(
-                row["metric"], f"{row['value']:.4f}", _error(errors.get(row["metric"])), f"{row['baseline']:.4f}",
+                row["metric"], f"{row['value']:.4f}", _error(metrics[row["metric"]].stderr), f"{row['baseline']:.4f}",
                 f"{row['difference']:+.4f}" + ("" if row["relative"] is None else f" ({row['relative']:+.1%})"),
             )  # fmt: skip
     console.print(table)
-    for result in results:
+    for result in evaluation.results:
         speed = result.protocol.get("tokens_per_second")
         if speed:
             console.print(f"{result.task}: {speed:,.0f} tokens/s on {result.protocol.get('device', '?')}")
