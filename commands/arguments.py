@@ -1,4 +1,4 @@
-"""Values of the command line, checked: models, dtypes, devices and lists of names.
+"""Checks of what is given on the command line: models, dtypes, devices, files and lists of names.
 
 torch and transformers are imported where they are needed, so that `lrc --help` answers at once.
 """
@@ -46,7 +46,7 @@ def together() -> Iterator[Callable[..., Any]]:
 
 @contextmanager
 def interruptible(what_now: str) -> Iterator[None]:
-    """Ctrl-C ends in a line that says what comes of it."""
+    """Where Ctrl-C ends the work, print one line that says how to go on, and exit with 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +55,12 @@ def interruptible(what_now: str) -> Iterator[None]:
 
 
 def located(name: str) -> Any:
-    """Where a model lies; an interrupted run's folder is none, and says so."""
+    """The location of a model.
+
+    Raises:
+        RequestError: it is the folder of an interrupted run.
+        ModelError: there is no such model.
+    """
     from ..checkpoint.location import locate
 
     require_finished(name)
@@ -86,7 +91,7 @@ def require_writable(file: Path) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """Make a folder if need be.
+    """Make a folder if it does not exist.
 
     Raises:
         OutputError: it cannot be made.
@@ -134,7 +139,11 @@ def devices_of(text: str) -> list[Any]:
 
 
 def names_of(text: str, option: str = "--tasks") -> list[str]:
-    """The parts of a comma-separated list, which must not be empty."""
+    """The names in a list with commas.
+
+    Raises:
+        RequestError: there is none.
+    """
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
@@ -142,7 +151,7 @@ def names_of(text: str, option: str = "--tasks") -> list[str]:
 
 
 def quiet() -> None:
-    """transformers' own bars and notices would break lrc's."""
+    """Silence transformers: its progress bars and notices would break those of lrc."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -150,7 +159,7 @@ def quiet() -> None:
 
 
 def ratio_of(text: str) -> float:
-    """One of the ratios of a sweep."""
+    """A ratio of a sweep as a number."""
     try:
         return float(text)
     except ValueError:
@@ -158,7 +167,7 @@ def ratio_of(text: str) -> float:
 
 
 def require_calibration_fits(view: Any, plan: Any) -> None:
-    """Refuse samples that the model cannot take before anything lies in --out."""
+    """Refuse samples that are longer than the model's positions, before anything is written to --out."""
     from ..model.view import require_positions
 
     if plan.recipe.reads_text:

@@ -14,17 +14,23 @@ from .plan import note_calibration, planned
 
 @grouped
 def compress(
-    out: Annotated[Path, typer.Option(help="Folder for the result; the same command continues an interrupted run in it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result. The same command continues an interrupted run.")],
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     statistics: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the original model's statistics for other recipes.")
+        Path | None,
+        typer.Option(
+            show_default="not kept", help="Folder to keep the original model's statistics in, for use with other recipes."
+        ),
     ] = None,
 ) -> None:
-    """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
+    """Compress a model into a smaller checkpoint.
+
+    Prints the plan first, as lrc plan does.
+    """
     from .terminal import Progress, print_calibration, print_plan
 
     view, plan, devices = planned(recipe, calibration, source, out)
@@ -47,11 +53,11 @@ def compress(
             from ..run.search import search
 
             plan = progress.plan = search(
-                plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
+                plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.calibrated
             )
             restart = False  # the search has done it
         final, held = prepare(
-            plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.survey
+            plan, view, texts, out, devices=devices, statistics=statistics, restart=restart, notify=progress.calibrated
         )
         progress.plan = final
         done = execute(
@@ -59,6 +65,6 @@ def compress(
             statistics=held,
         )  # fmt: skip
     if not done:
-        print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
+        print(f"{out} already holds this result; nothing to do (--restart makes it again).")
         return
     progress.finish(out)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table and as a file; what was found is kept where it is cut short."""
+"""The results of an evaluation as a table and a file, also where it is interrupted or fails."""
 
 from __future__ import annotations
 

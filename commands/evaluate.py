@@ -19,25 +19,39 @@ if TYPE_CHECKING:
 class EvalOptions:
     """What is measured, and how."""
 
-    tasks: Annotated[str, typer.Option(help="wikitext2, ptb, c4, text:PATH, or any lm-eval task; comma-separated.")]
+    tasks: Annotated[
+        str, typer.Option(help="What to measure, separated by commas: wikitext2, ptb, c4, text:PATH, or any task of lm-eval.")
+    ]
     length: Annotated[int, typer.Option(help="Tokens in each perplexity window.")] = 2048
-    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows.")] = None
-    limit: Annotated[float | None, typer.Option(help="lm-eval: only the first N documents (or a fraction).")] = None
-    num_fewshot: Annotated[int | None, typer.Option(help="lm-eval: examples in the prompt.")] = None
-    batch_size: Annotated[int, typer.Option(help="Windows or requests at a time.")] = 1
-    bos: Annotated[str, typer.Option(help="BOS before each window: auto, always or never.")] = "auto"
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None
+    max_windows: Annotated[int | None, typer.Option(show_default="all", help="Use only the first N windows of each text.")] = (
+        None
+    )
+    limit: Annotated[
+        float | None,
+        typer.Option(show_default="all", help="lm-eval: use only the first N documents of each task; below 1, a fraction."),
+    ] = None
+    num_fewshot: Annotated[
+        int | None, typer.Option(show_default="the task's", help="lm-eval: number of examples in the prompt.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Windows, or lm-eval requests, in each forward pass.")] = 1
+    bos: Annotated[
+        str, typer.Option(help="Put BOS before each window: auto (if the tokenizer puts it before texts), always or never.")
+    ] = "auto"
+    include_path: Annotated[Path | None, typer.Option(help="lm-eval: folder with task files of your own.")] = None
     activations: Activations = None
-    baseline: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None
+    baseline: Annotated[str | None, typer.Option(help="Another model to measure and compare with.")] = None
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None
     allow_calibration_text: Annotated[
-        bool, typer.Option("--allow-calibration-text", help="Evaluate even on the text that calibration saw.")
+        bool, typer.Option("--allow-calibration-text", help="Measure even on text of the model's calibration set.")
     ] = False
 
 
 @grouped
 def evaluate(options: EvalOptions, source: ModelOptions) -> None:
-    """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
+    """Measure perplexity, or any task of lm-eval.
+
+    The model may be compressed or not.
+    """
     from ..checkpoint.hf_quantizer import open_model
     from ..evaluation.evaluate import check_model, measure
     from ..evaluation.results import Evaluation

@@ -23,11 +23,11 @@ import torch
 from ..errors import SweepError
 from ..model.host_memory import peak_rss
 
-# What `lrc compress` and `lrc eval` import; the fork server passes over a name that is not there in silence (a test does not).
+# What `lrc compress` and `lrc eval` import. The fork server ignores a name that does not exist; a test does not.
 IMPORTS = ("lrc.run.run", "lrc.evaluation.evaluate", "transformers.modeling_layers")
 _LAST_LINES = 12
 _LOOK = 0.2  # seconds between two looks at how much memory a process takes
-_processes = threading.Lock()  # multiprocessing asks every child for its end when one is started, not safely from two threads
+_processes = threading.Lock()  # multiprocessing polls all children when one is started, which is not safe in two threads
 
 
 def run(words: Sequence[str], log: Path, module: str = "lrc.cli") -> tuple[float, int]:
@@ -51,15 +51,15 @@ def run(words: Sequence[str], log: Path, module: str = "lrc.cli") -> tuple[float
     with _processes:
         process.start()
     while True:
-        peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
+        peak = max(peak, peak_rss(process.pid))  # the system tells it of running processes only
         multiprocessing.connection.wait([process.sentinel], _LOOK)
         with _processes:
             if process.exitcode is not None:
                 break
     if process.exitcode:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        if process.exitcode < 0:  # it could not say so itself
-            last.append(f"The process was ended by signal {-process.exitcode}; signal 9 is what a system without memory sends.")
+        if process.exitcode < 0:  # it was killed and could not print why
+            last.append(f"The process was ended by signal {-process.exitcode}; the system sends signal 9 when memory runs out.")
         raise SweepError({log.stem: "\n".join(last)})
     return time.perf_counter() - started, peak
 

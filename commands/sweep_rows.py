@@ -58,11 +58,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be: a recipe at a ratio (None where its settings fix the size), or with no recipe the model as it is.
+    """A row to be made: a recipe at a ratio (None where the recipe fixes the size); without a recipe, the original model.
 
     Args:
-        settings: everything that the recipe says, calibration left out: a row of other settings is another row.
-        nbytes: of the model's tensors, where it stays as it is.
+        settings: the resolved recipe without its calibration; a row with other settings is made anew.
+        nbytes: of the original model's tensors, for the row without a recipe.
     """
 
     recipe: str | None
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As files and rows are called: 'svd-llm-0.2'."""
+        """The name of the row and its files, such as 'svd-llm-0.2'."""
         if self.recipe is None:
             return "original"
         path = Path(self.recipe)  # shipped ones have names without a folder
@@ -88,9 +88,9 @@ class Row:
         metrics: full metric name -> value.
         nbytes: of the model's tensors on disk.
         removed: fraction of the targets' bytes removed.
-        seconds: of compressing, statistics shared with other rows left out.
+        seconds: of compressing, without the statistics that rows share.
         peak_bytes: resident memory of compressing.
-        settings: what the recipe said, as in `Job`.
+        settings: as in `Job`.
     """
 
     name: str
@@ -105,14 +105,14 @@ class Row:
 
 @dataclass(frozen=True)
 class _Table:
-    """The file of finished rows: what they were asked for, and they."""
+    """The contents of `sweep.json`: what the sweep was asked for, and its finished rows."""
 
     asked: dict[str, Any]
     rows: list[Row]
 
 
 def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Plan]]:
-    """The rows of a sweep and their plans; a recipe whose settings leave the size open is a row at each ratio."""
+    """The rows of a sweep and their plans; a recipe that does not fix the size itself gets one row for each ratio."""
     jobs, plans = [], []
     for name, recipe in recipes.items():
         try:
@@ -120,7 +120,7 @@ def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequenc
             jobs.append(_job(name, recipe, recipe.ratio))
         except BudgetError:
             if any(each is not None for each in recipe.amounts.values()):
-                raise  # the size is said, and cannot be met
+                raise  # the recipe fixes the size, and it cannot be met
             for ratio in ratios:
                 plans.append(make_plan(view, recipe.model_copy(update={"ratio": ratio})))
                 jobs.append(_job(name, recipe, ratio))
@@ -133,14 +133,14 @@ def _job(name: str, recipe: Recipe, ratio: float | None) -> Job:
 
 
 def _require_names(jobs: Sequence[Job]) -> None:
-    """Refuse rows that would be called alike: one of them would stand for both."""
+    """Refuse two rows of one name: the table would hold only one of them."""
     named: dict[str, Job] = {Job(None).name: Job(None)}
     for job in jobs:
         if (other := named.setdefault(job.name, job)) is not job:
             what = " and ".join(f"{each.recipe or 'the model as it is'}" for each in (other, job))
             raise RequestError(
                 f"Two rows would be called {job.name}: {what}.",
-                "Name every recipe and every ratio once (six digits count), and files differently.",
+                "Name every recipe and every ratio once (six digits count), and give recipe files different names.",
             )
 
 
@@ -151,7 +151,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
         notify: called with every row that is finished.
 
     Raises:
-        RequestError: the folder holds a sweep of something else.
+        RequestError: the folder holds another sweep.
         SweepError: rows failed; names them with the last lines of their logs. Finished rows stay.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
     finished = threading.Lock()
 
     def one(job: Job) -> None:
-        """A row, unless it is there already, of these settings; failures are gathered."""
+        """Make a row unless it is finished with the same settings; note a failure."""
         if job.name in rows:
             if rows[job.name].settings == job.settings:
                 return
@@ -170,7 +170,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
         except SweepError as error:
             failures.update(error.failures)
             return
-        with finished:  # rows end beside each other
+        with finished:  # rows may end at the same time
             rows[job.name] = row
             write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
             notify(row)
@@ -231,13 +231,13 @@ def _finished(sweep: Sweep) -> dict[str, Row]:
     if held.asked != sweep.asked:
         raise RequestError(
             f"{path} is of another sweep:\n" + "\n".join(_differences(held.asked, sweep.asked)),
-            "Give another --out, or what it was asked for before.",
+            "Give another --out, or the same options as before.",
         )
     return {row.name: row for row in held.rows}
 
 
 def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    """One line per word that only one of two requests has."""
+    """One line for each key in which two requests differ."""
     for key in asked:
         before, now = (each if isinstance(each, list) else [each] for each in (held.get(key), asked[key]))
         gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
@@ -247,7 +247,7 @@ def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as a Markdown document's part."""
+    """The rows as a table in Markdown."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     lines = ["| recipe | " + " | ".join(metrics) + " | model, MB | removed of the targets | seconds | peak, MB |"]
     lines.append("|---" * (len(metrics) + 5) + "|")

@@ -1,4 +1,4 @@
-"""What a person sees: plans, progress and results, as tables on a terminal and as plain lines elsewhere."""
+"""What is printed: plans, progress and results, as tables on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def plain_or_terminal() -> Console:
-    """Where to print: names may hold brackets and colons, which are no markup; without a terminal no line is ever wrapped."""
+    """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 10_000
@@ -33,7 +33,7 @@ def plain_or_terminal() -> Console:
 
 
 def print_plan(plan: Plan, verbose: bool = False) -> None:
-    """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
+    """Print a plan: targets with ranks and bytes, the ratio in its three meanings, what is kept, cost and memory."""
     console, calibration = plain_or_terminal(), plan.recipe.calibration
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
@@ -54,15 +54,17 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
         )  # fmt: skip
     console.print(table)
     if plan.recipe.allocation != "uniform":
-        shown = "the most that each may take" if plan.recipe.allocation == "own" else "an even share"
-        console.print(f"allocation {plan.recipe.allocation}: who gets what is known after calibration; the table shows {shown}")
+        shown = "the largest share of each target" if plan.recipe.allocation == "own" else "an even share"
+        console.print(f"allocation {plan.recipe.allocation}: the shares are decided after calibration; the table shows {shown}")
     if (found := plan.found) is not None:
         console.print(
             f"searched: ratio {found.ratio:.4f}, held-out perplexity {found.before:.3f} → {found.after:.3f} "
             f"(+{found.increase:.2%}, {found.tokens:,} tokens, {found.evaluations} models measured)"
         )
     elif (rise := plan.recipe.max_ppl_increase) is not None:
-        console.print(f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a guess")
+        console.print(
+            f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a first guess"
+        )
     if plan.gap is not None:
         console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
@@ -80,7 +82,7 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
     asked = plan.recipe.ratio
     if asked is not None and not asked / 2 <= plan.ratio <= max(2 * asked, asked + 0.1):
         console.print(
-            f"note: {asked:.2%} were asked for; what the recipe fixes (keep, bits, rank_multiple, allocation own) decides here"
+            f"note: {asked:.2%} were asked for; other keys of the recipe fix it (keep, bits, rank_multiple, allocation own)"
         )
     _print_kept(console, plan, verbose)
     _print_cost(console, plan)
@@ -88,17 +90,17 @@ def print_plan(plan: Plan, verbose: bool = False) -> None:
 
 
 def _print_cost(console: Console, plan: Plan) -> None:
-    """What text of its own and training cost: tokens that pass forward and backward, beside those of the calibration."""
+    """Print what self-written text, correction and training cost, in tokens beside those of the calibration set."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
     if plan.recipe.reads_text and (own := calibration.self_written(calibration.samples)):
         console.print(
-            f"calibration: the model, held whole, writes {own} of {calibration.samples} samples, {calibration.length:,} tokens "
-            "each"
+            f"calibration: the model, loaded whole, writes {own} of {calibration.samples} samples, "
+            f"{calibration.length:,} tokens each"
         )
     if plan.recipe.correction is not None:
         tries = 1 + len(plan.recipe.correction.betas)
-        console.print(f"correction: every layer is solved {tries} times, and the original runs beside it")
+        console.print(f"correction: every layer is solved {tries} times, and the original model runs beside it")
     if refine is None:
         return
     if refine.block is not None:
@@ -112,8 +114,8 @@ def _print_cost(console: Console, plan: Plan) -> None:
         passes = 4 if refine.end_to_end.gradient_checkpointing else 3
         console.print(
             f"refinement end to end: up to {refine.end_to_end.steps} steps of {refine.end_to_end.batch_tokens:,} tokens, the "
-            f"compressed model held whole; about {passes * work / tokens:.1f} times the forward passes of calibration, and one "
-            "of the original"
+            f"compressed model loaded whole; about {passes * work / tokens:.1f} times the forward passes of calibration, and "
+            "one of the original"
         )
 
 
@@ -121,11 +123,11 @@ def _print_dropped(console: Console, plan: Plan) -> None:
     spec = plan.recipe.dropping
     assert spec is not None
     score = get_score(spec.score)
-    what = f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))})"
+    what = f"layers: {len(plan.dropped)} of {plan.layers} pruned ({', '.join(map(str, plan.dropped))})"
     if plan.model_edit.removed:
-        what = f"sub-layers: {len(plan.model_edit.removed)} go ({', '.join(plan.model_edit.removed)})"
+        what = f"sub-layers: {len(plan.model_edit.removed)} pruned ({', '.join(plan.model_edit.removed)})"
     known = not score.looks or plan.model_edit.folder is not None
-    console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is known after calibration"))
+    console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is decided after calibration"))
     if plan.model_edit.folder is not None:
         _print_repair(console, plan.model_edit.record.get("repair", {}))
     else:
@@ -133,13 +135,13 @@ def _print_dropped(console: Console, plan: Plan) -> None:
             console.print(line)
     if score.by_cosine:
         console.print(
-            f"note: {spec.score} compares directions of hidden states only, which on some models (Llama 3) breaks them: "
+            f"note: {spec.score} compares directions of hidden states only, which breaks some models (Llama 3): "
             "evaluate the result (docs/depth.md)"
         )
 
 
 def _print_repair(console: Console, record: Mapping[str, Any]) -> None:
-    """What a repair brought, once it is made."""
+    """Print what a finished repair gained."""
     if not record:
         return
     console.print(
@@ -147,7 +149,7 @@ def _print_repair(console: Console, record: Mapping[str, Any]) -> None:
         f"({record['held_out_tokens']:,} tokens)"
     )
     for run in record.get("runs", ()):
-        took = run["where"] if run["accepted"] else "left out: the held-out loss would rise"
+        took = run["where"] if run["accepted"] else "not repaired: the held-out loss would rise"
         console.print(f"  layers {run['layers'][0]} to {run['layers'][-1]}: {took}")
 
 
@@ -178,11 +180,11 @@ def _span(numbers: Collection[int]) -> str:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """Warn of a text that is too short for as many samples as were asked for."""
+    """Warn of a calibration text that is too short for the number of samples."""
     for part in calibration.provenance:
         if part.get("overlap"):
             plain_or_terminal().print(
-                f"note: {part['source']} is short for {part['samples']} samples: they share tokens, and count for fewer"
+                f"note: {part['source']} is short for {part['samples']} samples: they share tokens and tell less"
             )
 
 
@@ -191,7 +193,7 @@ def _print_kept(console: Console, plan: Plan, verbose: bool) -> None:
         named = ", ".join(entry.name for entry in (plan.left_out if verbose else plan.left_out[:3]))
         console.print(
             f"left out: {len(plan.left_out)} tensors ({sum(entry.numel for entry in plan.left_out):,} parameters) of the "
-            f"checkpoint, for which the model of config.json has no place: {named}"
+            f"checkpoint that the model of config.json does not have: {named}"
             + ("" if verbose or len(plan.left_out) <= 3 else ", …")
         )
     if verbose:
@@ -227,7 +229,7 @@ class Progress:
 
     @property
     def plan(self) -> Plan:
-        """The plan that is being carried out; the final one is printed where the budget was shared out after a survey."""
+        """The plan that is carried out. Setting another one prints it: the budget was allocated after calibration."""
         return self._plan
 
     @plan.setter
@@ -237,8 +239,8 @@ class Progress:
             self._bar.reset(self._task)
             print_plan(plan)
 
-    def survey(self, what: str, layer: int, seconds: float) -> None:
-        """Print one layer of a pass that precedes the plan, or with layer 0 something else that was done before it."""
+    def calibrated(self, what: str, layer: int, seconds: float) -> None:
+        """Print one finished layer of a pass before the final plan; with layer 0, any other finished step."""
         total = len({step.target.layer for step in self._plan.steps})
         place = f" {layer:>3}/{total}" if layer else ""
         self._console.print(f"{what}{place}  {seconds:.1f} s, peak {size(peak_rss())}")
@@ -246,7 +248,7 @@ class Progress:
             self._bar.update(self._task, completed=layer, total=total)
 
     def layer(self, report: LayerReport) -> None:
-        """Print one finished layer and move the bar on."""
+        """Print one compressed layer and advance the bar."""
         solved = [record for record in report.records if record.error is not None]
         self._notes += [f"{record.name}: {record.note}" for record in solved if record.note]
         if report.resumed:
@@ -265,14 +267,14 @@ class Progress:
         self._bar.update(self._task, completed=report.index + 1, total=report.layers)
 
     def refined(self, look: int, looks: int, loss: float) -> None:
-        """Print one look of an end-to-end refinement."""
+        """Print one measurement of the held-out loss during end-to-end refinement."""
         self._console.print(
             f"refinement {look:>3}/{looks}  {loss:.4f} nats from the original on held-out text, peak {size(peak_rss())}"
         )
         self._bar.update(self._task, completed=look, total=looks)
 
     def finish(self, out: Path) -> None:
-        """The closing lines: what was written, how long it took, and warnings."""
+        """Print warnings, what was written, how long it took, and the peak memory."""
         for note in self._notes[:10]:
             self._console.print(f"note: {note}")
         if len(self._notes) > 10:

@@ -1,6 +1,6 @@
-"""What an evaluation is asked for, checked before any model is loaded.
+"""The request for an evaluation, checked before any model is loaded.
 
-Loading a large model takes minutes: a mistyped task, a missing file or an option that would do nothing is found first.
+Loading a large model takes minutes: a mistyped task, a missing file or an option without effect is found before.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def is_perplexity_task(task: str) -> bool:
 
 
 def metric_name(task: str, length: int) -> str:
-    """A token perplexity's full name; files by their base name, so that it does not change with the folder they lie in."""
+    """A token perplexity's full name; a file by its base name, so that the name does not depend on its folder."""
     scheme, _, rest = task.partition(":")
     readable = f"{scheme}:{rest.rsplit('/', 1)[-1]}" if scheme in ("text", "jsonl", "parquet") else task
     return f"{readable}-token-ppl@{length}"
 
 
 def check_positions(config: PreTrainedConfig, length: int, flag: str = "--length") -> None:
-    """Refuse windows that are longer than the model's positions; `flag` is what says how long they are."""
+    """Refuse windows that are longer than the model's positions; `flag` is the option for their length."""
     require_positions(config, length, flag)
 
 
@@ -129,7 +129,7 @@ def _check_options(settings: Settings) -> None:
 
 
 def _check_useless_options(settings: Settings, texts: list[str], others: list[str]) -> None:
-    """An option that would do nothing is refused: a run believed to be short would take hours."""
+    """Refuse an option without effect: a run that was meant to be short would take hours."""
     max_windows, limit, num_fewshot = settings.max_windows, settings.limit, settings.num_fewshot
     if max_windows is not None and max_windows < 1:
         raise RequestError(f"--max-windows {max_windows} is not a positive number.", "Leave it out for the whole text.")

@@ -1,4 +1,4 @@
-"""What an evaluation found: values with their protocol, compared with a baseline's, and as JSON."""
+"""The results of an evaluation: values with their protocol, compared with those of a baseline, and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..model.precision import float32_products
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What must be equal for two values of one metric to be comparable.
+# Two values of one metric can be compared only where these are equal.
 _SAME_PROTOCOL = ("length", "windows", "bos", "num_fewshot", "limit", "documents", "task_version", "activations")
 
 
@@ -85,7 +85,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> list[dict[str, Any]
             unequal.append(f"{result.tokens} predicted tokens against {other.tokens}")
         if unequal:
             raise EvaluationError(
-                f"{result.metric} was measured in two ways, which cannot be compared: {'; '.join(unequal)}.",
+                f"{result.metric} was measured by two protocols, which cannot be compared: {'; '.join(unequal)}.",
                 "Evaluate both with the same options, text and tokenizer.",
             )
         difference = result.value - other.value

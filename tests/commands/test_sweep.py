@@ -22,7 +22,7 @@ from lrc.plan.load_recipe import load_recipe
 
 @pytest.fixture(params=[False, True], ids=["forked", "begun anew"])
 def a_process_each(request, monkeypatch):
-    """Both ways in which a row's process begins: with an accelerator it is not forked."""
+    """A row's process is forked, or begun anew as with an accelerator."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: request.param)
 
 

@@ -154,7 +154,7 @@ def test_models_that_cannot_be_compared_are_both_reported(model, texts, tiny_che
     result = run_lrc(
         "eval", model, "--tasks", f"text:{texts[1]}", "--length", 64, "--baseline", other, "--json", tmp_path / "r.json"
     )
-    assert result.code == 1 and "measured in two ways" in result.err
+    assert result.code == 1 and "measured by two protocols" in result.err
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["results"] and document["baseline"]["results"] and "differences" not in document
     assert result.out.count("text:one.txt-token-ppl@64") == 2
