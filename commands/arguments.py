@@ -1,4 +1,4 @@
-"""Values of the command line, checked: models, dtypes, devices and lists of names.
+"""Checks of what is given on the command line: models, dtypes, devices, files and lists of names.
 
 torch and transformers are imported where they are needed, so that `lrc --help` answers at once.
 """
@@ -46,7 +46,7 @@ def together() -> Iterator[Callable[..., Any]]:
 
 @contextmanager
 def interruptible(what_now: str) -> Iterator[None]:
-    """Ctrl-C ends in a line that says what comes of it."""
+    """Where Ctrl-C ends the work, print one line that says how to go on, and exit with 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -70,7 +70,7 @@ def require_writable(file: Path) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """Make a folder if need be.
+    """Make a folder if it does not exist.
 
     Raises:
         OutputError: it cannot be made.
@@ -82,7 +82,11 @@ def require_folder(folder: Path) -> None:
 
 
 def names_of(text: str, option: str = "--tasks") -> list[str]:
-    """The parts of a comma-separated list, which must not be empty."""
+    """The names in a list with commas.
+
+    Raises:
+        RequestError: there is none.
+    """
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
@@ -90,7 +94,7 @@ def names_of(text: str, option: str = "--tasks") -> list[str]:
 
 
 def quiet() -> None:
-    """transformers' own bars and notices would break lrc's."""
+    """Silence transformers: its progress bars and notices would break those of lrc."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -98,7 +102,7 @@ def quiet() -> None:
 
 
 def ratio_of(text: str) -> float:
-    """One of the ratios of a sweep."""
+    """A ratio of a sweep as a number."""
     try:
         return float(text)
     except ValueError:

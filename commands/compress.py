@@ -14,17 +14,23 @@ from .plan import drafted, note_calibration, requested
 
 @grouped
 def compress(
-    out: Annotated[Path, typer.Option(help="Folder for the result; the same command continues an interrupted run in it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result. The same command continues an interrupted run.")],
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     statistics: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the original model's statistics for other recipes.")
+        Path | None,
+        typer.Option(
+            show_default="not kept", help="Folder to keep the original model's statistics in, for use with other recipes."
+        ),
     ] = None,
 ) -> None:
-    """Compress a model: calibrate, factorize every matrix, write a smaller checkpoint."""
+    """Compress a model into a smaller checkpoint.
+
+    Prints the plan first, as lrc plan does.
+    """
     from ..run.pipeline import run_request
     from .terminal import Progress, print_plan
 

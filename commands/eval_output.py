@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table and as a file; what was found is kept where it is cut short."""
+"""The results of an evaluation as a table and a file, also where it is interrupted or fails."""
 
 from __future__ import annotations
 
@@ -8,48 +8,47 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import EvaluationError, OutputError
-from ..evaluation.evaluate import TaskResult, results_json
+from ..evaluation.results import Evaluation, results_json
 from .terminal import print_results
 
 
 @contextmanager
-def reporting(names: Sequence[str], json_file: Path | None) -> Iterator[list[list[TaskResult]]]:
-    """Gives a list of results for each model, to be filled; at the end, however it comes, they are printed and written.
+def reporting(evaluations: Sequence[Evaluation], json_file: Path | None) -> Iterator[None]:
+    """Print and write evaluations when the context ends, also where it ends in an error or is interrupted.
 
     Args:
-        names: of the model, and of the baseline where there is one.
-        json_file: where the results go too.
+        evaluations: of the model, and of the baseline where there is one; filled while the context is open.
+        json_file: written, too, where it is given.
 
     Raises:
-        EvaluationError: the two were measured in ways that cannot be compared; after both were printed and written.
+        EvaluationError: the two were measured by different protocols; after both were printed and written.
         OutputError: the file cannot be written; after everything was printed.
     """
-    measured: list[list[TaskResult]] = [[] for _ in names]
     whole = False
     try:
-        yield measured
+        yield
         whole = True
     finally:
-        if any(measured):
-            _put_down(names, measured, json_file, whole)
+        if any(evaluation.results for evaluation in evaluations):
+            _report(evaluations, json_file, whole)
 
 
-def _put_down(names: Sequence[str], measured: Sequence[list[TaskResult]], json_file: Path | None, whole: bool) -> None:
-    apart: EvaluationError | None = None
+def _report(evaluations: Sequence[Evaluation], json_file: Path | None, whole: bool) -> None:
+    side_by_side = whole and len(evaluations) == 2
+    different: EvaluationError | None = None
     try:
-        if whole and len(names) == 2:
-            print_results(names[0], measured[0], names[1], measured[1])
+        if side_by_side:
+            print_results(*evaluations)
     except EvaluationError as error:
-        apart = error
-    if apart is not None or not whole or len(names) == 1:
-        for name, results in zip(names, measured, strict=True):
-            if results:
-                print_results(name, results)
+        different = error
+    if different is not None or not side_by_side:
+        for evaluation in evaluations:
+            if evaluation.results:
+                print_results(evaluation)
     if json_file is not None:
-        document = results_json(names[0], measured[0], *((measured[1], names[1]) if len(names) == 2 else ()))
         try:
-            json_file.write_text(json.dumps(document, indent=2) + "\n")
+            json_file.write_text(json.dumps(results_json(*evaluations), indent=2) + "\n")
         except OSError as error:
             raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
-    if apart is not None:
-        raise apart
+    if different is not None:
+        raise different

@@ -4,70 +4,98 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .arguments import interruptible, names_of, quiet, require_writable, together
 from .options import Activations, ModelOptions, grouped
 
+if TYPE_CHECKING:
+    from ..evaluation.request import Request
+
 
 @dataclass(frozen=True)
 class EvalOptions:
     """What is measured, and how."""
 
-    tasks: Annotated[str, typer.Option(help="wikitext2, ptb, c4, text:PATH, or any lm-eval task; comma-separated.")]
+    tasks: Annotated[
+        str, typer.Option(help="What to measure, separated by commas: wikitext2, ptb, c4, text:PATH, or any task of lm-eval.")
+    ]
     length: Annotated[int, typer.Option(help="Tokens in each perplexity window.")] = 2048
-    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows.")] = None
-    limit: Annotated[float | None, typer.Option(help="lm-eval: only the first N documents (or a fraction).")] = None
-    num_fewshot: Annotated[int | None, typer.Option(help="lm-eval: examples in the prompt.")] = None
-    batch_size: Annotated[int, typer.Option(help="Windows or requests at a time.")] = 1
-    bos: Annotated[str, typer.Option(help="BOS before each window: auto, always or never.")] = "auto"
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None
+    max_windows: Annotated[int | None, typer.Option(show_default="all", help="Use only the first N windows of each text.")] = (
+        None
+    )
+    limit: Annotated[
+        float | None,
+        typer.Option(show_default="all", help="lm-eval: use only the first N documents of each task; below 1, a fraction."),
+    ] = None
+    num_fewshot: Annotated[
+        int | None, typer.Option(show_default="the task's", help="lm-eval: number of examples in the prompt.")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Windows, or lm-eval requests, in each forward pass.")] = 1
+    bos: Annotated[
+        str, typer.Option(help="Put BOS before each window: auto (if the tokenizer puts it before texts), always or never.")
+    ] = "auto"
+    include_path: Annotated[Path | None, typer.Option(help="lm-eval: folder with task files of your own.")] = None
     activations: Activations = None
-    baseline: Annotated[str | None, typer.Option(help="Another model to put beside it.")] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None
+    baseline: Annotated[str | None, typer.Option(help="Another model to measure and compare with.")] = None
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None
     allow_calibration_text: Annotated[
-        bool, typer.Option("--allow-calibration-text", help="Evaluate even on the text that calibration saw.")
+        bool, typer.Option("--allow-calibration-text", help="Measure even on text of the model's calibration set.")
     ] = False
 
 
 @grouped
 def evaluate(options: EvalOptions, source: ModelOptions) -> None:
-    """Measure a model or a compressed checkpoint: token perplexity, or any task of lm-eval."""
-    from ..checkpoint.artifact import RECORD, read_record
+    """Measure perplexity, or any task of lm-eval.
+
+    The model may be compressed or not.
+    """
     from ..checkpoint.hf_quantizer import open_model
     from ..checkpoint.opening import devices_of, dtype_of, located
-    from ..evaluation.evaluate import measure, refuse_calibration_text
-    from ..evaluation.request import check_positions, prepare
+    from ..evaluation.evaluate import check_model, measure
+    from ..evaluation.results import Evaluation
     from .eval_output import reporting
 
     if options.json_file is not None:
         require_writable(options.json_file)
     quiet()
-    models = [source.model, *([options.baseline] if options.baseline is not None else [])]
+    models = [source.model] if options.baseline is None else [source.model, options.baseline]
     with together() as check:
-        request = check(
-            lambda: prepare(
-                names_of(options.tasks), length=options.length, bos=options.bos, max_windows=options.max_windows,
-                limit=options.limit, num_fewshot=options.num_fewshot, batch_size=options.batch_size,
-                include_path=options.include_path, activations=options.activations,
-            )
-        )  # fmt: skip
+        request = check(_prepared, options)
         locations = [check(located, name) for name in models]
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
-    if request.texts:
-        for location in locations:
-            check_positions(location.config(source.trust_remote_code), options.length)
-    seen = [read_record(Path(name))["calibration"]["provenance"] if (Path(name) / RECORD).is_file() else [] for name in models]
-    for name, provenance in zip(models, seen, strict=True):
-        if not options.allow_calibration_text:
-            refuse_calibration_text(request, provenance, name)
-    with interruptible("what was measured is above"), reporting(models, options.json_file) as measured:
-        for name, provenance, results in zip(models, seen, measured, strict=True):
+    provenance = [check_model(request, location, source.trust_remote_code) for location in locations]
+    evaluations = [Evaluation(name) for name in models]
+    with interruptible("what was measured is above"), reporting(evaluations, options.json_file):
+        for evaluation, seen in zip(evaluations, provenance, strict=True):
+            # no name holds the loaded model here: the next one is loaded when this one's memory is free
             measure(
-                *open_model(name, dtype=dtype, device=source.device.strip(), trust_remote_code=source.trust_remote_code),
-                request, calibration_provenance=provenance,
-                allow_calibration_text=options.allow_calibration_text, done=results.append,
-            )  # fmt: skip
+                *open_model(
+                    evaluation.model, dtype=dtype, device=source.device.strip(), trust_remote_code=source.trust_remote_code
+                ),
+                request,
+                calibration_provenance=seen,
+                done=evaluation.results.append,
+            )
+
+
+def _prepared(options: EvalOptions) -> Request:
+    from ..evaluation.request import Settings, prepare
+
+    return prepare(
+        Settings(
+            names_of(options.tasks),
+            length=options.length,
+            bos=options.bos,
+            max_windows=options.max_windows,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size,
+            include_path=options.include_path,
+            activations=options.activations,
+            allow_calibration_text=options.allow_calibration_text,
+        )
+    )

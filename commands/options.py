@@ -1,4 +1,4 @@
-"""Options that several commands have alike, in groups; and the decorator that lets a command take a group as one value."""
+"""Options that several commands share, in groups; and the decorator that lets a command take a group as one value."""
 
 from __future__ import annotations
 
@@ -12,33 +12,50 @@ import typer
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; dotted; repeatable; flags win."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any key of the recipe, such as calibration.samples=64. May be repeated. An option for the same key wins.",
+    ),
 ]
 Activations = Annotated[
-    str | None, typer.Option(help="int8 or mxint8: round what the layers' matrices read (of the original or baseline, too).")
+    str | None,
+    typer.Option(
+        show_default="no rounding",
+        help="Round the inputs of the layers' matrices to int8 or mxint8 (also in the original or the baseline).",
+    ),
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
     """Which recipe, how much it removes, and which statistics it takes."""
 
-    recipe: Annotated[str, typer.Option(help="A shipped recipe (lrc recipe list) or a YAML file.")] = "lrc-fast"
-    ratio: Annotated[float | None, typer.Option(help="Fraction of the compressed matrices' bytes to remove, 0 to below 1.")] = (
+    recipe: Annotated[str, typer.Option(help="A shipped recipe (see lrc recipe list) or a YAML file.")] = "lrc-fast"
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            show_default="the recipe's", help="Fraction of the compressed matrices' bytes to remove: at least 0, below 1."
+        ),
+    ] = None
+    bits: Annotated[
+        float | None, typer.Option(help="Instead of --ratio: mean bits per compressed weight, scales and factors included.")
+    ] = None
+    size: Annotated[str | None, typer.Option(help="Instead of --ratio: size of the weight files, such as 300MB or 1.5GiB.")] = (
         None
     )
-    bits: Annotated[
-        float | None, typer.Option(help="In place of --ratio: mean bits per compressed weight, everything counted.")
-    ] = None
-    size: Annotated[
-        str | None, typer.Option(help="In place of --ratio: of the files with the weights, such as 300MB or 1.5GiB.")
-    ] = None
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(help="In place of --ratio: how far perplexity on held-out calibration text may rise, such as 5%."),
+        typer.Option(help="Instead of --ratio: how much perplexity on held-out calibration text may rise, such as 5%."),
     ] = None
-    propagate: Annotated[str | None, typer.Option(help="original (one-shot) or compressed (sequential).")] = None
+    propagate: Annotated[
+        str | None,
+        typer.Option(
+            show_default="the recipe's",
+            help="Model that the statistics come from: original (one-shot) or compressed (layer by layer).",
+        ),
+    ] = None
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -52,11 +69,18 @@ class CalibrationOptions:
     """The calibration set, and any other key of the recipe."""
 
     calibration: Annotated[
-        str | None, typer.Option(help="wikitext2, c4, text:PATH, jsonl:PATH, pydoc, self, a*0.5+b*0.5 …")
+        str | None,
+        typer.Option(
+            show_default="the recipe's",
+            help="Calibration set: wikitext2, c4, ptb, pile, pydoc, self (the model writes it), text:PATH, jsonl:PATH, "
+            "parquet:PATH, hf:NAME; or a mixture such as c4*0.5+self*0.5.",
+        ),
     ] = None
-    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None
-    length: Annotated[int | None, typer.Option(help="Tokens in each calibration sample.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of calibration samples and sampled labels.")] = None
+    samples: Annotated[int | None, typer.Option(show_default="the recipe's", help="Number of calibration samples.")] = None
+    length: Annotated[int | None, typer.Option(show_default="the recipe's", help="Tokens in each calibration sample.")] = None
+    seed: Annotated[
+        int | None, typer.Option(show_default="the recipe's", help="Seed for drawing calibration samples and labels.")
+    ] = None
     set_: Set = None
 
     @property
@@ -72,7 +96,7 @@ class CalibrationOptions:
 
     @property
     def settings(self) -> list[str]:
-        """What `--set` was given, each as KEY=VALUE."""
+        """The values of `--set`, each as KEY=VALUE."""
         return self.set_ or []
 
 
@@ -80,18 +104,25 @@ class CalibrationOptions:
 class ModelOptions:
     """Which model, and how it is read."""
 
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE.")]
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0,cuda:1 (the work is spread over them), or auto.")] = "cpu"
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")] = None
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder, .gguf file, or pkg:PACKAGE/FILE (a file of an installed package).")
+    ]
+    device: Annotated[
+        str,
+        typer.Option(help="Where to compute: cpu, cuda, several GPUs such as cuda:0,cuda:1, or auto (all GPUs, else the CPU)."),
+    ] = "cpu"
+    dtype: Annotated[
+        str | None, typer.Option(show_default="the checkpoint's", help="Dtype of the weights: float32, bfloat16 or float16.")
+    ] = None
     trust_remote_code: Trust = False
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as typer takes it, with one parameter for each option, of a command that takes groups of options.
+    """Turn a command that takes groups of options into a function with one parameter for each option, as typer needs it.
 
     Args:
-        command: a function; its parameters that are annotated with a dataclass are groups, every field of which is an option.
-            The others are options themselves.
+        command: a function. A parameter that is annotated with a dataclass is a group: each of its fields is an option. Every
+            other parameter is an option itself.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}

@@ -22,9 +22,12 @@ def plan(
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every target and everything that is kept.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
 ) -> None:
-    """Print what `lrc compress` would do; reads headers, and one layer's weights where sub-layers may go."""
+    """Print what lrc compress would do.
+
+    Reads only the headers of the weight files, and one layer's weights where sub-layers may be pruned.
+    """
     from .terminal import print_plan
 
     view, draft = drafted(requested(recipe, calibration, source))

@@ -1,4 +1,4 @@
-"""The commands of `lrc recipe`: what is shipped, what may be named in a recipe, whether one is right."""
+"""`lrc recipe`: list and show recipes and what they may name, and check one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 
 @recipe_app.command("list")
 def recipe_list() -> None:
-    """The shipped recipes."""
+    """List the shipped recipes."""
     from ..plan.load_recipe import shipped, summary
 
     recipes = shipped()
@@ -23,7 +23,7 @@ def recipe_list() -> None:
 
 @recipe_app.command("methods")
 def recipe_methods() -> None:
-    """The methods that recipes may name."""
+    """List the methods that a recipe may name."""
     from ..compress.base import methods
 
     known = methods()
@@ -33,7 +33,7 @@ def recipe_methods() -> None:
 
 @recipe_app.command("scores")
 def recipe_scores() -> None:
-    """The scores by which recipes may drop layers, and the repairs that make up for it."""
+    """List the importance scores and repairs for dropping layers."""
     from ..depth.base import repairs, scores
 
     width = max(map(len, [*scores(), *repairs()]))
@@ -45,7 +45,7 @@ def recipe_scores() -> None:
 
 @recipe_app.command("rules")
 def recipe_rules() -> None:
-    """The rules by which recipes may share the budget out."""
+    """List the rules that allocate the budget."""
     from ..plan.allocation import described
 
     known = described()
@@ -55,7 +55,10 @@ def recipe_rules() -> None:
 
 @recipe_app.command("show")
 def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
-    """Print a recipe; redirect it into a file to make your own."""
+    """Print a recipe.
+
+    Redirect it into a file to start one of your own.
+    """
     from ..plan.load_recipe import read_recipe
 
     print(read_recipe(name)[1], end="")
@@ -65,7 +68,7 @@ def recipe_show(name: Annotated[str, typer.Argument(help="A shipped recipe's nam
 def recipe_check(
     file: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe's name.")], set_: Set = None
 ) -> None:
-    """Check a recipe and print it with every default spelled out."""
+    """Check a recipe and print it with all defaults."""
     import yaml
 
     from ..plan.load_recipe import load_recipe

@@ -27,25 +27,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Which rows, how they are evaluated, and where the table goes."""
+    """Which rows there are, how they are evaluated, and where the table is written."""
 
-    recipes: Annotated[str, typer.Option(help="Recipes, comma-separated; 'all' takes every shipped one.")]
-    out: Annotated[Path, typer.Option(help="Folder for the table, logs and shared statistics; the same command goes on.")]
-    tasks: Annotated[str, typer.Option(help="As for lrc eval.")]
-    ratios: Annotated[str, typer.Option(help="For recipes that leave the size to the budget, comma-separated.")] = "0.2,0.4"
-    eval_length: Annotated[int, typer.Option(help="Tokens in each perplexity window (--length is calibration's).")] = 2048
-    max_windows: Annotated[int | None, typer.Option(help="Only the first N windows of each perplexity task.")] = None
+    recipes: Annotated[str, typer.Option(help="Recipes, separated by commas, or all (every shipped one).")]
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the table, logs and shared statistics. The same command continues an interrupted sweep."),
+    ]
+    tasks: Annotated[str, typer.Option(help="What to measure, as for lrc eval.")]
+    ratios: Annotated[
+        str, typer.Option(help="Ratios for recipes that do not fix the size themselves, separated by commas.")
+    ] = "0.2,0.4"
+    eval_length: Annotated[int, typer.Option(help="Tokens in each perplexity window (--length is for calibration).")] = 2048
+    max_windows: Annotated[int | None, typer.Option(show_default="all", help="Use only the first N windows of each text.")] = (
+        None
+    )
     activations: Activations = None
-    parallel: Annotated[int, typer.Option(min=1, help="Rows at a time, each with its share of the cores.")] = 1
-    keep: Annotated[bool, typer.Option("--keep", help="Keep every compressed checkpoint.")] = False
+    parallel: Annotated[int, typer.Option(min=1, help="Number of rows to run at a time; they share the cores.")] = 1
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed checkpoints.")] = False
 
 
 @grouped
 def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions) -> None:
-    """Compress one model by many recipes and print one table: perplexity, bytes, seconds, memory."""
+    """Compare many recipes on one model.
+
+    Compresses and measures the model with each recipe. Prints one table: metrics, bytes, seconds, memory.
+    """
     from ..calibrate.data import load_calibration
     from ..checkpoint.opening import devices_of
-    from ..evaluation.request import check_positions, prepare
+    from ..evaluation.request import Settings, check_positions, prepare
     from ..run.pipeline import require_text_fits, shared_statistics
     from .sweep_rows import Job, markdown, run_sweep
     from .terminal import plain_or_terminal
@@ -54,10 +64,12 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     view, jobs, plans = _planned_rows(options, calibration, source)
     check_positions(view.config, options.eval_length, "--eval-length")
     prepare(
-        names_of(options.tasks),
-        length=options.eval_length,
-        max_windows=options.max_windows,
-        activations=options.activations,
+        Settings(
+            names_of(options.tasks),
+            length=options.eval_length,
+            max_windows=options.max_windows,
+            activations=options.activations,
+        )
     )
     for plan in plans:
         require_text_fits(view, plan)

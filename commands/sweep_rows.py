@@ -1,8 +1,8 @@
 """A sweep: many recipes on one model, one table.
 
-Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own, so that seconds and peak
-memory are a row's own. Recipes that start from the original model share its statistics, collected once. Finished rows lie in
-`sweep.json`; the same command goes on with what is missing.
+Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own (row_process.py), so that
+seconds and peak memory are a row's own. Recipes that start from the original model share its statistics, collected once.
+Finished rows are in `sweep.json`; the same command continues with what is missing.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,15 +20,14 @@ from typing import Any
 
 from ..checkpoint.atomic import read_json, write_json
 from ..errors import BudgetError, RequestError, SweepError
-from ..model.host_memory import peak_rss
 from ..model.view import ModelView
 from ..plan.plan import Draft
 from ..plan.planner import make_draft
 from ..plan.recipe import Recipe
+from . import row_process
 
 TABLE = "sweep.json"
-_LAST_LINES = 12
-_LOOK = 0.2  # seconds between two looks at how much memory a row takes
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -62,11 +58,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be: a recipe at a ratio (None where its settings fix the size), or with no recipe the model as it is.
+    """A row to be made: a recipe at a ratio (None where the recipe fixes the size); without a recipe, the original model.
 
     Args:
-        settings: everything that the recipe says, calibration left out: a row of other settings is another row.
-        nbytes: of the model's tensors, where it stays as it is.
+        settings: the resolved recipe without its calibration; a row with other settings is made anew.
+        nbytes: of the original model's tensors, for the row without a recipe.
     """
 
     recipe: str | None
@@ -76,7 +72,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As files and rows are called: 'svd-llm-0.2'."""
+        """The name of the row and its files, such as 'svd-llm-0.2'."""
         if self.recipe is None:
             return "original"
         path = Path(self.recipe)  # shipped ones have names without a folder
@@ -92,9 +88,9 @@ class Row:
         metrics: full metric name -> value.
         nbytes: of the model's tensors on disk.
         removed: fraction of the targets' bytes removed.
-        seconds: of compressing, statistics shared with other rows left out.
+        seconds: of compressing, without the statistics that rows share.
         peak_bytes: resident memory of compressing.
-        settings: what the recipe said, as in `Job`.
+        settings: as in `Job`.
     """
 
     name: str
@@ -109,14 +105,14 @@ class Row:
 
 @dataclass(frozen=True)
 class _Table:
-    """The file of finished rows: what they were asked for, and they."""
+    """The contents of `sweep.json`: what the sweep was asked for, and its finished rows."""
 
     asked: dict[str, Any]
     rows: list[Row]
 
 
 def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequence[float]) -> tuple[list[Job], list[Draft]]:
-    """The rows of a sweep and their plans; a recipe whose settings leave the size open is a row at each ratio."""
+    """The rows of a sweep and their plans; a recipe that does not fix the size itself gets one row for each ratio."""
     jobs, plans = [], []
     for name, recipe in recipes.items():
         try:
@@ -124,7 +120,7 @@ def planned_jobs(view: ModelView, recipes: Mapping[str, Recipe], ratios: Sequenc
             jobs.append(_job(name, recipe, recipe.ratio))
         except BudgetError:
             if any(each is not None for each in recipe.amounts.values()):
-                raise  # the size is said, and cannot be met
+                raise  # the recipe fixes the size, and it cannot be met
             for ratio in ratios:
                 plans.append(make_draft(view, recipe.model_copy(update={"ratio": ratio})))
                 jobs.append(_job(name, recipe, ratio))
@@ -137,14 +133,14 @@ def _job(name: str, recipe: Recipe, ratio: float | None) -> Job:
 
 
 def _require_names(jobs: Sequence[Job]) -> None:
-    """Refuse rows that would be called alike: one of them would stand for both."""
+    """Refuse two rows of one name: the table would hold only one of them."""
     named: dict[str, Job] = {Job(None).name: Job(None)}
     for job in jobs:
         if (other := named.setdefault(job.name, job)) is not job:
             what = " and ".join(f"{each.recipe or 'the model as it is'}" for each in (other, job))
             raise RequestError(
                 f"Two rows would be called {job.name}: {what}.",
-                "Name every recipe and every ratio once (six digits count), and files differently.",
+                "Name every recipe and every ratio once (six digits count), and give recipe files different names.",
             )
 
 
@@ -155,7 +151,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
         notify: called with every row that is finished.
 
     Raises:
-        RequestError: the folder holds a sweep of something else.
+        RequestError: the folder holds another sweep.
         SweepError: rows failed; names them with the last lines of their logs. Finished rows stay.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +160,7 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
     finished = threading.Lock()
 
     def one(job: Job) -> None:
-        """A row, unless it is there already, of these settings; failures are gathered."""
+        """Make a row unless it is finished with the same settings; note a failure."""
         if job.name in rows:
             if rows[job.name].settings == job.settings:
                 return
@@ -174,14 +170,14 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
         except SweepError as error:
             failures.update(error.failures)
             return
-        with finished:  # rows end beside each other
+        with finished:  # rows may end at the same time
             rows[job.name] = row
             write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
             notify(row)
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))
-    with ThreadPoolExecutor(sweep.parallel) as pool:
+    with _share_of_cores(sweep.parallel), ThreadPoolExecutor(sweep.parallel) as pool:
         list(pool.map(one, (jobs[place] for place in turns)))
     if failures:
         raise SweepError(failures)
@@ -192,12 +188,12 @@ def _row(sweep: Sweep, job: Job) -> Row:
     out, log, scores = (sweep.folder / f"{job.name}{suffix}" for suffix in ("", ".log", ".json"))
     evaluate = ["lrc", "eval", sweep.model if job.recipe is None else str(out), "--json", str(scores), *sweep.evaluate]
     if job.recipe is None:
-        _run_lrc(evaluate, log, sweep.parallel)
+        row_process.run(evaluate[1:], log)
         return Row(job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings))
     ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
     compress = ["lrc", "compress", sweep.model, "--recipe", job.recipe, *ratio, "--out", str(out), *sweep.compress]
-    seconds, peak = _run_lrc(compress, log, sweep.parallel)
-    _run_lrc(evaluate, log, sweep.parallel)
+    seconds, peak = row_process.run(compress[1:], log)
+    row_process.run(evaluate[1:], log)
     record = (out / "lrc.json").read_text()
     (sweep.folder / f"{job.name}.lrc.json").write_text(record)
     if not sweep.keep:
@@ -213,36 +209,18 @@ def _metrics(scores: Path) -> dict[str, float]:
     return {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
 
 
-def _run_lrc(command: Sequence[str], log: Path, parallel: int) -> tuple[float, int]:
-    """Run a command of lrc as `_run` does, with its share of the cores where several rows run at a time."""
-    environment = dict(os.environ)
+@contextlib.contextmanager
+def _share_of_cores(parallel: int) -> Iterator[None]:
+    """Processes that are started meanwhile take their share of the cores, where several run at a time."""
+    before = os.environ.get(_THREADS)
     if parallel > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
-    # -P: a folder of the current directory must not hide a library
-    return _run([sys.executable, "-P", "-m", "lrc.cli", *command[1:]], log, environment)
-
-
-def _run(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> tuple[float, int]:
-    """Run a command to its end in a process of its own: (seconds, peak resident bytes). What it prints is added to the log.
-
-    Raises:
-        SweepError: it failed; its last lines say why.
-    """
-    started, peak = time.perf_counter(), 0
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-    while process.returncode is None:
-        peak = max(peak, peak_rss(process.pid))  # nobody can be asked when it has ended
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK)
-    if process.returncode:
-        last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        if process.returncode < 0:  # it could not say so itself
-            last.append(
-                f"The process was ended by signal {-process.returncode}; signal 9 is what a system without memory sends."
-            )
-        raise SweepError({log.stem: "\n".join(last)})
-    return time.perf_counter() - started, peak
+        os.environ[_THREADS] = str(max(1, (os.cpu_count() or 1) // parallel))
+    try:
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
+        if before is not None:
+            os.environ[_THREADS] = before
 
 
 def _finished(sweep: Sweep) -> dict[str, Row]:
@@ -253,13 +231,13 @@ def _finished(sweep: Sweep) -> dict[str, Row]:
     if held.asked != sweep.asked:
         raise RequestError(
             f"{path} is of another sweep:\n" + "\n".join(_differences(held.asked, sweep.asked)),
-            "Give another --out, or what it was asked for before.",
+            "Give another --out, or the same options as before.",
         )
     return {row.name: row for row in held.rows}
 
 
 def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    """One line per word that only one of two requests has."""
+    """One line for each key in which two requests differ."""
     for key in asked:
         before, now = (each if isinstance(each, list) else [each] for each in (held.get(key), asked[key]))
         gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
@@ -269,7 +247,7 @@ def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as a Markdown document's part."""
+    """The rows as a table in Markdown."""
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     lines = ["| recipe | " + " | ".join(metrics) + " | model, MB | removed of the targets | seconds | peak, MB |"]
     lines.append("|---" * (len(metrics) + 5) + "|")

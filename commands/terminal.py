@@ -1,4 +1,4 @@
-"""What a person sees: plans, progress and results, as tables on a terminal and as plain lines elsewhere."""
+"""What is printed: plans, progress and results, as tables on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..run.run import PlanMade, TextRead
 
 if TYPE_CHECKING:
     from ..calibrate.data import Calibration
-    from ..evaluation.evaluate import TaskResult
+    from ..evaluation.results import Evaluation
 
 
 def plain_or_terminal() -> Console:
-    """Where to print: names may hold brackets and colons, which are no markup; without a terminal no line is ever wrapped."""
+    """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 10_000
@@ -35,7 +35,7 @@ def plain_or_terminal() -> Console:
 
 
 def print_plan(plan: Planned, verbose: bool = False) -> None:
-    """Say what will happen: per role with ranks and bytes, the ratio in three meanings, what stays, and the memory."""
+    """Print a plan: targets with ranks and bytes, the ratio in its three meanings, what is kept, cost and memory."""
     console, calibration = plain_or_terminal(), plan.recipe.calibration
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
@@ -56,15 +56,17 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
         )  # fmt: skip
     console.print(table)
     if plan.recipe.allocation != "uniform":
-        shown = "the most that each may take" if plan.recipe.allocation == "own" else "an even share"
-        console.print(f"allocation {plan.recipe.allocation}: who gets what is known after calibration; the table shows {shown}")
+        shown = "the largest share of each target" if plan.recipe.allocation == "own" else "an even share"
+        console.print(f"allocation {plan.recipe.allocation}: the shares are decided after calibration; the table shows {shown}")
     if (found := plan.found) is not None:
         console.print(
             f"searched: ratio {found.ratio:.4f}, held-out perplexity {found.before:.3f} → {found.after:.3f} "
             f"(+{found.increase:.2%}, {found.tokens:,} tokens, {found.evaluations} models measured)"
         )
     elif (rise := plan.recipe.max_ppl_increase) is not None:
-        console.print(f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a guess")
+        console.print(
+            f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a first guess"
+        )
     if plan.gap is not None:
         console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
@@ -82,7 +84,7 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
     asked = plan.recipe.ratio
     if asked is not None and not asked / 2 <= plan.ratio <= max(2 * asked, asked + 0.1):
         console.print(
-            f"note: {asked:.2%} were asked for; what the recipe fixes (keep, bits, rank_multiple, allocation own) decides here"
+            f"note: {asked:.2%} were asked for; other keys of the recipe fix it (keep, bits, rank_multiple, allocation own)"
         )
     _print_kept(console, plan, verbose)
     _print_cost(console, plan)
@@ -90,17 +92,17 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
 
 
 def _print_cost(console: Console, plan: Planned) -> None:
-    """What text of its own and training cost: tokens that pass forward and backward, beside those of the calibration."""
+    """Print what self-written text, correction and training cost, in tokens beside those of the calibration set."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
     if plan.recipe.reads_text and (own := calibration.self_written(calibration.samples)):
         console.print(
-            f"calibration: the model, held whole, writes {own} of {calibration.samples} samples, {calibration.length:,} tokens "
-            "each"
+            f"calibration: the model, loaded whole, writes {own} of {calibration.samples} samples, "
+            f"{calibration.length:,} tokens each"
         )
     if plan.recipe.correction is not None:
         tries = 1 + len(plan.recipe.correction.betas)
-        console.print(f"correction: every layer is solved {tries} times, and the original runs beside it")
+        console.print(f"correction: every layer is solved {tries} times, and the original model runs beside it")
     if refine is None:
         return
     if refine.block is not None:
@@ -114,8 +116,8 @@ def _print_cost(console: Console, plan: Planned) -> None:
         passes = 4 if refine.end_to_end.gradient_checkpointing else 3
         console.print(
             f"refinement end to end: up to {refine.end_to_end.steps} steps of {refine.end_to_end.batch_tokens:,} tokens, the "
-            f"compressed model held whole; about {passes * work / tokens:.1f} times the forward passes of calibration, and one "
-            "of the original"
+            f"compressed model loaded whole; about {passes * work / tokens:.1f} times the forward passes of calibration, and "
+            "one of the original"
         )
 
 
@@ -123,11 +125,11 @@ def _print_dropped(console: Console, plan: Planned) -> None:
     spec = plan.recipe.dropping
     assert spec is not None
     score = get_score(spec.score)
-    what = f"layers: {len(plan.dropped)} of {plan.layers} go ({', '.join(map(str, plan.dropped))})"
+    what = f"layers: {len(plan.dropped)} of {plan.layers} pruned ({', '.join(map(str, plan.dropped))})"
     if plan.model_edit.removed:
-        what = f"sub-layers: {len(plan.model_edit.removed)} go ({', '.join(plan.model_edit.removed)})"
+        what = f"sub-layers: {len(plan.model_edit.removed)} pruned ({', '.join(plan.model_edit.removed)})"
     known = not score.looks or plan.model_edit.folder is not None
-    console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is known after calibration"))
+    console.print(f"{what} by {spec.score} [{score.source}]" + ("" if known else "; which ones is decided after calibration"))
     if plan.model_edit.folder is not None:
         _print_repair(console, plan.model_edit.record.get("repair", {}))
     else:
@@ -135,13 +137,13 @@ def _print_dropped(console: Console, plan: Planned) -> None:
             console.print(line)
     if score.by_cosine:
         console.print(
-            f"note: {spec.score} compares directions of hidden states only, which on some models (Llama 3) breaks them: "
+            f"note: {spec.score} compares directions of hidden states only, which breaks some models (Llama 3): "
             "evaluate the result (docs/depth.md)"
         )
 
 
 def _print_repair(console: Console, record: Mapping[str, Any]) -> None:
-    """What a repair brought, once it is made."""
+    """Print what a finished repair gained."""
     if not record:
         return
     console.print(
@@ -149,7 +151,7 @@ def _print_repair(console: Console, record: Mapping[str, Any]) -> None:
         f"({record['held_out_tokens']:,} tokens)"
     )
     for run in record.get("runs", ()):
-        took = run["where"] if run["accepted"] else "left out: the held-out loss would rise"
+        took = run["where"] if run["accepted"] else "not repaired: the held-out loss would rise"
         console.print(f"  layers {run['layers'][0]} to {run['layers'][-1]}: {took}")
 
 
@@ -180,11 +182,11 @@ def _span(numbers: Collection[int]) -> str:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """Warn of a text that is too short for as many samples as were asked for."""
+    """Warn of a calibration text that is too short for the number of samples."""
     for part in calibration.provenance:
         if part.get("overlap"):
             plain_or_terminal().print(
-                f"note: {part['source']} is short for {part['samples']} samples: they share tokens, and count for fewer"
+                f"note: {part['source']} is short for {part['samples']} samples: they share tokens and tell less"
             )
 
 
@@ -193,7 +195,7 @@ def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
         named = ", ".join(entry.name for entry in (plan.left_out if verbose else plan.left_out[:3]))
         console.print(
             f"left out: {len(plan.left_out)} tensors ({sum(entry.numel for entry in plan.left_out):,} parameters) of the "
-            f"checkpoint, for which the model of config.json has no place: {named}"
+            f"checkpoint that the model of config.json does not have: {named}"
             + ("" if verbose or len(plan.left_out) <= 3 else ", …")
         )
     if verbose:
@@ -269,7 +271,7 @@ class Progress:
         )
 
     def finish(self, out: Path) -> None:
-        """The closing lines: what was written, how long it took, and warnings."""
+        """Print warnings, what was written, how long it took, and the peak memory."""
         assert self._plan is not None, "a run tells its plan first"
         for note in self._notes[:10]:
             self._console.print(f"note: {note}")
@@ -283,35 +285,36 @@ class Progress:
         )
 
 
-def print_results(
-    model: str, results: Sequence[TaskResult], baseline: str | None = None, baseline_results: Sequence[TaskResult] | None = None
-) -> None:
-    """A table of metrics, with the baseline and differences beside them where there is one."""
-    from ..evaluation.evaluate import compare  # brings in lm-eval, which compressing does not need
+def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) -> None:
+    """A table of metrics, with the baseline's and the differences beside them where there is one.
+
+    Raises:
+        EvaluationError: the two cannot be compared; nothing was printed.
+    """
+    from ..evaluation.results import compare
 
     console = plain_or_terminal()
-    rows = compare(results, baseline_results) if baseline_results is not None else []
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
-    table.add_column(model, justify="right", overflow="fold")
+    table.add_column(evaluation.model, justify="right", overflow="fold")
     table.add_column("± standard error", justify="right")
-    if baseline_results is None:
+    if baseline is None:
         table.add_column("tokens", justify="right")
-        for result in results:
+        for result in evaluation.results:
             table.add_row(
                 result.metric, f"{result.value:.4f}", _error(result.stderr), f"{result.tokens:,}" if result.tokens else ""
             )
     else:
-        table.add_column(str(baseline), justify="right", overflow="fold")
+        table.add_column(baseline.model, justify="right", overflow="fold")
         table.add_column("difference", justify="right")
-        errors = {result.metric: result.stderr for result in results}
-        for row in rows:
+        metrics = evaluation.metrics
+        for row in compare(evaluation, baseline):
             table.add_row(
-                row["metric"], f"{row['value']:.4f}", _error(errors.get(row["metric"])), f"{row['baseline']:.4f}",
+                row["metric"], f"{row['value']:.4f}", _error(metrics[row["metric"]].stderr), f"{row['baseline']:.4f}",
                 f"{row['difference']:+.4f}" + ("" if row["relative"] is None else f" ({row['relative']:+.1%})"),
             )  # fmt: skip
     console.print(table)
-    for result in results:
+    for result in evaluation.results:
         speed = result.protocol.get("tokens_per_second")
         if speed:
             console.print(f"{result.task}: {speed:,.0f} tokens/s on {result.protocol.get('device', '?')}")

@@ -12,10 +12,13 @@ from .options import Trust
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="The --out folder of a finished `lrc compress`.")],
+    folder: Annotated[Path, typer.Argument(help="The --out folder of a finished lrc compress.")],
     trust_remote_code: Trust = False,
 ) -> None:
-    """Check a compressed checkpoint: hashes, shapes, and that it runs."""
+    """Check that a compressed checkpoint is whole.
+
+    Checks the hashes of the files, the shapes of the tensors, and that the model gives finite logits.
+    """
     from ..checkpoint.opening import require_finished
     from ..run import verify as checks
 

@@ -1,13 +1,13 @@
-"""Activation quantization, simulated: the inputs of every compressed or dense matrix of the layers, rounded as they are read.
+"""Activation quantization, simulated: the inputs of every matrix of the layers, compressed or dense, are rounded.
 
-Methods that quantize weights and activations (W4A8) are measured so. Rounding is done in float32 and the product in the model's
-own dtype, which holds every value of `mxint8` exactly and those of `int8` to its own precision; nothing gets faster.
+This measures methods that quantize weights and activations (W4A8). Rounding is done in float32 and the product in the model's
+own dtype, which represents every value of `mxint8` exactly and those of `int8` to its precision. Nothing becomes faster.
 
 * `int8`: symmetric, one step per token, largest magnitude / 127 (W8A8 as in SmoothQuant, arXiv 2211.10438, eq. 1).
 * `mxint8`: blocks of 16 along the channels share a step that is a power of two, as LQER rounds (arXiv 2402.02446, §4.1; OCP
   Microscaling Formats v1.0): with e the exponent of the block's largest magnitude, step = 2^(e - 6), codes -128 to 127.
 
-What lies outside the layers (embeddings, the output head) and routers read what they always read.
+Embeddings, the output head and routers are not changed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rounded_activations(model: Any, kind: str | None) -> Iterator[dict[str, Any]
 
     Args:
         model: a causal language model, loaded whole; compressed or not.
-        kind: of `ROUNDINGS`; None leaves everything as it is.
+        kind: of `ROUNDINGS`; None rounds nothing.
 
     Raises:
         EvaluationError: the layers hold no matrix that lrc knows.
@@ -88,16 +88,16 @@ def rounded_activations(model: Any, kind: str | None) -> Iterator[dict[str, Any]
 
 
 def _matrices(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The layers' modules that multiply by a matrix, forms as a whole; and the modules of fused experts."""
+    """The modules of the layers that multiply by a matrix (a form is one), and the modules of fused experts."""
     _, layers = find_layers(model, "this model")
     router = number_of_experts(model.config)
     found: list[nn.Module] = []
     fused: list[nn.Module] = []
 
     def look(module: nn.Module) -> None:
-        """Gather what multiplies in this module, from the outside in."""
+        """Collect the outermost such modules of this one."""
         if experts.expert_parameters(module):
-            fused.append(module)  # it feeds the forms of its experts, too
+            fused.append(module)  # the forms of its experts get their inputs from it
             return
         shape = linear_shape(module) or _form_shape(module)
         if shape is None:
@@ -112,6 +112,6 @@ def _matrices(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _form_shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a module that stands for a form, None for any other."""
+    """(out, in) of the module of a form, None for any other."""
     ours = type(module).__module__.startswith(f"{forms.__name__}.") and hasattr(module, "in_features")
     return (module.out_features, module.in_features) if ours else None

@@ -120,9 +120,9 @@ def load(manager: TaskManager, name: str, num_fewshot: int | None) -> list[Task 
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prepend: bool, bos: str, batch_size: int) -> HFLM:
-    """The model as lm-eval wants it. The tokenizer is copied, because lm-eval sets a padding token.
+    """The model in the form that lm-eval needs. The tokenizer is copied, because lm-eval sets a padding token.
 
-    With `bos` "auto" the tokenizer does as it always does; otherwise BOS is before every request or before none (`prepend`).
+    With `bos` "auto" the tokenizer decides about BOS; otherwise it is put before every request or before none (`prepend`).
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -199,7 +199,7 @@ def _protocol(answer: dict[str, Any], lm: HFLM, member: str, metric: str, limit:
 
 @contextlib.contextmanager
 def _finite_logits(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Look at all logits while lm-eval runs: it would score a NaN like any wrong answer."""
+    """Check all logits while lm-eval runs: it would count a NaN as a wrong answer."""
 
     def check(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         if not all(extreme.isfinite() for extreme in torch.aminmax(output.logits)):

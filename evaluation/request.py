@@ -1,6 +1,6 @@
-"""What an evaluation is asked for, checked before any model is loaded.
+"""The request for an evaluation, checked before any model is loaded.
 
-Loading a large model takes minutes: a mistyped task, a missing file or an option that would do nothing is found first.
+Loading a large model takes minutes: a mistyped task, a missing file or an option without effect is found before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..calibrate.data import EvaluationText, evaluation_text
 from ..errors import RequestError, did_you_mean
 from ..model.view import require_positions
-from . import lm_eval as harness
+from . import lm_eval
 from .activation_rounding import ROUNDINGS
 
 if TYPE_CHECKING:
@@ -26,46 +26,10 @@ BOS_CHOICES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
-class Request:
-    """Tasks and how they are to be done; made by `prepare`, which says what each option means.
+class Settings:
+    """What is measured, and how; the defaults are those of `lrc eval`.
 
     Attributes:
-        texts: task -> its text, for the tasks that are lrc's own token perplexities.
-        manager: lm-eval's index of tasks; None where every task is lrc's own.
-    """
-
-    tasks: tuple[str, ...]
-    length: int
-    bos: str
-    max_windows: int | None
-    limit: int | float | None
-    num_fewshot: int | None
-    batch_size: int
-    activations: str | None
-    texts: Mapping[str, EvaluationText]
-    manager: TaskManager | None
-
-    @property
-    def others(self) -> list[str]:
-        """The tasks that are lm-eval's, in their order."""
-        return [task for task in self.tasks if task not in self.texts]
-
-
-def prepare(
-    tasks: Sequence[str],
-    *,
-    length: int = 2048,
-    bos: str = "auto",
-    max_windows: int | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 1,
-    include_path: str | Path | None = None,
-    activations: str | None = None,
-) -> Request:
-    """Check a request and read its texts.
-
-    Args:
         tasks: `wikitext2`, `ptb`, `c4`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `hf:NAME[:…]` for token
             perplexity; any other name is a task, group, tag or YAML file of lm-eval.
         length: tokens per window, BOS included.
@@ -75,23 +39,56 @@ def prepare(
         num_fewshot: lm-eval only: examples in the prompt; None is the task's own default.
         batch_size: windows, or lm-eval requests, per forward pass; changes no result beyond rounding.
         include_path: lm-eval only: a folder with task files of one's own.
-        activations: `int8` or `mxint8`: what the layers' matrices read is rounded so (evaluation/activation_rounding.py); None:
-            as it is.
+        activations: `int8` or `mxint8`: the inputs of the layers' matrices are rounded so; None: they are not
+            (evaluation/activation_rounding.py).
+        allow_calibration_text: evaluate even on the text of the model's calibration set; the protocol says so.
+    """
+
+    tasks: Sequence[str]
+    length: int = 2048
+    bos: str = "auto"
+    max_windows: int | None = None
+    limit: int | float | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 1
+    include_path: str | Path | None = None
+    activations: str | None = None
+    allow_calibration_text: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings that were checked, with their texts read; made by `prepare`.
+
+    Attributes:
+        texts: task -> its text, for the tasks that are lrc's own token perplexities.
+        manager: lm-eval's index of tasks; None where every task is lrc's own.
+    """
+
+    settings: Settings
+    texts: Mapping[str, EvaluationText]
+    manager: TaskManager | None
+
+    @property
+    def others(self) -> list[str]:
+        """The tasks that are lm-eval's, in their order."""
+        return [task for task in self.settings.tasks if task not in self.texts]
+
+
+def prepare(settings: Settings) -> Request:
+    """Check a request and read its texts.
 
     Raises:
         RequestError: unknown task, wrong or useless option, two tasks that would be reported by one name.
         CalibrationError: a text cannot be had.
     """
-    _check_options(tasks, length, bos, batch_size)
-    if activations is not None and activations not in ROUNDINGS:
-        raise RequestError(f"--activations {activations} is not a choice.", did_you_mean(activations, ROUNDINGS))
-    own = [task for task in tasks if is_perplexity_task(task)]
-    others = [task for task in tasks if not is_perplexity_task(task)]
-    _check_useless_options(own, others, max_windows, limit, num_fewshot, include_path)
-    manager = harness.open_tasks(others, include_path, known=PERPLEXITY_TASKS) if others else None
-    _check_distinct(own, length)
-    texts = {task: evaluation_text(task) for task in own}
-    return Request(tuple(tasks), length, bos, max_windows, limit, num_fewshot, batch_size, activations, texts, manager)
+    _check_options(settings)
+    own = [task for task in settings.tasks if is_perplexity_task(task)]
+    others = [task for task in settings.tasks if not is_perplexity_task(task)]
+    _check_useless_options(settings, own, others)
+    manager = lm_eval.open_tasks(others, settings.include_path, known=PERPLEXITY_TASKS) if others else None
+    _check_distinct(own, settings.length)
+    return Request(settings, {task: evaluation_text(task) for task in own}, manager)
 
 
 def is_perplexity_task(task: str) -> bool:
@@ -100,18 +97,19 @@ def is_perplexity_task(task: str) -> bool:
 
 
 def metric_name(task: str, length: int) -> str:
-    """A token perplexity's full name; files by their base name, so that it does not change with the folder they lie in."""
+    """A token perplexity's full name; a file by its base name, so that the name does not depend on its folder."""
     scheme, _, rest = task.partition(":")
     readable = f"{scheme}:{rest.rsplit('/', 1)[-1]}" if scheme in ("text", "jsonl", "parquet") else task
     return f"{readable}-token-ppl@{length}"
 
 
 def check_positions(config: PreTrainedConfig, length: int, flag: str = "--length") -> None:
-    """Refuse windows that are longer than the model's positions; `flag` is what says how long they are."""
+    """Refuse windows that are longer than the model's positions; `flag` is the option for their length."""
     require_positions(config, length, flag)
 
 
-def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int) -> None:
+def _check_options(settings: Settings) -> None:
+    tasks, length = settings.tasks, settings.length
     if isinstance(tasks, str):
         raise TypeError(f"tasks is a sequence of names, not the string {tasks!r}")
     if not tasks:
@@ -119,23 +117,20 @@ def _check_options(tasks: Sequence[str], length: int, bos: str, batch_size: int)
     twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if twice:
         raise RequestError(f"Asked for more than once: {', '.join(twice)}.", "Name each task once.")
-    if bos not in BOS_CHOICES:
-        raise RequestError(f"--bos {bos} is not a choice.", f"Choices: {', '.join(BOS_CHOICES)}.")
+    if settings.bos not in BOS_CHOICES:
+        raise RequestError(f"--bos {settings.bos} is not a choice.", f"Choices: {', '.join(BOS_CHOICES)}.")
     if length < 2:
         raise RequestError(f"--length {length}: a window needs 2 tokens at least, one of them to predict.", "Papers use 2048.")
-    if batch_size < 1:
-        raise RequestError(f"--batch-size {batch_size} is not a positive number.", "1 needs the least memory.")
+    if settings.batch_size < 1:
+        raise RequestError(f"--batch-size {settings.batch_size} is not a positive number.", "1 needs the least memory.")
+    activations = settings.activations
+    if activations is not None and activations not in ROUNDINGS:
+        raise RequestError(f"--activations {activations} is not a choice.", did_you_mean(activations, ROUNDINGS))
 
 
-def _check_useless_options(
-    texts: list[str],
-    others: list[str],
-    max_windows: int | None,
-    limit: int | float | None,
-    num_fewshot: int | None,
-    include_path: str | Path | None,
-) -> None:
-    """An option that would do nothing is refused: a run believed to be short would take hours."""
+def _check_useless_options(settings: Settings, texts: list[str], others: list[str]) -> None:
+    """Refuse an option without effect: a run that was meant to be short would take hours."""
+    max_windows, limit, num_fewshot = settings.max_windows, settings.limit, settings.num_fewshot
     if max_windows is not None and max_windows < 1:
         raise RequestError(f"--max-windows {max_windows} is not a positive number.", "Leave it out for the whole text.")
     if limit is not None and limit <= 0:
@@ -147,7 +142,7 @@ def _check_useless_options(
             f"--max-windows {max_windows} is for texts, and every task here is lm-eval's: {', '.join(others)}.",
             "To run fewer documents of an lm-eval task, give --limit.",
         )
-    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path}
+    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--include-path": settings.include_path}
     useless = [f"{flag} {value}" for flag, value in given.items() if value is not None]
     if useless and not others:
         raise RequestError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..calibrate.store import TRIALS
 from ..checkpoint.atomic import writing
+from ..depth.choose import choose_removed
 from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
 from ..model.events import Event

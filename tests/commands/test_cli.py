@@ -76,7 +76,7 @@ def test_the_commands_are_these():
 def test_a_plan_says_what_the_model_has_to_write_itself(share, count, model, tiny_text_file):
     source = share if share == "self" else f"text:{tiny_text_file}{share}"
     printed = lrc_ok("plan", model, "--ratio", 0.3, "--calibration", source, "--samples", 8, "--length", 48)
-    assert (f"the model, held whole, writes {count} of 8 samples" in printed) == (count > 0)
+    assert (f"the model, loaded whole, writes {count} of 8 samples" in printed) == (count > 0)
     recipe = load_recipe("svd-llm", {"ratio": 0.3, "calibration.source": source, "calibration.samples": 8})
     plan = make_draft(ModelView(locate(str(model)), None), recipe)
     assert (plan.memory.moments.get("writing text", 0) > plan.whole_bytes) == (count > 0)
@@ -294,7 +294,7 @@ def test_the_bytes_of_the_plan_are_the_bytes_on_disk(finished):
     for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as shard:
             nbytes += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
-    promised = list(re.finditer(r"of the whole model \((.*) → (.*)\)", printed))[-1]  # the plan after the survey
+    promised = list(re.finditer(r"of the whole model \((.*) → (.*)\)", printed))[-1]  # the final plan
     assert size(nbytes) == promised[2]
     assert f"{nbytes:,} of" in lrc_ok("verify", out)
     record = json.loads((out / "lrc.json").read_text())

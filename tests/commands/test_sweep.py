@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commandline import lrc_ok, run_lrc
 from safetensors.torch import load_file
 
 from lrc.calibrate.gradients import GradientSettings, backward_passes
-from lrc.commands.sweep_rows import Job, Row, Sweep, _run, run_sweep
+from lrc.commands import row_process
+from lrc.commands.sweep_rows import Job, Row, Sweep, run_sweep
 from lrc.errors import SweepError
 from lrc.plan.load_recipe import load_recipe
+
+
+@pytest.fixture(params=[False, True], ids=["forked", "begun anew"])
+def a_process_each(request, monkeypatch):
+    """A row's process is forked, or begun anew as with an accelerator."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: request.param)
 
 
 def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -61,7 +69,7 @@ def test_a_sweep_reads_rounded_activations_where_it_is_asked_to(tiny_checkpoints
         assert entry["protocol"]["activations"].startswith("mxint8")
 
 
-def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_path):
+def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(a_process_each, tmp_path):
     """The model is no model: both rows fail in processes of their own."""
     with pytest.raises(SweepError) as failed:
         run_sweep(Sweep("nobody/nothing", tmp_path, evaluate=["--tasks", "c4"]), [Job(None), Job("svd", 0.2)])
@@ -69,19 +77,22 @@ def test_a_row_that_fails_is_named_with_its_last_words_and_the_others_stay(tmp_p
     assert "nobody/nothing" in str(failed.value) and "Traceback" not in str(failed.value)
 
 
-def test_a_rows_memory_is_its_own(tmp_path):
+def test_a_rows_memory_is_its_own(a_process_each, tmp_path):
     """Linux hands on to a child, as its peak, what its parent held when it was started."""
     ballast = bytearray(700 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    hold = "import time; held = bytearray(200 << 20); time.sleep(1)"
-    seconds, peak = _run([sys.executable, "-c", hold], tmp_path / "log")
-    assert seconds > 1 and 200 << 20 < peak < 300 << 20
+    seconds, peak = row_process.run(["hold", str(200 << 20)], tmp_path / "log", module="processes")
+    assert seconds > 1 and 200 << 20 < peak < 900 << 20  # with the libraries
 
 
-def test_a_process_that_is_killed_fails_its_row(tmp_path):
-    die = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+def test_a_process_that_is_killed_fails_its_row(a_process_each, tmp_path):
     with pytest.raises(SweepError, match="ended by signal 9"):
-        _run([sys.executable, "-c", die], tmp_path / "log")
+        row_process.run(["die"], tmp_path / "log", module="processes")
+
+
+@pytest.mark.parametrize("name", row_process.IMPORTS)
+def test_what_rows_import_is_there(name):
+    importlib.import_module(name)
 
 
 def test_recipes_that_want_other_gradients_share_a_folder_and_no_pass_is_made_twice(tiny_checkpoints, tiny_text_file, tmp_path):

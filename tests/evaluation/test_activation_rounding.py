@@ -16,7 +16,8 @@ from lrc.checkpoint.hf_quantizer import open_model
 from lrc.compress.forms import experts
 from lrc.errors import EvaluationError
 from lrc.evaluation.activation_rounding import int8, mxint8, rounded_activations
-from lrc.evaluation.evaluate import compare, evaluate
+from lrc.evaluation.evaluate import evaluate
+from lrc.evaluation.results import compare
 
 IDS = torch.arange(3, 40)[None]
 
@@ -147,7 +148,8 @@ def test_the_command_line_says_what_was_done(tiny_checkpoints, tmp_path):
     assert "--activations int9 is not a choice" in result.err and "Did you mean 'int8'?" in result.err
     loaded, tokenizer = open_model(str(model))
     one, two = (
-        evaluate(loaded, tokenizer, [f"text:{text}"], length=32, max_windows=2, activations=kind) for kind in (None, "int8")
+        evaluate(loaded, [f"text:{text}"], tokenizer=tokenizer, length=32, max_windows=2, activations=kind)
+        for kind in (None, "int8")
     )
     with pytest.raises(EvaluationError, match="activations int8"):
         compare(two, one)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commandline import lrc_ok
+from pipeline import compress
 from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
 
-from lrc.calibrate.data import evaluation_text
+from lrc.calibrate.data import evaluation_text, same_text
+from lrc.checkpoint.hf_quantizer import open_model
+from lrc.commands.evaluate import EvalOptions
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
-from lrc.evaluation import evaluate as evaluation
-from lrc.evaluation.evaluate import compare, evaluate, results_json
+from lrc.evaluation.evaluate import evaluate, measure
+from lrc.evaluation.request import Settings, prepare
+from lrc.evaluation.results import Evaluation, compare, results_json
 from lrc.model import likelihood
 
 
@@ -44,9 +51,11 @@ def cut(tokenizer, text: str, step: int) -> list[list[int]]:
 
 def test_perplexity_is_that_of_an_independent_float64_computation(text):
     tokenizer = tiny_tokenizer()
-    (result,) = evaluate(tiny_model("llama"), tokenizer, [text], length=32)
+    evaluation = evaluate(tiny_model("llama"), [text], tokenizer=tokenizer, length=32)
+    (result,) = evaluation.results
     windows = cut(tokenizer, text, 32)
     perplexity, means = reference(tiny_model("llama"), windows)
+    assert evaluation.metrics == {"text:notes.txt-token-ppl@32": result}
     assert result.metric == "text:notes.txt-token-ppl@32"
     assert result.task == text
     assert result.value == pytest.approx(perplexity, rel=1e-5)
@@ -58,6 +67,35 @@ def test_perplexity_is_that_of_an_independent_float64_computation(text):
     assert result.protocol["unused_tail_tokens"] == result.protocol["stream_tokens"] - 32 * len(windows)
 
 
+def test_a_model_by_name_gives_what_the_loaded_one_gives_and_what_the_command_prints(text, tiny_checkpoints, tmp_path):
+    folder = tiny_checkpoints("llama")
+    by_name = evaluate(folder, [text], length=32, max_windows=3)
+    assert by_name.model == str(folder)
+    model, tokenizer = open_model(str(folder))
+    loaded = evaluate(model, [text], tokenizer=tokenizer, length=32, max_windows=3)
+    lrc_ok("eval", folder, "--tasks", text, "--length", 32, "--max-windows", 3, "--json", tmp_path / "r.json")
+    command = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert by_name.metrics.keys() == loaded.metrics.keys() == command.keys()
+    for name, result in by_name.metrics.items():
+        assert result.value == loaded.metrics[name].value == command[name]["value"]
+    with pytest.raises(TypeError, match="tokenizer"):
+        evaluate(model, [text])
+
+
+def test_the_defaults_are_those_of_the_command():
+    command = {field.name: field.default for field in fields(EvalOptions)}
+    for field in fields(Settings):
+        assert field.default == command[field.name], field.name
+
+
+def test_a_compressed_model_by_name_is_not_measured_on_its_calibration_set(text, tiny_checkpoints, tmp_path):
+    compress(tiny_checkpoints("llama"), tmp_path / "out", Path(text.removeprefix("text:")), samples=4, length=32, ratio=0.3)
+    with pytest.raises(RequestError, match="calibrated on the text"):
+        evaluate(tmp_path / "out", [text], length=32, max_windows=1)
+    allowed = evaluate(tmp_path / "out", [text], length=32, max_windows=1, allow_calibration_text=True)
+    assert allowed.results[0].protocol["calibration_text"] != "not the calibration text"
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_and_logits_a_few_positions_at_a_time(family, text, monkeypatch):
     monkeypatch.setattr(likelihood, "_LOGITS_AT_ONCE", 2 * 320 * 5)  # 5 positions of 2 windows, of 320 words
@@ -66,7 +104,7 @@ def test_every_family_and_logits_a_few_positions_at_a_time(family, text, monkeyp
     model = tiny_model(family)
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.numel()))
-    (result,) = evaluate(model, tokenizer, [text], length=24, max_windows=4, batch_size=2)
+    (result,) = evaluate(model, [text], tokenizer=tokenizer, length=24, max_windows=4, batch_size=2).results
     perplexity, _ = reference(tiny_model(family), cut(tokenizer, text, 24)[:4])
     assert result.value == pytest.approx(perplexity, rel=2e-5)
     assert max(seen) <= 2 * 320 * 5
@@ -77,8 +115,10 @@ def test_every_family_and_logits_a_few_positions_at_a_time(family, text, monkeyp
 def test_final_soft_capping_is_part_of_the_logits(text):
     changes = {"final_logit_softcapping": 0.5}
     tokenizer = tiny_tokenizer()
-    (capped,) = evaluate(tiny_model("gemma3_text", **changes), tokenizer, [text], length=24, max_windows=3, bos="never")
-    (plain,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=24, max_windows=3, bos="never")
+    (capped,) = evaluate(
+        tiny_model("gemma3_text", **changes), [text], tokenizer=tokenizer, length=24, max_windows=3, bos="never"
+    ).results
+    (plain,) = evaluate(tiny_model("gemma3_text"), [text], tokenizer=tokenizer, length=24, max_windows=3, bos="never").results
     perplexity, _ = reference(tiny_model("gemma3_text", **changes), cut(tokenizer, text, 24)[:3])
     assert capped.value == pytest.approx(perplexity, rel=1e-5)
     assert abs(capped.value - plain.value) > 1
@@ -86,25 +126,25 @@ def test_final_soft_capping_is_part_of_the_logits(text):
 
 def test_a_tokenizer_that_prepends_bos_gets_it_in_every_window(text):
     tokenizer = tiny_tokenizer(bos=True)
-    (auto,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=32)
+    (auto,) = evaluate(tiny_model("gemma3_text"), [text], tokenizer=tokenizer, length=32).results
     windows = [[1, *window] for window in cut(tokenizer, text, 31)]
     perplexity, _ = reference(tiny_model("gemma3_text"), windows)
     assert auto.value == pytest.approx(perplexity, rel=1e-5)
     assert auto.tokens == len(windows) * 31
     assert auto.protocol["bos"] == "prepended to each window"
-    (never,) = evaluate(tiny_model("gemma3_text"), tokenizer, [text], length=32, bos="never")
+    (never,) = evaluate(tiny_model("gemma3_text"), [text], tokenizer=tokenizer, length=32, bos="never").results
     assert never.protocol["bos"] == "none"
     assert never.value != pytest.approx(auto.value, rel=1e-3)
-    (always,) = evaluate(tiny_model("gemma3_text"), tiny_tokenizer(), [text], length=32, bos="always")
+    (always,) = evaluate(tiny_model("gemma3_text"), [text], tokenizer=tiny_tokenizer(), length=32, bos="always").results
     assert always.value == auto.value
     with pytest.raises(EvaluationError, match="bos none against prepended"):
-        compare([never], [auto])
+        compare(Evaluation("one", [never]), Evaluation("other", [auto]))
 
 
 def test_batch_size_does_not_change_the_result(text):
     # 7 does not divide the number of windows: the last batch is smaller.
     one, several = (
-        evaluate(tiny_model("qwen3"), tiny_tokenizer(), [text], length=16, max_windows=24, batch_size=size)[0]
+        evaluate(tiny_model("qwen3"), [text], tokenizer=tiny_tokenizer(), length=16, max_windows=24, batch_size=size).results[0]
         for size in (1, 7)
     )
     assert several.value == pytest.approx(one.value, rel=1e-6)
@@ -113,7 +153,7 @@ def test_batch_size_does_not_change_the_result(text):
 
 
 def test_half_precision_loses_nothing_in_the_loss(text):
-    (result,) = evaluate(tiny_model("llama", torch.bfloat16), tiny_tokenizer(), [text], length=32)
+    (result,) = evaluate(tiny_model("llama", torch.bfloat16), [text], tokenizer=tiny_tokenizer(), length=32).results
     perplexity, _ = reference(tiny_model("llama", torch.bfloat16), cut(tiny_tokenizer(), text, 32))
     assert result.protocol["dtype"] == "bfloat16"
     assert result.value == pytest.approx(perplexity, rel=5e-3)
@@ -121,9 +161,8 @@ def test_half_precision_loses_nothing_in_the_loss(text):
 
 def test_one_window_has_no_standard_error_and_progress_is_told(text):
     calls = []
-    (result,) = evaluate(
-        tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=1, progress=lambda *call: calls.append(call)
-    )
+    request = prepare(Settings([text], length=16, max_windows=1))
+    (result,) = measure(tiny_model("llama"), tiny_tokenizer(), request, progress=lambda *call: calls.append(call))
     assert result.stderr is None
     assert calls == [(text, 1, 1)]
 
@@ -131,7 +170,7 @@ def test_one_window_has_no_standard_error_and_progress_is_told(text):
 def test_the_training_mode_is_put_back(text):
     model = tiny_model("llama").train()
     model.model.norm.eval()
-    evaluate(model, tiny_tokenizer(), [text], length=16, max_windows=1)
+    evaluate(model, [text], tokenizer=tiny_tokenizer(), length=16, max_windows=1)
     assert model.training and model.model.layers[0].training and not model.model.norm.training
 
 
@@ -147,7 +186,7 @@ def test_a_non_finite_logit_is_an_error_that_names_task_and_window(text, bad):
     model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     model.get_input_embeddings().weight = torch.nn.Parameter(untied)
     with pytest.raises(NonFiniteError, match=rf"notes\.txt.* window {first + 1} .*float32"):
-        evaluate(model, tokenizer, [text], length=16, batch_size=2)
+        evaluate(model, [text], tokenizer=tokenizer, length=16, batch_size=2)
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -168,7 +207,9 @@ def test_a_non_finite_logit_is_an_error_that_names_task_and_window(text, bad):
 )
 def test_wrong_requests_are_refused_before_the_model_runs(text, tasks, options, message):
     with pytest.raises(RequestError, match=message):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [text if task == "TEXT" else task for task in tasks], **options)
+        evaluate(
+            tiny_model("llama"), [text if task == "TEXT" else task for task in tasks], tokenizer=tiny_tokenizer(), **options
+        )
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -177,13 +218,13 @@ def test_a_text_shorter_than_a_window_says_which_length_would_do(tmp_path):
     path.write_text("the quick brown fox", encoding="utf-8")
     tokens = len(tiny_tokenizer()("the quick brown fox")["input_ids"])
     with pytest.raises(RequestError, match=rf"(?s)has {tokens} tokens.*--length {tokens} or less"):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [f"text:{path}"], length=128)
+        evaluate(tiny_model("llama"), [f"text:{path}"], tokenizer=tiny_tokenizer(), length=128)
 
 
 @pytest.mark.usefixtures("no_forward")
 def test_a_tokenizer_of_another_model_is_refused(text):
     with pytest.raises(RequestError, match="do not belong together"):
-        evaluate(tiny_model("llama", vocab_size=64), tiny_tokenizer(), [text], length=16)
+        evaluate(tiny_model("llama", vocab_size=64), [text], tokenizer=tiny_tokenizer(), length=16)
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -191,7 +232,7 @@ def test_bos_always_without_a_bos_token_is_refused(text):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
     with pytest.raises(RequestError, match="no BOS token"):
-        evaluate(tiny_model("llama"), tokenizer, [text], length=16, bos="always")
+        evaluate(tiny_model("llama"), [text], tokenizer=tokenizer, length=16, bos="always")
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -199,16 +240,17 @@ def test_two_files_of_one_name_are_refused(text, tmp_path):
     other = tmp_path / "notes.txt"
     other.write_text(tiny_text(words=300, seed=1), encoding="utf-8")
     with pytest.raises(RequestError, match="both be reported as text:notes.txt-token-ppl@16"):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [text, f"text:{other}"], length=16)
+        evaluate(tiny_model("llama"), [text, f"text:{other}"], tokenizer=tiny_tokenizer(), length=16)
 
 
 def test_the_calibration_text_is_refused_unless_allowed(text):
     provenance = evaluation_text(text).provenance
-    options = {"length": 16, "max_windows": 2, "calibration_provenance": provenance}
+    settings = Settings([text], length=16, max_windows=2)
     with pytest.raises(RequestError, match=r"(?s)calibrated on.*--allow-calibration-text"):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [text], **options)
-    (result,) = evaluate(tiny_model("llama"), tiny_tokenizer(), [text], allow_calibration_text=True, **options)
-    assert result.protocol["calibration_text"] == evaluation.same_text(provenance, provenance)
+        measure(tiny_model("llama"), tiny_tokenizer(), prepare(settings), calibration_provenance=provenance)
+    allowed = prepare(replace(settings, allow_calibration_text=True))
+    (result,) = measure(tiny_model("llama"), tiny_tokenizer(), allowed, calibration_provenance=provenance)
+    assert result.protocol["calibration_text"] == same_text(provenance, provenance)
     assert result.protocol["text"] == [dict(record) for record in provenance]
 
 
@@ -216,35 +258,36 @@ def test_other_calibration_text_is_no_obstacle(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(tiny_text(words=300, seed=1), encoding="utf-8")
     provenance = evaluation_text(f"text:{other}").provenance
-    (result,) = evaluate(
-        tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=2, calibration_provenance=provenance
-    )
+    request = prepare(Settings([text], length=16, max_windows=2))
+    (result,) = measure(tiny_model("llama"), tiny_tokenizer(), request, calibration_provenance=provenance)
     assert result.protocol["calibration_text"] == "not the calibration text"
 
 
 def test_json_has_every_number_with_its_protocol_and_the_differences(text):
-    results = evaluate(tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=3)
-    baseline = evaluate(tiny_model("llama", seed=1), tiny_tokenizer(), [text], length=16, max_windows=3)
-    document = json.loads(json.dumps(results_json("small", results, baseline, "large"), allow_nan=False))
+    small = evaluate(tiny_model("llama"), [text], tokenizer=tiny_tokenizer(), length=16, max_windows=3)
+    large = evaluate(tiny_model("llama", seed=1), [text], tokenizer=tiny_tokenizer(), length=16, max_windows=3)
+    document = json.loads(
+        json.dumps(results_json(replace(small, model="small"), replace(large, model="large")), allow_nan=False)
+    )
     entry = document["results"]["text:notes.txt-token-ppl@16"]
     assert (document["model"], document["baseline"]["model"]) == ("small", "large")
-    assert entry["value"] == results[0].value
-    assert entry["stderr"] == results[0].stderr > 0
+    assert entry["value"] == small.results[0].value
+    assert entry["stderr"] == small.results[0].stderr > 0
     assert entry["tokens"] == 45
     assert {"windows", "length", "bos", "device", "dtype", "seconds", "tokens_per_second", "text"} <= entry["protocol"].keys()
     assert entry["protocol"]["versions"].keys() == {"lrc", "torch", "transformers"}
     (row,) = document["differences"]
-    assert row["difference"] == pytest.approx(results[0].value - baseline[0].value)
-    assert row["relative"] == pytest.approx(results[0].value / baseline[0].value - 1)
-    assert "baseline" not in results_json("small", results)
+    assert row["difference"] == pytest.approx(small.results[0].value - large.results[0].value)
+    assert row["relative"] == pytest.approx(small.results[0].value / large.results[0].value - 1)
+    assert "baseline" not in results_json(small)
 
 
 def test_measurements_of_different_windows_are_not_compared(text):
-    three, four = (evaluate(tiny_model("llama"), tiny_tokenizer(), [text], length=16, max_windows=n) for n in (3, 4))
+    three, four = (evaluate(tiny_model("llama"), [text], tokenizer=tiny_tokenizer(), length=16, max_windows=n) for n in (3, 4))
     with pytest.raises(EvaluationError, match="windows 3 against 4"):
         compare(three, four)
     with pytest.raises(EvaluationError, match="baseline has no"):
-        compare(three, [])
+        compare(three, Evaluation("none"))
 
 
 def test_another_text_of_the_same_name_is_not_compared_but_the_same_text_elsewhere_is(text, tmp_path):
@@ -253,7 +296,7 @@ def test_another_text_of_the_same_name_is_not_compared_but_the_same_text_elsewhe
         path.parent.mkdir()
         path.write_text(content, encoding="utf-8")
     here, there, other = (
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [task], length=16, max_windows=3)
+        evaluate(tiny_model("llama"), [task], tokenizer=tiny_tokenizer(), length=16, max_windows=3)
         for task in (text, f"text:{moved}", f"text:{changed}")
     )
     assert compare(here, there)[0]["difference"] == 0

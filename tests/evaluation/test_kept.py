@@ -132,7 +132,7 @@ def test_a_sweep_that_is_another_one_says_what_differs(model, texts, tmp_path):
 
 
 def test_an_evaluation_that_is_interrupted_keeps_the_tasks_that_are_done(model, texts, tmp_path, monkeypatch):
-    perplexity, seen = lrc.evaluation.evaluate._token_perplexity, []
+    perplexity, seen = lrc.evaluation.evaluate.token_perplexity, []
 
     def until_the_second(*arguments: object) -> object:
         seen.append(arguments)
@@ -140,7 +140,7 @@ def test_an_evaluation_that_is_interrupted_keeps_the_tasks_that_are_done(model, 
             raise KeyboardInterrupt
         return perplexity(*arguments)
 
-    monkeypatch.setattr(lrc.evaluation.evaluate, "_token_perplexity", until_the_second)
+    monkeypatch.setattr(lrc.evaluation.evaluate, "token_perplexity", until_the_second)
     tasks = ",".join(f"text:{text}" for text in texts[1:])
     result = run_lrc("eval", model, "--tasks", tasks, "--length", 64, "--json", tmp_path / "r.json")
     assert result.code == 130 and "interrupted" in result.err
@@ -154,7 +154,7 @@ def test_models_that_cannot_be_compared_are_both_reported(model, texts, tiny_che
     result = run_lrc(
         "eval", model, "--tasks", f"text:{texts[1]}", "--length", 64, "--baseline", other, "--json", tmp_path / "r.json"
     )
-    assert result.code == 1 and "measured in two ways" in result.err
+    assert result.code == 1 and "measured by two protocols" in result.err
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["results"] and document["baseline"]["results"] and "differences" not in document
     assert result.out.count("text:one.txt-token-ppl@64") == 2

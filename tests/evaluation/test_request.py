@@ -11,7 +11,8 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from lrc.errors import EvaluationError, NonFiniteError, RequestError
-from lrc.evaluation.evaluate import evaluate, results_json
+from lrc.evaluation.evaluate import evaluate
+from lrc.evaluation.results import Evaluation, results_json
 
 TASK = """
 task: {name}
@@ -76,7 +77,9 @@ def own_tasks(tmp_path, monkeypatch):
 def test_an_lm_eval_task_of_ones_own_runs_beside_a_text(own_tasks, text):
     folder, questions = own_tasks
     tokenizer, model = tiny_tokenizer(), tiny_model("llama")
-    accuracy, perplexity = evaluate(model, tokenizer, ["animals", text], length=16, include_path=folder, batch_size=2)
+    accuracy, perplexity = evaluate(
+        model, ["animals", text], tokenizer=tokenizer, length=16, include_path=folder, batch_size=2
+    ).results
     right = 0
     for question in questions:
         prompt = tokenizer(question["question"])["input_ids"]
@@ -94,13 +97,13 @@ def test_an_lm_eval_task_of_ones_own_runs_beside_a_text(own_tasks, text):
     assert accuracy.protocol["batch_size"] == 2
     assert "lm_eval" in accuracy.protocol["versions"]
     assert perplexity.metric == "text:notes.txt-token-ppl@16"
-    json.dumps(results_json("m", [accuracy, perplexity]), allow_nan=False)
+    json.dumps(results_json(Evaluation("m", [accuracy, perplexity])), allow_nan=False)
 
 
 def test_perplexities_per_word_and_per_byte_say_so_in_their_names(own_tasks):
     folder, questions = own_tasks
     tokenizer, model = tiny_tokenizer(), tiny_model("llama")
-    words, bits = evaluate(model, tokenizer, ["whole"], include_path=folder)
+    words, bits = evaluate(model, ["whole"], tokenizer=tokenizer, include_path=folder).results
     texts = [question["question"] for question in questions]
     nll = 0.0
     for text in texts:
@@ -114,7 +117,7 @@ def test_perplexities_per_word_and_per_byte_say_so_in_their_names(own_tasks):
 
 def test_limit_reaches_lm_eval(own_tasks):
     folder, _ = own_tasks
-    (result,) = evaluate(tiny_model("llama"), tiny_tokenizer(), ["animals"], include_path=folder, limit=2)
+    (result,) = evaluate(tiny_model("llama"), ["animals"], tokenizer=tiny_tokenizer(), include_path=folder, limit=2).results
     assert (result.protocol["documents"], result.protocol["limit"]) == (2, 2)
 
 
@@ -122,7 +125,7 @@ def test_lm_eval_does_not_change_the_tokenizer(own_tasks):
     folder, _ = own_tasks
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    evaluate(tiny_model("llama"), tokenizer, ["animals"], include_path=folder, limit=1)
+    evaluate(tiny_model("llama"), ["animals"], tokenizer=tokenizer, include_path=folder, limit=1)
     assert tokenizer.pad_token is None
 
 
@@ -131,7 +134,7 @@ def test_lm_eval_does_not_score_a_nan(own_tasks):
     model = tiny_model("llama")
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(NonFiniteError, match="animals"):
-        evaluate(model, tiny_tokenizer(), ["animals"], include_path=folder)
+        evaluate(model, ["animals"], tokenizer=tiny_tokenizer(), include_path=folder)
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -150,11 +153,11 @@ def test_lm_eval_does_not_score_a_nan(own_tasks):
 )
 def test_lm_eval_requests_are_checked_before_the_model_runs(own_tasks, tasks, options, error, message):
     with pytest.raises(error, match=message):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), tasks, **({"include_path": own_tasks[0]} | options))
+        evaluate(tiny_model("llama"), tasks, tokenizer=tiny_tokenizer(), **({"include_path": own_tasks[0]} | options))
 
 
 @pytest.mark.usefixtures("no_forward")
 def test_the_path_of_a_file_gets_the_hint_to_write_text(own_tasks, text):
     path = text.removeprefix("text:")
     with pytest.raises(RequestError, match=f"text:{path}"):
-        evaluate(tiny_model("llama"), tiny_tokenizer(), [path], include_path=own_tasks[0])
+        evaluate(tiny_model("llama"), [path], tokenizer=tiny_tokenizer(), include_path=own_tasks[0])

@@ -92,5 +92,5 @@ def test_attention_is_as_exact_as_its_numbers(dtype, queries, masked):
 def test_evaluation_says_what_computed_it(tiny_checkpoints, tiny_text_file):
     folder = tiny_checkpoints("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    (result,) = evaluate(model, AutoTokenizer.from_pretrained(folder), [f"text:{tiny_text_file}"], length=32)
+    (result,) = evaluate(model, [f"text:{tiny_text_file}"], tokenizer=AutoTokenizer.from_pretrained(folder), length=32).results
     assert result.protocol["float32_matmul_precision"].startswith("highest")
