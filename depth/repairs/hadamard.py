@@ -1,9 +1,9 @@
 """Hadamard matrices for the hidden sizes of models, and an orthogonal substitute for sizes that have none.
 
-Sylvester's doubling gives the powers of two (`scipy.linalg.hadamard`). Most hidden sizes are a power of two times 12, 20, 28,
-36, 44, 60 … (576 = 16 · 36, 3584 = 128 · 28, 5120 = 256 · 20); Paley's two constructions, from the squares modulo a prime, give
-that factor. Where neither exists (odd widths, 4 · 23 …) the orthonormal cosine transform is used: it too spreads a single large
-coordinate over all others, though not evenly.
+Sylvester's doubling gives the powers of two (`scipy.linalg.hadamard`), but most hidden sizes are none (576, 896, 2304, 3584,
+5120 …). Paley's two constructions, from the squares modulo a prime, give a matrix of such a size, or of what is left when some
+factors of two, which Sylvester's doubling supplies, are divided out (576 = 8 · 72). Where neither exists (odd widths, 4 · 23 …)
+the orthonormal cosine transform is used: it too spreads a single large coordinate over all others, though not evenly.
 
 Source: R. Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
 """
