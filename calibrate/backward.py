@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..compress.base import BACKWARD_NEEDS, TargetStats
 from ..errors import NonFiniteError
+from ..model.events import Event, Notify, silent
 from ..model.host_memory import give_back
 from ..model.lockstep import Call, Lockstep, check_finite, run_layer
 from ..model.targets import Target
@@ -88,9 +89,7 @@ class GradientPass:
         return GradientCollector(layer, name, targets, self.needs, self.settings, device)
 
 
-def collect_gradients(
-    work: GradientPass, folder: Path, notify: Callable[[int, float], None] = lambda layer, seconds: None
-) -> StatsStore:
+def collect_gradients(work: GradientPass, folder: Path, notify: Notify = silent) -> StatsStore:
     """Collect gradient statistics of the original model's targets on disk, a file per layer; existing files are used.
 
     An interrupted call resumes at the layer that it had reached: the layers before it run forward again, those after it are
@@ -98,7 +97,7 @@ def collect_gradients(
 
     Args:
         folder: a folder of its own (forward statistics have another).
-        notify: called with (layers finished, seconds of this one); the seconds of the last layer include the forward pass.
+        notify: is told of each finished layer; the seconds of the last one include the forward pass.
 
     Returns:
         The store; `store.read(layer name, target names)` gives `TargetStats` with the statistics of `work.needs`.
@@ -123,7 +122,7 @@ def collect_gradients(
     return store
 
 
-def _all_layers(work: GradientPass, store: StatsStore, spill: Spill, notify: Callable[[int, float], None]) -> None:
+def _all_layers(work: GradientPass, store: StatsStore, spill: Spill, notify: Notify) -> None:
     """Run forward once, then back through the layers that an interrupted call did not finish."""
     view = work.view
     resumed = spill.resume()
@@ -148,7 +147,8 @@ def _all_layers(work: GradientPass, store: StatsStore, spill: Spill, notify: Cal
         view.unload(name)
         give_back()
         spill.finish(index, through.gradients)
-        notify(len(view.layers) - index, time.perf_counter() - started)
+        count = len(view.layers)
+        notify(Event("gradients", count - index, count, time.perf_counter() - started))
         started = time.perf_counter()
 
 

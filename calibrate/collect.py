@@ -10,9 +10,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from ..errors import OutputError
+from ..model.events import Event, Notify, silent
 from ..model.host_memory import steady_memory
 from ..model.lockstep import Call
 from ..model.precision import full_precision
@@ -73,7 +73,7 @@ def collect(
     folder: Path,
     devices: Sequence[torch.device],
     gradients: GradientSettings,
-    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+    notify: Notify = silent,
 ) -> Statistics:
     """Collect statistics of the original model for all targets, on disk; those of the same model and tokens are reused.
 
@@ -81,11 +81,11 @@ def collect(
         needs: target -> its statistics, of `base.NEEDS`; a target that is not named has none.
         folder: of the store; it takes 2 bytes per entry of every gram (half of a symmetric float32 matrix).
         gradients: settings of the backward pass, where `needs` asks for one.
-        notify: called with (what was done, layers finished, seconds).
+        notify: is told of each finished layer.
     """
     steady_memory()
     ahead = {target.name: needs.get(target.name, frozenset()) & FORWARD_NEEDS for target in view.targets}
-    forward = _forward(view, calibration, ahead, folder, devices, partial(notify, "statistics"))
+    forward = _forward(view, calibration, ahead, folder, devices, notify)
     back = backward_needs(needs)
     if not back:
         return Statistics(forward)
@@ -105,7 +105,7 @@ def collect_backward(
     folder: Path,
     devices: Sequence[torch.device],
     gradients: GradientSettings,
-    notify: Callable[[str, int, float], None] = lambda what, layer, seconds: None,
+    notify: Notify = silent,
 ) -> StatsStore:
     """Collect statistics of gradients in a folder inside `folder`, one for each combination of settings.
 
@@ -116,7 +116,7 @@ def collect_backward(
     settings = _held_gradients(folder, needs, gradients) or gradients.relevant_to(needs)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     work = GradientPass(view, calibration.tokens, batch, needs, settings, devices)
-    return collect_gradients(work, folder / f"gradients-{settings.labels}-{digest}", partial(notify, "gradients"))
+    return collect_gradients(work, folder / f"gradients-{settings.labels}-{digest}", notify)
 
 
 def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSettings) -> GradientSettings | None:
@@ -140,7 +140,7 @@ def _forward(
     needs: Mapping[str, frozenset[str]],
     folder: Path,
     devices: Sequence[torch.device],
-    notify: Callable[[int, float], None],
+    notify: Notify,
 ) -> StatsStore:
     identity = {"model": view.source.fingerprint(), "tokens": calibration.hash, "dtype": str(view.dtype)}
     store = StatsStore(folder, identity, needs)
@@ -175,7 +175,7 @@ def _forward(
             what = wanted(targets, store.needs)
             with store.adding(name) as add:
                 outputs = run_in_chunks(layer, name, calls, devices, chunks_of(targets, what.nbytes), what, add)
-        notify(index + 1, time.perf_counter() - started)
+        notify(Event("statistics", index + 1, len(by_layer), time.perf_counter() - started))
         return outputs
 
     with store.alone(), torch.no_grad():

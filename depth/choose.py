@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..calibrate.layerwise import run_batches, through_layers
 from ..calibrate.packing import token_hash
 from ..checkpoint.atomic import read_json, write_json
 from ..model.ablation import Ablation, WithoutSubLayers, divergences, losses
+from ..model.events import Event, Notify, silent
 from ..model.lockstep import Call, hidden_of
 from ..model.sublayers import SubLayer
 from ..model.view import ModelView
@@ -36,14 +37,14 @@ def choose_removed(
     tokens: Tensor,
     devices: Sequence[torch.device],
     folder: Path,
-    notify: Callable[[str, int, float], None] = lambda what, count, seconds: None,
+    notify: Notify = silent,
 ) -> ModelEdit:
     """The model edit that removes the chosen layers or sub-layers; repairs come later (depth/repair.py).
 
     Args:
         tokens: (samples, length) calibration tokens; the score uses some of them.
         folder: keeps the loss of every model that was measured; an interrupted search, or one that removes more, reads it.
-        notify: called with (what was done, 0, seconds) after each round of a greedy score.
+        notify: is told of each round of a greedy score.
     """
     score = get_score(spec.score)
     if spec.granularity == "sub-layer":
@@ -79,7 +80,7 @@ class _Trying:
         device: torch.device,
         sublayers: Sequence[SubLayer] | None,
         folder: Path,
-        notify: Callable[[str, int, float], None],
+        notify: Notify,
     ) -> None:
         self._view, self._device, self._notify = view, device, notify
         self._without = Ablation if sublayers is None else WithoutSubLayers(sublayers)
@@ -105,7 +106,7 @@ class _Trying:
         best = min(range(len(found)), key=found.__getitem__)
         self.record["score"]["rounds"].append({"gone": sorted(sets[best]), self._looks: found[best]})
         line = f"{len(sets[best])} gone, {self._looks} {found[best]:.4f} nats per token"
-        self._notify(line, 0, time.perf_counter() - started)
+        self._notify(Event(line, seconds=time.perf_counter() - started))
         return found
 
 

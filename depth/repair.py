@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.forms.base import linear_weight
 from ..errors import CalibrationError
 from ..model.ablation import Ablation, losses
+from ..model.events import Event, Notify, silent
 from ..model.layer_edit import LayerEdit, LinearMap
 from ..model.layerwise import LayerTurn, layerwise
 from ..model.lockstep import hidden_of, run_calls, with_hidden
@@ -37,8 +38,6 @@ from .model_edit import ModelEdit
 from .repair_record import RepairRecord, RunRecord
 from .spec import DepthSpec
 from .trained_repair import block_settings, finetune_end, streamline
-
-Notify = Callable[[str, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def repaired(
     Args:
         windows: calibration samples, and held-out windows; without held-out ones `spec.hold_out` of the samples is held out.
         seed: of training.
-        notify: called with (what was done, 0, seconds).
+        notify: is told of each repaired run of layers, or of each epoch.
 
     Raises:
         CalibrationError: there is one sample only, and no held-out window.
@@ -198,7 +197,7 @@ def fitted(
     damping: float,
     tokens: Tensor,
     device: torch.device,
-    notify: Notify = lambda what, count, seconds: None,
+    notify: Notify = silent,
 ) -> list[Mend]:
     """The map of every run of dropped layers, in the order of the runs.
 
@@ -259,7 +258,8 @@ class _Fitting:
                 if ended:
                     mend, pruned = self._mended(ended, whole, pruned)
                     mends.append(mend)
-                    notify(f"layers {ended.first} to {ended.end - 1}: {mend.how}", 0, time.perf_counter() - started)
+                    what = f"layers {ended.first} to {ended.end - 1}: {mend.how}"
+                    notify(Event(what, seconds=time.perf_counter() - started))
                 if turn.index == last:
                     break
                 turn.answer([*whole, *pruned])

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..model.ablation import Ablation, losses
+from ..model.events import Event, Notify, silent
 from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
 from ..model.layerwise import layerwise
@@ -30,8 +31,6 @@ from .base import Training
 from .model_edit import ModelEdit
 from .repair_record import RepairRecord, RunRecord
 from .repairs.partial_finetune import LAST_LAYERS
-
-Notify = Callable[[str, int, float], None]
 
 
 def block_settings(training: Training, seed: int) -> BlockSettings:
@@ -45,7 +44,7 @@ def train(
     tokens: Sequence[int],
     judge: Callable[[], float],
     settings: BlockSettings,
-    notify: Callable[[int, float], None] = lambda epoch, loss: None,
+    notify: Notify = silent,
 ) -> Refinement:
     """Train any parameters on any loss of batches; the parameters end in their best state, without gradients.
 
@@ -85,7 +84,7 @@ def streamline(
         model_edit: drops the whole run.
         windows: the held-out ones judge twice: by the squared error of hidden states, then by the model's loss.
         settings: of the training.
-        notify: called with (what was done, 0, seconds) after each epoch.
+        notify: is told of each epoch.
     """
     first, *rest = model_edit.dropped
     learnt, report = _trained_layer(view, model_edit.dropped, windows, settings, device, notify)
@@ -117,7 +116,7 @@ def _trained_layer(
     started = time.perf_counter()
     report = refine_block(
         layer, examples, held_out, settings,
-        lambda epoch, loss: notify(f"epoch {epoch}: held-out error {loss:.4g}", 0, time.perf_counter() - started),
+        lambda epoch: notify(_told(f"epoch {epoch.done}: held-out error {epoch.loss:.4g}", started)),
         everything=True,
     )  # fmt: skip
     learnt = LayerEdit((), {path: value.detach().to("cpu", copy=True) for path, value in layer.named_parameters()})
@@ -182,7 +181,7 @@ def finetune_end(
         started = time.perf_counter()
         report = train(
             parameters, loss, [windows.train.shape[1] - 1] * len(windows.train), judge, settings,
-            lambda epoch, value: notify(f"epoch {epoch}: held-out loss {value:.4f}", 0, time.perf_counter() - started),
+            lambda epoch: notify(_told(f"epoch {epoch.done}: held-out loss {epoch.loss:.4f}", started)),
         )  # fmt: skip
         better = report.best < report.start
         values = {name: value.detach().to("cpu", copy=True) for name, value in parameters.items()} if better else {}
@@ -304,3 +303,7 @@ def _outside_on(view: ModelView, device: torch.device) -> Iterator[None]:
     finally:
         for module, name, buffer in moved:
             setattr(module, name, buffer)
+
+
+def _told(what: str, started: float) -> Event:
+    return Event(what, seconds=time.perf_counter() - started)

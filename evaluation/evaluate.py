@@ -19,10 +19,11 @@ from ..checkpoint.artifact import RECORD, read_record
 from ..checkpoint.hf_quantizer import open_model
 from ..checkpoint.location import Location, locate
 from ..errors import EvaluationError, RequestError
+from ..model.events import Event, Notify, silent
 from ..model.precision import full_precision
 from . import lm_eval
 from .activation_rounding import rounded_activations
-from .perplexity import Progress, WindowedText, prepends_bos, token_perplexity, windowed
+from .perplexity import WindowedText, prepends_bos, token_perplexity, windowed
 from .request import Request, Settings, check_positions, prepare
 from .results import Evaluation, TaskResult, circumstances
 
@@ -95,7 +96,7 @@ def measure(
     request: Request,
     *,
     calibration_provenance: Sequence[dict] = (),
-    progress: Progress | None = None,
+    notify: Notify = silent,
     done: Callable[[TaskResult], None] = lambda result: None,
 ) -> list[TaskResult]:
     """Carry out a prepared evaluation of a causal language model.
@@ -105,7 +106,7 @@ def measure(
         tokenizer: the model's own; not changed.
         request: what to do; may serve several models.
         calibration_provenance: of the model, to refuse evaluation on the text it was calibrated on.
-        progress: called after every batch of windows, and before and after every lm-eval task.
+        notify: is told of every batch of windows, and before and after every lm-eval task.
         done: called with every result as soon as it is there.
 
     Raises:
@@ -129,9 +130,9 @@ def measure(
         lm = lm_eval.wrap(model, tokenizer, prepend, settings.bos, settings.batch_size) if others else None
         for task in settings.tasks:
             if task in texts:
-                found = [token_perplexity(model, texts[task], settings.batch_size, progress)]
+                found = [token_perplexity(model, texts[task], settings.batch_size, notify)]
             else:
-                found = _lm_eval_results(lm, task, loaded[task], request, progress)
+                found = _lm_eval_results(lm, task, loaded[task], request, notify)
             for result in found:
                 result.protocol.update(read)
                 done(result)
@@ -181,14 +182,12 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _lm_eval_results(lm: Any, task: str, loaded: list[Any], request: Request, progress: Progress | None) -> list[TaskResult]:
-    if progress is not None:
-        progress(task, 0, 1)
+def _lm_eval_results(lm: Any, task: str, loaded: list[Any], request: Request, notify: Notify) -> list[TaskResult]:
+    notify(Event(task, 0, 1))
     started = time.perf_counter()
     scores = lm_eval.run(lm, task, loaded, request.manager, request.settings.limit, request.settings.num_fewshot)
     measured_by = circumstances(lm.model, lm.batch_size, time.perf_counter() - started)
-    if progress is not None:
-        progress(task, 1, 1)
+    notify(Event(task, 1, 1))
     versions = measured_by.pop("versions")
     results = []
     for score in scores:

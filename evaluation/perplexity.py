@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import EvaluationError, RequestError
+from ..model.events import Event, Notify
 from ..model.likelihood import window_nll
 from .request import Request, metric_name
 from .results import TaskResult, circumstances
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[str, int, int], None]
-"""Called as (task, done, all): windows for perplexity; one unit for a whole lm-eval task."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,14 @@ def windowed(
     return WindowedText(task, metric_name(task, length), windows, protocol)
 
 
-def token_perplexity(model: PreTrainedModel, text: WindowedText, batch_size: int, progress: Progress | None) -> TaskResult:
+def token_perplexity(model: PreTrainedModel, text: WindowedText, batch_size: int, notify: Notify) -> TaskResult:
     count, length = text.windows.shape
     started = time.perf_counter()
     sums = torch.empty(count, dtype=torch.float64)
     for first in range(0, count, batch_size):
         batch = text.windows[first : first + batch_size]
         sums[first : first + len(batch)] = window_nll(model, batch, text.task, first)
-        if progress is not None:
-            progress(text.task, first + len(batch), count)
+        notify(Event(text.task, first + len(batch), count))
     seconds = time.perf_counter() - started
     tokens = count * (length - 1)
     nll = sums.sum().item() / tokens

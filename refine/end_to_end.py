@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from ..checkpoint.atomic import replacing, sync_file, writing
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import CheckpointError
+from ..model.events import Event, Notify
 from ..model.layerwise import layerwise
 from ..model.view import ModelView
 from .objectives import EndToEndSettings, Teaching, refine_end_to_end
@@ -80,11 +81,11 @@ class Distillation:
             save_file(states, temporary)
             sync_file(temporary)
 
-    def run(self, model: Any, layers: Sequence[torch.nn.Module], notify: Callable[[int, int, float], None]) -> Refinement:
+    def run(self, model: Any, layers: Sequence[torch.nn.Module], notify: Notify) -> Refinement:
         """Train a compressed model, which is in memory on its device, and leave it in its best state.
 
         Args:
-            notify: called with (number of the evaluation, how many at most, held-out divergence in nats per token).
+            notify: is told of each evaluation, with the held-out divergence in nats per token.
 
         Raises:
             CheckpointError: a file of an interrupted run is damaged.
@@ -103,7 +104,7 @@ class Distillation:
 
             return refine_end_to_end(
                 model, layers, Teaching(self._train, self._held, teacher), self._settings,
-                notify=lambda look, loss: notify(look, looks, loss),
+                notify=lambda event: notify(Event("refinement", event.done, looks, loss=event.loss)),
                 resume=self._read_state(len(trainable(model, self._settings.vectors))),
                 keep=self._write_state,
             )  # fmt: skip
@@ -133,7 +134,7 @@ def refine_artifact(
     view: ModelView,
     work: Distillation,
     devices: Sequence[torch.device],
-    notify: Callable[[int, int, float], None],
+    notify: Notify,
 ) -> dict[str, Any]:
     """Train the values in the shards of an unfinished artifact, and write the shards again; returns what to record.
 
@@ -143,7 +144,7 @@ def refine_artifact(
         view: the original.
         work: not begun, or interrupted.
         devices: the original's layers run on all of them, the training on the first.
-        notify: called with (number of the evaluation, how many at most, held-out divergence in nats per token).
+        notify: is told of each evaluation, with the held-out divergence in nats per token.
     """
     work.watch_original(view, devices)
     artifact.expose(config)

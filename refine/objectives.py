@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..model.divergence import divergence
+from ..model.events import Notify, silent
 from ..model.lockstep import Call, run_layer
 from .trainer import (
     Course,
-    Notify,
     Refinement,
     Trainer,
     TrainingSettings,
@@ -97,7 +97,7 @@ def refine_block(
     examples: BlockExamples,
     held_out: BlockExamples,
     settings: BlockSettings,
-    notify: Notify = lambda epoch, loss: None,
+    notify: Notify = silent,
     everything: bool = False,
 ) -> Refinement:
     """Train a compressed layer towards the original layer's outputs; it ends in its best state, without gradients.
@@ -106,7 +106,7 @@ def refine_block(
         layer: with its forms installed, on its device.
         examples: the compressed model's calls of the layer; their goals are the original layer's outputs in the original model.
         held_out: the same of other text, which decides when to stop and what to keep.
-        notify: called with (epoch, held-out loss).
+        notify: is told of each epoch and its held-out loss.
         everything: train dense weights too (a layer that is to replace a run of layers).
 
     Raises:
@@ -174,7 +174,7 @@ def refine_end_to_end(
     layers: Sequence[nn.Module],
     teaching: Teaching,
     settings: EndToEndSettings,
-    notify: Notify = lambda look, loss: None,
+    notify: Notify = silent,
     resume: TrainingState | None = None,
     keep: Callable[[TrainingState], None] = lambda state: None,
 ) -> Refinement:
@@ -184,7 +184,7 @@ def refine_end_to_end(
         model: a compressed causal language model of transformers in evaluation mode, with its weights.
         layers: its decoder layers; with gradient checkpointing each runs again in the backward pass.
         teaching: the text, and the original's predictions.
-        notify: called with (number of the evaluation, held-out loss).
+        notify: is told of each evaluation and its held-out loss.
         resume: the last state of an interrupted refinement of the same model.
         keep: called with the state after every evaluation of the held-out loss.
 

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from ..compress.base import Settings
 from ..compress.forms.base import is_form_module
 from ..errors import NonFiniteError, RequestError
+from ..model.events import Event, Notify, silent
 
 FINAL_LR = 0.1  # of the peak, at the end of the cosine
 _TRAINED = (torch.bfloat16, torch.float32, torch.float64)
-
-Notify = Callable[[int, float], None]
 
 
 class TrainingSettings(Settings):
@@ -180,14 +179,14 @@ class Trainer:
     def run(
         self,
         course: Course,
-        notify: Notify = lambda look, loss: None,
+        notify: Notify = silent,
         keep: Callable[[TrainingState], None] = lambda state: None,
     ) -> Refinement:
         """Train until the steps or the patience are used up; the parameters end in their best state, without gradients.
 
         Args:
             course: the losses.
-            notify: called with (number of the evaluation, held-out loss).
+            notify: is told of each evaluation and its held-out loss.
             keep: called with the state after every evaluation of the held-out loss.
 
         Raises:
@@ -218,7 +217,7 @@ class Trainer:
                     break
                 now = course.judge()
                 looks, since = looks + 1, since + 1
-                notify(looks, now)
+                notify(Event("evaluation", looks, loss=now))
                 if now < best:
                     best, since, kept = now, 0, self._values()
                 keep(TrainingState(start, best, self._done, looks, since, self._tensors(kept)))

@@ -7,7 +7,6 @@ from ..checkpoint.atomic import writing
 from ..depth.choose import choose_removed
 from ..depth.model_edit import ModelEdit, read_model_edit
 from ..depth.repair import repaired
-from ..model.events import Event
 from ..plan.plan import Draft
 from ..refine.trainer import Windows
 from .run import Run
@@ -27,12 +26,9 @@ def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
     spec = draft.recipe.dropping
     assert spec is not None
 
-    def notify(what: str, count: int, seconds: float) -> None:
-        run.notify(Event(what, count, len(view.layers) if count else 0, seconds))
-
-    chosen = choose_removed(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, notify)
+    chosen = choose_removed(view, spec, calibration.tokens, run.devices, run.statistics_folder / TRIALS, run.notify)
     seed = draft.recipe.calibration.seed
     windows = Windows(calibration.tokens, calibration.held_out)
-    found = repaired(view, chosen, spec, windows, seed, run.devices[0], notify)
+    found = repaired(view, chosen, spec, windows, seed, run.devices[0], run.notify)
     with writing(run.own_folder):
         return found.write(run.own_folder, identity)

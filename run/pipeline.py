@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..calibrate.gradients import GradientSettings, backward_passes
 from ..checkpoint.artifact import Artifact, require_usable
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from ..errors import RequestError
-from ..model.events import Event, Notify, silent
+from ..model.events import Notify, silent
 from ..model.host_memory import steady_memory
 from ..model.precision import full_precision
 from ..model.view import ModelView, require_positions
@@ -181,9 +180,7 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
         return draft.settled(), None
     # a shared folder is of one calibration
     folder = run.statistics_folder if recipe.reads_text else run.own_folder
-    statistics = collect(
-        run.view, run.calibration, draft.needs, folder, run.devices, recipe.gradients, partial(_layer_collected, run)
-    )
+    statistics = collect(run.view, run.calibration, draft.needs, folder, run.devices, recipe.gradients, run.notify)
     if recipe.allocation == "uniform":
         return draft.settled(), statistics
     return _told(run, make_plan(run.view, draft, count, curves=measure(draft, run, statistics))), statistics
@@ -192,10 +189,6 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
 def _told(run: Run, plan: Plan) -> Plan:
     run.notify(PlanMade("plan", plan=plan))
     return plan
-
-
-def _layer_collected(run: Run, stage: str, layer: int, seconds: float) -> None:
-    run.notify(Event(stage, layer, len(run.view.layers), seconds))
 
 
 @full_precision
@@ -220,10 +213,7 @@ def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, An
     view, calibration = run.view, run.calibration
     original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
     work = Distillation(run.own_folder / DISTILLATION, settings, Windows(calibration.tokens, calibration.held_out))
-    return refine_artifact(
-        run.artifact, config, original, work, run.devices,
-        lambda look, looks, loss: run.notify(Event("refinement", look, looks, loss=loss)),
-    )  # fmt: skip
+    return refine_artifact(run.artifact, config, original, work, run.devices, run.notify)
 
 
 def _remove_scratch(out: Path) -> None:

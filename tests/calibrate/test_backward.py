@@ -19,6 +19,7 @@ from lrc.checkpoint.location import locate
 from lrc.compress.forms import experts
 from lrc.compress.forms.base import linear_shape, linear_weight
 from lrc.errors import CheckpointError, ModelError, NonFiniteError, OutputError
+from lrc.model.events import Event
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft
@@ -248,8 +249,8 @@ def test_a_killed_pass_goes_on_at_its_layer_and_ends_the_same(tiny_checkpoints, 
     folder, settings = tiny_checkpoints("gemma3_text"), GradientSettings()
     expected = collect(folder, tmp_path / "whole", settings)
 
-    def die(finished: int, seconds: float) -> None:
-        if finished == 2:
+    def die(event: Event) -> None:
+        if event.done == 2:
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
@@ -260,7 +261,7 @@ def test_a_killed_pass_goes_on_at_its_layer_and_ends_the_same(tiny_checkpoints, 
     view.load = lambda name: (loaded.append(name), load(name))[1]
     finished: list[int] = []
     # the batches of the second try need not be those of the first
-    store = run_back(view, tmp_path / "out", settings, batch=3, notify=lambda layer, _: finished.append(layer))
+    store = run_back(view, tmp_path / "out", settings, batch=3, notify=lambda event: finished.append(event.done))
     assert finished == [3] and loaded == ["model.layers.0"]
     for name, stats in read_all(view, store).items():
         assert close(stats.grad_gram, expected[name].grad_gram) and close(stats.fisher_in, expected[name].fisher_in)
@@ -280,8 +281,8 @@ def test_statistics_that_were_deleted_meanwhile_are_an_error(tiny_checkpoints, t
 def test_a_finished_layer_whose_file_is_gone_is_made_again(tiny_checkpoints, tmp_path):
     expected = collect(tiny_checkpoints("llama"), tmp_path / "whole", PLAIN)
 
-    def die(finished: int, seconds: float) -> None:
-        if finished == 2:
+    def die(event: Event) -> None:
+        if event.done == 2:
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
@@ -293,7 +294,7 @@ def test_a_finished_layer_whose_file_is_gone_is_made_again(tiny_checkpoints, tmp
 
 
 def test_a_pass_of_something_else_starts_over(tiny_checkpoints, tmp_path):
-    def die(finished: int, seconds: float) -> None:
+    def die(event: Event) -> None:
         raise PowerCutError
 
     with pytest.raises(PowerCutError):

@@ -162,9 +162,14 @@ def test_half_precision_loses_nothing_in_the_loss(text):
 def test_one_window_has_no_standard_error_and_progress_is_told(text):
     calls = []
     request = prepare(Settings([text], length=16, max_windows=1))
-    (result,) = measure(tiny_model("llama"), tiny_tokenizer(), request, progress=lambda *call: calls.append(call))
+    (result,) = measure(
+        tiny_model("llama"),
+        tiny_tokenizer(),
+        request,
+        notify=lambda event: calls.append((event.stage, event.done, event.total)),
+    )
     assert result.stderr is None
-    assert calls == [(text, 1, 1)]
+    assert [(event.stage, event.done, event.total) for event in calls] == [(text, 1, 1)]
 
 
 def test_the_training_mode_is_put_back(text):

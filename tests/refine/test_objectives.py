@@ -147,7 +147,7 @@ def test_the_best_state_is_kept_not_the_last(block):
     mine, seen = block(), []
     mine.data = BlockExamples(mine.data.calls[:4], mine.data.goals[:4])  # so few tokens that they are soon learnt by heart
     settings = BlockSettings(lr=0.01, epochs=30, batch_tokens=96, patience=30)
-    report = mine.refine(settings, notify=lambda epoch, loss: seen.append(loss))
+    report = mine.refine(settings, notify=lambda event: seen.append(event.loss))
     assert len(seen) == 30 and report.best == min(seen) < 0.99 * seen[-1]
     again = mine.refine(FAST.model_copy(update={"lr": 1e-12, "epochs": 1}))
     assert again.start == report.best
