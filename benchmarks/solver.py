@@ -17,14 +17,14 @@ from lrc.plan.knapsack import PredictedOption, solve
 SHAPES = ((8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672))
 
 
-def problem(layers: int, ways: int, seed: int) -> dict[str, list[PredictedOption]]:
-    """Options of every target, the dense one included."""
+def problem(layers: int, count: int, seed: int) -> dict[str, list[PredictedOption]]:
+    """`count` low-rank options of every target, and the dense one."""
     chance = random.Random(seed)
     found = {}
     for layer in range(layers):
         for number, (out, width) in enumerate(SHAPES):
             scale, power, dense = chance.lognormvariate(0, 2), chance.uniform(0.5, 2), 2 * out * width
-            ranks = [(i + 1) * (out * width // (out + width)) // (ways + 1) for i in range(ways)]
+            ranks = [(i + 1) * (out * width // (out + width)) // (count + 1) for i in range(count)]
             options = [
                 PredictedOption(Choice(rank=r), 2 * r * (out + width), scale * (1 - r * (out + width) / out / width) ** power)
                 for r in ranks
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     options = problem(arguments.layers, arguments.options, arguments.seed)
-    dense = sum(ways[-1].nbytes for ways in options.values())
+    dense = sum(offered[-1].nbytes for offered in options.values())
     print(f"{len(options)} targets × {arguments.options + 1} options, {dense / 1e9:.1f} GB dense")
     for ratio in (0.1, 0.2, 0.4, 0.6, 0.8):
         started = time.perf_counter()
