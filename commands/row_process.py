@@ -24,7 +24,7 @@ from ..errors import SweepError
 from ..model.host_memory import peak_rss
 
 # What `lrc compress` and `lrc eval` import. The fork server ignores a name that does not exist; a test does not.
-IMPORTS = ("lrc.run.run", "lrc.evaluation.evaluate", "transformers.modeling_layers")
+IMPORTS = ("lrc.run.pipeline", "lrc.evaluation.evaluate", "transformers.modeling_layers")
 _LAST_LINES = 12
 _LOOK = 0.2  # seconds between two looks at how much memory a process takes
 _processes = threading.Lock()  # multiprocessing polls all children when one is started, which is not safe in two threads
