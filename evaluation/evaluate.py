@@ -17,7 +17,8 @@ import torch
 from ..calibrate.data import same_text
 from ..checkpoint.artifact import RECORD, read_record
 from ..checkpoint.hf_quantizer import open_model
-from ..checkpoint.location import Location, locate
+from ..checkpoint.location import Location
+from ..checkpoint.opening import dtype_of, located
 from ..errors import EvaluationError, RequestError
 from ..model.events import Event, Notify, silent
 from ..model.precision import full_precision
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Evaluation:
@@ -49,24 +50,24 @@ def evaluate(
     Args:
         model: a hub id, folder, .gguf file, `pkg:PACKAGE/FILE` or compressed checkpoint; or a causal language model that is
             loaded already (its calibration set is unknown, so evaluation on that text is not refused).
-        tasks: as in `Settings`.
+        tasks: one task or several, as in `Settings`.
         tokenizer: of a model that is loaded already; it is not changed.
         device: of a model given by name: cpu, cuda, several with commas between them, or auto.
-        dtype: of a model given by name; None takes the checkpoint's own.
+        dtype: of a model given by name, such as "bfloat16"; None takes the checkpoint's own.
         trust_remote_code: of a model given by name: let code that comes with the checkpoint run.
         settings: the other fields of `Settings`, with its defaults.
 
     Raises:
         LrcError: as `prepare`, `check_model`, `open_model` and `measure` raise it.
     """
-    request = prepare(Settings(tasks, **settings))
+    request = prepare(Settings([tasks] if isinstance(tasks, str) else tasks, **settings))
     if not isinstance(model, (str, Path)):
         if tokenizer is None:
             raise TypeError("a model that is loaded already needs tokenizer=, too")
         return Evaluation(model.name_or_path or type(model).__name__, measure(model, tokenizer, request))
-    location = locate(str(model))
+    location, number = located(str(model)), dtype_of(dtype)
     provenance = check_model(request, location, trust_remote_code)
-    loaded, own_tokenizer = open_model(str(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, own_tokenizer = open_model(str(model), dtype=number, device=device, trust_remote_code=trust_remote_code)
     return Evaluation(str(model), measure(loaded, own_tokenizer, request, calibration_provenance=provenance))
 
 

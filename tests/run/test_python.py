@@ -59,6 +59,13 @@ def test_plan_takes_what_compress_takes_and_writes_nothing(wanted, tiny_checkpoi
     assert {step.target.role for step in draft.steps if step.kept} == {"self_attn.v_proj"}
 
 
+def test_evaluate_measures_what_compress_wrote(wanted, tiny_checkpoints, text_file, tmp_path):
+    result = lrc.compress(tiny_checkpoints("llama", num_hidden_layers=2), "svd-llm", out=tmp_path / "out", **wanted)
+    evaluation = lrc.evaluate(result.folder, f"text:{text_file}", length=32, max_windows=4, dtype="float32")
+    (metric,) = evaluation.metrics.values()
+    assert metric.value > 1 and metric.tokens == 4 * 31
+
+
 def test_mistakes_are_the_command_s(tiny_checkpoints, tmp_path):
     with pytest.raises(RecipeError, match="Did you mean 'bits'"):
         lrc.compress(tiny_checkpoints("llama"), out=tmp_path / "out", bitz=4)
