@@ -92,7 +92,7 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
 
 
 def _print_cost(console: Console, plan: Planned) -> None:
-    """Print what self-written text, correction and training cost, in tokens beside those of the calibration set."""
+    """Print what self-written text and training cost, in tokens beside those of the calibration set."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
     if plan.recipe.reads_text and (own := calibration.self_written(calibration.samples)):
@@ -100,9 +100,6 @@ def _print_cost(console: Console, plan: Planned) -> None:
             f"calibration: the model, loaded whole, writes {own} of {calibration.samples} samples, "
             f"{calibration.length:,} tokens each"
         )
-    if plan.recipe.correction is not None:
-        tries = 1 + len(plan.recipe.correction.betas)
-        console.print(f"correction: every layer is solved {tries} times, and the original model runs beside it")
     if refine is None:
         return
     if refine.block is not None:

@@ -38,7 +38,7 @@ def predict_memory(view: ModelView, plan: Planned, devices: int = 1) -> Memory:
     factors = max((sum(s.bytes_after for s in steps if not s.choice.dense) for steps in by_layer.values()), default=0)
     widest = max((max(s.target.out_features, s.target.in_features) for s in plan.steps), default=0)
     refine = plan.recipe.refine
-    both = plan.recipe.correction is not None or (refine is not None and refine.block is not None)
+    both = refine is not None and refine.block is not None
     if both:  # hidden states of two models, and of the windows that are held out
         hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
     activations = 3 * hidden

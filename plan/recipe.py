@@ -18,7 +18,6 @@ from ..compress.base import BACKWARD_NEEDS, Method, Settings
 from ..compress.mixture import MixtureSettings, mixture
 from ..depth.spec import DepthSpec
 from ..errors import BudgetError, did_you_mean
-from ..refine.correction import CorrectionSpec
 from ..refine.objectives import BlockSettings, EndToEndSettings
 from . import budget
 from .limits import Limit
@@ -77,7 +76,6 @@ class Recipe(Steps):
         rank_multiple: ranks are multiples of this; a budget rounds them down, `own` rounds up what the method asks for.
         propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
             compressed (sequential).
-        correction: of the matrices for the inputs that they will see; with `propagate: compressed`.
         refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
         limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (plan/limits.py).
@@ -88,6 +86,7 @@ class Recipe(Steps):
     # keys of earlier versions -> what a recipe that still has one is told
     gone: ClassVar[Mapping[str, str]] = {
         "droppable": "Dropping sub-layers beside low rank never paid: leave it out (docs/allocation.md).",
+        "correction": "No gain was measured: leave it out, or use refine: block (docs/refinement.md).",
         "uniform_within": "No recipe used it: leave it out. allocation: uniform treats all layers alike.",
     }
 
@@ -102,7 +101,6 @@ class Recipe(Steps):
     allocation_settings: Annotated[dict[str, Any], READS_NO_TEXT, LATER_KEY] = Field(default_factory=dict)
     rank_multiple: Annotated[int, READS_NO_TEXT] = Field(1, ge=1, le=1024)
     propagate: Annotated[Literal["original", "compressed"], READS_NO_TEXT] = "original"
-    correction: Annotated[CorrectionSpec | None, LATER_KEY] = None
     refine: Annotated[RefineSpec | None, LATER_KEY] = None
     keep: Annotated[tuple[str, ...], READS_NO_TEXT] = ()
     limits: Annotated[dict[str, Limit], READS_NO_TEXT, LATER_KEY] = Field(default_factory=dict)
@@ -253,7 +251,7 @@ def _budgets(recipe: Recipe) -> list[str]:
 
 
 def _unjudged(recipe: Recipe) -> list[str]:
-    judged = ("refine", "correction", "max_ppl_increase")
+    judged = ("refine", "max_ppl_increase")
     return [] if recipe.calibration.held_out else [key for key in judged if getattr(recipe, key) is not None]
 
 
@@ -302,10 +300,6 @@ CLASHES = (
     Clash(
         lambda r: bool(_unjudged(r)),
         lambda r: f"{_unjudged(r)[0]} is judged by held-out windows: say how many (calibration.held_out: 4)",
-    ),
-    Clash(
-        lambda r: r.correction is not None and r.propagate != "compressed",
-        lambda r: "correction follows the compressed model's inputs: it goes with propagate: compressed",
     ),
     # how much
     Clash(

@@ -1,1 +1,1 @@
-"""Training after compression: blocks, the whole model, and correction on the compressed model's inputs."""
+"""Training after compression: single layers, or the whole model end to end."""

@@ -30,8 +30,8 @@ from ..model.layer_forms import form_specs, install, stored_tensors, target_weig
 from ..model.lockstep import Call, hidden_of
 from ..model.view import ModelView
 from ..plan.plan import Plan, Step
-from ..refine.correction import Pair, correct, restored
-from ..refine.objectives import refine_block
+from ..refine.both_models import Pair, restored
+from ..refine.objectives import BlockSettings, refine_block
 from .run import Run
 from .solve import SolvedTarget, UnitSolver
 
@@ -128,8 +128,8 @@ def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics:
     tokens, held_out = (each.split(plan.batch) for each in (run.calibration.tokens, run.calibration.held_out))
     recipe = plan.recipe
     idle = recipe.depth is not None and not any(plan.solved(index) for index in range(len(run.view.layers)))
-    if recipe.correction is not None or (recipe.refine is not None and recipe.refine.block is not None):
-        visit = _BothModels(work, len(held_out)).visit
+    if recipe.refine is not None and recipe.refine.block is not None:
+        visit = _BothModels(work, recipe.refine.block, len(held_out)).visit
         through_layers(run.view, [*tokens, *held_out] * 2, visit, plan.dropped, plan.model_edit.edit)
     elif recipe.propagate == "compressed" and recipe.reads_text and not idle:
         through_layers(run.view, tokens, _Sequential(work).visit, plan.dropped, plan.model_edit.edit)
@@ -177,15 +177,6 @@ class _Layers:
         outputs = run_in_chunks(layer, name, calls, self.run.devices, chunks, what, take)
         return outputs, self.formed(index, name, layer, found)
 
-    def observe(
-        self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]
-    ) -> tuple[list[Any], dict[str, TargetStats]]:
-        """A layer's outputs, and the statistics of all its targets that are not left dense, for who needs them repeatedly."""
-        outputs, stats = run_batches(layer, name, calls, self.run.devices, self.plan.solved(index), self.plan.wanted(index))
-        if self.statistics is not None:
-            stats = self.statistics.with_gradients(name, stats)
-        return outputs, stats
-
     def solve_from_disk(self, index: int, name: str, layer: nn.Module) -> SolvedLayer:
         """What the artifact will hold of a layer, from statistics that were collected before, read chunk by chunk."""
         found: dict[str, SolvedTarget] = {}
@@ -193,12 +184,6 @@ class _Layers:
             names = [target.name for target in chunk if target.name not in self._waiting]
             stats = self.statistics.read(name, names) if self.statistics else dict.fromkeys(names, NOTHING_SEEN)
             self._solve(index, layer, stats, found)
-        return self.formed(index, name, layer, found)
-
-    def solve(self, index: int, name: str, layer: nn.Module, stats: dict[str, TargetStats]) -> SolvedLayer:
-        """What the artifact will hold of a layer, which itself is not changed."""
-        found: dict[str, SolvedTarget] = {}
-        self._solve(index, layer, dict(stats), found)
         return self.formed(index, name, layer, found)
 
     def _solve(self, index: int, layer: nn.Module, stats: dict[str, TargetStats], found: dict[str, SolvedTarget]) -> None:
@@ -311,13 +296,15 @@ class _Sequential:
 
 @dataclass(frozen=True)
 class _BothModels:
-    """Compress every layer with the original's activations beside those of the compressed model.
+    """Compress every layer and train it, with the original's activations beside those of the compressed model.
 
     Args:
-        held_out: batches at the end of each model's that judge a correction and stop a refinement.
+        settings: of the training.
+        held_out: batches at the end of each model's, on which a layer's training stops.
     """
 
     work: _Layers
+    settings: BlockSettings
     held_out: int
 
     def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
@@ -333,29 +320,19 @@ class _BothModels:
         return goals if work.last(index) else goals + work.forward(small, name, pair.compressed)
 
     def _follow(self, index: int, name: str, layer: nn.Module, pair: Pair) -> tuple[list[Any], nn.Module]:
-        """The original layer's outputs, and a compressed copy of it that was held to them and written."""
-        work, recipe = self.work, self.work.plan.recipe
-        sequential = recipe.propagate == "compressed"
+        """The original layer's outputs, and a compressed copy of it that was trained towards them and written."""
+        work, sequential = self.work, self.work.plan.recipe.propagate == "compressed"
         seen, unseen = pair.read(sequential)
-        outputs, stats = work.observe(index, name, layer, seen)
+        outputs, solved = work.observe_and_solve(index, name, layer, seen)
         others = work.forward(layer, name, unseen)
         goals = others if sequential else outputs + others
-
-        def in_place(tried: nn.Module) -> SolvedLayer:
-            solved = work.solve(index, name, tried, stats)
-            install(tried, name, solved.specs, solved.tensors)
-            return solved
-
-        targets = [step.target for step in work.plan.layer_steps(index)]
-        wanted = [hidden_of(goal) for goal in goals]
-        small, solved, chosen = correct(layer, name, targets, pair, wanted, recipe.correction, in_place)
-        record, tensors = solved.record | chosen, solved.tensors
-        if recipe.refine is not None and recipe.refine.block is not None:
-            done = refine_block(small, *pair.split(wanted), recipe.refine.block)
-            trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
-            tensors = {key: trained.get(key, value).to("cpu") for key, value in tensors.items()}
-            record |= {"refinement": {key: value for key, value in asdict(done).items() if key != "seconds"}}
-        work.write(name, SolvedLayer(solved.specs, tensors, record))
+        small = copy.deepcopy(layer)
+        install(small, name, solved.specs, solved.tensors)
+        done = refine_block(small, *pair.split([hidden_of(goal) for goal in goals]), self.settings)
+        trained = {f"{name}.{key}": value for key, value in small.state_dict().items()}
+        tensors = {key: trained.get(key, value).to("cpu") for key, value in solved.tensors.items()}
+        refinement = {key: value for key, value in asdict(done).items() if key != "seconds"}
+        work.write(name, SolvedLayer(solved.specs, tensors, solved.record | {"refinement": refinement}))
         return goals, small
 
 

@@ -56,7 +56,6 @@ def test_a_resolved_recipe_spells_out_everything_and_reads_back_the_same(name, w
         "steps",
         "alternatives",
         "depth",
-        "correction",
         "refine",
         "bits",
         "size",

@@ -32,7 +32,9 @@ def told(**overrides) -> str:
     return "\n".join(caught.value.problems)
 
 
-@pytest.mark.parametrize(("key", "says"), [("droppable", "never paid"), ("uniform_within", "allocation: uniform")])
+@pytest.mark.parametrize(
+    ("key", "says"), [("droppable", "never paid"), ("uniform_within", "allocation: uniform"), ("correction", "refine: block")]
+)
 def test_a_key_that_is_gone_says_what_to_do(key, says):
     assert f"the key '{key}' is gone" in (message := told(**{key: "role"}))
     assert says in message
