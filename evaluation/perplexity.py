@@ -53,6 +53,11 @@ def prepends_bos(tokenizer: PreTrainedTokenizerBase, bos: str, others: list[str]
 def windowed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, request: Request, prepend: bool
 ) -> WindowedText:
+    """A text of the request as windows of token ids; `prepend`: each begins with BOS, which counts among its tokens.
+
+    Raises:
+        RequestError: the text is shorter than one window, or BOS is asked for and the tokenizer has none.
+    """
     text, length = request.texts[task], request.settings.length
     stream = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     step = length - prepend
@@ -88,6 +93,11 @@ def windowed(
 
 
 def token_perplexity(model: PreTrainedModel, text: WindowedText, batch_size: int, notify: Notify) -> TaskResult:
+    """The token perplexity of a model, loaded whole, over the windows of a text; `notify` is told of every batch.
+
+    Raises:
+        EvaluationError: a logit is not finite, or the perplexity is no finite number.
+    """
     count, length = text.windows.shape
     started = time.perf_counter()
     sums = torch.empty(count, dtype=torch.float64)

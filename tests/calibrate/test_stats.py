@@ -25,7 +25,7 @@ from lrc.model.lockstep import run_layer
 from lrc.model.precision import full_precision
 from lrc.model.view import ModelView, Target
 from lrc.plan.load_recipe import load_recipe
-from lrc.plan.planner import make_plan
+from lrc.plan.planner import make_draft
 from lrc.run.verify import verify
 
 CPU = torch.device("cpu")
@@ -379,10 +379,10 @@ def test_a_layer_that_is_interrupted_between_chunks_is_collected_anew(tiny_check
 def test_a_plan_counts_the_largest_chunk_and_keeps_units_whole(tiny_checkpoints, monkeypatch):
     view = ModelView(locate(str(tiny_checkpoints("mixtral"))))
     recipe = load_recipe("nystrom", {"ratio": 0.3, "calibration.samples": 8, "calibration.length": 48})
-    plan = make_plan(view, recipe)
+    plan = make_draft(view, recipe)
     assert [len(plan.chunks(layer)) for layer in range(3)] == [1, 1, 1]
     monkeypatch.setattr("lrc.calibrate.stats.STATISTICS_AT_ONCE", 1)
-    split = make_plan(view, recipe)
+    split = make_draft(view, recipe)
     chunks = [{target.name for target in chunk} for chunk in split.chunks(0)]
     assert set().union(*chunks) == {target.name for target in split.solved(0)} and len(chunks) >= 4
     for unit in split.units:

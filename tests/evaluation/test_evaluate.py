@@ -169,7 +169,7 @@ def test_one_window_has_no_standard_error_and_progress_is_told(text):
         notify=lambda event: calls.append((event.stage, event.done, event.total)),
     )
     assert result.stderr is None
-    assert [(event.stage, event.done, event.total) for event in calls] == [(text, 1, 1)]
+    assert calls == [(text, 1, 1)]
 
 
 def test_the_training_mode_is_put_back(text):

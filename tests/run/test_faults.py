@@ -190,7 +190,7 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(half_done, uninte
 def test_interrupted_by_ctrl_c_says_that_the_same_command_continues(model, request_for, uninterrupted, tmp_path, monkeypatch):
     arguments = request_for(model, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(Progress, "layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Progress, "_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         result = run_lrc(*arguments)
     assert result.code == 130
     assert "the same command continues" in result.err
