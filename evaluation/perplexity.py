@@ -56,7 +56,7 @@ def windowed(
     """A text of the request as windows of token ids; `prepend`: each begins with BOS, which counts among its tokens.
 
     Raises:
-        RequestError: the text is shorter than one window, or BOS is asked for and the tokenizer has none.
+        RequestError: the text is shorter than one window, or holds a token that the model does not know.
     """
     text, length = request.texts[task], request.settings.length
     stream = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
