@@ -1,4 +1,4 @@
-"""What lrc.model.precision gains on this processor: float32 and 16-bit products, and 16-bit attention, before it and after.
+"""What full precision gains on this processor (model/machine/precision.py): float32 and 16-bit products, and attention.
 
 AMD EPYC (Zen 5, AVX-512 with bfloat16, no matrix tiles), one core, torch 2.13 with MKL 2024.2 and oneDNN 3.12:
 
@@ -54,7 +54,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from lrc.model.precision import float32_products, full_precision
+from lrc.model.machine.precision import float32_products, full_precision
 
 SHAPES = [(2048, 576, 1536), (2048, 2048, 2048), (2048, 576, 49152), (64, 2048, 2048), (1, 2048, 2048)]
 SIXTEEN = [(2048, 576), (64, 2048)]  # of these in 16 bits as well

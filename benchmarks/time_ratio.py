@@ -3,7 +3,7 @@
 Loads the embedded SmolLM2 and runs the whole model over the calibration tokens, one sample at a time; then runs each
 compression (layers read, statistics, losses, factors, shards written and checked) on the same tokens in the same process.
 Prints all of them, as ratios of the forward passes and of the first recipe; the forward passes twice, with the products that
-torch takes by itself and with those that lrc has it take (lrc/model/precision.py). With --repeat all of it is done so often,
+torch takes by itself and with those that lrc has it take (model/machine/precision.py). With --repeat all of it is done so often,
 one after the other, and the least of each counts: what other programs take away is never less than nothing.
 
     python benchmarks/time_ratio.py --text FILE [--recipes svd-llm,lrc-fast] [--samples 32] [--length 2048] [--dtype float32]
@@ -23,7 +23,7 @@ import torch
 from lrc.calibrate.data import Calibration, load_calibration
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
-from lrc.model.precision import full_precision
+from lrc.model.machine.precision import full_precision
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft

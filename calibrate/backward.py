@@ -38,8 +38,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..compress.base import BACKWARD_NEEDS, TargetStats
 from ..errors import NonFiniteError
 from ..model.events import Event, Notify, silent
-from ..model.host_memory import give_back
 from ..model.lockstep import Call, Lockstep, check_finite, run_layer
+from ..model.machine.host_memory import give_back
 from ..model.targets import Target
 from ..model.view import ModelView
 from .gradients import GradientCollector, GradientSettings, gradient_bytes

@@ -21,9 +21,9 @@ from torch import nn
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, NOTHING_SEEN, TargetStats
 from ..errors import OutputError
 from ..model.events import Event, Notify, silent
-from ..model.host_memory import steady_memory
 from ..model.lockstep import Call
-from ..model.precision import full_precision
+from ..model.machine.host_memory import steady_memory
+from ..model.machine.precision import full_precision
 from ..model.targets import Target
 from ..model.view import ModelView
 from .backward import GradientPass, collect_gradients

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import SweepError
-from ..model.host_memory import peak_rss
+from ..model.machine.host_memory import peak_rss
 
 # What `lrc compress` and `lrc eval` import. The fork server ignores a name that does not exist; a test does not.
 IMPORTS = ("lrc.run.pipeline", "lrc.evaluation.evaluate", "transformers.modeling_layers")

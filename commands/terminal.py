@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..depth.base import get_score
 from ..model.events import Event
-from ..model.host_memory import peak_rss
+from ..model.machine.host_memory import peak_rss
 from ..plan.budget import readable as size
 from ..plan.plan import Planned, Step
 from ..run.layer_loop import LayerDone

@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..model.ablation import Ablation, losses
 from ..model.events import Event, Notify, silent
-from ..model.host_memory import give_back
 from ..model.layer_edit import LayerEdit, edited
 from ..model.layerwise import layerwise
 from ..model.lockstep import Call, hidden_of, passed_by, run_calls, with_hidden
+from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
 from ..refine.objectives import BlockExamples, BlockSettings, refine_block
 from ..refine.trainer import Course, Refinement, Trainer, Windows, checked_dtypes

@@ -21,7 +21,7 @@ from ..checkpoint.location import Location
 from ..checkpoint.opening import dtype_of, located
 from ..errors import EvaluationError, RequestError
 from ..model.events import Event, Notify, silent
-from ..model.precision import full_precision
+from ..model.machine.precision import full_precision
 from . import lm_eval
 from .activation_rounding import rounded_activations
 from .perplexity import WindowedText, prepends_bos, token_perplexity, windowed

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError
-from ..model.precision import float32_products
+from ..model.machine.precision import float32_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

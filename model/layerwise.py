@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
 from ..compress.forms.shared import lenders
-from .host_memory import give_back
 from .layer_edit import LayerEdit, edited
 from .lockstep import Call, Lockstep, passed_by, with_hidden
+from .machine.host_memory import give_back
 
 _CPU = torch.device("cpu")
 

@@ -24,10 +24,10 @@ from ..compress.base import NOTHING_SEEN, TargetStats
 from ..compress.forms.absent import ZERO, Guarded
 from ..compress.forms.base import Form, Spec
 from ..model.events import Event
-from ..model.host_memory import give_back, peak_rss
 from ..model.layer_edit import NONE, edited
 from ..model.layer_forms import form_specs, install, stored_tensors, target_weight
 from ..model.lockstep import Call, hidden_of
+from ..model.machine.host_memory import give_back, peak_rss
 from ..model.view import ModelView
 from ..plan.plan import Plan, Step
 from ..refine.both_models import Pair, restored

@@ -17,7 +17,7 @@ from ..checkpoint.artifact import UNCHECKED
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
-from ..model.host_memory import give_back
+from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
 from ..plan.plan import Plan
 from .layer_loop import renamed, staying_layers

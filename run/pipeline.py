@@ -22,8 +22,8 @@ from ..checkpoint.artifact import Artifact, require_usable
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
 from ..errors import RequestError
 from ..model.events import Notify, silent
-from ..model.host_memory import steady_memory
-from ..model.precision import full_precision
+from ..model.machine.host_memory import steady_memory
+from ..model.machine.precision import full_precision
 from ..model.view import ModelView, require_positions
 from ..plan.plan import Draft, Plan, Planned
 from ..plan.planner import make_draft, make_plan

@@ -26,9 +26,9 @@ from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import BudgetError, NonFiniteError
 from ..model.events import Event
-from ..model.host_memory import steady_memory
 from ..model.layerwise import layerwise
-from ..model.precision import full_precision
+from ..model.machine.host_memory import steady_memory
+from ..model.machine.precision import full_precision
 from ..model.view import ModelView
 from ..plan.budget import Found
 from ..plan.plan import Draft

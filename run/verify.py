@@ -12,9 +12,9 @@ from ..checkpoint.atomic import sha256_of
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import CheckpointError, NonFiniteError
-from ..model.host_memory import steady_memory
 from ..model.layerwise import layerwise
 from ..model.lockstep import run_calls
+from ..model.machine.host_memory import steady_memory
 from ..model.view import ModelView
 
 _TOKENS = 8

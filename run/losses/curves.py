@@ -22,7 +22,7 @@ from ...checkpoint.atomic import read_json, write_json
 from ...compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
 from ...compress.options import Option
 from ...model.events import Event
-from ...model.host_memory import give_back
+from ...model.machine.host_memory import give_back
 from ...plan.plan import PROBED, Draft
 from ...plan.units import Unit
 from ..run import Run

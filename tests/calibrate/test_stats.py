@@ -22,7 +22,7 @@ from lrc.compress.base import FORWARD_NEEDS
 from lrc.compress.forms.base import linear_weight
 from lrc.errors import NonFiniteError
 from lrc.model.lockstep import run_layer
-from lrc.model.precision import full_precision
+from lrc.model.machine.precision import full_precision
 from lrc.model.view import ModelView, Target
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft

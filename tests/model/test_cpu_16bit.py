@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from lrc.model import cpu_16bit as products
-from lrc.model import precision as numerics
+from lrc.model.machine import cpu_16bit as products
+from lrc.model.machine import precision as numerics
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 

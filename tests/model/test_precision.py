@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from lrc.evaluation.evaluate import evaluate
-from lrc.model import precision as numerics
+from lrc.model.machine import precision as numerics
 
 
 def set_up() -> tuple[object, ...]:
