@@ -121,7 +121,7 @@ def solve(options: Mapping[str, Sequence[PredictedOption]], budget: int, most_no
             every machine.
 
     Raises:
-        BudgetError: even the smallest options do not fit; says what they come to.
+        BudgetError: even the smallest options exceed the budget; the message states their bytes.
         ValueError: a unit has no option, or a loss is not finite.
     """
     problem = _Problem({name: _useful(name, each) for name, each in options.items()}, budget)
@@ -146,7 +146,7 @@ def solve(options: Mapping[str, Sequence[PredictedOption]], budget: int, most_no
 
 
 def _useful(name: str, options: Sequence[PredictedOption]) -> list[PredictedOption]:
-    """The options that no other one beats in bytes and loss, ascending in bytes and descending in loss."""
+    """The Pareto-optimal options in bytes and loss, in ascending order of bytes and thus descending order of loss."""
     if not options:
         raise ValueError(f"{name} has no option")
     if bad := [option for option in options if not math.isfinite(option.loss)]:
@@ -162,19 +162,19 @@ Indices = dict[str, int]  # unit -> index of its option
 
 
 class _Problem:
-    """The useful options of every unit, and the budget."""
+    """The Pareto-optimal options of every unit, and the budget."""
 
     def __init__(self, options: Mapping[str, list[PredictedOption]], budget: int) -> None:
         self.options, self._budget = options, budget
         self.smallest = sum(each[0].nbytes for each in options.values())
 
     def loss(self, indices: Indices) -> float:
-        """What is lost in all."""
+        """Total predicted loss of a solution."""
         return math.fsum(self.options[name][index].loss for name, index in indices.items())
 
     def relaxed(self) -> tuple[Indices, float, float]:
-        """The linear relaxation: (the answer with the fractional step left out, price per byte, lower bound)."""
-        steps = []  # along the convex hull of every unit; the slope, loss per byte, comes first
+        """Solve the linear relaxation: (the solution without its fractional step, price per byte, lower bound)."""
+        steps = []  # along the convex hull of every unit; the slope (loss per byte) is the first sort key
         for name, options in self.options.items():
             for before, after in pairwise(_lower_hull(options)):
                 saved = options[before].loss - options[after].loss
@@ -191,7 +191,7 @@ class _Problem:
         return taken, 0.0, max(0.0, math.fsum(options[-1].loss for options in self.options.values()))
 
     def filled(self, indices: Indices) -> Indices:
-        """Spend what the relaxation left over: again and again the step of one unit that saves most and still fits."""
+        """Spend the bytes that the relaxation leaves over: repeatedly take the step that lowers the loss most and still fits."""
         found = dict(indices)
         left = self._budget - sum(self.options[name][index].nbytes for name, index in found.items())
 
@@ -213,19 +213,25 @@ class _Problem:
         return found
 
     def integer(self, price: float, loss: float, bound: float, most_nodes: int) -> tuple[Indices | None, float, bool]:
-        """The best answer among the options that may be part of something better than `loss`.
+        """Solve the integer program over the options that can be part of a solution better than `loss`.
 
-        The least priced losses of all units give the bound; an option that lifts its unit's by more than the gap cannot be
-        part of a better answer.
+        The lower bound is the sum over the units of their least priced loss (loss + price · bytes). An option whose priced
+        loss exceeds its unit's least one by more than the gap cannot be part of a better solution.
+
+        Args:
+            price: loss per byte, from the relaxation.
+            loss: predicted loss of the best known solution.
+            bound: lower bound, from the relaxation.
+            most_nodes: limit on the nodes that the search visits.
 
         Returns:
-            The answer, None where none was found; a lower bound; and whether the search came to its end.
+            The solution, None if the search found none; a lower bound; and whether the search was complete.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
         columns: list[tuple[str, int]] = []  # unit and option
-        rows: list[int] = []  # which unit a column decides
+        rows: list[int] = []  # the unit of each column
         most = loss * (1 + 1e-9)
         for row, (name, options) in enumerate(self.options.items()):
             priced = [option.loss + price * option.nbytes for option in options]
@@ -234,7 +240,7 @@ class _Problem:
             rows += [row] * len(open_)
         chosen = [self.options[name][index] for name, index in columns]
         costs = np.array([option.nbytes for option in chosen], dtype=np.int64)
-        grain = math.gcd(*(int(cost) for cost in costs)) or 1  # small integers: the solver's tolerance cannot hide a byte
+        grain = math.gcd(*(int(cost) for cost in costs)) or 1  # small integers keep the solver's tolerance below one byte
         one_each = csr_array((np.ones(len(rows)), (rows, range(len(rows)))), shape=(len(self.options), len(columns)))
         result = milp(
             np.array([option.loss for option in chosen]) / max(loss, 1e-300),

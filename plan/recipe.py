@@ -317,7 +317,7 @@ CLASHES = (
     ),
     Clash(
         lambda r: r.max_ppl_increase is not None and not _methods(r),
-        lambda r: "max_ppl_increase: the search varies the ratio of a method, and here is no method; give depth.drop or ratio",
+        lambda r: "max_ppl_increase: the search varies the ratio of a method, and this recipe has no method; give depth.drop or ratio",
     ),
     # allocation of the budget
     Clash(
