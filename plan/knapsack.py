@@ -191,7 +191,7 @@ class _Problem:
         return taken, 0.0, max(0.0, math.fsum(options[-1].loss for options in self.options.values()))
 
     def filled(self, indices: Indices) -> Indices:
-        """Spend the bytes that the relaxation leaves over: repeatedly take the step that lowers the loss most and still fits."""
+        """Spend the remaining bytes of the relaxation: repeatedly take the step that lowers the loss most and still fits."""
         found = dict(indices)
         left = self._budget - sum(self.options[name][index].nbytes for name, index in found.items())
 

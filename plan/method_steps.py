@@ -62,7 +62,9 @@ class Steps(BaseModel):
     @model_validator(mode="after")
     def _steps_fit_each_other(self) -> Steps:
         if len(self.steps) > 2:
-            raise ValueError(f"'steps' has {len(self.steps)} methods; give at most two: the second one compresses the first one's factors")
+            raise ValueError(
+                f"'steps' has {len(self.steps)} methods; at most two fit: the second compresses the first one's factors"
+            )
         if len(self.steps) == 2 and self.method is None:
             require_fit(*self.parsed)
         return self

@@ -317,7 +317,9 @@ CLASHES = (
     ),
     Clash(
         lambda r: r.max_ppl_increase is not None and not _methods(r),
-        lambda r: "max_ppl_increase: the search varies the ratio of a method, and this recipe has no method; give depth.drop or ratio",
+        lambda r: (
+            "max_ppl_increase: the search varies the ratio of a method, and this recipe has no method; give depth.drop or ratio"
+        ),
     ),
     # allocation of the budget
     Clash(
@@ -343,9 +345,7 @@ CLASHES = (
     ),
     Clash(
         lambda r: _across_layers(r) and r.refine is not None and r.refine.block is not None,
-        lambda r: (
-            f"{r.method} shares factors between layers, and refine: block trains one layer at a time; use refine: end-to-end"
-        ),
+        lambda r: f"{r.method} shares factors across layers, and refine: block trains single layers; use refine: end-to-end",
     ),
     Clash(
         lambda r: _across_layers(r) and r.depth is not None,
