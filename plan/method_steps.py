@@ -71,7 +71,7 @@ class Steps(BaseModel):
 
     @property
     def parsed(self) -> tuple[Method, Settings]:
-        """The method, or both steps combined into one, and its settings with all defaults; the dense method if neither is given."""
+        """The method (both steps combined into one) and its settings with all defaults; the dense method if none is given."""
         if self.method is not None:
             return MethodStep(method=self.method, settings=self.settings).parsed
         return combine([step.parsed for step in self.steps]) if self.steps else (DENSE, Settings())
