@@ -80,7 +80,7 @@ class Planned:
     Args:
         recipe: the recipe with all defaults.
         steps: one per target, in the order of the forward pass.
-        kept: matrices that are no targets, with reasons.
+        kept: parameters outside the targets, with the reason why they are not compressed.
         dtype: dtype of the stored tensors.
         model: name, type, fingerprint of the files, configuration hash.
         whole_bytes: bytes of the original model (tied tensors count once).

@@ -61,7 +61,7 @@ def _move(targets: Sequence[Open], sizes: dict[str, float], part: float, low: di
     threes = [members for members in groups.values() if len(members) == 3]
     if not threes:
         raise BudgetError(
-            "allocation: effective-rank moves ranks from q and k to v, and no three open targets of this model share one input.",
+            "allocation: effective-rank moves ranks from q and k to v, and no three open targets share one input.",
             "If q, k and v are fused or kept dense, add --set allocation_settings.qk_to_v=0.",
         )
     for query, key, value in threes:
