@@ -119,7 +119,7 @@ def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:
 def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Option:
     """The option that the method prefers, with its rank rounded up to an available one.
 
-    The unit stays dense if no available rank is large enough, or if calibration gave it no tokens.
+    The unit stays dense if the method prefers that, if no available rank is large enough, or if calibration gave it no tokens.
     """
     if curve.preferred is None:
         raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use an allocation other than 'own'.")

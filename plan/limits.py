@@ -32,7 +32,7 @@ class Limit(BaseModel):
     Args:
         min: smallest fraction of its dense bytes that a target may keep; 1 makes the target stay dense.
         max: largest fraction of its dense bytes that a target may keep; with less than 1 the target cannot stay dense.
-        rank: rank of the target: a whole number, or a fraction of the full rank, rounded to the nearest rank from 1 on.
+        rank: rank of the target: a whole number, or a fraction of the full rank (rounded, at least 1).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -187,7 +187,7 @@ def _within(name: str, bounds: Bounds, shape: Shape, options: Sequence[Option], 
         left = [option for option, mine in zip(options, own, strict=True) if mine.choice.rank == bounds.rank]
         if not left:
             ranks = [mine.choice.rank for mine in own if mine.choice.rank is not None]
-            has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method offers it no ranks"
+            has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method has no low-rank option for it"
             raise BudgetError(
                 f"limits: '{bounds.why_rank}' gives {name} ({shape.out_features} × {shape.in_features}) rank {bounds.rank}; "
                 f"{has} (factors of a larger rank save no bytes).",

@@ -38,7 +38,7 @@ def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found |
     """Resolve a recipe for a model as far as the files' headers allow.
 
     Args:
-        devices: number of devices that share each batch, for the memory prediction.
+        devices: number of devices over which the run spreads its batches, for the memory prediction.
         found: result of the search, for a recipe with `max_ppl_increase`; without it the draft assumes `budget.ASSUMED`.
 
     Raises:
@@ -59,7 +59,7 @@ def make_plan(
     """Make the final plan from the measured losses and scores.
 
     Args:
-        devices: number of devices that share each batch, for the memory prediction.
+        devices: number of devices over which the run spreads its batches, for the memory prediction.
         curves: loss of each unit at each of its options; None if the allocation needs no losses.
         model_edit: the layers or sub-layers to drop, and repairs; None if the recipe has no `depth`.
 

@@ -291,7 +291,7 @@ CLASHES = (
     ),
     Clash(
         lambda r: _counts_layers(r) and bool(r.ratio) and r.method is None and not r.steps,
-        lambda r: "depth says how much to drop; leave out either that (depth.drop, depth.ratio) or the recipe's ratio",
+        lambda r: "depth gives the amount to drop; leave out either that (depth.drop, depth.ratio) or the recipe's ratio",
     ),
     Clash(
         lambda r: r.depth is not None and (r.allocation != "uniform" or bool(r.compression[0].needs & BACKWARD_NEEDS)),

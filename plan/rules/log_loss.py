@@ -1,7 +1,7 @@
 """Log loss: within each role, targets give up bytes in proportion to the inverse logarithm of their loss.
 
-A target of a role with n members gives up the fraction n · R · L / ΣL of its bytes, with L = 1 / log(ε), ε the root of the squared
-output error over all calibration tokens at the uniform ratio R.
+A target of a role with n members gives up the fraction n · R · L / ΣL of its bytes, with L = 1 / log(ε), ε the root of the
+squared output error over all calibration tokens at the uniform ratio R.
 
 When to use: to compare with SVD-LLM v2. Cost: no more than the method itself.
 
