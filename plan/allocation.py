@@ -1,10 +1,10 @@
-"""Sharing the budget out: curves in, one option per target out, by the recipe's rule.
+"""Allocation: loss curves in, one option per unit out, by the recipe's rule.
 
-Losses of different targets can be weighed against each other only on a common scale. `spectrum` takes each loss relative to
-the target's own output energy; `kl` and `fisher` take losses that are in nats already; `own` asks no solver and takes what
-the method itself would choose. Rules with a formula of their own lie in `plan/rules/`. Comparing plain energies across targets
-is known to be fatal and is not offered: a target whose outputs are large would take everything (Zero-Sum SVD, arXiv 2602.02848,
-ablation: perplexity 32750 against 11.4; docs/allocation.md).
+Losses of different units are comparable only on a common scale. `spectrum` divides each loss by the output energy of its own
+unit; `kl` and `fisher` use losses in nats; `own` needs no solver and takes the size that the method itself prefers.
+`plan/rules/` holds the rules with a formula of their own. No rule compares plain energies across targets, because targets with
+large outputs would take nearly the whole budget (Zero-Sum SVD, arXiv 2602.02848, ablation: perplexity 32750 against 11.4;
+docs/allocation.md).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .rules.base import Open, rules
 
 @dataclass(frozen=True)
 class Shared:
-    """What every target gets.
+    """The result of an allocation.
 
     Args:
-        options: target -> its option; a dense one has an empty `Choice`.
-        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
+        options: unit -> its option; a dense one has an empty `Choice`.
+        gap: upper bound on the relative distance of the predicted loss from the best possible one; None without a solver.
     """
 
     options: dict[str, Option]
@@ -36,16 +36,16 @@ class Shared:
 
 
 _SOLVED = {
-    "uniform": "The same fraction of every target's bytes.",
-    "spectrum": "The solver, with each target's discarded energy relative to that of its outputs.",
+    "uniform": "Removes the same fraction of every target's bytes.",
+    "spectrum": "The solver, with each target's discarded energy relative to its output energy.",
     "kl": "The solver, with losses in nats, measured by compressing one target at a time (run/losses/probe.py).",
-    "fisher": "The solver, with losses that the method itself gives in nats (kfac).",
-    "own": "No budget: what the method's settings ask for.",
+    "fisher": "The solver, with losses in nats that the method itself predicts (kfac).",
+    "own": "No budget: the method's settings determine every size.",
 }
 
 
 def described() -> dict[str, str]:
-    """Every rule with a line that says what it does."""
+    """One line of description for every rule, by name."""
     return _SOLVED | {name: f"{each.summary} [{each.source}]" for name, each in rules().items()}
 
 
@@ -57,18 +57,19 @@ def allocate(
     targets: Sequence[Target],
     bounded: frozenset[str] = frozenset(),
 ) -> Shared:
-    """One option per target that has a curve.
+    """Choose one option for every unit that has a loss curve.
 
     Args:
-        recipe: its rule.
-        dense: bytes of every target when dense, those that the recipe keeps included.
-        curves: of the targets that may be compressed.
-        budget: bytes for all of `dense`; may be None where the method decides.
-        targets: all of the model, for rules that look at roles and groups, and for what an expert is beside the others.
-        bounded: targets whose limits do not leave them dense.
+        recipe: gives the rule and its settings.
+        dense: dense bytes of every unit, and of every target outside the units.
+        curves: loss curves of the units, which may be compressed.
+        budget: bytes for everything in `dense`; may be None if the method decides.
+        targets: all targets of the model, for their layers, roles, groups and experts.
+        bounded: units that may not stay dense because of their limits.
 
     Raises:
         BudgetError: the budget cannot be met.
+        ValueError: the rule needs a budget and there is none.
     """
     places = {target.name: target for target in targets}
     unseen = {name for name, curve in curves.items() if curve.total <= 0 and places[name].expert is not None}
@@ -91,8 +92,10 @@ def allocate(
 
 
 def _as_others(unseen: Collection[str], curves: Mapping[str, Curve], places: Mapping[str, Target]) -> dict[str, Curve]:
-    """The curves, and for experts that no token reached, whose losses of nought say nothing, the mean of the others of their
-    layer and role."""
+    """Replace the curves of experts that no token reached by the mean curve of the other experts of their layer and role.
+
+    The losses of an expert without tokens are zero and say nothing about it.
+    """
     kinds = {
         name: (places[name].layer, places[name].role, curve.options)
         for name, curve in curves.items()
@@ -114,10 +117,12 @@ def _mean(curve: Curve, others: Sequence[Curve]) -> Curve:
 
 
 def _own(name: str, curve: Curve, dense: int, unseen: bool) -> Option:
-    """What the method would choose, its rank rounded up to one that is offered; dense where no such one is smaller, or where
-    calibration has seen nothing to choose by."""
+    """The option that the method prefers, with its rank rounded up to an available one.
+
+    The unit stays dense if the method prefers that, if no available rank is large enough, or if calibration gave it no tokens.
+    """
     if curve.preferred is None:
-        raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use another allocation than 'own'.")
+        raise BudgetError(f"{name}: the method leaves the size to the budget.", "Use an allocation other than 'own'.")
     wish = curve.preferred.rank
     if wish is not None and not unseen:
         for option in curve.options:

@@ -1,10 +1,10 @@
-"""How much may stay: said as a ratio, as bits per weight, or as a size on disk, and turned into one number of bytes.
+"""The budget: a ratio, bits per weight, or a size on disk, converted to a number of bytes.
 
     ratio   the targets keep 1 - ratio of their bytes
-    bits    the targets keep this many bits per weight of theirs, on average, scales, masks and indices counted
-    size    the files with the weights come to no more than this: what is no target is taken off first, and the files' headers
+    bits    the targets keep this mean number of bits per weight, including scales, masks and indices
+    size    the weight files take at most this size on disk: the targets get it less the other tensors and the files' headers
 
-A fourth way, the rise of perplexity that is allowed, becomes a ratio by search (run/search.py).
+A recipe may also give the allowed rise of perplexity; a search converts it to a ratio (run/search.py).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ..errors import BudgetError
 
 KEYS = ("ratio", "bits", "size", "max_ppl_increase")
 ASK = "Add --ratio 0.2 (removes 20 % of the targets' bytes), --bits 4 or --size 300MB."
-ASSUMED = 0.2  # the ratio that a plan shows before a search has found one
+ASSUMED = 0.2  # the ratio that a draft assumes before a search has found one
 
 _DECIMAL, _BINARY = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}, {"ki": 1, "mi": 2, "gi": 3, "ti": 4}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
-# of one tensor in a header of safetensors, its name left out: dtype, shape and offsets with up to 14 digits each
+# bytes of one tensor in a safetensors header without its name: dtype, shape and offsets with up to 14 digits each
 _ENTRY = 110
-_PARTS = 6  # tensors that one target's form may have (factors, codes, scales, zeros, mask, guard)
+_PARTS = 6  # maximum number of tensors in one form (factors, codes, scales, zeros, mask, guard)
 
 
 def checked_ratio(ratio: float) -> float:
-    """The ratio, if it lies in [0, 1).
+    """Check that a ratio lies in [0, 1), and return it.
 
     Raises:
-        ValueError: it does not; guesses what was meant.
+        ValueError: it lies outside; the message suggests the intended value.
     """
     if not 0 <= ratio < 1:
         hint = f"Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else "0.4 removes 40 % of the targets' bytes."
@@ -42,10 +42,10 @@ def checked_ratio(ratio: float) -> float:
 
 
 def checked_bits(bits: float) -> float:
-    """The mean bits per weight, if they can be.
+    """Check that the mean bits per weight lie in (0, 32], and return them.
 
     Raises:
-        ValueError: none or more than any checkpoint has.
+        ValueError: they lie outside.
     """
     if not 0 < bits <= 32:
         raise ValueError("must lie above 0 and be at most 32: the mean over all targets' weights. 4 keeps four bits of each")
@@ -56,7 +56,7 @@ def bytes_of(text: str) -> int:
     """Bytes of a size such as '300MB' (decimal), '1.5GiB' (binary) or '300000000B'.
 
     Raises:
-        ValueError: it is none, or has no unit.
+        ValueError: the text is no size, has no unit, or is below one byte.
     """
     found = _SIZE.fullmatch(text)
     if found is None:
@@ -77,10 +77,10 @@ def bytes_of(text: str) -> int:
 
 
 def rise_of(value: Any) -> float:
-    """The fraction by which perplexity may rise, of '5%' or 0.05.
+    """The fraction by which perplexity may rise, from '5%' or 0.05.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: the value is no positive number, or is 1 or more without '%'.
     """
     text = str(value).strip()
     try:
@@ -95,7 +95,7 @@ def rise_of(value: Any) -> float:
 
 
 def said(amounts: Mapping[str, Any], ratio: float | None) -> str:
-    """What was asked for, in words, with the ratio that it comes to."""
+    """The requested budget in words, with the equivalent ratio."""
     if amounts["bits"] is not None:
         return f"{amounts['bits']:g} bits per weight (ratio {ratio:g})"
     if amounts["size"] is not None:
@@ -105,13 +105,13 @@ def said(amounts: Mapping[str, Any], ratio: float | None) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found.
+    """Result of the search for a size.
 
     Args:
-        ratio: fraction of the targets' bytes that goes.
-        before, after: token perplexity on held-out calibration windows, of the original and of the compressed model.
-        tokens: how many predictions they are over.
-        evaluations: how many compressed models were measured.
+        ratio: fraction of the targets' bytes to remove.
+        before, after: token perplexity of the original and of the compressed model on held-out calibration windows.
+        tokens: number of predicted tokens in these windows.
+        evaluations: number of compressed models that the search measured.
     """
 
     ratio: float
@@ -122,23 +122,23 @@ class Found:
 
     @property
     def increase(self) -> float:
-        """The rise of perplexity, relative to the original's."""
+        """Relative rise of perplexity over the original model."""
         return self.after / self.before - 1
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model's bytes consist of, when nothing is compressed yet.
+    """The parts of a model's bytes before compression.
 
     Args:
         targets: bytes of all targets.
-        numel: their weights.
+        numel: number of weights of all targets.
         element: bytes of one number in the checkpoint's dtype.
         whole: bytes of all tensors.
-        gone: bytes of the layers that are dropped, targets and the rest.
-        gone_targets: of which targets.
-        kept: bytes of the targets that stay dense whatever the budget.
-        headers: bytes that the headers of the files may take.
+        gone: bytes that dropping layers and sub-layers removes, targets and other tensors together.
+        gone_targets: bytes of the targets among them.
+        kept: bytes of the targets that stay dense under any budget.
+        headers: upper bound on the bytes of the files' headers.
     """
 
     targets: int
@@ -152,7 +152,7 @@ class Footprint:
 
     @property
     def beside(self) -> int:
-        """Bytes on disk that are no target's."""
+        """Bytes on disk outside the targets: the other tensors and the headers."""
         return self.whole - self.targets - (self.gone - self.gone_targets) + self.headers
 
     @property
@@ -162,32 +162,33 @@ class Footprint:
 
 
 def header_bytes(tensors: Mapping[str, bool], shards: int) -> int:
-    """An upper bound of what the headers of the weights' files take.
+    """Upper bound on the bytes of the headers of the weight files.
 
     Args:
-        tensors: name -> whether it is a target, whose form may be several tensors.
+        tensors: name -> whether the tensor is a target's weight, whose form may have several tensors.
         shards: number of files.
     """
     return sum((len(name) + _ENTRY) * (_PARTS if target else 1) for name, target in tensors.items()) + 64 * shards
 
 
 def targets_bytes(amounts: Mapping[str, Any], model: Footprint) -> int | None:
-    """Bytes that all targets together may take; None where nothing says how much.
+    """Bytes that all targets together may take; None if the recipe gives no budget.
 
     Args:
         amounts: 'ratio', 'bits' and 'size' (bytes) of a recipe; at most one of them is not None.
+        model: the parts of the model's bytes.
 
     Raises:
-        BudgetError: it asks for more than there is, or for less than what stays whatever the budget.
+        BudgetError: bits or size exceed the uncompressed model, or fall below the bytes that stay under any budget.
     """
     if (ratio := amounts.get("ratio")) is not None:
-        # guards against 0.6 * 100 = 59.99999: what is kept must not depend on how a decimal is rounded
+        # 1e-6 guards against 0.6 * 100 = 59.99999: the budget must not depend on the rounding of a decimal
         return int((1 - ratio) * model.targets + 1e-6)
     if (bits := amounts.get("bits")) is not None:
         if bits >= 8 * model.element:
             raise BudgetError(
                 f"bits: {bits:g} per weight is no compression: the checkpoint has {8 * model.element}.",
-                f"Ask for less than {8 * model.element}, such as --bits {4 * model.element} (ratio 0.5).",
+                f"Give less than {8 * model.element}, such as --bits {4 * model.element} (ratio 0.5).",
             )
         budget = int(bits * model.numel / 8 + 1e-6)
         left = 8 * model.kept / model.numel
@@ -196,15 +197,15 @@ def targets_bytes(amounts: Mapping[str, Any], model: Footprint) -> int | None:
         if size >= model.whole + model.headers:
             raise BudgetError(
                 f"size: {readable(size)} is no compression: the model takes {readable(model.whole)}.",
-                "Ask for less; mind the unit (MB, GB).",
+                "Give a smaller size; check its unit (MB, GB).",
             )
         stays = model.beside + model.kept
         if size <= stays:
             raise BudgetError(
                 f"size: {readable(size)} is less than what stays as it is: {readable(stays)} "
                 f"({readable(model.beside)} of embeddings, norms, head and headers, {readable(model.kept)} of targets that "
-                "are kept).",
-                f"Ask for more than {readable(stays)}; the targets take {readable(model.open)} beside it when dense.",
+                "stay dense).",
+                f"Give more than {readable(stays)}; the other targets take {readable(model.open)} more when dense.",
             )
         return min(size - model.beside, model.targets - model.gone_targets)
     return None
@@ -213,18 +214,19 @@ def targets_bytes(amounts: Mapping[str, Any], model: Footprint) -> int | None:
 def _above_kept(budget: int, kept: int, asked: str, meaning: str) -> int:
     if budget <= kept:
         raise BudgetError(
-            f"{asked} is less than what the recipe keeps dense ({readable(kept)}, {meaning}).", "Ask for more, or keep fewer."
+            f"{asked} is less than what the recipe keeps dense ({readable(kept)}, {meaning}).",
+            "Raise the budget, or keep fewer targets.",
         )
     return budget
 
 
 def share_of(budget: int, model: Footprint) -> float:
-    """The fraction that every open target loses so that all targets together take `budget` bytes; never below 0."""
+    """The fraction of its bytes that every open target gives up so that all targets take `budget` bytes; at least 0."""
     return max(0.0, 1 - (budget - model.kept) / model.open) if model.open else 0.0
 
 
 def readable(nbytes: float) -> str:
-    """'300.0 MB', decimal units."""
+    """A number of bytes in decimal units, such as '300.0 MB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,13 +1,13 @@
 """The multiple-choice knapsack: options with bytes and predicted loss in, one option per unit out.
 
-`uniform` gives every target the same share of its bytes, as the papers' one-shot numbers are made. `solve` weighs targets
-against each other: one multiple-choice knapsack for the whole model, in bytes. Its linear relaxation is solved exactly by
-taking the steps along every target's convex hull in the order of loss saved per byte; that gives a lower bound, a price per
-byte, and a solution close to it. Options whose reduced cost at that price exceeds the gap cannot be part of a better solution,
-so what is left for the integer program (HiGHS) is small, and its answer is exact.
+`uniform` lets every unit keep the same fraction of its bytes, like the one-shot results of the papers. `solve` weighs units
+against each other: one multiple-choice knapsack for the whole model, in bytes. A greedy algorithm solves its linear relaxation
+exactly: it takes the steps along the convex hulls of all units in the order of loss saved per byte. This gives a lower bound,
+a price per byte, and a solution close to the bound. Options whose reduced cost at that price exceeds the gap cannot be part of
+a better solution. The integer program over the remaining options (HiGHS) is therefore small, and its solution is exact.
 
-Sources: rank = ⌊kept · out · in / (out + in)⌋ from each target's own shape: SVD-LLM, arXiv 2403.07378 (its code takes one rank
-for q, k, v and o, which is wrong where k and v are narrower). The relaxation: Sinha and Zoltners, Operations Research 27
+Sources: rank = ⌊kept · out · in / (out + in)⌋ from each target's own shape: SVD-LLM, arXiv 2403.07378 (its code uses one rank
+for q, k, v and o, which is wrong if k and v are narrower). The relaxation: Sinha and Zoltners, Operations Research 27
 (1979); reduced-cost fixing: Pisinger, European Journal of Operational Research 83 (1995).
 """
 
@@ -28,7 +28,7 @@ from .budget import ASK, checked_ratio
 
 @dataclass(frozen=True)
 class PredictedOption:
-    """An option of a unit, with the loss that is predicted for it."""
+    """An option of a unit with its predicted loss."""
 
     choice: Choice
     nbytes: int
@@ -46,19 +46,19 @@ def require_ratio(ratio: float) -> None:
 def uniform(
     options: Mapping[str, tuple[int, Sequence[Option]]], ratio: float | None, asked: str | None = None
 ) -> dict[str, Option]:
-    """Every target keeps 1 - ratio of its bytes: the largest option that fits, or dense where that is no saving.
+    """Give every unit its largest option within 1 - ratio of its dense bytes; a unit without options stays dense.
 
     Args:
-        options: target -> (its bytes when dense, what its method offers, ascending in bytes).
-        ratio: fraction of the targets' bytes to remove, 0 <= ratio < 1; 0 keeps everything dense. None takes the only option
-            of methods whose settings fix the size.
-        asked: what was asked for, for the error; a ratio where nothing is said.
+        options: unit -> (its dense bytes, its options, ascending in bytes).
+        ratio: fraction of the bytes to remove, 0 <= ratio < 1; 0 leaves every unit dense. None takes the only option of
+            methods whose settings fix the size, or dense if that option saves no bytes.
+        asked: the user's request in words, for the error message; the ratio by default.
 
     Returns:
-        target -> the option; a dense one has an empty `Choice` and the dense bytes.
+        unit -> its option; a dense one has an empty `Choice` and the dense bytes.
 
     Raises:
-        BudgetError: the ratio is out of range, missing, or some target would be left with nothing.
+        BudgetError: the ratio is out of range or missing, or a unit has options but none that is small enough.
     """
     if ratio is not None:
         require_ratio(ratio)
@@ -82,7 +82,7 @@ def uniform(
     if starved:
         raise BudgetError(
             f"At {asked or f'ratio {ratio:g}'}, {len(starved)} targets have no form that is small enough, {starved[0]} first.",
-            "Ask for less to go, lower rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
+            "Remove less, lower rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
         )
     return chosen
 
@@ -93,10 +93,10 @@ class Solved:
 
     Args:
         options: unit -> its option, in the order in which the units were given.
-        nbytes: what they take together.
-        loss: what they lose together, as predicted.
-        bound: no choice within the budget loses less than this.
-        exact: whether the integer program closed the gap that the relaxation had left.
+        nbytes: bytes of all options together.
+        loss: sum of their predicted losses.
+        bound: lower bound on the predicted loss of any solution within the budget.
+        exact: whether the integer program has closed the gap of the relaxation.
     """
 
     options: dict[str, PredictedOption]
@@ -107,20 +107,21 @@ class Solved:
 
     @property
     def gap(self) -> float:
-        """How far the loss may be from the best possible, relative to it."""
+        """Upper bound on the distance of the loss from the best possible loss, relative to the lower bound."""
         return 0.0 if self.exact else (self.loss - self.bound) / max(self.bound, 1e-300)
 
 
 def solve(options: Mapping[str, Sequence[PredictedOption]], budget: int, most_nodes: int = 1_000) -> Solved:
-    """The options with the least predicted loss in all whose bytes stay within the budget.
+    """Choose one option per unit so that the total predicted loss is least within the budget.
 
     Args:
-        options: unit -> its options; the dense one belongs among them.
+        options: unit -> its options, the dense form included where the unit may stay dense.
         budget: bytes for all units together.
-        most_nodes: of the integer program's search; a count and not a time, so that the result is the same on any machine.
+        most_nodes: limit on the nodes that the integer program searches; not a time limit, so that the result is the same on
+            every machine.
 
     Raises:
-        BudgetError: even the smallest options do not fit; says what they come to.
+        BudgetError: even the smallest options exceed the budget; the message states their bytes.
         ValueError: a unit has no option, or a loss is not finite.
     """
     problem = _Problem({name: _useful(name, each) for name, each in options.items()}, budget)
@@ -145,7 +146,7 @@ def solve(options: Mapping[str, Sequence[PredictedOption]], budget: int, most_no
 
 
 def _useful(name: str, options: Sequence[PredictedOption]) -> list[PredictedOption]:
-    """The options that no other one beats in bytes and loss, ascending in bytes and descending in loss."""
+    """The Pareto-optimal options in bytes and loss, in ascending order of bytes and thus descending order of loss."""
     if not options:
         raise ValueError(f"{name} has no option")
     if bad := [option for option in options if not math.isfinite(option.loss)]:
@@ -161,19 +162,19 @@ Indices = dict[str, int]  # unit -> index of its option
 
 
 class _Problem:
-    """The useful options of every unit, and the budget."""
+    """The Pareto-optimal options of every unit, and the budget."""
 
     def __init__(self, options: Mapping[str, list[PredictedOption]], budget: int) -> None:
         self.options, self._budget = options, budget
         self.smallest = sum(each[0].nbytes for each in options.values())
 
     def loss(self, indices: Indices) -> float:
-        """What is lost in all."""
+        """Total predicted loss of a solution."""
         return math.fsum(self.options[name][index].loss for name, index in indices.items())
 
     def relaxed(self) -> tuple[Indices, float, float]:
-        """The linear relaxation: (the answer with the fractional step left out, price per byte, lower bound)."""
-        steps = []  # along the convex hull of every unit; the slope, loss per byte, comes first
+        """Solve the linear relaxation: (the solution without its fractional step, price per byte, lower bound)."""
+        steps = []  # along the convex hull of every unit; the slope (loss per byte) is the first sort key
         for name, options in self.options.items():
             for before, after in pairwise(_lower_hull(options)):
                 saved = options[before].loss - options[after].loss
@@ -190,7 +191,7 @@ class _Problem:
         return taken, 0.0, max(0.0, math.fsum(options[-1].loss for options in self.options.values()))
 
     def filled(self, indices: Indices) -> Indices:
-        """Spend what the relaxation left over: again and again the step of one unit that saves most and still fits."""
+        """Spend the remaining bytes of the relaxation: repeatedly take the step that lowers the loss most and still fits."""
         found = dict(indices)
         left = self._budget - sum(self.options[name][index].nbytes for name, index in found.items())
 
@@ -212,19 +213,25 @@ class _Problem:
         return found
 
     def integer(self, price: float, loss: float, bound: float, most_nodes: int) -> tuple[Indices | None, float, bool]:
-        """The best answer among the options that may be part of something better than `loss`.
+        """Solve the integer program over the options that can be part of a solution better than `loss`.
 
-        The least priced losses of all units give the bound; an option that lifts its unit's by more than the gap cannot be
-        part of a better answer.
+        The lower bound is the sum over the units of their least priced loss (loss + price · bytes). An option whose priced
+        loss exceeds its unit's least one by more than the gap cannot be part of a better solution.
+
+        Args:
+            price: loss per byte, from the relaxation.
+            loss: predicted loss of the best known solution.
+            bound: lower bound, from the relaxation.
+            most_nodes: limit on the nodes that the search visits.
 
         Returns:
-            The answer, None where none was found; a lower bound; and whether the search came to its end.
+            The solution, None if the search found none; a lower bound; and whether the search was complete.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
         columns: list[tuple[str, int]] = []  # unit and option
-        rows: list[int] = []  # which unit a column decides
+        rows: list[int] = []  # the unit of each column
         most = loss * (1 + 1e-9)
         for row, (name, options) in enumerate(self.options.items()):
             priced = [option.loss + price * option.nbytes for option in options]
@@ -233,7 +240,7 @@ class _Problem:
             rows += [row] * len(open_)
         chosen = [self.options[name][index] for name, index in columns]
         costs = np.array([option.nbytes for option in chosen], dtype=np.int64)
-        grain = math.gcd(*(int(cost) for cost in costs)) or 1  # small integers: the solver's tolerance cannot hide a byte
+        grain = math.gcd(*(int(cost) for cost in costs)) or 1  # small integers keep the solver's tolerance below one byte
         one_each = csr_array((np.ones(len(rows)), (rows, range(len(rows)))), shape=(len(self.options), len(columns)))
         result = milp(
             np.array([option.loss for option in chosen]) / max(loss, 1e-300),

@@ -1,14 +1,14 @@
-"""Limits: what the budget may do with some of the targets.
+"""Limits: bounds that a recipe sets on the bytes or the rank of some targets.
 
-A recipe's `limits` are patterns with floors, caps or fixed ranks:
+A recipe's `limits` map patterns to floors, caps or fixed ranks:
 
     limits:
-      "*.down_proj": {min: 0.5}            # keeps at least half of its bytes
-      "*.q_proj": {max: 0.4}               # keeps at most 0.4 of them
-      "*.layers.-1.mlp.up_proj": {rank: 0.01}   # this rank, here a fraction of the full one, whatever the budget
+      "*.down_proj": {min: 0.5}            # the target keeps at least half of its bytes
+      "*.q_proj": {max: 0.4}               # the target keeps at most 0.4 of its bytes
+      "*.layers.-1.mlp.up_proj": {rank: 0.01}   # the budget cannot change this rank, here a fraction of the full rank
 
-Patterns match full names and roles, as those of `keep` do; a layer may be counted from the end (-1 is the last one). Where
-several match one target, all of them hold.
+Patterns match full names and roles, like the patterns of `keep`. A pattern may count layers from the end (-1 is the last
+layer). If several patterns match a target, all of their limits apply.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .units import Unit
 
 
 class Limit(BaseModel):
-    """What one pattern asks for.
+    """The limit that one pattern sets on each target it matches.
 
     Args:
-        min: fraction of its dense bytes that a target keeps at least; 1 leaves it dense.
-        max: fraction that it keeps at most; below 1 it cannot stay dense.
-        rank: the rank that it gets, a whole number or a fraction of the full rank; rounded to the nearest, at least 1.
+        min: smallest fraction of its dense bytes that a target may keep; 1 makes the target stay dense.
+        max: largest fraction of its dense bytes that a target may keep; with less than 1 the target cannot stay dense.
+        rank: rank of the target: a whole number, or a fraction of the full rank (rounded, at least 1).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,7 +61,7 @@ class Limit(BaseModel):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The limits of one target, and the patterns that they come from."""
+    """The limits of one target, each with the pattern that sets it (`why_…`)."""
 
     min: float = 0.0
     max: float = 1.0
@@ -72,7 +72,7 @@ class Bounds:
 
     @property
     def dense(self) -> bool:
-        """Whether nothing but the dense form is left."""
+        """Whether the limits allow only the dense form."""
         return self.min >= 1
 
     @property
@@ -81,27 +81,30 @@ class Bounds:
 
 
 def matches(target: Target, pattern: str, layers: int) -> bool:
-    """Whether a pattern is this target's name or role; layers may be counted from the end.
+    """Whether a pattern matches the target's name or role; the pattern may count layers from the end.
 
     Args:
-        layers: of the model.
+        layers: number of layers of the model.
     """
     from_end = target.name.replace(f".{target.layer}.", f".{target.layer - layers}.", 1)
     return any(fnmatch.fnmatchcase(name, pattern) for name in (target.name, target.role, from_end))
 
 
 def unmatched(key: str, pattern: str, targets: Iterable[Target]) -> str:
-    """The line that refuses a pattern which matches nothing."""
+    """The error line for a pattern that matches no target."""
     roles = {target.role for target in targets}
     known = roles | {f"*.{role.rpartition('.')[2]}" for role in roles}
     return f"{key}: '{pattern}' matches no target. {did_you_mean(pattern, known)}"
 
 
 def bounds_of(targets: Sequence[Target], limits: Mapping[str, Limit], layers: int) -> dict[str, Bounds]:
-    """The bounds of every target that some pattern matches.
+    """The bounds of every target that at least one pattern matches, by target name.
+
+    Args:
+        layers: number of layers of the model.
 
     Raises:
-        RecipeError: a pattern matches nothing, or two of them contradict each other.
+        RecipeError: a pattern matches no target, or two patterns contradict each other.
     """
     found: dict[str, Bounds] = {}
     problems: list[str] = []
@@ -119,7 +122,7 @@ def bounds_of(targets: Sequence[Target], limits: Mapping[str, Limit], layers: in
     return found
 
 
-_SHOWN = 8  # contradictions are often those of every layer
+_SHOWN = 8  # contradictions that an error shows; the same one often occurs in every layer
 
 
 def _both(bounds: Bounds, limit: Limit, pattern: str, target: Target) -> Bounds:
@@ -148,19 +151,21 @@ def _contradiction(name: str, before: Bounds, now: Bounds, limit: Limit, pattern
 
 
 def may_be_dense(unit: Unit, bounds: Mapping[str, Bounds]) -> bool:
-    """Whether all targets of a unit may stay whole."""
+    """Whether the limits allow all targets of a unit to stay dense."""
     return all(bounds[target.name].may_be_dense for target in unit.targets if target.name in bounds)
 
 
 def within(unit: Unit, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape], options: Sequence[Option]) -> list[Option]:
-    """The offers of a unit that the bounds of all its targets allow; the dense form is no option (`may_be_dense`).
+    """The options of a unit that the bounds of all its targets allow, without the dense form (see `may_be_dense`).
 
     Args:
-        bounds: target -> its bounds, where it has some.
-        shapes: of those targets.
+        bounds: bounds of each target that has limits, by target name.
+        shapes: shapes of at least those targets, by target name.
+        options: all options of the unit.
 
     Raises:
-        BudgetError: nothing is left and the targets may not stay dense either; says what the method offers.
+        BudgetError: no option satisfies the bounds, and the targets may not stay dense either; the message states the
+            ranks or sizes that the method offers.
     """
     left, hold = list(options), [number for number, target in enumerate(unit.targets) if target.name in bounds]
     for number in hold:
@@ -169,31 +174,31 @@ def within(unit: Unit, bounds: Mapping[str, Bounds], shapes: Mapping[str, Shape]
     if hold and not left and not may_be_dense(unit, bounds):
         names = [unit.targets[number].name for number in hold]
         raise BudgetError(
-            f"limits: {' and '.join(names)} are solved together, and no form keeps all of them within their limits.",
-            "Widen the limits of one of them, or take a method that solves every target alone.",
+            f"limits: {' and '.join(names)} are solved together, and no option satisfies the limits of all of them.",
+            "Widen the limits of one of them, or use a method that solves every target alone.",
         )
     return left
 
 
 def _within(name: str, bounds: Bounds, shape: Shape, options: Sequence[Option], number: int) -> list[Option]:
-    """The offers in which this target, the `number`-th of its unit, keeps to its bounds."""
+    """The options of a unit in which its target with index `number` satisfies the bounds."""
     own = [option.members[number] if isinstance(option, JointOption) else option for option in options]
     if bounds.rank is not None:
         left = [option for option, mine in zip(options, own, strict=True) if mine.choice.rank == bounds.rank]
         if not left:
             ranks = [mine.choice.rank for mine in own if mine.choice.rank is not None]
-            has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method offers it no ranks"
+            has = f"its ranks go from {min(ranks)} to {max(ranks)}" if ranks else "the method has no low-rank option for it"
             raise BudgetError(
                 f"limits: '{bounds.why_rank}' gives {name} ({shape.out_features} × {shape.in_features}) rank {bounds.rank}; "
-                f"{has} (at larger ones factors save nothing).",
-                "Change that rank, or rank_multiple, which ranks are multiples of.",
+                f"{has} (factors of a larger rank save no bytes).",
+                "Change that rank, or change rank_multiple: all ranks are multiples of it.",
             )
         return left
     low, high = bounds.min * shape.nbytes, bounds.max * shape.nbytes * (1 + 1e-12)
     left = [option for option, mine in zip(options, own, strict=True) if low <= mine.nbytes <= high]
     if not left and not bounds.may_be_dense:
         sizes = [mine.nbytes / shape.nbytes for mine in own]
-        has = f"the method's forms keep {min(sizes):.3f} to {max(sizes):.3f}" if sizes else "the method has no form for it"
+        has = f"the method's options keep {min(sizes):.3f} to {max(sizes):.3f}" if sizes else "the method has no option for it"
         raise BudgetError(
             f"limits: {name} may keep {bounds.min:g} to {bounds.max:g} of its bytes ('{bounds.why_max}'); {has}.",
             "Widen the limits, or lower rank_multiple.",
@@ -204,18 +209,18 @@ def _within(name: str, bounds: Bounds, shape: Shape, options: Sequence[Option], 
 def even(
     options: Mapping[str, tuple[int, Sequence[Option]]], whole: Collection[str], budget: int | None
 ) -> dict[str, Option | None]:
-    """The same share for every target as far as its limits allow, and the largest one that the budget holds.
+    """Give every unit the same fraction of its dense bytes, as far as its limits allow: the largest that fits the budget.
 
     Args:
-        options: target -> (its bytes when dense, the options within its limits, ascending in bytes).
-        whole: targets that may stay dense.
-        budget: bytes of all of them; None lets each be as large as its limits allow.
+        options: unit -> (its dense bytes, the options that its limits allow, ascending in bytes).
+        whole: units that may stay dense.
+        budget: bytes for all units together; None gives each unit the largest size that its limits allow.
 
     Returns:
-        target -> its option, None for dense.
+        unit -> its option, None for dense.
 
     Raises:
-        BudgetError: the floors alone exceed the budget.
+        BudgetError: the smallest sizes that the limits allow exceed the budget.
     """
 
     def at(share: float) -> dict[str, Option | None]:
@@ -237,12 +242,12 @@ def even(
         return at(1.0)
     if (least := nbytes(at(0.0))) > budget:
         raise BudgetError(
-            f"The budget allows {budget:,} bytes for the targets that are not kept; with these limits they take {least:,} at "
-            "least.",
-            "Ask for more, or lower the limits (min, rank).",
+            f"The budget allows {budget:,} bytes for the targets that are not kept; with these limits they take at least "
+            f"{least:,}.",
+            "Raise the budget, or lower the limits (min, rank).",
         )
     low, high = 0.0, 1.0
-    for _ in range(60):  # down to one part in 2^60 of a share
+    for _ in range(60):  # bisection to a precision of 2^-60
         middle = (low + high) / 2
         low, high = (middle, high) if nbytes(at(middle)) <= budget else (low, middle)
     return at(low)

@@ -1,6 +1,6 @@
-"""Recipes as files: shipped ones and one's own, YAML read strictly, overridden from the command line, checked as a whole.
+"""Recipe files: shipped recipes and the user's own, read as strict YAML, with overrides from the command line.
 
-Overrides are applied before the check, so they are checked too, and all mistakes are shown together.
+Overrides apply before the check. The check therefore covers them too, and one error shows all mistakes.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from .recipe_errors import problems_of
 
 
 def shipped() -> dict[str, str]:
-    """The shipped recipes: name -> YAML text."""
+    """YAML text of every shipped recipe, by name."""
     folder = importlib.resources.files("lrc.recipes")
     files = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
     return {name: files[name].read_text("utf-8") for name in sorted(files)}
 
 
 def summary(text: str) -> str:
-    """What a recipe says of itself: its first comment line."""
+    """The summary of a recipe: its first comment line."""
     first = text.lstrip().splitlines()[0] if text.strip() else ""
     return first.lstrip("# ").strip()
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by shipped name or path, apply overrides, check it.
+    """Read a recipe by its shipped name or its path, apply overrides, and check it.
 
     Args:
-        name: a shipped recipe's name or a YAML file's path.
-        overrides: dotted key -> value, from the command line's own flags; None values are left out.
-        settings: `KEY=VALUE` strings; KEY is dotted ('calibration.samples'), VALUE is read as YAML.
+        name: name of a shipped recipe, or path of a YAML file.
+        overrides: dotted key -> value, from command-line flags; None values are ignored.
+        settings: `KEY=VALUE` strings from `--set`; KEY is dotted ('calibration.samples'), VALUE is YAML.
 
     Raises:
-        RecipeError: with every problem found.
+        RecipeError: the recipe cannot be read or is wrong; the error lists every problem.
     """
     where, text = read_recipe(name)
     data = _parse(where, text)
@@ -61,7 +61,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     for key, value in given.items():
         problems += _put(data, key, value)
     asked = {item.partition("=")[0] for item in settings} | set(given)
-    if asked & set(budget.KEYS):  # a budget on the command line takes the place of the file's, however that says it
+    if asked & set(budget.KEYS):  # a budget on the command line replaces the file's budget, whichever key holds that
         for key in set(budget.KEYS) - asked:
             data.pop(key, None)
     try:
@@ -76,10 +76,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
 
 
 def read_recipe(name: str) -> tuple[str, str]:
-    """(where, YAML text) of a shipped recipe or a file.
+    """Read a shipped recipe or a file: (its description for error messages, its YAML text).
 
     Raises:
-        RecipeError: neither exists.
+        RecipeError: neither exists, or the file cannot be read.
     """
     known = shipped()
     if name in known:
@@ -93,11 +93,11 @@ def read_recipe(name: str) -> tuple[str, str]:
         raise RecipeError(name, [f"cannot be read: {error}"]) from error
 
 
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date of month 13, 0x_, brackets a thousand deep
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # examples: a date with month 13, `0x_`, a thousand nested brackets
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself would silently take the last of two equal keys."""
+    """PyYAML's safe loader, which also refuses duplicate keys (PyYAML silently takes the last one)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""The steps and alternatives of a recipe: methods by name, each with settings that fit it."""
+"""The steps and alternatives of a recipe: methods by name, each with its validated settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..compress.chain import combine, require_fit
 from ..errors import did_you_mean
 from .recipe_errors import problems_of
 
-READS_NO_TEXT = "reads no text"  # marks a key of a recipe that by itself needs no calibration text
+READS_NO_TEXT = "reads no text"  # metadata of a recipe key that by itself needs no calibration text
 
 
 class MethodStep(BaseModel):
@@ -35,13 +35,13 @@ class MethodStep(BaseModel):
 
     @property
     def parsed(self) -> tuple[Method, Settings]:
-        """The method, and its settings as its own class, defaults filled in."""
+        """The method, and its settings as an instance of its settings class, with all defaults."""
         method = get_method(self.method)
         return method, method.settings(**self.settings)
 
 
 class Steps(BaseModel):
-    """What a recipe and each of its alternatives say alike: one method with its settings, or two methods as steps."""
+    """The keys that a recipe shares with its alternatives: one method with its settings, or two methods as steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,20 +62,22 @@ class Steps(BaseModel):
     @model_validator(mode="after")
     def _steps_fit_each_other(self) -> Steps:
         if len(self.steps) > 2:
-            raise ValueError(f"'steps' has {len(self.steps)} methods; a second one may compress the first one's factors")
+            raise ValueError(
+                f"'steps' has {len(self.steps)} methods; at most two fit: the second compresses the first one's factors"
+            )
         if len(self.steps) == 2 and self.method is None:
             require_fit(*self.parsed)
         return self
 
     @property
     def parsed(self) -> tuple[Method, Settings]:
-        """The method, or that of both steps together, and its settings with defaults filled in; dense where neither is said."""
+        """The method (both steps combined into one) and its settings with all defaults; the dense method if none is given."""
         if self.method is not None:
             return MethodStep(method=self.method, settings=self.settings).parsed
         return combine([step.parsed for step in self.steps]) if self.steps else (DENSE, Settings())
 
     def spelled_out(self) -> dict[str, Any]:
-        """Both ways of saying it with every default; nothing where neither is said."""
+        """The key `method` or `steps` as plain data with every default; empty if neither is given."""
         if self.method is not None:
             return {"method": self.method, "settings": self.parsed[1].model_dump(mode="json")}
         parts = [step.parsed for step in self.steps]
@@ -83,7 +85,7 @@ class Steps(BaseModel):
 
 
 class Alternative(Steps):
-    """One of several ways to store a target."""
+    """One of several methods of a recipe; the allocation chooses one of them for each target."""
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> Alternative:
@@ -99,16 +101,18 @@ def _known_method(name: str) -> str:
 
 
 def _fitting_settings(settings: dict[str, Any], name: str | None) -> dict[str, Any]:
-    if name is not None:  # absent where it is wrong itself
+    if name is not None:  # absent if the method itself is unknown
         fitting(settings, get_method(name).settings, "settings.")
     return settings
 
 
 def fitting(settings: dict[str, Any], known: type[Settings], prefix: str) -> None:
-    """Refuse settings that a class of settings does not take, in the words of the recipe's writer.
+    """Refuse settings that do not fit a settings class; the message names the keys as the recipe writes them.
 
     Args:
-        prefix: of the keys in the message.
+        settings: settings as the recipe gives them.
+        known: the settings class of the method or the rule.
+        prefix: prefix of the keys in the message, such as 'settings.'.
 
     Raises:
         PydanticCustomError: of type 'settings', with every problem.

@@ -1,8 +1,8 @@
-"""The plan as a value: every target's form and bytes, what stays dense and why, and the memory that the run takes.
+"""The plan as a value: form and bytes of every target, the reason if a target stays dense, and the predicted memory.
 
-A `Draft` is what can be known before calibration, a `Plan` is what a run carries out.
+A `Draft` holds everything that is known before calibration; a run executes a `Plan`.
 
-`identity` is what a resumed run must agree with; the estimates are for people.
+A resumed run must have the same `identity`; the estimates are only for the user.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ from .budget import Found
 from .recipe import Recipe
 from .units import Unit, needs_of
 
-PROBED = (2, 128)  # samples of calibration by which variants of single targets are compared, and tokens of each
-PROBES_EACH = 3  # variants of one target, at most, for each way of compressing it
+PROBED = (2, 128)  # calibration samples that compare variants of single targets, and tokens per sample
+PROBES_EACH = 3  # maximum number of variants of one target for each alternative
 
 
 @dataclass(frozen=True)
 class Step:
-    """One target and what becomes of it; `bytes_halfway` is what it takes after the first of two steps."""
+    """One target and its planned form.
+
+    Args:
+        target: the target.
+        choice: its chosen form.
+        bytes_before: its dense bytes.
+        bytes_after: its bytes in the result; 0 if it is dropped.
+        why_dense: why it stays dense or is dropped; empty if it is compressed.
+        kept: whether `keep` or `limits` make it stay dense.
+        bytes_halfway: its bytes after the first of two steps; None with one step.
+    """
 
     target: Target
     choice: Choice
@@ -41,7 +51,7 @@ class Step:
 
     @property
     def leaves(self) -> bool:
-        """Whether it goes with its layer, or its sub-layer."""
+        """Whether the target is dropped with its layer or its sub-layer."""
         return self.bytes_after == 0
 
 
@@ -50,8 +60,8 @@ class Memory:
     """Predicted resident memory in bytes; docs/memory.md states the formula.
 
     Args:
-        process: what the interpreter, its libraries and the tokenizer take, at every moment.
-        moments: name of a moment of the run -> what it takes beside the process; only moments that this run has.
+        process: bytes that the interpreter, its libraries and the tokenizer take all the time.
+        moments: moment of the run -> bytes that it takes in addition to the process; only moments that occur in this run.
     """
 
     process: int = 0
@@ -59,34 +69,34 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The process and the largest moment."""
+        """Bytes of the process and the largest moment together."""
         return self.process + max(self.moments.values(), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A resolved compression: what `Draft` and `Plan` have in common.
+    """A resolved compression: the common base of `Draft` and `Plan`.
 
     Args:
-        recipe: with every default filled in.
-        steps: one per target, in the order in which a forward reaches them.
-        kept: everything that is not a target, with reasons.
-        dtype: of the stored tensors.
-        model: name, fingerprint of the files, configuration hash.
-        whole_bytes: the model's bytes before (tied tensors counted once).
-        whole_numel: its parameters before.
-        batch: calibration samples that go through a layer at once.
-        memory: the prediction.
-        layers: of the original model.
-        dropped: layers that go.
-        dropped_beside: bytes of what is no target in them, less what a repair adds.
-        left_out: what the checkpoint holds and the model has no place for.
-        units: the targets that may be compressed, those that are solved together as one.
-        options: unit -> the options that the method and the limits leave it, ascending in bytes.
-        model_edit: sub-layers that go, and repairs.
-        notes: what depth will take, in words.
-        gap: how far the predicted loss may be from the best possible, relative to it; None where no solver was asked.
-        found: what the search for a size has found; None where the recipe says the size, and before the search.
+        recipe: the recipe with all defaults.
+        steps: one per target, in the order of the forward pass.
+        kept: parameters outside the targets, with the reason why they are not compressed.
+        dtype: dtype of the stored tensors.
+        model: name, type, fingerprint of the files, configuration hash.
+        whole_bytes: bytes of the original model (tied tensors count once).
+        whole_numel: parameters of the original model.
+        batch: calibration samples that pass through a layer at once.
+        memory: predicted memory.
+        layers: number of layers of the original model.
+        dropped: indices of the dropped layers.
+        dropped_beside: bytes of dropped tensors that are no targets, less the bytes that a repair adds.
+        left_out: tensors of the checkpoint that the model does not use.
+        units: units that the budget decides on.
+        options: unit -> the options that the method offers and the limits allow, ascending in bytes.
+        model_edit: dropped layers and sub-layers, and repairs.
+        notes: the cost of `depth`, in words.
+        gap: upper bound on the relative distance of the predicted loss from the best possible one; None without a solver.
+        found: result of the search for a size; None before the search, and if the recipe gives the size.
     """
 
     recipe: Recipe
@@ -111,7 +121,7 @@ class Planned:
 
     @property
     def renumbered(self) -> dict[int, int]:
-        """Layer of the original -> its number in the result, for those that stay."""
+        """Index in the original model -> index in the result, for every layer that is not dropped."""
         stay = [layer for layer in range(self.layers) if layer not in self.dropped]
         return {old: new for new, old in enumerate(stay)}
 
@@ -125,8 +135,8 @@ class Planned:
 
     @property
     def stages(self) -> list[tuple[str, int]]:
-        """What is done one after the other, and the targets' bytes after each; nothing where it is one thing."""
-        found, named = [], [step.method for step in self.recipe.steps]  # none where steps are among alternatives
+        """Name of each consecutive stage and the targets' bytes after it; empty if there is only one stage."""
+        found, named = [], [step.method for step in self.recipe.steps]  # empty for alternatives, even if these have steps
         if any(step.leaves for step in self.steps):
             found.append(("layers dropped", sum(step.bytes_before for step in self.steps if not step.leaves)))
         if any(step.bytes_halfway is not None for step in self.steps):
@@ -138,12 +148,12 @@ class Planned:
 
     @property
     def bits(self) -> float:
-        """Mean bits that are stored for a weight of the targets, everything counted."""
+        """Mean stored bits per weight of the targets, including scales, masks and indices."""
         return 8 * self.targets_after / sum(step.target.numel for step in self.steps)
 
     @property
     def ratio(self) -> float:
-        """Fraction of the targets' bytes that is removed."""
+        """Removed fraction of the targets' bytes."""
         return 1 - self.targets_after / self.targets_before
 
     @property
@@ -152,37 +162,40 @@ class Planned:
 
     @property
     def whole_ratio(self) -> float:
-        """Fraction of the whole model's bytes that is removed."""
+        """Removed fraction of the whole model's bytes."""
         return 1 - self.whole_after / self.whole_bytes
 
     def dense_bytes(self, unit: Unit) -> int:
-        """Bytes of a unit's targets when dense."""
+        """Dense bytes of a unit's targets."""
         return sum(target.numel * self.dtype.itemsize for target in unit.targets)
 
     def layer_steps(self, layer: int) -> list[Step]:
         return [step for step in self.steps if step.target.layer == layer]
 
     def solved(self, layer: int) -> list[Target]:
-        """The targets of a layer that are not left dense."""
+        """The targets of a layer that do not stay dense."""
         return [step.target for step in self.layer_steps(layer) if not step.choice.dense]
 
     @cached_property
     def needs(self) -> dict[str, frozenset[str]]:
-        """Target -> the statistics that are read of it where it is not left dense, and where another recipe shares them."""
+        """Target -> the statistics that the method needs if the target does not stay dense.
+
+        Targets outside all units have an entry too, so that recipes can share statistics.
+        """
         method = self.recipe.compression[0]
         return {step.target.name: method.needs for step in self.steps} | needs_of(method, self.units)
 
     def wanted(self, layer: int) -> Wanted:
-        """The statistics to collect in a layer: those of the targets that are not left dense."""
+        """The statistics to collect in a layer, for the targets that do not stay dense."""
         return wanted(self.solved(layer), self.needs)
 
     def chunks(self, layer: int) -> list[list[Target]]:
-        """The solved targets of a layer, in the chunks in which their statistics are collected; a unit is in one chunk."""
+        """The solved targets of a layer in chunks whose statistics are collected together; a chunk holds only whole units."""
         units = ([target.name for target in unit.targets] for unit in self.units if len(unit.targets) > 1)
         return chunks_of(self.solved(layer), self.wanted(layer).nbytes, units)
 
     def identity(self, calibration_hash: str) -> dict[str, Any]:
-        """What a run is of; equal identities give equal bytes on one machine."""
+        """Everything that determines the result of a run; equal identities give equal bytes on the same machine."""
         recipe = self.recipe.resolved()
         recipe["calibration"] |= {"tokens": calibration_hash}
         return {
@@ -194,16 +207,16 @@ class Planned:
 
 
 class Plan(Planned):
-    """What a run carries out: every target has its final option."""
+    """The plan that a run executes: every target has its final option."""
 
 
 class Draft(Planned):
-    """What is known from the recipe and the files' headers alone.
+    """A provisional plan from the recipe and the files' headers alone.
 
-    Where the budget looks at losses it is shared out evenly here, layers that a score will choose are assumed to be the last
-    ones, and a size that is searched is assumed. `planner.make_plan` makes the plan of it.
+    It assumes an even allocation if the allocation needs losses, the last layers if a score chooses the layers to drop, and a
+    default ratio if a search finds the size. `planner.make_plan` turns it into the plan.
     """
 
     def settled(self) -> Plan:
-        """The same as a plan, where nothing is left to be measured."""
+        """This draft as a plan, if nothing remains to be measured."""
         return Plan(**{each.name: getattr(self, each.name) for each in fields(self)})

@@ -1,6 +1,7 @@
-"""What will happen: a recipe and a model in, a plan out (plan/plan.py).
+"""The planner: a recipe and a model in, a plan out (plan/plan.py).
 
-A draft is made from the configuration and the files' headers before anything runs, the plan once losses were measured.
+It makes the draft from the configuration and the files' headers before anything runs, and the plan after the run has measured
+the losses.
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ P = TypeVar("P", bound=Planned)
 
 
 def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found | None = None) -> Draft:
-    """Resolve a recipe against a model as far as headers alone tell.
+    """Resolve a recipe for a model as far as the files' headers allow.
 
     Args:
-        devices: on how many the run will spread its batches; for the memory.
-        found: the ratio that a search has found for a recipe that says how far perplexity may rise; without it the draft
-            assumes `budget.ASSUMED`.
+        devices: number of devices over which the run spreads its batches, for the memory prediction.
+        found: result of the search, for a recipe with `max_ppl_increase`; without it the draft assumes `budget.ASSUMED`.
 
     Raises:
-        BudgetError: no ratio, or one that cannot be met.
+        BudgetError: the recipe gives no budget, or one that cannot be met.
         RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
     return _planned(Draft, view, recipe, devices, _Known(found=found))
@@ -56,11 +56,12 @@ def make_plan(
     curves: Mapping[str, Curve] | None = None,
     model_edit: ModelEdit | None = None,
 ) -> Plan:
-    """The final plan, once what the recipe looks at was measured.
+    """Make the final plan from the measured losses and scores.
 
     Args:
-        curves: of each unit, its loss at each option; None where the recipe's allocation needs none.
-        model_edit: what depth drops and repairs; None where the recipe has no depth.
+        devices: number of devices over which the run spreads its batches, for the memory prediction.
+        curves: loss of each unit at each of its options; None if the allocation needs no losses.
+        model_edit: the layers or sub-layers to drop, and repairs; None if the recipe has no `depth`.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -70,7 +71,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Known:
-    """What was measured so far; None: not yet."""
+    """The results of the measurements so far; None for one that is not available."""
 
     curves: Mapping[str, Curve] | None = None
     model_edit: ModelEdit | None = None
@@ -83,7 +84,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
     model_edit = assumed(view, recipe) if known.model_edit is None else known.model_edit
     scope = _scope(view, recipe, model_edit, kept, bounds)
-    footprint = _footprint(view, scope.shapes, scope.leaving, scope.beside, scope.kept.keys() - scope.leaving)
+    footprint = _footprint(view, scope.shapes, scope.dropped, scope.dropped_extra_bytes, scope.kept.keys() - scope.dropped)
     amounts = recipe.amounts
     if recipe.max_ppl_increase is not None:
         amounts["ratio"] = ASSUMED if known.found is None else known.found.ratio
@@ -103,7 +104,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         memory=Memory(),
         layers=len(view.layers),
         dropped=model_edit.dropped,
-        dropped_beside=scope.beside,
+        dropped_beside=scope.dropped_extra_bytes,
         left_out=tuple(view.left_out),
         units=scope.units,
         options=scope.options,
@@ -117,31 +118,31 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
 
 @dataclass(frozen=True)
 class _Scope:
-    """What is settled before the budget is asked, and what it decides on.
+    """The scope of the budget: the units that it decides on, and the targets that are settled before.
 
     Args:
-        shapes: of all targets.
-        kept: targets that stay dense whatever the budget -> why.
-        leaving: targets that are dropped -> why.
-        beside: bytes of what goes with them, less what a repair adds.
-        units: what the budget decides on.
-        options: unit -> the ways in which the method can store it.
-        bounded: units whose limits do not leave them dense.
-        idle: whether the recipe compresses no matrix.
+        shapes: shape of every target, by name.
+        kept: target that stays dense under any budget -> the pattern that keeps it.
+        dropped: dropped target -> the reason.
+        dropped_extra_bytes: bytes of dropped tensors that are no targets, less the bytes that a repair adds.
+        units: the units that the budget decides on.
+        options: unit -> the options that the method offers and the limits allow.
+        never_dense: units that may not stay dense because of their limits.
+        compresses_nothing: whether the recipe compresses no matrix.
     """
 
     shapes: Mapping[str, Shape]
     kept: Mapping[str, str]
-    leaving: Mapping[str, str]
-    beside: int
+    dropped: Mapping[str, str]
+    dropped_extra_bytes: int
     units: tuple[Unit, ...]
     options: Mapping[str, Sequence[Option]]
-    bounded: frozenset[str]
-    idle: bool
+    never_dense: frozenset[str]
+    compresses_nothing: bool
 
     @property
     def dense(self) -> dict[str, int]:
-        """Item -> bytes when dense."""
+        """Dense bytes of each unit, by name."""
         return {unit.name: sum(self.shapes[target.name].nbytes for target in unit.targets) for unit in self.units}
 
 
@@ -151,39 +152,39 @@ def _scope(
     element = view.dtype.itemsize
     shapes = {target.name: shape_of(target, element) for target in view.targets}
     zeroed = {target.name for target in model_edit.zeroed}
-    leaving = {
+    dropped = {
         target.name: "its sub-layer is dropped" if target.name in zeroed else "its layer is dropped"
         for target in view.targets
         if target.layer in model_edit.dropped or target.name in zeroed
     }
     kept = {name: each.why_min for name, each in bounds.items() if each.dense} | kept
     method, settings = recipe.compression
-    free = [target for target in view.targets if target.name not in kept and target.name not in leaving]
+    free = [target for target in view.targets if target.name not in kept and target.name not in dropped]
     units = units_of(method, settings, free)
     own = options_of(units, method, settings, recipe.rank_multiple, element)
     options = {unit.name: within(unit, bounds, shapes, own[unit.name]) for unit in units}
-    for unit in units:  # limits leave nothing but the dense form
+    for unit in units:  # the limits may allow only the dense form
         limited = [bounds[target.name].why_min for target in unit.targets if target.name in bounds]
         if limited and not options[unit.name]:
             kept |= dict.fromkeys((target.name for target in unit.targets), next((why for why in limited if why), ""))
     units = [unit for unit in units if unit.name not in kept]
-    bounded = frozenset(unit.name for unit in units if not may_be_dense(unit, bounds))
-    targets_alone = sum(shapes[name].nbytes for name in leaving if name not in zeroed)
+    never_dense = frozenset(unit.name for unit in units if not may_be_dense(unit, bounds))
+    targets_alone = sum(shapes[name].nbytes for name in dropped if name not in zeroed)
     biases = sum(target.out_features for target in model_edit.zeroed if target.bias)
-    beside = sum(map(view.layer_nbytes, model_edit.dropped)) - targets_alone + element * (biases - model_edit.added)
-    return _Scope(shapes, kept, leaving, beside, tuple(units), options, bounded, method is DENSE)
+    extra = sum(map(view.layer_nbytes, model_edit.dropped)) - targets_alone + element * (biases - model_edit.added)
+    return _Scope(shapes, kept, dropped, extra, tuple(units), options, never_dense, method is DENSE)
 
 
 def _evenly(recipe: Recipe, scope: _Scope, amounts: Mapping[str, Any], footprint: Footprint) -> dict[str, Option]:
-    """What every unit gets while no losses are known: the same share for all, or where the method decides the most."""
+    """The option of every unit before losses are known: an even share, or the largest option if the method decides."""
     options = {name: (whole, scope.options[name]) for name, whole in scope.dense.items()}
     if recipe.allocation == "own":
         return {name: own[-1] if own else Option(Choice(), whole) for name, (whole, own) in options.items()}
     if recipe.limits:
         sized = any(each is not None for each in amounts.values())
-        if not sized and (recipe.allocation != "uniform" or not scope.bounded):  # floors alone leave everything whole
-            raise BudgetError("How much should go? The recipe names no ratio, and its limits do not say it.", ASK)
-        return _even(options, scope.bounded, amounts, footprint)
+        if not sized and (recipe.allocation != "uniform" or not scope.never_dense):  # with floors alone everything stays dense
+            raise BudgetError("How much should go? The recipe names no ratio, and its limits determine none.", ASK)
+        return _even(options, scope.never_dense, amounts, footprint)
     share = _share(amounts, footprint)
     return uniform(options, share, said(amounts, share))
 
@@ -195,14 +196,14 @@ def _by_losses(
     curves: Mapping[str, Curve],
     budget: int | None,
 ) -> Shared:
-    """What every unit gets by the recipe's rule, once its losses are measured; `budget` is bytes for all targets."""
+    """The option of every unit by the recipe's rule and the measured losses; `budget` is the bytes for all targets."""
     in_units = {target.name for unit in scope.units for target in unit.targets}
     settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_units}
-    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.bounded)
+    return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.never_dense)
 
 
 def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Option]) -> tuple[Step, ...]:
-    """One step per target, in the targets' order, where the units got these options."""
+    """One step per target, in the targets' order, from the options of the units."""
     nbytes = {name: shape.nbytes for name, shape in scope.shapes.items()}
     chosen: dict[str, Option] = {}
     for unit in scope.units:
@@ -210,8 +211,8 @@ def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Optio
 
     def step(target: Target) -> Step:
         before = nbytes[target.name]
-        if target.name in scope.leaving:
-            return Step(target, Choice(), before, 0, scope.leaving[target.name])
+        if target.name in scope.dropped:
+            return Step(target, Choice(), before, 0, scope.dropped[target.name])
         option = chosen.get(target.name, Option(Choice(), before))
         why = _why_dense(target, option.choice, scope)
         return Step(target, option.choice, before, option.nbytes, why, target.name in scope.kept, option.halfway)
@@ -220,7 +221,7 @@ def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Optio
 
 
 def assumed(view: ModelView, recipe: Recipe) -> ModelEdit:
-    """As many of the last open layers, or sub-layers, as the recipe drops, before its score has said which."""
+    """Assume, before scores are known, that the recipe drops the last unprotected layers or sub-layers."""
     spec = recipe.dropping
     if spec is None:
         return ModelEdit()
@@ -235,9 +236,9 @@ def assumed(view: ModelView, recipe: Recipe) -> ModelEdit:
 
 
 def _counted(view: ModelView, recipe: Recipe) -> Recipe:
-    """The recipe with a number of layers where it says by bits or by a size how many shall go.
+    """Convert a budget in bits or as a size to a number of layers to drop, or to a ratio for sub-layers.
 
-    As many as are enough whichever the score will choose: the smallest ones are counted.
+    The number is computed from the smallest layers, so that it is enough whichever layers the score chooses.
     """
     if recipe.depth is None or recipe.depth.drop is not None or recipe.depth.ratio is not None:
         return recipe
@@ -247,11 +248,11 @@ def _counted(view: ModelView, recipe: Recipe) -> Recipe:
     shapes = {target.name: shape_of(target, element) for target in view.targets}
     first, last = recipe.depth.protect_first, len(view.layers) - recipe.depth.protect_last
     footprint = _footprint(view, shapes, (), 0, ())
-    if recipe.depth.granularity != "layer":  # halves are counted by the bytes of their targets
+    if recipe.depth.granularity != "layer":  # the bytes of their targets decide how many sub-layers to drop
         excess = footprint.targets - (targets_bytes(recipe.amounts, footprint) or 0)
         ratio = min(1.0, max(excess, 0) / footprint.targets)
         return recipe.model_copy(update={"depth": recipe.depth.model_copy(update={"ratio": ratio})})
-    if recipe.size is not None:  # whole layers go, what is no target in them too
+    if recipe.size is not None:  # dropping a layer removes its other tensors too
         sizes = sorted(view.layer_nbytes(layer) for layer in range(first, last))
         excess = footprint.whole + footprint.headers - (recipe.amounts["size"] or 0)
     else:
@@ -262,23 +263,24 @@ def _counted(view: ModelView, recipe: Recipe) -> Recipe:
 
 
 def _footprint(
-    view: ModelView, shapes: Mapping[str, Shape], leaving: Collection[str], beside: int, kept: Collection[str]
+    view: ModelView, shapes: Mapping[str, Shape], dropped: Collection[str], extra: int, kept: Collection[str]
 ) -> Footprint:
-    """What the model's bytes consist of.
+    """The parts of the model's bytes before compression.
 
     Args:
-        leaving: targets that are dropped.
-        beside: bytes of what goes with them.
-        kept: targets that stay dense.
+        shapes: shapes of all targets, by name.
+        dropped: names of the dropped targets.
+        extra: bytes of dropped tensors that are no targets, less the bytes that a repair adds.
+        kept: names of the targets that stay dense.
     """
     tensors = dict.fromkeys((name for name, _ in view.model.named_parameters()), False) | dict.fromkeys(shapes, True)
-    gone = sum(shapes[name].nbytes for name in leaving)
+    gone = sum(shapes[name].nbytes for name in dropped)
     return Footprint(
         sum(shape.nbytes for shape in shapes.values()),
         sum(shape.out_features * shape.in_features for shape in shapes.values()),
         view.dtype.itemsize,
         view.nbytes,
-        gone + beside,
+        gone + extra,
         gone,
         sum(shapes[name].nbytes for name in kept),
         header_bytes(tensors, len(view.layers) + len(view.outside_parts())),
@@ -286,9 +288,10 @@ def _footprint(
 
 
 def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
-    """The fraction of its bytes that every open target loses, so that all steps together meet the recipe's budget.
+    """The fraction of its bytes that every open target gives up so that all steps together meet the budget; None without one.
 
-    A ratio is that of every target that is not kept, as published; bits and sizes hold for all targets together.
+    A ratio applies to each open target, as in the papers, and kept targets do not change it. Bits and sizes apply to all
+    targets together.
     """
     ratio: float | None = amounts["ratio"]
     if ratio is not None:
@@ -300,19 +303,19 @@ def _share(amounts: Mapping[str, Any], footprint: Footprint) -> float | None:
 
 def _even(
     options: Mapping[str, tuple[int, Sequence[Option]]],
-    bounded: frozenset[str],
+    never_dense: frozenset[str],
     amounts: Mapping[str, Any],
     footprint: Footprint,
 ) -> dict[str, Option]:
-    """An even share inside limits; with no budget, each target as large as its limits let it."""
+    """An even share within the limits; without a budget, the largest size that the limits of each unit allow."""
     share = _share(amounts, footprint)
     budget = None if share is None else int((1 - share) * footprint.open + 1e-6)
-    found = even(options, options.keys() - bounded, budget)
+    found = even(options, options.keys() - never_dense, budget)
     return {name: option or Option(Choice(), options[name][0]) for name, option in found.items()}
 
 
 def _kept_dense(targets: list[Target], patterns: tuple[str, ...], layers: int) -> dict[str, str]:
-    """Target -> the pattern that keeps it; patterns match full names and roles."""
+    """The pattern that keeps each kept target, by target name; patterns match full names and roles."""
     found: dict[str, str] = {}
     problems = []
     for pattern in patterns:
@@ -330,14 +333,14 @@ def _why_dense(target: Target, choice: Choice, scope: _Scope) -> str:
         return f"kept by '{scope.kept[target.name]}'"
     if not choice.dense:
         return ""
-    if scope.idle:
+    if scope.compresses_nothing:
         return "the recipe compresses no matrix"
     return "nothing that the method offers is smaller, or the budget (with allocation own the method) leaves it whole"
 
 
 def _identify(view: ModelView) -> dict[str, Any]:
     config = json.loads(view.config.to_json_string())
-    config.pop("transformers_version", None)  # a newer transformers does not make it another model
+    config.pop("transformers_version", None)  # another version of transformers does not change the model
     return {
         "name": view.location.name,
         "type": view.config.model_type,

@@ -1,7 +1,7 @@
-"""What the user wants: a recipe, checked as a whole.
+"""The recipe: what the user asks for, validated as a whole.
 
-A recipe names a method, its settings, where the budget goes and what to calibrate on. Unknown keys are refused.
-`plan/load_recipe.py` reads recipes from YAML and the command line.
+A recipe names a method and its settings, the budget and how to share it out, and the calibration set. It refuses unknown
+keys. `plan/load_recipe.py` reads recipes from YAML and the command line.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .limits import Limit
 from .method_steps import READS_NO_TEXT, Alternative, Steps, fitting
 from .rules.base import Rule, rules
 
-_HELD_OUT = 4  # windows that judge a searched size
+_HELD_OUT = 4  # default number of held-out windows by which a search measures perplexity
 LATER_KEY = "later key"
-SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # plan/allocation.py shares these out; the others are in plan/rules/
+SOLVED = ("uniform", "spectrum", "kl", "fisher", "own")  # rules of plan/allocation.py; plan/rules/ holds the others
 
 
 class RefineSpec(BaseModel):
-    """Training of what is stored, against the original; costs no byte.
+    """Training of the stored tensors towards the original model; it does not change their size.
 
     Args:
-        block: layer after layer, as each is compressed, towards the original layer's output.
-        end_to_end: the whole at the end, towards the original's predictions.
+        block: trains each layer as soon as it is compressed, towards the output of the original layer.
+        end_to_end: trains the whole compressed model at the end, towards the predictions of the original model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -56,41 +56,42 @@ class RefineSpec(BaseModel):
 
 
 class Recipe(Steps):
-    """One compression, as wanted.
+    """One compression as the user asks for it.
 
     Args:
-        method: a name from `lrc recipe methods`; short for one step.
-        settings: the method's own settings.
-        steps: in the place of `method`: two methods, of which the second compresses the factors that the first one finds.
-        alternatives: in the place of `method`: several, of which the budget takes for each target the one that pays there.
-        depth: layers to drop first; alone, or before `method` or `steps` compress what stays.
-        ratio: fraction of the targets' bytes to remove, 0 to below 1; may come from the command line. Not needed where the
-            settings fix every size. With `depth` alone and no count of layers there, the fraction of layers.
-        bits: in the place of `ratio`: mean bits per weight of the targets, everything that their forms hold counted.
-        size: in the place of `ratio`: of the files with the model's weights ('300MB').
-        max_ppl_increase: in the place of `ratio`: how far perplexity on held-out calibration tokens may rise ('5%'); the size
-            is searched (run/search.py).
-        allocation: how the budget is shared out; `uniform` takes the same fraction of every target, the others look at what
-            each target would lose (docs/allocation.md).
-        allocation_settings: of a rule that has some (`lrc recipe rules`).
-        rank_multiple: ranks are multiples of this; a budget rounds them down, `own` rounds up what the method asks for.
-        propagate: 'original': statistics come from the original model (one-shot); 'compressed': from the part already
-            compressed (sequential).
-        refine: training of what is stored, by windows that no statistic saw (`calibration.held_out`).
+        method: name of a method (`lrc recipe methods`); short for one step.
+        settings: settings of `method`.
+        steps: instead of `method`: two methods; the second compresses the factors that the first one finds.
+        alternatives: instead of `method`: several methods; the allocation chooses the best one for each target.
+        depth: how to drop layers or sub-layers; alone, or before `method` or `steps` compress the remaining targets.
+        ratio: fraction of the targets' bytes to remove, at least 0 and below 1; the command line may give it. It may be absent
+            if the method's settings fix every size. With `depth` alone, and no number of layers there, it is the fraction of
+            layers to drop.
+        bits: instead of `ratio`: mean bits per weight of the targets; scales, masks and indices count too.
+        size: instead of `ratio`: size of the weight files on disk ('300MB').
+        max_ppl_increase: instead of `ratio`: allowed rise of perplexity on held-out calibration tokens ('5%'); a search finds
+            the size (run/search.py).
+        allocation: rule that shares the budget out; `uniform` removes the same fraction of every target, most others weigh the
+            loss of each target (docs/allocation.md).
+        allocation_settings: settings of the allocation rule (`lrc recipe rules`).
+        rank_multiple: all ranks are multiples of this number; a budget rounds a rank down, `own` rounds the method's rank up.
+        propagate: 'original' takes statistics from the original model (one-shot); 'compressed' takes them from the part that
+            is already compressed (sequential).
+        refine: training of the stored tensors, measured on held-out windows (`calibration.held_out`).
         keep: patterns (`*self_attn.k_proj`, `model.layers.0.*`) of targets that stay dense.
-        limits: pattern -> floors and caps of the bytes that targets keep, or their ranks (plan/limits.py).
-        calibration: what statistics are taken on.
-        gradients: how the backward pass is made, for methods that need one.
+        limits: pattern -> bounds on the bytes of the targets, or their rank (plan/limits.py).
+        calibration: the calibration set.
+        gradients: settings of the backward pass, for methods and rules that need one.
     """
 
-    # keys of earlier versions -> what a recipe that still has one is told
+    # key of an earlier version -> the advice in the error for a recipe that still has it
     gone: ClassVar[Mapping[str, str]] = {
         "droppable": "Dropping sub-layers beside low rank never paid: leave it out (docs/allocation.md).",
         "correction": "No gain was measured: leave it out, or use refine: block (docs/refinement.md).",
         "uniform_within": "No recipe used it: leave it out. allocation: uniform treats all layers alike.",
     }
 
-    # READS_NO_TEXT: the key by itself needs no calibration text; LATER_KEY: `resolved` leaves it out where nothing is said
+    # READS_NO_TEXT: the key by itself needs no calibration text; LATER_KEY: `resolved` omits the key if it is empty
     alternatives: Annotated[tuple[Alternative, ...], READS_NO_TEXT] = ()
     depth: Annotated[DepthSpec | None, LATER_KEY] = None
     ratio: Annotated[float | None, READS_NO_TEXT] = None
@@ -122,7 +123,7 @@ class Recipe(Steps):
     @field_validator("allocation_settings")
     @classmethod
     def _rule_settings_fit(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if (name := info.data.get("allocation")) is not None:  # absent where it is wrong itself
+        if (name := info.data.get("allocation")) is not None:  # absent if the rule itself is unknown
             fitting(settings, rules()[name].settings if name in rules() else Settings, "allocation_settings.")
         return settings
 
@@ -151,7 +152,7 @@ class Recipe(Steps):
     @model_validator(mode="before")
     @classmethod
     def _windows_to_search_by(cls, data: Any) -> Any:
-        """A search needs held-out windows: as many as are usual here, where the recipe does not say."""
+        """Set the default number of held-out windows for a search, if the recipe gives no number."""
         if isinstance(data, dict) and data.get("max_ppl_increase") is not None:
             calibration = data.get("calibration", {"source": "wikitext2"})
             if isinstance(calibration, dict) and "held_out" not in calibration:
@@ -167,22 +168,22 @@ class Recipe(Steps):
 
     @property
     def rule(self) -> Rule | None:
-        """The rule of `plan/rules/` that shares the budget out; None where the solver or the method does."""
+        """The rule of `plan/rules/` that shares the budget out; None if the solver or the method does it."""
         return rules().get(self.allocation)
 
     @property
     def rule_settings(self) -> Settings:
-        """The rule's settings as its own class, defaults filled in."""
+        """The rule's settings as an instance of its settings class, with all defaults."""
         return (self.rule.settings if self.rule else Settings)(**self.allocation_settings)
 
     @property
     def amounts(self) -> dict[str, Any]:
-        """How much may stay, as plan/budget.py takes it."""
+        """The budget in the form that plan/budget.py reads; `size` in bytes."""
         return {"ratio": self.ratio, "bits": self.bits, "size": None if self.size is None else int(self.size[:-1])}
 
     @property
     def reads_text(self) -> bool:
-        """Whether anything in this recipe looks at calibration text; where nothing does, none is fetched."""
+        """Whether the recipe needs calibration text; if not, the run fetches none."""
         asks = any(
             getattr(self, key) != field.default
             for key, field in type(self).model_fields.items()
@@ -192,7 +193,7 @@ class Recipe(Steps):
 
     @property
     def dropping(self) -> DepthSpec | None:
-        """What `depth` asks for, with the recipe's own ratio where that says how many layers go."""
+        """The key `depth`, with the recipe's ratio if `depth` itself gives no number of layers to drop."""
         if self.depth is None or self.depth.drop is not None or self.depth.ratio is not None:
             return self.depth
         if not self.ratio:
@@ -201,9 +202,9 @@ class Recipe(Steps):
 
     @property
     def compression(self) -> tuple[Method, Settings]:
-        """The method of all steps together, and its settings with defaults filled in.
+        """The method of all steps together, and its settings with all defaults.
 
-        What the rule of sharing out needs to know is among the needs of the method that is returned.
+        The needs of this method include the statistics that the allocation rule reads.
         """
         method, settings = self._compression
         more = self.rule.needs if self.rule else frozenset[str]()
@@ -217,9 +218,9 @@ class Recipe(Steps):
         return self.parsed
 
     def resolved(self) -> dict[str, Any]:
-        """Everything spelled out, defaults included: what the plan hashes and `lrc.json` keeps."""
+        """The recipe as plain data with every default: the plan hashes it and `lrc.json` records it."""
         whole = self.model_dump(mode="json", by_alias=True, exclude={"method", "settings", "steps", "alternatives"})
-        for key, field in type(self).model_fields.items():  # runs of before these keys go on
+        for key, field in type(self).model_fields.items():  # so that runs started before these keys existed can resume
             if LATER_KEY in field.metadata and not whole[key]:
                 del whole[key]
         if self.rule is not None and self.rule.settings.model_fields:
@@ -231,11 +232,11 @@ class Recipe(Steps):
 
 @dataclass(frozen=True)
 class Clash:
-    """Keys that do not go together; of several clashes in a recipe the first in `CLASHES` is told.
+    """A combination of keys that a recipe must not have; the error shows only the first clash in the order of `CLASHES`.
 
     Args:
-        when: whether a recipe has them.
-        why: what is told: the reason, and what to write in their place.
+        when: tells whether a recipe has this clash.
+        why: gives the error message: the reason and the remedy.
     """
 
     when: Callable[[Recipe], bool]
@@ -269,7 +270,7 @@ def _rule_refuses(recipe: Recipe) -> str:
 
 
 CLASHES = (
-    # which methods
+    # methods
     Clash(lambda r: len(_methods(r)) > 1, lambda r: f"give either {' or '.join(map(repr, _methods(r)))}, not both"),
     Clash(lambda r: not _methods(r) and r.depth is None, lambda r: "'method' is missing"),
     Clash(
@@ -281,7 +282,7 @@ CLASHES = (
     ),
     Clash(
         lambda r: bool(r.alternatives) and r.allocation in ("uniform", "own"),
-        lambda r: f"allocation: {r.allocation} cannot choose between alternatives; take kl or spectrum",
+        lambda r: f"allocation: {r.allocation} cannot choose between alternatives; use kl or spectrum",
     ),
     # depth
     Clash(
@@ -290,18 +291,18 @@ CLASHES = (
     ),
     Clash(
         lambda r: _counts_layers(r) and bool(r.ratio) and r.method is None and not r.steps,
-        lambda r: "depth says how much to drop; leave out either that (depth.drop, depth.ratio) or the recipe's ratio",
+        lambda r: "depth gives the amount to drop; leave out either that (depth.drop, depth.ratio) or the recipe's ratio",
     ),
     Clash(
         lambda r: r.depth is not None and (r.allocation != "uniform" or bool(r.compression[0].needs & BACKWARD_NEEDS)),
-        lambda r: "depth goes with allocation: uniform and methods without a backward pass",
+        lambda r: "depth works only with allocation: uniform and with methods that need no backward pass",
     ),
     # held-out text
     Clash(
         lambda r: bool(_unjudged(r)),
-        lambda r: f"{_unjudged(r)[0]} is judged by held-out windows: say how many (calibration.held_out: 4)",
+        lambda r: f"{_unjudged(r)[0]} is measured on held-out windows: give their number (calibration.held_out: 4)",
     ),
-    # how much
+    # size of the budget
     Clash(
         lambda r: len(_budgets(r)) > 1,
         lambda r: f"{' and '.join(_budgets(r))} say the budget {len(_budgets(r))} times; give one of them",
@@ -316,17 +317,19 @@ CLASHES = (
     ),
     Clash(
         lambda r: r.max_ppl_increase is not None and not _methods(r),
-        lambda r: "max_ppl_increase: the search goes by ratios, and whole layers have none; say depth.drop or ratio",
+        lambda r: (
+            "max_ppl_increase: the search varies the ratio of a method, and this recipe has no method; give depth.drop or ratio"
+        ),
     ),
-    # where the budget goes
+    # allocation of the budget
     Clash(
         lambda r: r.allocation == "fisher" and "grad_gram" not in r.compression[0].needs,
-        lambda r: f"allocation: fisher takes losses that are in nats, and {r.compression[0].name}'s are not; use kl or kfac",
+        lambda r: f"allocation: fisher needs losses in nats, and {r.compression[0].name} gives others; use kl or kfac",
     ),
     Clash(lambda r: bool(_rule_refuses(r)), _rule_refuses),
     Clash(
         lambda r: r.rule is not None and bool(r.limits) and not r.rule.limits,
-        lambda r: f"allocation: {r.allocation} cannot be held to limits; keep: leaves targets dense",
+        lambda r: f"allocation: {r.allocation} cannot satisfy limits; leave them out (keep makes targets stay dense)",
     ),
     Clash(
         lambda r: r.rule is not None and "weight_grad" in r.rule.needs and r.gradients.labels != "data",
@@ -342,10 +345,10 @@ CLASHES = (
     ),
     Clash(
         lambda r: _across_layers(r) and r.refine is not None and r.refine.block is not None,
-        lambda r: f"{r.method} shares between layers, which refine: block would train apart; use refine: end-to-end",
+        lambda r: f"{r.method} shares factors across layers, and refine: block trains single layers; use refine: end-to-end",
     ),
     Clash(
         lambda r: _across_layers(r) and r.depth is not None,
-        lambda r: f"{r.method} solves targets of several layers at once; drop layers in a run of its own before",
+        lambda r: f"{r.method} solves targets of several layers at once; drop layers in a run of its own first",
     ),
 )

@@ -1,4 +1,4 @@
-"""What pydantic found wrong in a recipe, in the words of the person who wrote it."""
+"""Pydantic's validation errors as lines that name the keys of the recipe as the user writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from ..errors import LrcError, did_you_mean
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per mistake, in the user's words."""
+    """One line per mistake.
+
+    Args:
+        error: pydantic's error.
+        model: the class that was validated, for suggestions of keys.
+        prefix: prefix of the keys in the lines, such as 'settings.'.
+    """
     lines = []
     for item in error.errors():
         path = _named(model, item["loc"])
@@ -33,7 +39,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
 
 
 def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | str]:
-    """A path without the names of the kinds that were tried, which pydantic puts after a key that may be of several."""
+    """The path without the class names that pydantic inserts after a key with a union type."""
     kind: Any = model
     found = []
     for part in path:
@@ -49,7 +55,7 @@ def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | st
 
 
 def _gone(model: type[BaseModel], path: Sequence[int | str]) -> str:
-    """What is said of a key of an earlier version; empty for one that never was."""
+    """The error line for a key of an earlier version; empty for a key that never existed."""
     told: Mapping[str, str] = getattr(_model_at(model, path[:-1]), "gone", {})
     why = told.get(str(path[-1]))
     return f"the key '{'.'.join(map(str, path))}' is gone. {why}" if why else ""
@@ -67,7 +73,7 @@ def _nearest(model: type[BaseModel], path: Sequence[int | str]) -> str:
 
 
 def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model at a path of keys and numbers of entries inside another one; None where it cannot be told."""
+    """The model class at a path of keys and indices inside `model`; None if the path leads to no single model class."""
     kind: Any = model
     for part in path:
         kind = _inner(kind, part)
@@ -75,7 +81,7 @@ def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseMod
 
 
 def _inner(kind: Any, part: int | str) -> Any:
-    """The annotation of what a value of an annotated kind holds under a key; None where it cannot be told."""
+    """The annotation of the value under a key or index inside an annotated type; None if there is none."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return _fields(kind).get(str(part))
     origin, args = get_origin(kind), get_args(kind)
@@ -87,11 +93,11 @@ def _inner(kind: Any, part: int | str) -> Any:
 
 
 def _one_model(kind: Any) -> type[BaseModel] | None:
-    """The model that a kind is, or is where it is not None."""
+    """The model class of an annotation such as `Model` or `Model | None`; None for any other annotation."""
     found = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
     return found[0] if len(found) == 1 and get_origin(kind) not in (dict, tuple, list) else None
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:
-    """The keys of a model as they are written, with their annotations."""
+    """The keys of a model as recipes write them, with their annotations."""
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}

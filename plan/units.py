@@ -1,4 +1,4 @@
-"""What gets one choice of the budget: a target alone, or a set of targets that the method solves together."""
+"""Units: the budget makes one choice for each unit, which is one target or several targets that are solved together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Unit:
     """One unit of the budget.
 
     Args:
-        targets: one, or a set in the method's own order.
-        slots: which slot of the unit each fills, in the words of the joint method; None for a target that is solved alone.
+        targets: one target, or several in the order that the joint method expects.
+        slots: slot of each target in the unit, as the joint method names its slots; None for a target that is solved alone.
     """
 
     targets: tuple[Target, ...]
@@ -24,21 +24,21 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The first target's."""
+        """Name of the first target."""
         return self.targets[0].name
 
     def without(self, names: Collection[str]) -> Unit:
-        """The unit without the targets of these names."""
+        """The same unit without the targets with these names."""
         kept = [number for number, target in enumerate(self.targets) if target.name not in names]
         slots = None if self.slots is None else tuple(self.slots[number] for number in kept)
         return Unit(tuple(self.targets[number] for number in kept), slots)
 
     def shared_out(self, chosen: Option, options: Sequence[Option], dense: Mapping[str, int]) -> dict[str, Option]:
-        """What each target gets where the unit got `chosen`.
+        """Split the unit's chosen option into one option per target.
 
         Args:
-            options: of this unit, `chosen` among them unless it is dense.
-            dense: target -> bytes when dense.
+            options: options of this unit; they include `chosen` unless `chosen` is dense.
+            dense: dense bytes of each target, by name.
         """
         if self.slots is None:
             return {self.name: next((option for option in options if option.choice == chosen.choice), chosen)}
@@ -50,10 +50,11 @@ class Unit:
 
 
 def units_of(method: Method, settings: Settings, targets: Sequence[Target]) -> list[Unit]:
-    """The open targets as units, in the order in which a forward reaches the first target of each.
+    """Group the open targets into units, in the order in which the forward pass reaches the first target of each unit.
 
     Raises:
-        RecipeError: the settings name roles that no target has.
+        RecipeError: the settings name a role that no open target has.
+        ValueError: the method puts one target into two units.
     """
     if method.joint is None:
         return [Unit((target,)) for target in targets]
@@ -69,7 +70,7 @@ def units_of(method: Method, settings: Settings, targets: Sequence[Target]) -> l
 
 
 def needs_of(method: Method, units: Iterable[Unit]) -> dict[str, frozenset[str]]:
-    """Target -> the statistics that the method reads of it."""
+    """The statistics that the method needs for each target, by target name."""
     return {
         target.name: method.needs_of(slot)
         for unit in units
@@ -78,14 +79,19 @@ def needs_of(method: Method, units: Iterable[Unit]) -> dict[str, frozenset[str]]
 
 
 def shape_of(target: Target, element: int) -> Shape:
-    """What the size of a target's forms depends on, `element` bytes per number."""
+    """The shape of a target, which determines the bytes of its forms; a dense number takes `element` bytes."""
     return Shape(target.out_features, target.in_features, element, target.bias)
 
 
 def options_of(
     units: Iterable[Unit], method: Method, settings: Settings, multiple: int, element: int
 ) -> dict[str, Sequence[Option]]:
-    """Item name -> the ways in which the method can store it; worked out once for units of equal shapes."""
+    """The options of each unit, by unit name; computed once for units of equal shapes.
+
+    Args:
+        multiple: all ranks are multiples of this number.
+        element: bytes of one number in the checkpoint's dtype.
+    """
     known: dict[tuple[tuple[Shape, ...], tuple[str, ...] | None], Sequence[Option]] = {}
     found: dict[str, Sequence[Option]] = {}
     for unit in units:

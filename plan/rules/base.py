@@ -1,8 +1,8 @@
-"""Rules that share the budget out by a formula of their own: the contract, and its registry.
+"""Allocation rules with a formula of their own: their interface and their registry.
 
-A rule is one pure function, one file. It gets what the survey has measured of every open target, and the bytes that they may
-take together, and says which option each one gets. Rules that weigh losses against each other on one scale need no file: they
-differ in what a loss is, and the solver does the rest (plan/allocation.py).
+A rule is one pure function in one file. It receives the measured loss curves of all open targets and the bytes for all of
+them, and returns one option per target. Rules that compare losses on one common scale need no file here: they differ only in
+the definition of the loss, and the solver does the rest (plan/allocation.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ...compress.registry import first_line, import_all
 
 @dataclass(frozen=True)
 class Open:
-    """One target that the budget decides on.
+    """One open target: the budget chooses its option.
 
     Args:
         name, role, group: as in model.targets.Target.
-        dense: its bytes when dense.
-        curve: what it loses at every option, and the scores that the rule asked for.
-        may_be_dense: whether limits leave it the dense form.
+        dense: its dense bytes.
+        curve: its loss at every option, and the scores that the rule needs.
+        may_be_dense: whether the limits allow the dense form.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Open:
 
     @property
     def most(self) -> int:
-        """Bytes of its largest form."""
+        """Bytes of the largest form that the limits allow."""
         return self.dense if self.may_be_dense or not self.curve.options else self.curve.options[-1].nbytes
 
     @property
     def least(self) -> int:
-        """Bytes of its smallest form."""
+        """Bytes of the smallest form."""
         return self.curve.options[0].nbytes if self.curve.options else self.dense
 
     def at(self, nbytes: float) -> Option:
-        """The largest form that takes no more; the smallest one where even that is larger."""
+        """The largest option of at most `nbytes` bytes; the smallest option if all are larger."""
         if nbytes + 1e-6 >= self.dense and self.may_be_dense:
             return Option(Choice(), self.dense)
         fitting = [option for option in self.curve.options if option.nbytes <= nbytes + 1e-6]
@@ -55,7 +55,7 @@ class Open:
         return self.curve.options[0] if self.curve.options else Option(Choice(), self.dense)
 
 
-# open targets, bytes for all of them, the rule's own Settings -> option per target
+# (open targets, bytes for all of them, the rule's settings) -> option of each target, by name
 Share = Callable[[Sequence[Open], int, Any], dict[str, Option]]
 # method -> why its solutions do not say what the rule reads; '' where they do
 WhyNot = Callable[[Method], str]
@@ -66,14 +66,14 @@ class Rule:
     """A registered rule.
 
     Args:
-        name: as recipes write it (`allocation:`).
-        share: see `Share`.
-        settings: the pydantic class of its settings (`allocation_settings:`).
-        source: the paper it comes from.
-        needs: statistics that it reads beside the method's own.
-        score: what the survey keeps of each target for it: 'components', 'effective-rank', 'angular' or 'tokens'
+        name: name in recipes (`allocation:`).
+        share: the rule's function, see `Share`.
+        settings: pydantic class of its settings (`allocation_settings:`).
+        source: the paper that describes it.
+        needs: statistics that the rule needs in addition to the method's.
+        score: scores of each target that the rule needs: 'components', 'effective-rank', 'angular' or 'tokens'
             (run/losses/importance_scores.py).
-        limits: whether it can be held to `limits`.
+        limits: whether the rule supports `limits`.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Rule:
 
     @property
     def summary(self) -> str:
-        """The first line of the rule's file."""
+        """The first line of the docstring of the rule's file."""
         return first_line(self.share, self.name)
 
     def why_not(self, method: Method) -> str:
-        """Why a method cannot be shared out by this rule; '' where it can."""
+        """Why this rule does not support a method; '' if it does."""
         if method.options is low_rank_options:
             return ""
         return (
@@ -121,7 +121,7 @@ def rule(
 
 
 def rules() -> dict[str, Rule]:
-    """All rules by name: every module of this package registers its own on import."""
+    """All rules by name; every module of this package registers its rule on import."""
     import_all(__package__ or "lrc.plan.rules")
     return dict(sorted(_RULES.items()))
 
@@ -129,13 +129,15 @@ def rules() -> dict[str, Rule]:
 def in_proportion(
     weights: Mapping[str, float], low: Mapping[str, float], high: Mapping[str, float], total: float
 ) -> dict[str, float]:
-    """Sizes in proportion to weights, each between its bounds, that add up to `total`.
+    """Sizes that are proportional to the weights, lie within their bounds, and add up to `total`.
 
-    What a target cannot take goes to the others: size = min(high, max(low, λ · weight)), λ found by bisection.
+    The size of a target is min(high, max(low, λ · weight)). Bisection finds λ, so that a size at its bound changes the sizes
+    of the others.
 
     Args:
-        weights: positive or zero.
-        low, high: bounds; `total` should lie between their sums (nearer to it than the bounds allow is not possible).
+        weights: weight of each target, zero or positive.
+        low, high: bounds of each size.
+        total: sum of the sizes; it should lie between the sums of the bounds, otherwise the result only comes close to it.
     """
 
     def at(scale: float) -> dict[str, float]:
@@ -152,7 +154,12 @@ def in_proportion(
 
 
 def error_at(target: Open, kept: float) -> float:
-    """Root of the squared output error over all tokens at the uniform share; 0 where that is the dense form."""
+    """Root of the total squared output error over all calibration tokens at the uniform share; 0 for the dense form.
+
+    Args:
+        target: its `curve.scores[1]` is the number of tokens.
+        kept: the uniform share: fraction of the dense bytes that every target keeps.
+    """
     option = target.at(kept * target.dense)
     if option.choice.dense:
         return 0.0

@@ -1,12 +1,12 @@
-"""Log loss: within each role, targets that lose more give up less, by the inverse logarithm of the loss.
+"""Log loss: within each role, targets give up bytes in proportion to the inverse logarithm of their loss.
 
-A target of a role with n members loses the fraction n · R · L / ΣL of its bytes, with L = 1 / log(ε), ε the root of the squared
-output error over all calibration tokens at the uniform ratio R.
+A target of a role with n members gives up the fraction n · R · L / ΣL of its bytes, with L = 1 / log(ε), ε the root of the
+squared output error over all calibration tokens at the uniform ratio R.
 
-When to use: to compare with SVD-LLM v2. Cost: that of the method alone.
+When to use: to compare with SVD-LLM v2. Cost: no more than the method itself.
 
-Source: SVD-LLM v2, arXiv 2503.12340. Differences: losses of at most e (whose logarithm is no scale any more) count as e; a
-fraction below 0 or with no form is cut at the bounds and what is cut is shared among the others.
+Source: SVD-LLM v2, arXiv 2503.12340. Differences: losses below e count as e, because their logarithm is below 1 or negative. A
+fraction outside the bounds of the target's forms is clipped, and the other targets of the role take the difference.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def share(targets: Sequence[Open], budget: int, settings: Settings) -> dict[str,
         high = {target.name: float(target.dense - target.least) for target in members}
         if sum(high.values()) < removed * (1 - 1e-12):
             raise BudgetError(
-                f"{int(removed):,} bytes of all {members[0].role} should go, and their smallest forms save "
+                f"The budget removes {int(removed):,} bytes from all {members[0].role}; their smallest forms save only "
                 f"{int(sum(high.values())):,}.",
-                "Ask for more.",
+                "Raise the budget.",
             )
         gone = in_proportion(weights, low, high, removed)
         found |= {target.name: target.at(target.dense - gone[target.name]) for target in members}
