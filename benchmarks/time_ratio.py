@@ -3,8 +3,8 @@
 Loads the embedded SmolLM2 and runs the whole model over the calibration tokens, one sample at a time; then runs each
 compression (layers read, statistics, losses, factors, shards written and checked) on the same tokens in the same process.
 Prints all of them, as ratios of the forward passes and of the first recipe; the forward passes twice, with the products that
-torch takes by itself and with those that lrc has it take (model/machine/precision.py). With --repeat all of it is done so often,
-one after the other, and the least of each counts: what other programs take away is never less than nothing.
+torch takes by itself and with those that lrc has it take (model/machine/precision.py). With --repeat all of it is done
+so often, one after the other, and the least of each counts: what other programs take away is never less than nothing.
 
     python benchmarks/time_ratio.py --text FILE [--recipes svd-llm,lrc-fast] [--samples 32] [--length 2048] [--dtype float32]
                                     [--repeat 2]
