@@ -5,8 +5,8 @@
     draft = lrc.plan("MODEL", "lrc-fast", ratio=0.4)                    # as `lrc plan`
     metrics = lrc.evaluate("OUT", "wikitext2")                          # as `lrc eval`
 
-Importing this package is cheap: it loads neither torch nor transformers. It asks to be told when transformers' registry of
-quantizers is imported, and registers lrc's own there, so that `import lrc` is all that a plain `from_pretrained` needs.
+Importing this package is cheap: it loads neither torch nor transformers. When transformers imports its registry of quantizers,
+an import hook registers lrc's quantizer there. A plain `from_pretrained` therefore needs nothing but `import lrc`.
 """
 
 import importlib
@@ -18,15 +18,15 @@ import wrapt
 
 __version__ = version("lrc")
 
-# what a person calls -> where it is
+# public function -> the module that defines it
 _FUNCTIONS = {"compress": "run.pipeline", "plan": "run.pipeline", "evaluate": "evaluation.evaluate"}
 
 
 class _Callable(ModuleType):
-    """A folder of this package that bears a function's name, and can be called as that function.
+    """A subpackage with the name of a public function, which can be called as that function.
 
-    Python gives the package an attribute for each folder that is imported: `lrc.compress` is the folder of the methods, and
-    `lrc.compress(...)` has to be the pipeline all the same.
+    Python sets an attribute of the package for each imported subpackage, so `lrc.compress` is the subpackage of the methods.
+    `lrc.compress(...)` must run the pipeline nevertheless.
     """
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What a run tells whoever watches it: one event for each thing that it has done.
+"""Progress notifications: a run sends one event for each step that it has finished.
 
-There is one shape of notification in lrc: a function that takes an `Event`. Steps that say more have a subclass of their own.
+Every notification in lrc is a call of a function that takes an `Event`. Steps that report more define a subclass of `Event`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that was done.
+    """One finished step.
 
     Args:
-        stage: what it was: "statistics", "losses", "refinement", or a sentence of its own.
-        done: layers, rounds or looks that are finished; 0 where the stage is one thing.
-        total: of how many.
-        seconds: that this one took.
-        loss: what a training step measured, in nats on held-out text; None where nothing was measured.
+        stage: the kind of step: "statistics", "losses", "refinement", or a short description.
+        done: number of finished layers, rounds or evaluations; 0 if the stage has a single step.
+        total: number of layers, rounds or evaluations of the stage.
+        seconds: duration of this step.
+        loss: held-out loss that a training step measured, in nats; None if it measured none.
     """
 
     stage: str
@@ -32,4 +32,4 @@ Notify = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Tell nobody."""
+    """Ignore the event."""

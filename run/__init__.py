@@ -1,1 +1,1 @@
-"""Carrying out a plan: the pipeline, its layer loop, and what is measured on the way."""
+"""Carrying out a plan: the pipeline, its loop over the layers, and the measurements in between."""

@@ -1,4 +1,4 @@
-"""Depth's part of a run: layers are chosen, dropped and repaired, once, before anything is compressed or stored."""
+"""The depth stage of a run: it prunes layers or sub-layers and repairs the model, once, before any matrix is compressed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .run import Run
 
 
 def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
-    """What depth does to the model: found, or read from where an interrupted run found it.
+    """The model edit of a recipe with depth: computed here, or read from disk if an interrupted run has computed it.
+
+    The model edit is kept in the run's own folder until the artifact is finished. The ablations of a greedy score are kept in
+    the folder of statistics, where other recipes can use them too.
 
     Args:
-        draft: of a recipe with depth. What was found is kept in the run's own folder until the artifact is finished; what a
-            greedy score measured is kept beside the statistics, which other recipes may share.
+        draft: the draft of a recipe with depth.
+        run: the run.
     """
     view, calibration, identity = run.view, run.calibration, draft.identity(run.calibration.hash)
     held = read_model_edit(run.own_folder, identity, view.targets)

@@ -1,10 +1,10 @@
-"""The loop over the layers: weights in, statistics, solve, shard out, activations on.
+"""The loop over the layers: load the weights, collect statistics, solve, write the shard, compute the next activations.
 
-Layers are visited in one of four ways: with the original's activations (`_OneShot`), with those of the compressed model
-(`_Sequential`), with both beside each other (`_BothModels`), or with none, from statistics on disk (`_without_activations`).
+There are four variants of the loop. `_OneShot` uses the original model's activations, `_Sequential` those of the compressed
+model, `_BothModels` both. `_without_activations` uses none: it reads statistics from disk.
 
-A layer that an earlier, killed run finished is not compressed again: it is replayed (forward only), so that the activations
-that reach the first unfinished layer are the very same.
+A layer that an earlier, killed run finished is not compressed again. It only runs forward, so that the first unfinished layer
+receives the same activations as in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ from .solve import SolvedTarget, UnitSolver
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """What became of one target; kept in lrc.json.
+    """The record of one target in lrc.json.
 
     Args:
-        error: the loss in the method's own metric, relative to dropping the target altogether.
-        tokens: how many tokens its statistics are over.
-        damping: the ridge that was added to a gram, relative to its mean diagonal.
-        note: anything a reader should know.
+        name: the target's module path.
+        form: the spec of its form.
+        shape: (out, in) of its weight.
+        bytes_before, bytes_after: its size in the original and in the result.
+        error: its loss in the method's own metric, relative to the loss of dropping the target; None if it is not compressed.
+        tokens: number of tokens in its statistics; None if it is not compressed or the method uses no statistics.
+        damping: the ridge that was added to a gram, relative to the gram's mean diagonal.
+        note: a remark of the method or the plan.
     """
 
     name: str
@@ -59,10 +63,12 @@ class TargetRecord:
 
     @classmethod
     def of(cls, step: Step, found: SolvedTarget | None, counts_tokens: bool) -> TargetRecord:
-        """Of a target that was solved, or (None) of one that stays dense or leaves.
+        """Make the record of a target.
 
         Args:
-            counts_tokens: whether the method works from statistics, so that their tokens say how good they are.
+            step: the target's entry in the plan.
+            found: its solution; None for a target that is kept dense or pruned.
+            counts_tokens: whether the method uses statistics, whose quality depends on the number of tokens.
         """
         target = step.target
         shape = (target.out_features, target.in_features)
@@ -87,7 +93,13 @@ class TargetRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDone(Event):
-    """One finished layer: `done` of `total`, with what became of its targets and the peak memory so far in bytes."""
+    """A layer is finished: number `done` of `total`.
+
+    Args:
+        records: of the layer's targets.
+        peak_bytes: the process's peak memory so far.
+        resumed: whether an earlier run compressed the layer.
+    """
 
     records: tuple[TargetRecord, ...]
     peak_bytes: int
@@ -96,12 +108,12 @@ class LayerDone(Event):
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """What the artifact holds of a layer.
+    """The content of a layer's shard, with its metadata.
 
     Args:
-        specs: module path -> spec of its form, as config.json carries it.
-        tensors: as stored, on the CPU.
-        record: what the journal keeps.
+        specs: module path -> spec of its form, as in config.json.
+        tensors: the stored tensors, on the CPU.
+        record: the layer's record in the journal.
     """
 
     specs: dict[str, Spec]
@@ -111,16 +123,17 @@ class SolvedLayer:
 
 @torch.no_grad()
 def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
-    """Leave every layer that stays in the artifact.
+    """Compress every layer that is not pruned, and write it to the artifact.
 
     Args:
-        plan: what each target gets.
-        shards: layer name -> the file that it is written to.
-        statistics: of the original model, where they were collected before; then no activation flows here, unless statistics
-            are to come from the part already compressed.
+        plan: the final plan.
+        run: the run; its artifact receives the layers.
+        shards: layer name -> name of its shard file.
+        statistics: statistics of the original model that are on disk; None if they are collected here. With statistics on disk
+            no activations are computed, unless the recipe propagates through compressed layers or refines blocks.
 
     Raises:
-        LrcError: anything that the user can mend; what is finished stays.
+        LrcError: a problem that the user can fix; finished layers are kept.
     """
     work = _Layers(plan, run, shards, statistics)
     if all(name in run.artifact.done for name in work.staying):
@@ -140,7 +153,7 @@ def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics:
 
 
 class _Layers:
-    """Single layers of one run: their statistics, their forms, their shards."""
+    """Operations on single layers of one run: collect statistics, solve, write and read shards."""
 
     def __init__(self, plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
         self.plan, self.run, self.statistics = plan, run, statistics
@@ -148,14 +161,14 @@ class _Layers:
         self._shards = shards
         self._units = {target.name: unit for unit in plan.units for target in unit.targets}
         self._solver = UnitSolver(plan, run.view, run.devices[0], None if statistics is None else statistics.read)
-        self._waiting: dict[str, SolvedTarget] = {}  # of units across layers, until their layer comes
+        self._waiting: dict[str, SolvedTarget] = {}  # targets of later layers, solved with a unit that spans layers
 
     def finished(self, name: str) -> bool:
-        """Whether an earlier run, or this one, has written the layer."""
+        """Whether the layer is in the artifact, written by this run or an earlier one."""
         return name in self.run.artifact.done
 
     def last(self, index: int) -> bool:
-        """Whether no layer comes after this one."""
+        """Whether this is the last layer."""
         return index == len(self.run.view.layers) - 1
 
     def forward(self, layer: nn.Module, name: str, calls: Sequence[Call]) -> list[Any]:
@@ -165,7 +178,11 @@ class _Layers:
     def observe_and_solve(
         self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]
     ) -> tuple[list[Any], SolvedLayer]:
-        """A layer's outputs, and what the artifact will hold of it; statistics are in memory chunk by chunk."""
+        """Run a layer and solve its targets; the statistics of one chunk of targets are in memory at a time.
+
+        Returns:
+            One output per call, and the content of the layer's shard.
+        """
         found: dict[str, SolvedTarget] = {}
 
         def take(stats: dict[str, TargetStats]) -> None:
@@ -178,7 +195,7 @@ class _Layers:
         return outputs, self.formed(index, name, layer, found)
 
     def solve_from_disk(self, index: int, name: str, layer: nn.Module) -> SolvedLayer:
-        """What the artifact will hold of a layer, from statistics that were collected before, read chunk by chunk."""
+        """The content of a layer's shard, solved from statistics on disk, which are read chunk by chunk."""
         found: dict[str, SolvedTarget] = {}
         for chunk in self.plan.chunks(index):
             names = [target.name for target in chunk if target.name not in self._waiting]
@@ -187,11 +204,12 @@ class _Layers:
         return self.formed(index, name, layer, found)
 
     def _solve(self, index: int, layer: nn.Module, stats: dict[str, TargetStats], found: dict[str, SolvedTarget]) -> None:
-        """Solve the units that these statistics are of, and those that wait; what belongs to this layer is put into `found`.
+        """Solve the units of these targets. Add the solutions of this layer's targets, earlier ones included, to `found`.
 
         Args:
-            stats: of some of the layer's targets, the members of a unit together; each is taken out once it was used, to free
-                its memory.
+            stats: statistics of some of the layer's targets; those of one unit are passed together. Entries are removed when
+                they are used, to free their memory.
+            found: target name -> solution.
         """
         for target in self.plan.solved(index):
             if target.name in stats and target.name not in self._waiting:
@@ -202,7 +220,7 @@ class _Layers:
                 found[target.name] = self._waiting.pop(target.name)
 
     def formed(self, index: int, name: str, layer: nn.Module, found: Mapping[str, SolvedTarget]) -> SolvedLayer:
-        """What the artifact will hold of a layer whose targets are solved."""
+        """The content of a layer's shard, from the solutions of its targets."""
         steps = self.plan.layer_steps(index)
         forms: dict[str, Form] = {path: each.form for path, each in found.items()}
         edits = self.plan.model_edit.edit(name) or NONE
@@ -217,17 +235,17 @@ class _Layers:
         return SolvedLayer(specs, stored_tensors(layer, name, forms), record)
 
     def write(self, name: str, solved: SolvedLayer) -> None:
-        """Commit a layer to the artifact, under its number in the result."""
+        """Write a layer to the artifact, under its number in the result."""
         self.run.artifact.write(name, self._shards[name], renamed(solved.tensors, name, self.staying[name]), solved.record)
 
     def put_back(self, layer: nn.Module, name: str) -> None:
-        """Give a layer the forms, and all else that was stored of it, by the run that finished it."""
+        """Load a finished layer's forms and other tensors from the artifact into the layer."""
         held = renamed(self.run.artifact.read(name), self.staying[name], name)
         install(layer, name, self.run.artifact.done[name].record["forms"], held)
         restored(layer, name, held)
 
     def report(self, index: int, name: str, started: float, resumed: bool) -> None:
-        """Tell that a layer is finished."""
+        """Notify that a layer is finished."""
         records = tuple(TargetRecord(**record) for record in self.run.artifact.done[name].record["targets"])
         self.run.notify(
             LayerDone(
@@ -238,7 +256,7 @@ class _Layers:
 
 
 def _without_activations(work: _Layers) -> None:
-    """Compress every layer from statistics on disk, or from none where the recipe reads no text."""
+    """Compress every layer from statistics on disk, or without statistics if the recipe uses no calibration set."""
     view = work.run.view
     for index, name in enumerate(view.layer_names):
         if name not in work.staying:
@@ -254,12 +272,12 @@ def _without_activations(work: _Layers) -> None:
 
 @dataclass(frozen=True)
 class _OneShot:
-    """Compress every layer on the activations of the original model."""
+    """Compress every layer with statistics of the original model's activations."""
 
     work: _Layers
 
     def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
-        """Compress a layer, or answer for one that is finished."""
+        """Compress a layer unless it is finished; return the original layer's outputs."""
         work, started, resumed = self.work, time.perf_counter(), self.work.finished(name)
         outputs: list[Any] | None = None
         if not resumed:
@@ -274,12 +292,12 @@ class _OneShot:
 
 @dataclass(frozen=True)
 class _Sequential:
-    """Compress every layer on the activations of the layers that are compressed already."""
+    """Compress every layer with statistics of the activations that the compressed earlier layers produce."""
 
     work: _Layers
 
     def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any] | None:
-        """Compress a layer, or take it from the artifact; answer with what the compressed layer puts out."""
+        """Compress a layer, or load it from the artifact if it is finished; return the compressed layer's outputs."""
         work, started, resumed = self.work, time.perf_counter(), self.work.finished(name)
         if resumed:
             work.put_back(layer, name)
@@ -296,11 +314,12 @@ class _Sequential:
 
 @dataclass(frozen=True)
 class _BothModels:
-    """Compress every layer and train it, with the original's activations beside those of the compressed model.
+    """Compress and train every layer, with the activations of both the original and the compressed model.
 
     Args:
-        settings: of the training.
-        held_out: batches at the end of each model's, on which a layer's training stops.
+        work: the operations on single layers.
+        settings: the settings of the training.
+        held_out: number of held-out batches at the end of each model's batches; they decide when a layer's training stops.
     """
 
     work: _Layers
@@ -308,7 +327,11 @@ class _BothModels:
     held_out: int
 
     def visit(self, index: int, name: str, layer: nn.Module, calls: Sequence[Call]) -> list[Any]:
-        """Compress a layer towards the original's outputs, or take it from the artifact."""
+        """Compress a layer and train it towards the original's outputs, or load it from the artifact if it is finished.
+
+        Returns:
+            The outputs of the original layer, followed by those of the compressed layer unless it is the last layer.
+        """
         work, started, pair = self.work, time.perf_counter(), Pair.of(calls, self.held_out)
         resumed = work.finished(name)
         if resumed:
@@ -320,7 +343,11 @@ class _BothModels:
         return goals if work.last(index) else goals + work.forward(small, name, pair.compressed)
 
     def _follow(self, index: int, name: str, layer: nn.Module, pair: Pair) -> tuple[list[Any], nn.Module]:
-        """The original layer's outputs, and a compressed copy of it that was trained towards them and written."""
+        """Compress a copy of a layer, train it towards the original layer's outputs, and write it.
+
+        Returns:
+            The original layer's outputs, and the compressed copy.
+        """
         work, sequential = self.work, self.work.plan.recipe.propagate == "compressed"
         seen, unseen = pair.read(sequential)
         outputs, solved = work.observe_and_solve(index, name, layer, seen)
@@ -337,17 +364,17 @@ class _BothModels:
 
 
 def _guard(plan: Plan, layer: nn.Module, name: str, index: int) -> dict[str, Form]:
-    """One matrix under another name, so that a reader without lrc does not run the layer without its maps."""
+    """Store one matrix under another name, so that loading without lrc fails instead of leaving out the layer's linear maps."""
     target = next(step.target for step in plan.layer_steps(index) if step.target.expert is None)
     weight, bias = target_weight(layer, name, target)
     return {target.name: Guarded(weight, bias).stored(plan.dtype)}
 
 
 def staying_layers(view: ModelView, plan: Plan) -> dict[str, str]:
-    """Layer of the original -> its name in the result."""
+    """Name of a layer that is not pruned -> its name in the result."""
     return {view.layer_names[old]: view.layer_names[new] for old, new in plan.renumbered.items()}
 
 
 def renamed(named: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The same values with one layer's prefix exchanged for another's."""
+    """The same mapping with the layer name `old` replaced by `new` at the start of its keys."""
     return {new + key.removeprefix(old) if f"{key}.".startswith(old + ".") else key: value for key, value in named.items()}

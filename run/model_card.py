@@ -1,4 +1,4 @@
-"""The model card of a compressed checkpoint: what it is, how to load it, what to cite."""
+"""The model card of a compressed checkpoint: description, loading, citation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def _origin(plan: Planned) -> str:
 
 
 def model_card(plan: Planned, plain: bool) -> str:
-    """README.md in Markdown with the hub's YAML header.
+    """The text of README.md, in Markdown with the hub's YAML header.
 
     Args:
-        plain: whether the result loads where lrc is not installed.
+        plan: the final plan.
+        plain: whether the result can be loaded without lrc.
     """
     method = plan.recipe.compression[0]
     register = "" if plain else "import lrc  # registers the format with transformers\n"

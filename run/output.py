@@ -1,4 +1,4 @@
-"""What a run writes beside the layers: tensors outside them, configuration, record, model card, and the tokenizer's files."""
+"""Everything that a run writes besides the layers: the other tensors, configuration, record, model card, tokenizer files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .verify import verify
 
 
 def shard_names(plan: Plan, view: ModelView) -> dict[str, str]:
-    """Layer of the original, or part outside the layers -> the file that it is written to."""
+    """Name of a layer that is not pruned, or of a part outside the layers -> name of its shard file."""
     keys = [*staying_layers(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
     return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
 
 
 def write_outside(plan: Plan, run: Run, shards: Mapping[str, str]) -> None:
-    """Leave what lies outside the layers in the artifact, part by part."""
+    """Write the tensors outside the layers to the artifact, part by part."""
     view, artifact = run.view, run.artifact
     changed = plan.model_edit.outside_tensors()
     for number, part in enumerate(view.outside_parts()):
@@ -47,7 +47,7 @@ def write_outside(plan: Plan, run: Run, shards: Mapping[str, str]) -> None:
 
 
 def config_of(plan: Plan, run: Run) -> dict[str, Any]:
-    """What config.json will hold."""
+    """The content of config.json."""
     view, artifact = run.view, run.artifact
     staying = staying_layers(view, plan)
     modules: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:
-        config.pop("auto_map", None)  # the code that it names was not run, and is not copied
+        config.pop("auto_map", None)  # names code that was not run and is not copied
     if modules:
         config["quantization_config"] = {
             "quant_method": METHOD,
@@ -71,11 +71,17 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
 
 
 def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str, Any] | None) -> None:
-    """Write the record, the card and the files of the tokenizer, check the whole, and let config.json appear.
+    """Write the record, the model card and the tokenizer's files, check the result, and create config.json last.
 
     Args:
-        config: what config.json will hold.
-        refinement: what lrc.json keeps of a refinement end to end.
+        plan: the final plan.
+        run: the run; all shards of its artifact are written.
+        config: the content of config.json.
+        refinement: the record of an end-to-end refinement; None if there was none.
+
+    Raises:
+        CheckpointError, NonFiniteError: the result fails the check.
+        OutputError: a file cannot be written.
     """
     view, artifact, calibration = run.view, run.artifact, run.calibration
     records = [artifact.done[name].record for name in staying_layers(view, plan)]
@@ -112,15 +118,19 @@ def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str
 
 
 def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:
-    """A form's spec; the module whose factor it shares has moved with its layer."""
+    """A form's spec with the new path of the module whose factor it shares, where that module is in the renumbered layer."""
     owner = spec.get("owner", "")
     return spec | {"owner": new + owner.removeprefix(old)} if owner.startswith(old + ".") else spec
 
 
 def shallower(config: Any, layers: Sequence[int]) -> Any:
-    """The configuration of the same architecture with only these of its layers.
+    """A copy of a configuration that describes a model with these layers only.
 
-    The count goes, and with it every list that has one entry per layer (kinds of attention, of feed-forward).
+    Changes the number of layers, and every list that has one entry per layer (such as the types of attention).
+
+    Args:
+        config: a transformers configuration.
+        layers: numbers of the original layers that are kept, ascending.
     """
     cut = copy.deepcopy(config)
     text = cut.get_text_config()
@@ -135,9 +145,10 @@ def shallower(config: Any, layers: Sequence[int]) -> Any:
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:
-    """Tokenizer, generation settings and licence: copied from a folder, written by transformers for GGUF.
+    """File name -> content, for the tokenizer, the generation settings and the licence.
 
-    The checkpoint's own code comes along where it was trusted, and what points to it goes where it was not.
+    They are copied from the model's folder; for GGUF transformers writes them. The checkpoint's own code is copied if it was
+    trusted; otherwise the references to it are removed.
     """
     if not view.location.gguf:
         files = {path.name: path.read_bytes() for path in view.location.files(code=view.trust_remote_code)}

@@ -1,8 +1,8 @@
-"""The pipeline: a model and a recipe in, a finished artifact out.
+"""The pipeline: it takes a model and a recipe and writes a finished artifact.
 
-`compress` is what `lrc compress` and `lrc.compress(...)` do, read top down. `carry_out` is its second half, from a draft and
-calibration text to the artifact, which trials of a search share. Nothing here asks which method it runs. What an earlier,
-killed run finished is not done again.
+`compress` is the function behind `lrc compress` and `lrc.compress(...)`; read this file from there. `carry_out` is its second
+part: it takes a draft and the calibration set and writes the artifact. The trials of a search call it too. No function here
+depends on which method runs. Work that an earlier, killed run finished is not repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .result import Result
 from .run import CPU, SEARCHED, STATISTICS, PlanMade, Run, TextRead
 from .search import search
 
-DISTILLATION = "distillation"  # inside the folder of statistics
+DISTILLATION = "distillation"  # a folder inside the folder of statistics
 
 
 def compress(
@@ -52,33 +52,42 @@ def compress(
     notify: Notify = silent,
     **settings: Any,
 ) -> Result:
-    """Compress a model into a folder; the same call continues an interrupted run.
+    """Compress a model into a folder. The same call continues an interrupted run.
 
     Args:
         model: a hub id, a folder with safetensors, a `.gguf` file, or `pkg:PACKAGE/FILE`.
         recipe: the name of a shipped recipe, or a YAML file.
-        out: the folder for the result; it must be empty, new, or hold a run of the same request.
-        statistics: a folder that keeps the original model's statistics for other recipes.
-        restart: delete an earlier run in `out`.
-        notify: is told what was done.
+        out: the folder for the result; it must be new, empty, or hold a run of the same request.
+        statistics: a folder for the original model's statistics, which other recipes can use too; None: they are deleted when
+            the result is finished.
+        restart: delete an earlier run in `out` and start over.
+        notify: receives an `Event` after each finished step.
         **settings: keys of the recipe, such as `ratio=0.4`, `keep=["*.v_proj"]` or `calibration={"source": "text:FILE"}`, and
             `device` ("cpu", "cuda:0,cuda:1", "auto"), `dtype` ("bfloat16", "float32", "float16"), `trust_remote_code`.
 
     Returns:
-        What lies in `out`: sizes, ratios, what became of each target, and what was measured on the way.
+        The finished artifact in `out`: sizes, ratios, the record of each target, and the measurements.
 
     Raises:
-        LrcError: anything that the user can mend; what is finished stays, and the same call continues.
+        LrcError: a problem that the user can fix; finished work is kept, and the same call continues the run.
     """
     request = Request.of(model, recipe, **settings)
     return run_request(request, Path(out), None if statistics is None else Path(statistics), restart, notify)
 
 
 def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) -> Draft:
-    """What `compress` would do, from the recipe and the files' headers; reads no weight of a matrix.
+    """Plan a compression from the recipe and the headers of the weight files.
+
+    Reads no weights, except those of one layer of each kind if the recipe prunes sub-layers.
 
     Args:
-        model, recipe, **settings: as `compress` takes them.
+        model, recipe, **settings: as for `compress`.
+
+    Returns:
+        The draft of the plan; it does not yet depend on any measurement.
+
+    Raises:
+        LrcError: a problem that the user can fix.
     """
     request = Request.of(model, recipe, **settings)
     return make_draft(request.view(), request.recipe, len(request.devices))
@@ -87,7 +96,7 @@ def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) ->
 def run_request(
     request: Request, out: Path, statistics: Path | None = None, restart: bool = False, notify: Notify = silent
 ) -> Result:
-    """Carry out a request that was read already; arguments as `compress` takes them."""
+    """Carry out a checked request; the arguments, the result and the errors are those of `compress`."""
     require_usable(out)
     view = request.view()
     if out.resolve() == view.location.path.resolve():
@@ -101,16 +110,16 @@ def run_request(
 
 
 def require_text_fits(view: ModelView, draft: Planned) -> None:
-    """Refuse calibration samples that are longer than the model can take."""
+    """Raise CalibrationError if the calibration samples are longer than the model's context."""
     if draft.recipe.reads_text:
         require_positions(view.config, draft.recipe.calibration.length, "calibration.length")
 
 
 def text_for(draft: Planned, view: ModelView, device: torch.device) -> Calibration:
-    """The calibration text of a recipe, tokenised; none where nothing reads it.
+    """The tokenised calibration set of a recipe; `NO_TEXT` if the recipe needs none.
 
     Args:
-        device: where the model writes text of its own (`calibration.source: self`).
+        device: the device on which the model generates text (`calibration.source: self`).
     """
     if not draft.recipe.reads_text:
         return NO_TEXT
@@ -131,18 +140,19 @@ def carry_out(
     restart: bool = False,
     notify: Notify = silent,
 ) -> Result:
-    """From a draft and its text to a finished artifact.
+    """Carry out a draft: measure, make the final plan, and write the artifact.
 
     Args:
         draft: from `make_draft`.
-        view: the model; its weights come and go, and it may hold forms afterwards.
+        view: the model; its weights are loaded and unloaded, and some of its modules may be compressed afterwards.
         calibration: from `text_for(draft, ...)`.
-        out: the output folder; see `Artifact` for what it may hold.
-        devices, restart, notify: as `compress` takes them.
-        shared: as `compress` takes `statistics`.
+        out: the output folder; `Artifact` documents its permitted content.
+        devices: the devices on which layers run.
+        shared: the argument `statistics` of `compress`.
+        restart, notify: as for `compress`.
 
     Raises:
-        LrcError: anything that the user can mend; what is finished stays, and the same call continues.
+        LrcError: a problem that the user can fix; finished work is kept, and the same call continues the run.
     """
     steady_memory()
     with Artifact(out, draft.identity(calibration.hash), restart) as artifact:
@@ -166,9 +176,11 @@ def carry_out(
 
 
 def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
-    """The final plan, after whatever it looks at was measured; and statistics on disk that layers can be compressed from.
+    """Measure whatever the final plan depends on, and make that plan.
 
-    Statistics are None where layers collect their own.
+    Returns:
+        The final plan, and the statistics on disk from which the layers are compressed. The statistics are None if each layer's
+        are collected when the layer is compressed.
     """
     recipe, count = draft.recipe, len(run.devices)
     if recipe.dropping is not None:
@@ -178,7 +190,7 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
     streamed = recipe.allocation == "uniform" and not looks_around and not method.all_needs & BACKWARD_NEEDS
     if streamed and (run.shared is None or not recipe.reads_text):
         return draft.settled(), None
-    # a shared folder is of one calibration
+    # a shared folder belongs to one calibration set, and this recipe may have none
     folder = run.statistics_folder if recipe.reads_text else run.own_folder
     statistics = collect(run.view, run.calibration, draft.needs, folder, run.devices, recipe.gradients, run.notify)
     if recipe.allocation == "uniform":
@@ -195,7 +207,14 @@ def _told(run: Run, plan: Plan) -> Plan:
 def shared_statistics(
     plans: Sequence[Planned], view: ModelView, calibration: Calibration, folder: Path, devices: Sequence[torch.device]
 ) -> None:
-    """Collect what all of these plans need of the original model, so that each run can work from the same folder."""
+    """Collect the statistics of the original model that any of these plans needs, so that all runs can share one folder.
+
+    Args:
+        plans: all of them for the model `view`.
+        calibration: the calibration set of all plans.
+        folder: the folder for the statistics; statistics that are in it already are not collected again.
+        devices: the devices on which layers run.
+    """
     names = dict.fromkeys(name for plan in plans for name in plan.needs)
     needs = {name: frozenset[str]().union(*(plan.needs.get(name, ()) for plan in plans)) & FORWARD_NEEDS for name in names}
     collect(view, calibration, needs, folder, devices, GradientSettings())
@@ -206,12 +225,16 @@ def shared_statistics(
 
 @torch.no_grad()
 def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Refine what the artifact holds from end to end where the recipe asks for it; the record that lrc.json keeps."""
+    """Refine the compressed model end to end if the recipe says so.
+
+    Returns:
+        The record of the refinement for lrc.json; None if there was no refinement.
+    """
     settings = None if final.recipe.refine is None else final.recipe.refine.end_to_end
     if settings is None:
         return None
     view, calibration = run.view, run.calibration
-    original = ModelView(view.location, view.dtype, view.trust_remote_code)  # `view` may hold forms by now
+    original = ModelView(view.location, view.dtype, view.trust_remote_code)  # modules of `view` may be compressed by now
     work = Distillation(run.own_folder / DISTILLATION, settings, Windows(calibration.tokens, calibration.held_out))
     return refine_artifact(run.artifact, config, original, work, run.devices, run.notify)
 

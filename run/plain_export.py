@@ -1,5 +1,7 @@
-"""Results that need no lrc: where all feed-forwards keep equally many channels and nothing else changed, the same architecture
-with a smaller inner width holds the very same tensors.
+"""Results that can be loaded without lrc.
+
+If all feed-forwards keep equally many channels and nothing else is compressed, the tensors are those of the same architecture
+with a smaller inner width.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.Module]) -> dict[str, Any]:
-    """config.json without lrc's forms, if a model of another inner width holds the tensors as they are; else the same.
+    """config.json without lrc's forms, if the tensors fit the same architecture with another inner width; else unchanged.
 
-    Which of its entries is the inner width is tried: that of the same value which leads to a model of these shapes.
+    The entry of the inner width is found by trial: every entry with the value of the inner width is changed, until a model with
+    the tensors' shapes results.
 
     Args:
-        config: of the result; `quantization_config` names the forms.
+        config: the content of config.json; `quantization_config` names the forms.
         kind: the class of the model's configuration.
         architecture: the class of the model.
     """
@@ -34,7 +37,7 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
     whole = _built(plain, kind, architecture)
     modules = {path: module for path in forms if type(module := whole.get_submodule(path)) is nn.Linear}
     if len(modules) < len(forms):
-        return dict(config)  # others keep their weights the other way round
+        return dict(config)  # modules other than nn.Linear may store the transposed weight
     widths = {(modules[path].in_features, spec["columns"]) for path, spec in forms.items()}
     narrow = [(inner, channels) for inner, channels in widths if channels < inner]
     if len(narrow) != 1:
@@ -50,14 +53,14 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
         try:
             found = _shapes(_built(tried, kind, architecture))
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-            continue  # another entry of the same value, which cannot be made so small
+            continue  # another entry with the same value, for which this one is invalid
         if found == wanted:
             return tried
     return dict(config)
 
 
 def _entries(config: Mapping[str, Any], value: int) -> list[tuple[str | None, str]]:
-    """(part or None, key) of the entries of a configuration, and of its parts, that have this value."""
+    """(nested configuration or None, key) of every entry with this value, in a configuration and in those nested in it."""
     found: list[tuple[str | None, str]] = [(None, key) for key, held in config.items() if held == value]
     parts = [(part, held) for part, held in config.items() if isinstance(held, dict)]
     return found + [(part, key) for part, entries in parts for key, held in entries.items() if held == value]

@@ -1,4 +1,4 @@
-"""A request: a model, a recipe, and where to run it."""
+"""A request: a model, a recipe, and the devices for the run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .run import CPU
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for.
+    """A checked request of a user.
 
     Args:
-        location: where the model lies.
-        recipe: checked.
-        devices: where layers run.
-        dtype: of the stored tensors; None: the checkpoint's own.
+        location: the location of the model's files.
+        recipe: the checked recipe.
+        devices: the devices on which layers run.
+        dtype: the dtype of the stored tensors; None for the checkpoint's own dtype.
         trust_remote_code: whether code that comes with the checkpoint may run.
     """
 
@@ -37,10 +37,14 @@ class Request:
 
     @classmethod
     def of(cls, model: str | Path, recipe: str | Path, **settings: Any) -> Request:
-        """From what a person writes: `device`, `dtype`, `trust_remote_code`, and keys of the recipe.
+        """Make a request from the arguments of `pipeline.compress`.
+
+        Args:
+            model, recipe: as for `compress`.
+            **settings: `device`, `dtype`, `trust_remote_code`, and keys of the recipe.
 
         Raises:
-            LrcError: what is wrong with any of them.
+            LrcError: an argument is wrong.
         """
         device, dtype = settings.pop("device", "cpu"), settings.pop("dtype", None)
         trusted = settings.pop("trust_remote_code", False)
@@ -48,14 +52,14 @@ class Request:
         return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted)
 
     def view(self) -> ModelView:
-        """The model, from its configuration and headers; weights are read when they are asked for."""
+        """The model, from its configuration and the headers of its files. It reads weights only when they are needed."""
         return ModelView(self.location, self.dtype, self.trust_remote_code)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe as `load_recipe` takes them: {"calibration": {"samples": 8}} becomes {"calibration.samples": 8}.
+    """Flatten nested keys of a recipe for `load_recipe`: {"calibration": {"samples": 8}} becomes {"calibration.samples": 8}.
 
-    The calibration's source may be given alone. Keys with names of the user's own below them (`limits`, `steps`) stay whole.
+    A string as `calibration` means its source. Only `calibration` and `gradients` are flattened; other values are unchanged.
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():

@@ -1,4 +1,4 @@
-"""What a run left, as a value."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Result:
     """A finished artifact.
 
     Args:
-        folder: where it lies.
-        record: `lrc.json`: recipe, versions, calibration, sizes, every target.
-        plan: what was carried out; None where the folder held the finished result already.
+        folder: the artifact's folder.
+        record: the content of `lrc.json`: recipe, versions, calibration set, sizes, every target.
+        plan: the plan that was carried out; None if the folder contained the finished result already.
     """
 
     folder: Path
@@ -28,16 +28,16 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path, plan: Plan | None = None) -> Result:
-        """The result in a folder.
+        """Read the result from a folder.
 
         Raises:
-            CheckpointError: there is none, or its record is damaged.
+            CheckpointError: the folder contains no finished result, or its record is damaged.
         """
         return cls(folder, read_record(folder), plan)
 
     @property
     def made(self) -> bool:
-        """Whether this call made it; False where it was there already."""
+        """Whether this call made the result; False if the folder contained it already."""
         return self.plan is not None
 
     @property
@@ -47,12 +47,12 @@ class Result:
 
     @property
     def bytes_before(self) -> int:
-        """Of the whole model's tensors."""
+        """Bytes of all tensors of the original model."""
         return int(self.record["bytes"]["model_before"])
 
     @property
     def bytes_after(self) -> int:
-        """Of the whole model's tensors."""
+        """Bytes of all tensors of the compressed model."""
         return int(self.record["bytes"]["model_after"])
 
     @property
@@ -67,12 +67,12 @@ class Result:
 
     @cached_property
     def targets(self) -> list[TargetRecord]:
-        """What became of each target."""
+        """The record of each target."""
         return [TargetRecord(**each) for each in self.record["targets"]]
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What was measured on held-out calibration text on the way: by a search, by repairs, by a refinement."""
+        """Measurements on the held-out part of the calibration set: by a search for the size, a repair, or a refinement."""
         found = {"searched": self.record.get("searched"), "refinement": self.record.get("refinement")}
         repair = self.record.get("depth", {}).get("repair")
         return {name: value for name, value in (found | {"repair": repair}).items() if value}

@@ -1,4 +1,4 @@
-"""What every step of a run works with: one value, made once and handed down."""
+"""The context of a run: one immutable value that every step receives."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ..model.events import Event, Notify, silent
 from ..model.view import ModelView
 from ..plan.plan import Planned
 
-STATISTICS = ".lrc-statistics"  # beside the artifact until it is finished
-SEARCHED = ".lrc-search"  # trials of a search for a size, beside the artifact until it is finished
+STATISTICS = ".lrc-statistics"  # folder in the output folder; deleted when the artifact is finished
+SEARCHED = ".lrc-search"  # folder for the trials of a search for the size; deleted likewise
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """The context of one run.
 
     Args:
-        view: the model; its weights come and go.
-        calibration: tokens (samples, length), and those that are held out.
-        artifact: the output folder, open; what is finished in it is not done again.
-        devices: where layers run; several share the batches of each layer, and the first one solves targets.
-        shared: a folder that keeps statistics for other recipes; None keeps them beside the artifact until it is finished.
-        notify: is told what was done.
+        view: the model; its weights are loaded and unloaded during the run.
+        calibration: the calibration set: tokens (samples, length), and held-out tokens.
+        artifact: the open output folder; finished shards in it are not computed again.
+        devices: the devices on which layers run. The batches of a layer are spread over them; targets are solved on the first.
+        shared: a folder for statistics that other recipes can use too; None: statistics are in the output folder, and are
+            deleted when the artifact is finished.
+        notify: receives an `Event` after each finished step.
     """
 
     view: ModelView
@@ -41,18 +42,18 @@ class Run:
 
     @property
     def own_folder(self) -> Path:
-        """Statistics that are this run's alone, until the artifact is finished."""
+        """Folder for statistics that only this run uses; it is deleted when the artifact is finished."""
         return self.artifact.folder / STATISTICS
 
     @property
     def statistics_folder(self) -> Path:
-        """Where statistics go that other recipes can use."""
+        """Folder for statistics that other recipes can use too."""
         return self.shared or self.own_folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanMade(Event):
-    """A draft, or the plan once something was measured that it depends on."""
+    """A draft was made, or the plan was made from measurements."""
 
     plan: Planned
 

@@ -1,12 +1,12 @@
-"""Searching a size: the smallest model whose perplexity on held-out calibration windows rises by no more than was allowed.
+"""Searching the size: the smallest model whose perplexity on held-out calibration windows rises by at most a given fraction.
 
-A trial is a run of the recipe at one ratio in a folder beside the artifact, measured and deleted. Ratios are bisected, since
-perplexity rises with the ratio but for noise: the answer is one of the ratios that were measured, and the next larger one on
-a grid of `STEPS` was too large. What was measured lies on disk, so that an interrupted search goes on. Trials leave out
-`refine: end-to-end`, which takes longer than everything else; what that gains comes on top, and the report of the refinement
-says how much it is.
+A trial runs the recipe at one ratio in a folder inside the output folder, measures the result and deletes it. The search
+bisects the ratio, because perplexity increases with the ratio except for noise. The found ratio was measured itself, and the
+next larger one on a grid of `STEPS` was too large. Measured perplexities are kept on disk, so that an interrupted search
+continues. Trials omit `refine: end-to-end`, which takes longer than everything else. Its gain is additional, and its report
+states the amount.
 
-The windows are `calibration.held_out`: no statistic has seen them, and no evaluation text is looked at.
+The windows are `calibration.held_out`. They are not part of any statistics, and the search reads no evaluation text.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from ..plan.recipe import Recipe
 from ..refine.end_to_end import from_hidden
 from .run import SEARCHED, PlanMade, Run
 
-STEPS = 128  # ratios lie on this grid: the answer is within 1 / 128 of the targets' bytes of the largest that would do
-_AT_ONCE = 2**24  # logits made at a time, in numbers
+STEPS = 128  # ratios are multiples of 1 / STEPS: the found one is less than 1 / STEPS below the largest possible
+_AT_ONCE = 2**24  # number of logits that are computed at a time
 
 
-CarryOut = Callable[..., Any]  # pipeline.carry_out: a trial is a run of its own
+CarryOut = Callable[..., Any]  # pipeline.carry_out, which runs each trial
 
 
 def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
     """The draft at the largest ratio whose perplexity stays within the recipe's `max_ppl_increase`.
 
     Args:
-        draft: of a recipe with `max_ppl_increase`.
-        run: its calibration has held-out windows. Trials and their statistics are kept in its folder until it is finished.
-        carry_out: (draft, view, calibration, folder, devices=, shared=) -> the artifact of one trial.
+        draft: the draft of a recipe with `max_ppl_increase`.
+        run: the run; its calibration set has held-out windows. Trials and their statistics are kept in the output folder until
+            the run is finished.
+        carry_out: (draft, view, calibration, folder, devices=, shared=) writes the artifact of one trial to the folder.
 
     Raises:
-        BudgetError: even the smallest step costs more than is allowed.
-        LrcError: as `carry_out`.
+        BudgetError: even the smallest ratio raises perplexity by more than is allowed.
+        LrcError: the errors of `carry_out`.
     """
     allowed, held_out = draft.recipe.max_ppl_increase, run.calibration.held_out
     assert allowed is not None
@@ -78,7 +79,7 @@ def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
 
 
 class _Search:
-    """What was measured, on disk."""
+    """The perplexities that were measured so far; they are kept on disk."""
 
     def __init__(self, recipe: Recipe, run: Run, carry_out: CarryOut) -> None:
         self._recipe, self._run, self._carry_out = recipe, run, carry_out
@@ -88,7 +89,7 @@ class _Search:
 
     @property
     def evaluations(self) -> int:
-        """Compressed models that were measured."""
+        """Number of compressed models that were measured."""
         return sum(key != "original" for key in self._known)
 
     def original(self) -> float:
@@ -96,7 +97,7 @@ class _Search:
         return self._measured("original", lambda: self._perplexity(self._fresh()))
 
     def at(self, step: int) -> float:
-        """Perplexity at a ratio of step / STEPS; infinite where no form is that small."""
+        """Perplexity at the ratio step / STEPS; infinite if that ratio cannot be met or the result is not finite."""
         return self._measured(str(step), lambda: self._trial(step / STEPS))
 
     def _measured(self, key: str, measure: Callable[[], float]) -> float:
@@ -111,7 +112,7 @@ class _Search:
 
     def _trial(self, ratio: float) -> float:
         refine = self._recipe.refine
-        if refine is not None:  # blocks are trained as they are compressed; the whole would be trained once per trial
+        if refine is not None:  # training of blocks is part of a trial; end-to-end training would be repeated in each
             refine = None if refine.block is None else refine.model_copy(update={"end_to_end": None})
         recipe = self._recipe.model_copy(update={"max_ppl_increase": None, "ratio": ratio, "refine": refine})
         run, out, view = self._run, self._folder / f"{ratio:.6f}", self._fresh()
@@ -127,7 +128,7 @@ class _Search:
         return found
 
     def _fresh(self) -> ModelView:
-        """The original; a run leaves forms behind in the skeleton that it worked on."""
+        """A new view of the original model, because a run replaces modules of its view by compressed ones."""
         view = self._run.view
         return ModelView(view.location, view.dtype, view.trust_remote_code)
 
@@ -137,11 +138,12 @@ class _Search:
 
 @full_precision
 def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]) -> float:
-    """Token perplexity over windows, the model streamed layer by layer; infinite where its logits are not finite.
+    """Token perplexity over windows, computed layer by layer; infinite if the logits are not finite.
 
     Args:
         view: any model that lrc reads, compressed or not.
-        windows: (windows, length) int64; every token but a window's first is predicted from those before it.
+        windows: (windows, length) int64 token ids; every token except a window's first is predicted from the tokens before it.
+        devices: the devices on which layers run.
     """
     steady_memory()
     batches = windows.split(1)
@@ -156,7 +158,7 @@ def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]
 
 
 def _nll(view: ModelView, ids: Tensor, states: Tensor) -> float:
-    """Nats of one window: (1, length) ids, (1, length, hidden) states."""
+    """Sum of the cross-entropies of one window in nats; ids are (1, length), states (1, length, hidden)."""
     length = ids.shape[1]
     count = max(1, _AT_ONCE // view.config.get_text_config().vocab_size)
     total = 0.0

@@ -1,7 +1,7 @@
-"""Solving the units of the budget: weights and statistics of every member in, a solution for each out.
+"""Solving units: from the weights and statistics of a unit's targets to a solution for each target.
 
-A unit may hold targets of several layers. Those of the layer that is at hand are read there; the weights of others come from
-the source one module at a time, and their statistics from the disk.
+A unit may contain targets of several layers. The weights of the current layer are in memory. Those of other layers are read
+from the checkpoint one module at a time, and their statistics are read from disk.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (laye
 
 @dataclass(frozen=True)
 class Together(Solution):
-    """The solutions of a set's members as one, which answers the set's choices.
+    """The solutions of all targets of a unit, combined into one solution of the unit.
 
     Args:
-        members: in the set's order.
-        shares: choice of the set -> what each member gets.
+        members: one solution per target, in the unit's order.
+        shares: choice of the unit -> the option of each target.
     """
 
     members: Sequence[Solution]
@@ -46,24 +46,26 @@ class Together(Solution):
         return sum(member.total for member in self.members)
 
     def form(self, choice: Choice) -> Form:
-        raise ValueError("a set has a form for each of its members, not one")
+        raise ValueError("a unit of several targets has one form for each target, not one in all")
 
     def forms(self, choice: Choice) -> list[Form | None]:
-        """Each member's form at a choice of the set, None for one that it leaves dense."""
+        """Each target's form at a choice of the unit; None for a target that is kept dense."""
         each = zip(self.members, self.shares[choice], strict=True)
         return [None if option.choice.dense else member.form(option.choice) for member, option in each]
 
     @staticmethod
     def of(members: Sequence[Solution], options: Sequence[Option]) -> Together:
-        """The members' solutions, with what each gets at every option of the set."""
+        """Combine the targets' solutions; `options` are the options of the unit."""
         return Together(members, {option.choice: option.members for option in options if isinstance(option, JointOption)})
 
 
 def forms_at(unit: Unit, solution: Solution, choice: Choice) -> dict[Target, Form]:
-    """The forms of a unit's targets at a choice, in float64; a target that it leaves dense has none.
+    """The forms of a unit's targets at a choice, in float64, without the targets that are kept dense.
 
     Args:
-        solution: of the unit; `Together` for a set.
+        unit: one target, or several that are solved together.
+        solution: the unit's solution; `Together` if it has several targets.
+        choice: one of the unit's choices.
     """
     if not isinstance(solution, Together):
         return {unit.targets[0]: solution.form(choice)}
@@ -72,13 +74,19 @@ def forms_at(unit: Unit, solution: Solution, choice: Choice) -> dict[Target, For
 
 
 def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """A target's weight (out, in) and bias (out,) or None: of the layer at hand (`name`), or from the source."""
+    """A target's weight (out, in) and its bias (out,) or None.
+
+    Args:
+        view: the model; a target of another layer is read from its checkpoint.
+        layer: the loaded layer.
+        name: its module path.
+    """
     if view.layer_names[target.layer] == name:
         return target_weight(layer, name, target)
     view.load_module(target.module)
     other = view.layer_names[target.layer]
     found = target_weight(view.model.get_submodule(other), other, target)
-    view.unload(target.module)  # the tensors live on as long as they are used
+    view.unload(target.module)  # the returned tensors keep their memory
     return found
 
 
@@ -88,8 +96,8 @@ def solve_unit(
     """One solution per target of a unit.
 
     Args:
-        weights: (out, in) each, on the device that is to work.
-        statistics: of the same targets.
+        weights: (out, in) each, on the device that solves the unit.
+        statistics: one per weight, on the same device.
     """
     if unit.slots is None:
         return [method.solve(weights[0], statistics[0], settings)]
@@ -99,14 +107,14 @@ def solve_unit(
 
 @dataclass(frozen=True)
 class SolvedTarget:
-    """What became of one target.
+    """The chosen form of one target.
 
     Args:
-        form: as it is stored, on the CPU.
-        error: its loss, relative to dropping the target altogether.
-        tokens: that its statistics are over.
-        damping: the ridge that was added to a gram, relative to its mean diagonal.
-        note: what the method says of it.
+        form: the stored form, on the CPU.
+        error: its loss, relative to the loss of dropping the target.
+        tokens: number of tokens in the target's statistics.
+        damping: the ridge that was added to a gram, relative to the gram's mean diagonal.
+        note: a remark of the method; empty if there is none.
     """
 
     form: Form
@@ -117,13 +125,13 @@ class SolvedTarget:
 
 
 class UnitSolver:
-    """Solves units of a plan and makes the forms that the plan chose.
+    """Solves units and makes the forms that the plan chose.
 
     Args:
-        plan: what each target gets.
-        view: the model; weights of other layers than the one at hand are read from it, one module at a time.
-        device: where units are solved.
-        stored: reads statistics of other layers; None where there are none on disk.
+        plan: the final plan.
+        view: the model; weights of layers other than the current one are read from its checkpoint, one module at a time.
+        device: the device on which units are solved.
+        stored: a function that reads statistics of other layers; None if no statistics are on disk.
     """
 
     def __init__(self, plan: Plan, view: ModelView, device: torch.device, stored: ReadStatistics | None) -> None:
@@ -132,14 +140,16 @@ class UnitSolver:
         self._dense = {name for name, step in self._steps.items() if step.choice.dense}
 
     def solve(self, unit: Unit, layer: nn.Module, index: int, statistics: Mapping[str, TargetStats]) -> dict[str, SolvedTarget]:
-        """Target -> its form, of those that lie in this layer or a later one and are not left dense.
+        """Solve a unit: target name -> its form, for the targets of this and later layers that are not kept dense.
 
         Args:
-            layer: number `index`, its weights loaded.
-            statistics: of the unit's targets in this layer.
+            unit: a unit with at least one target in this layer.
+            layer: the loaded layer.
+            index: the layer's number.
+            statistics: target name -> statistics, for the unit's targets in this layer.
 
         Raises:
-            NonFiniteError: a form leaves the range of the checkpoint's dtype.
+            NonFiniteError: a value of a form is outside the range of the stored dtype.
         """
         unit, name = unit.without(self._dense), self._view.layer_names[index]
         weights, biases, stats = [], [], []
@@ -153,7 +163,7 @@ class UnitSolver:
         return {
             target.name: self._formed(unit, target, solution, bias, seen)
             for target, solution, bias, seen in zip(unit.targets, solutions, biases, stats, strict=True)
-            if target.layer >= index  # an earlier, interrupted run finished the others
+            if target.layer >= index  # an earlier, interrupted run wrote the others
         }
 
     def _read(self, target: Target) -> TargetStats:

@@ -1,4 +1,4 @@
-"""Is a finished artifact whole? Hashes, names, shapes, and a forward over a few tokens, streamed layer by layer."""
+"""Checking a finished artifact: hashes, names, shapes, and a forward pass over a few tokens, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def verify(
     """Check an artifact and return its record (`lrc.json`).
 
     Args:
-        folder: lrc's output.
-        hashes: recompute the sha256 of every shard, of config.json and of the tokenizer's files (reads every byte) instead of
-            comparing the shards' sizes only.
-        config_file: the configuration's name; a run that checks its result has not given it its final one yet.
+        folder: the artifact's folder.
+        hashes: whether to recompute the sha256 of every shard, of config.json and of the tokenizer's files, which reads every
+            byte; otherwise only the sizes of the shards are compared.
+        config_file: name of the configuration file; it is not config.json while a run checks its own result.
         trust_remote_code: whether code in the folder may run.
 
     Raises:
@@ -42,15 +42,15 @@ def verify(
     location = Location(str(folder), folder, config_file=config_file)
     view = ModelView(location, trust_remote_code=trust_remote_code, prepare=install_stored)
     if hashes:
-        location.tokenizer(trust_remote_code)  # a chat needs it; a run that checks its result has read it from the original
+        location.tokenizer(trust_remote_code)  # must be loadable; a run that checks its own result has loaded the original's
     for name in view.source.names():
         expected = view.model.state_dict().get(name)
         if expected is None:
-            raise CheckpointError(f"{folder}: the tensor '{name}' has no place in the model.", "Write the artifact again.")
+            raise CheckpointError(f"{folder}: the model has no tensor '{name}'.", "Write the artifact again.")
         if tuple(expected.shape) != view.source.shape(name):
             raise CheckpointError(
-                f"{folder}: '{name}' has shape {view.source.shape(name)}, the model wants {tuple(expected.shape)}.",
-                "config.json and the shards do not belong together.",
+                f"{folder}: '{name}' has shape {view.source.shape(name)}, the model needs {tuple(expected.shape)}.",
+                "config.json does not fit the shards: write the artifact again.",
             )
     _check_bytes(folder, record, view)
     _check_logits(folder, view)

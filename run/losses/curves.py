@@ -1,8 +1,8 @@
-"""The losses of every way of storing every target, measured before the budget is shared out.
+"""The loss of every option of every unit, measured before the budget is allocated.
 
-Each target is solved once, from the statistics that the survey left on disk, and the losses of its offers become its curve.
-Curves are small (numbers, not matrices) and lie beside the statistics, so that an interrupted measurement goes on where it
-stopped, and the next ratio needs none at all.
+Each unit is solved once, from statistics on disk; the losses of its options are its curve. Curves are small and are kept with
+the statistics. An interrupted measurement therefore continues where it stopped, and a run at another ratio needs no
+measurement.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..solve import Together, solve_unit, weight_at
 from .importance_scores import layer_angles, of_target
 from .probe import Probing, by_alternative, probe_groups, scaled
 
-_VERSION = 2  # of how curves are measured: curves on disk that were measured otherwise are not used
-MOST_OPTIONS = 64  # of one target; more ranks than these change an allocation by less than the prediction's own error
+_VERSION = 2  # of the measurement: curves on disk with another version are not used
+MOST_OPTIONS = 64  # per alternative; more would change an allocation by less than the error of the predicted losses
 
 
 def thinned(options: Sequence[Option], most: int = MOST_OPTIONS) -> list[Option]:
-    """At most `most` of each alternative's options, evenly spaced, the smallest and the largest among them."""
+    """At most `most` options of each alternative, evenly spaced, with the smallest and the largest."""
     kept: set[int] = set()
     for indices in by_alternative(options).values():
         count = min(most, len(indices))
@@ -44,34 +44,34 @@ def thinned(options: Sequence[Option], most: int = MOST_OPTIONS) -> list[Option]
 
 
 def measure(draft: Draft, run: Run, statistics: Statistics) -> dict[str, Curve]:
-    """Unit -> its loss at each of its options, by the recipe's method, from statistics on disk.
+    """Unit name -> its loss at each of its options with the recipe's method, from statistics on disk.
 
-    Where the allocation asks for losses in nats, a few of the calibration tokens are probed, some of every source.
+    If the allocation needs losses in nats, they are probed on a few tokens of every source of the calibration set.
     """
     work = _Measuring(draft, run, statistics)
     return work.in_nats() if draft.recipe.allocation == "kl" else work.curves()
 
 
 class _Measuring:
-    """One measurement of all curves; curves of finished layers are kept beside the statistics."""
+    """One measurement of all curves; the curves of finished layers are kept with the statistics."""
 
     def __init__(self, draft: Draft, run: Run, statistics: Statistics) -> None:
         self._run, self._view, self._store = run, run.view, statistics
         recipe = draft.recipe
         self._method, self._settings = recipe.compression
-        # without statistics of the forward pass nobody has counted
+        # without statistics of the forward pass no tokens are counted
         self._by_tokens = recipe.allocation in ("kl", "fisher") and bool(self._method.all_needs & FORWARD_NEEDS)
-        self._layers: list[list[Unit]] = [[] for _ in run.view.layers]  # a unit of several layers belongs to that of its first
+        self._layers: list[list[Unit]] = [[] for _ in run.view.layers]  # a unit that spans layers is in the first of them
         for unit in draft.units:
             self._layers[unit.targets[0].layer].append(unit)
         self._score = recipe.rule.score if recipe.rule is not None else ""
-        exact = recipe.allocation == "own" or self._score != ""  # looks for one size that it knows, or at every rank
+        exact = recipe.allocation == "own" or self._score != ""  # these use one given size, or every rank
         self._options = dict(draft.options) if exact else {name: thinned(each) for name, each in draft.options.items()}
         self._dense = {unit.name: draft.dense_bytes(unit) for unit in draft.units}
         self._tag = self._identity(draft, exact)
 
     def _identity(self, draft: Draft, exact: bool) -> str:
-        """A hash of everything that a curve depends on, beside the statistics."""
+        """A hash of everything that a curve depends on, apart from the statistics."""
         recipe = draft.recipe
         asked = {
             "version": _VERSION,
@@ -81,7 +81,7 @@ class _Measuring:
             "thinned": not exact,
             "probed": recipe.allocation == "kl",
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
-            # other units than before, because other targets are kept, have other curves
+            # which targets are solved together depends on `keep`
             "units": [[target.name for target in unit.targets] for unit in draft.units if unit.slots is not None],
             "score": self._score,
             "by_tokens": self._by_tokens,
@@ -90,7 +90,7 @@ class _Measuring:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
     def curves(self) -> dict[str, Curve]:
-        """Losses in the method's own metric, with the scores that the recipe's rule reads."""
+        """Losses in the method's own metric, with the importance scores that the recipe's allocation rule uses."""
         found: dict[str, Curve] = {}
         if self._score == "angular":
             self._angles = layer_angles(self._view, self._run.calibration.tokens, self._run.devices[0])
@@ -113,7 +113,7 @@ class _Measuring:
         self._run.notify(Event("losses", layers, len(self._view.layers), time.perf_counter() - started))
 
     def in_nats(self) -> dict[str, Curve]:
-        """Losses in nats per token, by probing (probe.py); an interrupted measurement begins anew."""
+        """Losses in nats per token, by probing (probe.py); an interrupted measurement starts over."""
         file = self._store.folder / f"nats-{self._tag}.json"
         names = {unit.name for layer in self._layers for unit in layer}
         if names <= (held := read_json(file, dict[str, Curve]) or {}).keys():
@@ -140,7 +140,7 @@ class _Measuring:
         curve = self._curve(unit, solution, reached)
         if not self._score:
             return curve
-        (target,) = unit.targets  # rules go with methods that solve targets alone
+        (target,) = unit.targets  # recipes permit rules only with methods that solve targets alone
         stats = self._store.read(layer, [target.name])[target.name]
         angle = self._angles[target.layer] if self._score == "angular" else 0.0
         shape = (target.out_features, target.in_features)
@@ -150,7 +150,7 @@ class _Measuring:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
 
     def _solve(self, layer: nn.Module, name: str, unit: Unit) -> tuple[Solution, int]:
-        """The unit's solution, and how many tokens reached it."""
+        """The unit's solution, and the number of tokens that reached it."""
         weights = [weight_at(self._view, target, layer, name)[0].to(self._run.devices[0]) for target in unit.targets]
         held: dict[str, TargetStats] = {}
         for number in dict.fromkeys(target.layer for target in unit.targets):
@@ -159,7 +159,7 @@ class _Measuring:
         statistics = [held[target.name].to(self._run.devices[0]) for target in unit.targets]
         solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
         solution = solutions[0] if unit.slots is None else Together.of(solutions, self._options[unit.name])
-        return solution, max(stats.group.tokens for stats in statistics)  # a member may need no statistics and have none
+        return solution, max(stats.group.tokens for stats in statistics)  # some targets of a unit may have no statistics
 
     def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:
         curve = _curve(solution, self._options[unit.name], self._method, self._dense[unit.name])
@@ -170,7 +170,7 @@ class _Measuring:
 
 
 def _curve(solution: Solution, options: Sequence[Option], method: Method, dense: int) -> Curve:
-    """Losses of all options: each measured, or interpolated between the few that are (log loss is nearly straight in bytes)."""
+    """Losses of all options, measured or interpolated between a few measured ones (log loss is almost linear in bytes)."""
     losses = [0.0] * len(options)
     total = solution.total
     for alternative, indices in by_alternative(options).items():
@@ -185,7 +185,7 @@ def _curve(solution: Solution, options: Sequence[Option], method: Method, dense:
 
 
 def _between(nbytes: Sequence[int], known: Sequence[int], losses: Sequence[float], total: float) -> list[float]:
-    """Losses at all sizes from those at a few of them, ascending; beyond the ends along the nearest two."""
+    """Losses at all sizes, interpolated or extrapolated from those of the options `known` (indices, ascending)."""
     every, sizes = np.array(nbytes, dtype=float), np.array([nbytes[index] for index in known], dtype=float)
     logs = np.log(np.maximum(losses, max(total * 1e-12, 1e-300)))
     if len(known) > 1:

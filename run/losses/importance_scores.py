@@ -2,7 +2,7 @@
 
 components      ΔL_i = -⟨∂L/∂W, component i⟩ for every component of the factors, in descending order of σ, nats per token
 effective-rank  exp(H(p)), p the shares of the components in the target's output energy
-angular         the mean angle by which the target's layer turns the hidden state, in half turns; calibration tokens
+angular         the mean angle by which the target's layer turns the hidden state, in units of π; calibration tokens
 tokens          0; calibration tokens
 """
 
@@ -22,17 +22,18 @@ from ...compress.options import Choice
 from ...model.lockstep import Call, hidden_of
 from ...model.view import ModelView
 
-_LOOKED_AT = 8192  # tokens by which layers are compared
+_LOOKED_AT = 8192  # number of tokens for the comparison of layers
 
 
 def of_target(score: str, solution: Solution, stats: TargetStats, shape: tuple[int, int], angle: float) -> tuple[float, ...]:
     """The scores of one target.
 
     Args:
-        score: see above; '' for none.
-        stats: with `weight_grad` for 'components'.
+        score: one of the scores above; '' for no score.
+        solution: the target's solution.
+        stats: the target's statistics; 'components' needs `weight_grad`.
         shape: (out, in) of its weight.
-        angle: of its layer.
+        angle: the result of `layer_angles` for the target's layer.
     """
     if score == "components":
         if stats.weight_grad is None:
@@ -68,7 +69,7 @@ def layer_angles(view: ModelView, tokens: Tensor, device: torch.device) -> list[
     """Mean angle between the hidden states before and after each layer, over all tokens, divided by π.
 
     Args:
-        tokens: (samples, length); evenly spread samples of at most some 8,000 tokens are looked at.
+        tokens: (samples, length); evenly spaced samples with about 8,000 tokens at most are used.
     """
     samples = max(1, min(len(tokens), _LOOKED_AT // tokens.shape[1]))
     chosen = tokens[[number * len(tokens) // samples for number in range(samples)]]
