@@ -56,7 +56,10 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
         if out is not None:
             check(require_usable, out)
     quiet()
-    return Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
+    request = Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
+    if out is not None:
+        request.require_folder(out)
+    return request
 
 
 def drafted(request: Request) -> tuple[ModelView, Draft]:

@@ -198,7 +198,7 @@ class _Layers:
         """The content of a layer's shard, solved from statistics on disk, which are read chunk by chunk."""
         found: dict[str, SolvedTarget] = {}
         for chunk in self.plan.chunks(index):
-            names = [target.name for target in chunk if target.name not in self._waiting]
+            names = [each.name for each in chunk if each.name not in self._waiting and each.name not in found]
             stats = self.statistics.read(name, names) if self.statistics else dict.fromkeys(names, NOTHING_SEEN)
             self._solve(index, layer, stats, found)
         return self.formed(index, name, layer, found)
@@ -212,7 +212,7 @@ class _Layers:
             found: target name -> solution.
         """
         for target in self.plan.solved(index):
-            if target.name in stats and target.name not in self._waiting:
+            if target.name in stats and target.name not in self._waiting and target.name not in found:
                 unit = self._units[target.name]
                 mine = {each.name: stats.pop(each.name) for each in unit.targets if each.name in stats}
                 self._waiting |= self._solver.solve(unit, layer, index, mine)

@@ -18,9 +18,8 @@ from ..calibrate.collect import Statistics, backward_needs, collect, collect_bac
 from ..calibrate.data import NO_TEXT, Calibration, load_calibration
 from ..calibrate.generate import generator
 from ..calibrate.gradients import GradientSettings, backward_passes
-from ..checkpoint.artifact import Artifact, require_usable
+from ..checkpoint.artifact import Artifact
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
-from ..errors import RequestError
 from ..model.events import Notify, silent
 from ..model.machine.host_memory import steady_memory
 from ..model.machine.precision import full_precision
@@ -97,10 +96,8 @@ def run_request(
     request: Request, out: Path, statistics: Path | None = None, restart: bool = False, notify: Notify = silent
 ) -> Result:
     """Carry out a checked request; the arguments, the result and the errors are those of `compress`."""
-    require_usable(out)
+    request.require_folder(out)
     view = request.view()
-    if out.resolve() == view.location.path.resolve():
-        raise RequestError(f"--out {out} is the folder of the model itself.", "Give another folder.")
     draft = make_draft(view, request.recipe, len(request.devices))
     notify(PlanMade("plan", plan=draft))
     require_text_fits(view, draft)
@@ -157,6 +154,7 @@ def carry_out(
     steady_memory()
     with Artifact(out, draft.identity(calibration.hash), restart) as artifact:
         if artifact.finished:
+            _remove_scratch(out)  # a run may have been killed after its end
             return Result.read(out)
         if restart:
             _remove_scratch(out)

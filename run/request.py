@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.artifact import require_usable
 from ..checkpoint.location import Location
 from ..checkpoint.opening import devices_of, dtype_of, located
+from ..errors import RequestError
 from ..model.view import ModelView
 from ..plan.load_recipe import load_recipe
 from ..plan.recipe import Recipe
@@ -50,6 +52,17 @@ class Request:
         trusted = settings.pop("trust_remote_code", False)
         loaded = load_recipe(str(recipe), flat(settings))
         return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted)
+
+    def require_folder(self, out: Path) -> None:
+        """Refuse a folder that the result cannot be written into, before any work.
+
+        Raises:
+            RequestError: it holds other files, or it is the model's own folder.
+            OutputError: it is no folder, or it may not be written to.
+        """
+        require_usable(out)
+        if out.resolve() == self.location.path.resolve():
+            raise RequestError(f"--out {out} is the folder of the model itself.", "Give another folder.")
 
     def view(self) -> ModelView:
         """The model, from its configuration and the headers of its files. It reads weights only when they are needed."""

@@ -11,6 +11,8 @@ The windows are `calibration.held_out`. They are not part of any statistics, and
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import time
@@ -84,7 +86,9 @@ class _Search:
     def __init__(self, recipe: Recipe, run: Run, carry_out: CarryOut) -> None:
         self._recipe, self._run, self._carry_out = recipe, run, carry_out
         self._folder = run.artifact.folder / SEARCHED
-        self._file = self._folder / "perplexities.json"
+        # of this very request: a folder whose removal was interrupted may hold those of another one
+        asked = hashlib.sha256(json.dumps(run.artifact.identity, sort_keys=True).encode()).hexdigest()[:16]
+        self._file = self._folder / f"perplexities-{asked}.json"
         self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 
     @property

@@ -81,8 +81,12 @@ class _Measuring:
             "thinned": not exact,
             "probed": recipe.allocation == "kl",
             "gradients": recipe.gradients.model_dump(mode="json") if self._method.needs & BACKWARD_NEEDS else None,
-            # which targets are solved together depends on `keep`
-            "units": [[target.name for target in unit.targets] for unit in draft.units if unit.slots is not None],
+            # which targets are solved together, and which experts are probed together, depends on `keep`
+            "units": [
+                [target.name for target in unit.targets]
+                for unit in draft.units
+                if unit.slots is not None or unit.targets[0].expert is not None
+            ],
             "score": self._score,
             "by_tokens": self._by_tokens,
             "limits": {pattern: limit.model_dump() for pattern, limit in recipe.limits.items()},
@@ -113,10 +117,10 @@ class _Measuring:
         self._run.notify(Event("losses", layers, len(self._view.layers), time.perf_counter() - started))
 
     def in_nats(self) -> dict[str, Curve]:
-        """Losses in nats per token, by probing (probe.py); an interrupted measurement starts over."""
+        """Losses in nats per token, by probing (run/losses/probe.py); an interrupted measurement starts over."""
         file = self._store.folder / f"nats-{self._tag}.json"
-        names = {unit.name for layer in self._layers for unit in layer}
-        if names <= (held := read_json(file, dict[str, Curve]) or {}).keys():
+        names = [unit.name for layer in self._layers for unit in layer]  # in one order: the solver's answer may follow it
+        if set(names) <= (held := read_json(file, dict[str, Curve]) or {}).keys():
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 

@@ -94,7 +94,7 @@ def test_where_nothing_is_searched(command, tmp_path, tiny_checkpoints, tiny_tex
     plan = lrc_ok("plan", tiny_checkpoints("llama"), "--recipe", "svd-llm", "--set", "max_ppl_increase=5%")
     assert "the size is searched after calibration" in plan
     result = run_lrc(*command(recipe="block-influence"))
-    assert result.code == 2 and "whole layers have none" in result.err
+    assert result.code == 2 and "this recipe has no method" in result.err
     assert "held_out" in run_lrc(*command(), "--set", "calibration.held_out=0").err
     text = tmp_path / "text.txt"
     text.write_text(tiny_text(400))
