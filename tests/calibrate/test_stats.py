@@ -12,8 +12,7 @@ from pipeline import compress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lrc.calibrate import collect as survey
-from lrc.calibrate import layerwise
+from lrc.calibrate import collect, layerwise
 from lrc.calibrate.data import Calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.calibrate.stats import LayerCollector, MeanOuter, MeanVector, PeakMean, chunks_of, wanted
@@ -39,7 +38,7 @@ def collected(checkpoint, folder, needs=FORWARD_NEEDS, devices=(CPU,), tokens=TO
     view = ModelView(locate(str(checkpoint)))
     calibration = Calibration(tokens, "these tokens", ())
     asked = {target.name: frozenset(needs) for target in view.targets}
-    found = survey.collect(view, calibration, asked, folder, list(devices), GradientSettings())
+    found = collect.collect(view, calibration, asked, folder, list(devices), GradientSettings())
     return {target.name: found.read(view.layer_names[target.layer], [target.name])[target.name] for target in view.targets}
 
 
@@ -164,7 +163,7 @@ def test_experts_are_told_by_the_tokens_that_the_router_sent_them(tiny_checkpoin
 def test_batches_and_workers_do_not_matter(family, batch, tiny_checkpoints, tmp_path, monkeypatch):
     """5 does not divide 12 samples, and two workers get unequal shares: a mean of means would be another number."""
     whole = collected(tiny_checkpoints(family), tmp_path / "whole")
-    monkeypatch.setattr(survey, "TOKENS_PER_BATCH", batch * LENGTH)
+    monkeypatch.setattr(collect, "TOKENS_PER_BATCH", batch * LENGTH)
     split = collected(tiny_checkpoints(family), tmp_path / "split")
     shared = collected(tiny_checkpoints(family), tmp_path / "shared", devices=(CPU, CPU))
     for name, stats in whole.items():
@@ -323,7 +322,7 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("needs", [FORWARD_NEEDS, {"output_gram"}])
 def test_chunks_do_not_change_a_bit(family, needs, tiny_checkpoints, tmp_path, monkeypatch, watched):
     allocated, forwards = watched
-    monkeypatch.setattr(survey, "TOKENS_PER_BATCH", 5 * LENGTH)  # three batches, of which the last is smaller
+    monkeypatch.setattr(collect, "TOKENS_PER_BATCH", 5 * LENGTH)  # three batches, of which the last is smaller
     whole = collected(tiny_checkpoints(family), tmp_path / "whole", needs)
     assert len(allocated) == 3 and len(forwards) == 3 * 3, "one forward of every batch through every layer"
     largest = max(allocated)

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from lrc.evaluation.evaluate import evaluate
-from lrc.model.machine import precision as numerics
+from lrc.model.machine import precision
 
 
 def set_up() -> tuple[object, ...]:
@@ -31,7 +31,7 @@ def test_float32_products_keep_float32(left, rows):
     exact = functional.scaled_dot_product_attention(*[queries.double()] * 3)
     before = set_up()
     try:
-        with numerics.full_precision:
+        with precision.full_precision:
             assert relative_error(a @ b, a.double() @ b.double()) < 2e-6
             assert relative_error(functional.scaled_dot_product_attention(queries, queries, queries), exact) < 2e-6
         assert set_up() == before
@@ -41,19 +41,19 @@ def test_float32_products_keep_float32(left, rows):
 
 def test_all_is_put_back_by_the_last_one_out():
     before = set_up()
-    with numerics.full_precision:
+    with precision.full_precision:
         inside = set_up()
-        with numerics.full_precision:
+        with precision.full_precision:
             assert set_up() == inside
         assert set_up() == inside != before
     assert set_up() == before
 
 
 def test_where_onednn_rounds_it_is_not_allowed_to(monkeypatch):
-    monkeypatch.setattr(numerics, "_onednn_keeps_float32", lambda: False)
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
     attention = AttentionInterface()["sdpa"]
-    with numerics.full_precision:
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and numerics.float32_products() == "highest"
+    with precision.full_precision:
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and precision.float32_products() == "highest"
         assert AttentionInterface()["sdpa"] is attention
 
 
@@ -66,20 +66,20 @@ def test_a_product_that_rounds_is_found_out(monkeypatch):
         return product(a.bfloat16().float(), b.bfloat16().float()) if a.dtype == torch.float32 else product(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert not numerics._onednn_keeps_float32.__wrapped__()
+    assert not precision._onednn_keeps_float32.__wrapped__()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_as_exact_as_its_numbers(dtype, queries, masked):
-    attend = numerics.attention_by(AttentionInterface()["sdpa"])
+    attend = precision.attention_by(AttentionInterface()["sdpa"])
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
     query = torch.randn(2, 6, queries, 32, dtype=dtype)
     key, value = torch.randn(2, 2, 2, 300, 32, dtype=dtype)
     mask = torch.randn(2, 1, queries, 300, dtype=dtype) if masked else None
-    with numerics.full_precision:
+    with precision.full_precision:
         found, _ = attend(module, query, key, value, mask)
     wide = [each.double().repeat_interleave(3, 1) for each in (key, value)]
     exact = functional.scaled_dot_product_attention(

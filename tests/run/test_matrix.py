@@ -71,7 +71,7 @@ def parsed(name: str) -> tuple[Method, Settings]:
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class Collected:
     """A model, its calibration tokens and every statistic of them."""
 
     folder: Path
@@ -113,12 +113,12 @@ class Surveyed:
 
 
 @pytest.fixture(scope="module")
-def surveyed(tiny_checkpoints, tiny_text_file, tmp_path_factory) -> Callable[[str], Surveyed]:
-    """A function family -> its survey, made once."""
+def collected(tiny_checkpoints, tiny_text_file, tmp_path_factory) -> Callable[[str], Collected]:
+    """A function family -> its statistics, collected once."""
 
     @cache
-    def survey(family: str) -> Surveyed:
-        folder = tmp_path_factory.mktemp(f"survey-{family}")
+    def collected_once(family: str) -> Collected:
+        folder = tmp_path_factory.mktemp(f"collected_once-{family}")
         view = ModelView(locate(str(tiny_checkpoints(family))))
         spec = load_recipe("svd-llm", {"calibration.source": f"text:{tiny_text_file}", "calibration.samples": 8,
                                        "calibration.length": 48}).calibration  # fmt: skip
@@ -126,9 +126,9 @@ def surveyed(tiny_checkpoints, tiny_text_file, tmp_path_factory) -> Callable[[st
         statistics = collect(
             view, calibration, {target.name: NEEDS for target in view.targets}, folder / "statistics", [CPU], GradientSettings()
         )
-        return Surveyed(folder, view, calibration, statistics)
+        return Collected(folder, view, calibration, statistics)
 
-    return survey
+    return collected_once
 
 
 def tensors_of(out: Path) -> dict[str, Tensor]:
@@ -180,8 +180,8 @@ def multiplied_out(original: nn.Module, small: nn.Module, targets: Iterable[Targ
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("name", methods())
-def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(name, family, surveyed, tmp_path):
-    model = surveyed(family)
+def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(name, family, collected, tmp_path):
+    model = collected(family)
     plan = model.plan(name)
     assert any(not step.choice.dense for step in plan.steps)
     model.run(plan, tmp_path / "out")
@@ -231,9 +231,9 @@ def test_an_artifact_holds_the_bytes_of_the_plan_and_loads_as_what_was_computed(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("name", ALONE)
-def test_the_loss_of_a_form_is_what_the_method_says_and_falls_with_the_budget(name, family, surveyed):
+def test_the_loss_of_a_form_is_what_the_method_says_and_falls_with_the_budget(name, family, collected):
     """Losses are measured by the method's own scale: what it would lose if the error were the weight and went altogether."""
-    model, (method, settings) = surveyed(family), parsed(name)
+    model, (method, settings) = collected(family), parsed(name)
     for target in model.shapes():
         weight, stats = model.weight(target).double(), model.stats(target)
         solution = method.solve(weight, stats, settings)
@@ -310,12 +310,12 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("name", methods())
-def test_interrupted_in_sequence_after_the_first_layer_it_goes_on_to_the_same_bytes(name, surveyed, tmp_path):
+def test_interrupted_in_sequence_after_the_first_layer_it_goes_on_to_the_same_bytes(name, collected, tmp_path):
     def stop(event: Event) -> None:
         if event.stage == "layer":
             raise KilledError
 
-    model = surveyed("llama")
+    model = collected("llama")
     # sets of targets across layers cannot be solved in sequence
     across = getattr(getattr(methods()[name], "joint", None), "across_layers", False)
     plan = model.plan(name, propagate="original" if across else "compressed")
@@ -329,8 +329,8 @@ def test_interrupted_in_sequence_after_the_first_layer_it_goes_on_to_the_same_by
 
 
 @pytest.mark.parametrize("name", methods())
-def test_how_samples_are_batched_changes_nothing_but_rounding(name, surveyed, tiny_text_file, tmp_path, monkeypatch):
-    model = surveyed("llama")
+def test_how_samples_are_batched_changes_nothing_but_rounding(name, collected, tiny_text_file, tmp_path, monkeypatch):
+    model = collected("llama")
     errors = []
     for tokens in (48, 8 * 48):
         monkeypatch.setattr("lrc.plan.planner.TOKENS_PER_BATCH", tokens)
