@@ -92,7 +92,7 @@ def test_a_process_that_is_killed_fails_its_row(a_process_each, tmp_path):
 
 @pytest.mark.parametrize("name", row_process.IMPORTS)
 def test_what_rows_import_is_there(name):
-    importlib.import_module(name)
+    assert importlib.import_module(name).__name__ == name
 
 
 def test_recipes_that_want_other_gradients_share_a_folder_and_no_pass_is_made_twice(tiny_checkpoints, tiny_text_file, tmp_path):
