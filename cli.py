@@ -13,6 +13,7 @@ import typer
 
 from .commands.compress import compress
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.plan import plan
 from .commands.recipe import recipe_app
 from .commands.sweep import sweep
@@ -31,6 +32,7 @@ app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(verify)
+app.command()(export)
 app.add_typer(recipe_app, name="recipe")
 
 

@@ -21,10 +21,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress.forms import experts
-from ..compress.forms import stream_map as mapped
-from ..compress.forms.base import MODULES, Spec, build_module, linear_shape
-from ..compress.forms.shared import link
+from ..compress.forms.base import Spec
+from ..compress.forms.install import install_forms
 from ..errors import CheckpointError, ModelError, one_line
 from .location import locate
 from .weights import SafetensorsSource
@@ -78,48 +76,6 @@ class LrcQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype) -> None:
-    """Replace the named modules of a model on the meta device by empty modules of their forms.
-
-    Args:
-        modules: as in `LrcConfig`.
-
-    Raises:
-        CheckpointError: they do not fit the model.
-    """
-    if not isinstance(modules, dict) or not all(isinstance(spec, dict) for spec in modules.values()):
-        raise CheckpointError(
-            "The checkpoint's quantization_config has no readable 'modules'.", "Its config.json was changed; get it again."
-        )
-    for name, spec in modules.items():
-        parent_name, _, leaf = name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            with torch.device("meta"):
-                if spec["kind"] == "experts":
-                    _, out_features, in_features = experts.expert_parameters(parent)[leaf]
-                    forms = [build_module(form, in_features, out_features, dtype) for form in spec["forms"]]
-                elif spec["kind"] == mapped.KIND:
-                    mapped.install(model.get_submodule(name), spec, dtype)
-                else:
-                    shape = linear_shape(getattr(parent, leaf))
-                    if shape is None:
-                        raise AttributeError(f"'{name}' is no linear module")
-                    setattr(parent, leaf, build_module(spec, shape[1], shape[0], dtype))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
-                f"Forms known here: experts, {mapped.KIND}, {', '.join(MODULES)}.",
-                "Its config.json was changed, or it was written by a newer lrc.",
-            ) from error
-        if spec["kind"] == "experts":
-            experts.install(parent, leaf, forms)
-    link(modules, model.get_submodule)
-    if any(spec["kind"] == "experts" for spec in modules.values()):
-        experts.register()
-        model.set_experts_implementation(experts.IMPLEMENTATION)
 
 
 def install_stored(model: Any) -> None:

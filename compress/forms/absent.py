@@ -30,6 +30,10 @@ class ZeroLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return self.weight.new_zeros(self.out_features, self.in_features, dtype=dtype)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -57,6 +61,10 @@ class GuardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dense, self.bias)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return self.dense.to(dtype)
 
 
 MODULES[ZERO] = lambda spec, n, m, dtype: ZeroLinear(n, m, dtype)

@@ -136,9 +136,9 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.weight), self.left, self.bias)
 
-    def dense(self) -> Tensor:
-        """The (out, in) matrix that this module multiplies by."""
-        return self.left @ self.weight
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return self.left.to(dtype) @ self.weight.to(dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -176,6 +176,12 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 def is_form_module(module: nn.Module) -> bool:
     """Whether a module multiplies by a form of lrc's; all of them are defined in this folder."""
     return type(module).__module__.startswith(f"{__package__}.")
+
+
+def matrix_of(module: Any, dtype: torch.dtype) -> Tensor:
+    """The (out, in) matrix that a module multiplies by, in `dtype`: of a form's module, or of an `nn.Linear` or `Conv1D`."""
+    matrix: Tensor = module.matrix(dtype) if is_form_module(module) else linear_weight(module).detach().to(dtype)
+    return matrix
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:

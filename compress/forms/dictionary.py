@@ -177,9 +177,9 @@ class DictionaryLinear(nn.Module):
             self._index = mask.nonzero()[:, 1].int(), (counts.cumsum(0) - counts).int()
         return self._index
 
-    def dense(self) -> Tensor:
-        """The (out, in) matrix that this module multiplies by."""
-        return expand(self.values, self.mask()) @ self.weight
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return expand(self.values.to(dtype), self.mask()) @ self.weight.to(dtype)
 
     def extra_repr(self) -> str:
         return (

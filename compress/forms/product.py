@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Form, Spec, build_module
+from .base import MODULES, Form, Spec, build_module, matrix_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class ProductLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.left(self.right(x))
         return y
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return matrix_of(self.left, dtype) @ matrix_of(self.right, dtype)
 
 
 MODULES[Product.kind] = ProductLinear

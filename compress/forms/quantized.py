@@ -7,12 +7,12 @@ would take codes for weights. Quantized factors are a `Product` (product.py) of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Form, LowRank, Spec, build_module
+from .base import MODULES, Form, LowRank, Spec, build_module, matrix_of
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .product import Product
 
@@ -136,15 +136,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The (out, in) matrix that this module multiplies by, in `dtype` (None: that of its scales, float32 on `mxint`)."""
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
         return self._on_grid(dtype)
 
-    def _on_grid(self, dtype: torch.dtype | None) -> Tensor:
+    def _on_grid(self, dtype: torch.dtype) -> Tensor:
         grid = self.grid
         steps = powers(self.exponents) if grid.kind == "mxint" else self.scales
         zeros = None if grid.symmetric else self._unpacked(self.zeros, grid.groups(self.in_features))
-        return grid.decode(self._unpacked(self.weight, self.in_features), Scales(steps, zeros), dtype or steps.dtype)
+        return grid.decode(self._unpacked(self.weight, self.in_features), Scales(steps, zeros), dtype)
 
     def _unpacked(self, packed: Tensor, count: int) -> Tensor:
         return unpack(packed.view(self.out_features, -1), self.grid.bits, count)
@@ -169,18 +169,9 @@ class QuantizedLowRankLinear(QuantizedLinear):
         y: Tensor = super().forward(x) + self.correction(x)
         return y
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The (out, in) matrix that this module multiplies by."""
-        base = self._on_grid(dtype)
-        return base + _dense(self.correction).to(base.dtype)
-
-
-def _dense(module: Any) -> Tensor:
-    """The matrix of a low-rank module; its factors may be modules themselves."""
-    if hasattr(module, "right"):
-        return module.left.dense() @ module.right.dense()
-    matrix: Tensor = module.dense()
-    return matrix
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return self._on_grid(dtype) + matrix_of(self.correction, dtype)
 
 
 def _quantized(spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None) -> nn.Module:

@@ -157,9 +157,9 @@ class SharedLowRankLinear(Borrowing, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.shared(x.device)), self.weight, self.bias)
 
-    def dense(self) -> Tensor:
-        """The (out, in) matrix that this module multiplies by."""
-        return self.weight @ self.shared(self.weight.device)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return self.weight.to(dtype) @ self.shared(self.weight.device).to(dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -193,9 +193,9 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         z = nn.functional.linear(x, self.shared(x.device))
         return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
-    def dense(self) -> Tensor:
-        """The (out, in) matrix that this module multiplies by."""
-        return expand(self.values, self.mask()) @ self.shared(self.weight.device)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`."""
+        return expand(self.values.to(dtype), self.mask()) @ self.shared(self.weight.device).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, owner={self.owner}"

@@ -75,7 +75,7 @@ def test_both_forwards_are_the_dense_matrix(pattern, dtype):
     assert torch.allclose(module.gather(z).float(), expected, atol=tolerance)
     assert torch.allclose(module.multiply(z).float(), expected, atol=tolerance)
     assert torch.allclose(module(x).float(), expected, atol=tolerance)
-    assert torch.equal(module.dense(), form.dense())
+    assert torch.equal(module.matrix(dtype), form.dense())
     assert torch.allclose(module.gather(z[0, :1]).float(), expected[0, :1], atol=tolerance)  # one token has code of its own
     assert module.gather(z[:0]).shape == module.multiply(z[:0]).shape == (0, 3, 13)
 
@@ -94,9 +94,9 @@ def test_gradients_agree_between_both_forwards():
 
 def test_a_cast_leaves_the_support_alone():
     module = module_of(some_form())
-    before = module.dense()
+    before = module.matrix(torch.float32)
     assert module.to(torch.bfloat16).support.dtype == torch.uint8
-    assert torch.allclose(module.dense().float(), before, atol=0.1)
+    assert torch.allclose(module.matrix(torch.float32), before, atol=0.1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"pattern": "2:4"}, {"atoms_per_nonzero": "auto"}, {"share": "row"}])
@@ -164,7 +164,7 @@ def test_an_artifact_loads_and_multiplies_as_its_dense_matrices_do(
     assert found
     with torch.no_grad():
         for path, module in found.items():
-            place_of(original, path.replace("_forms.", "."))[1].copy_(module.dense())
+            place_of(original, path.replace("_forms.", "."))[1].copy_(module.matrix(torch.float32))
         small.eval()
         expected = original(IDS).logits
         assert torch.allclose(small(IDS).logits, expected, atol=1e-4)

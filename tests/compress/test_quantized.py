@@ -106,14 +106,14 @@ def test_what_is_stored_is_what_the_module_multiplies_by(dtype, grid, in_feature
         assert torch.allclose(form.dense().double(), whole.dense(), rtol=0.02, atol=0.05)
         module = build_module(json.loads(json.dumps(form.spec())), in_features, 11, dtype)
         fill_module(module, form.tensors())
-        assert torch.equal(module.dense(dtype), form.dense())
+        assert torch.equal(module.matrix(dtype), form.dense())
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
         expected = x.double() @ form.dense().double().T + module.bias.double()
         assert torch.allclose(module(x).double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     # a change of dtype leaves codes alone, and steps of eight bits are the same in every dtype
     again = module.to(torch.float64)
     assert again.weight.dtype == torch.uint8
-    assert torch.allclose(again.dense(torch.float64), form.dense().double(), rtol=0.02, atol=0.05)
+    assert torch.allclose(again.matrix(torch.float64), form.dense().double(), rtol=0.02, atol=0.05)
 
 
 def data_bytes(tensors) -> int:

@@ -22,9 +22,9 @@ def substituted(model, small) -> torch.Tensor:
     count = 0
     with torch.no_grad():
         for name, module in loaded.named_modules():
-            if hasattr(module, "dense") and not name.endswith((".left", ".right", ".correction")):
+            if hasattr(module, "matrix") and not name.endswith((".left", ".right", ".correction")):
                 place = place_of(original, name.replace("_forms.", "."))[1]
-                place.copy_(module.dense(place.dtype))
+                place.copy_(module.matrix(place.dtype))
                 count += 1
         assert count > 10
         return original(IDS).logits

@@ -1,0 +1,57 @@
+"""`lrc export`: write a finished result in a format that other tools open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import quiet
+from .options import Trust
+
+
+def export(
+    result: Annotated[Path, typer.Argument(help="The --out folder of a finished lrc compress.")],
+    to: Annotated[str | None, typer.Option(help="The format; without it, all formats are listed.")] = None,
+    out: Annotated[Path | None, typer.Option(show_default="RESULT-FORMAT", help="A new folder for the export.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(show_default="the result's", help="Dtype of the export: float32, bfloat16 or float16.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")] = "5GB",
+    check: Annotated[bool, typer.Option(help="Compare the logits of the export with those of the result.")] = True,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a finished result in a format that other tools open.
+
+    Says what the format loses, and checks the export by its logits before it gets its name.
+    """
+    from ..checkpoint.opening import dtype_of, require_finished
+    from ..errors import RequestError
+    from ..export.base import formats
+    from ..export.write import export as written
+    from ..plan.budget import bytes_of
+
+    quiet()
+    if to is None:
+        for form in formats().values():
+            print(f"{form.name}: {form.about}; opened by {form.opened_by}")
+        return
+    require_finished(str(result))
+    try:
+        most = bytes_of(max_shard_size)
+    except ValueError as error:
+        raise RequestError(f"--max-shard-size '{max_shard_size}' {error}.") from error
+    done = written(
+        result,
+        to,
+        out=out,
+        dtype=dtype_of(dtype),
+        max_shard_bytes=most,
+        check=check,
+        trust_remote_code=trust_remote_code,
+    )
+    for sentence in done.lost:
+        print(f"note: {sentence}")
+    checked = "not checked" if done.difference is None else f"logits within {done.difference:.2g} of the result's"
+    print(f"{done.folder}: {done.format}, {done.nbytes:,} bytes, {checked}.")

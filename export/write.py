@@ -1,0 +1,230 @@
+"""Writing an export: shards, configuration, files beside the weights, a check by logits, and only then the folder's name.
+
+The export is written into a folder beside the one that is asked for, and renamed when it was checked. An export that was
+killed, or that failed its check, therefore never looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint.artifact import RECORD
+from ..checkpoint.atomic import locked, sync_folder, writing
+from ..errors import CheckpointError, OutputError, RequestError, one_line
+from ..model.events import Event, Notify, silent
+from ..model.layerwise import layerwise
+from ..model.lockstep import run_calls
+from ..model.machine.host_memory import give_back
+from .base import Format, Tensors, get_format
+from .card import export_card
+from .multiplied import sizes
+from .source import Source
+
+_TOKENS = 32
+_PARTIAL = ".lrc-export"
+GIGA = 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Args:
+        folder: its folder.
+        format: its format.
+        nbytes: bytes of all its files.
+        lost: what it does not carry, one sentence each.
+        difference: of its logits from the result's, relative to them (root mean square); None where it was not checked.
+    """
+
+    folder: Path
+    format: str
+    nbytes: int
+    lost: tuple[str, ...]
+    difference: float | None
+
+
+def export(
+    result: str | Path,
+    to: str,
+    *,
+    out: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * GIGA,
+    check: bool = True,
+    trust_remote_code: bool = False,
+    notify: Notify = silent,
+) -> Exported:
+    """Write a finished result in a format that other tools open.
+
+    Args:
+        result: the folder of a finished `lrc compress`.
+        to: the format: dense, self-contained, compressed-tensors, gptq, gguf.
+        out: the folder for the export, new or empty; None: the result's folder with the format's name behind it.
+        dtype: of the floating-point tensors; None takes the result's.
+        max_shard_bytes: the largest weight file, in bytes.
+        check: compare the logits of the export, opened by its consumer, with those of the result.
+        trust_remote_code: whether code in the result's folder may run.
+        notify: receives an `Event` after each part.
+
+    Raises:
+        RequestError: the format cannot carry this result, or the folder holds other files.
+        CheckpointError: the result is damaged, or the export's logits are not those of the result.
+        OutputError: the export cannot be written.
+    """
+    folder = Path(result)
+    chosen = get_format(to)
+    target = Path(out) if out is not None else folder.absolute().with_name(f"{folder.absolute().name}-{to}")
+    _require_new(target)
+    source = Source.open(folder, trust_remote_code)
+    form = chosen(source, dtype or source.view.dtype)
+    _require_space(target, form.drawing.nbytes)
+    partial = target.with_name(f"{target.name}{_PARTIAL}")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(target.with_name(f".{target.name}.lrc-export-lock"))
+    try:
+        with writing(partial):
+            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+            partial.mkdir()
+            _write(form, partial, max_shard_bytes, notify)
+        difference = _checked(form, partial) if check else None
+        with writing(target):
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+            sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()
+    nbytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return Exported(target, to, nbytes, form.drawing.lost, difference)
+
+
+def _require_new(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RequestError(f"{target} exists and is not an empty folder.", "Give a new folder as --out, or delete that one.")
+
+
+def _require_space(target: Path, nbytes: int) -> None:
+    standing = next(path for path in target.absolute().parents if path.exists())
+    if (free := shutil.disk_usage(standing).free) < nbytes:
+        raise OutputError(
+            f"{standing} has {free / 1e6:,.1f} MB free; the export needs {nbytes / 1e6:,.1f} MB.",
+            "Free some space, or give an --out on another disk.",
+        )
+
+
+def _write(form: Format, folder: Path, max_shard_bytes: int, notify: Notify) -> None:
+    source = form.source
+    write_shards(folder, form.parts(), max_shard_bytes, notify)
+    if beside := form.beside():
+        save_file(beside, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for name, content in _copied(source).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for name, content in form.files().items():
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text(export_card(form))
+    (folder / "config.json").write_text(json.dumps(form.config(), indent=2) + "\n")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            follow_umask(path)
+
+
+def write_shards(folder: Path, parts: Iterator[Tensors], most: int, notify: Notify) -> None:
+    """Write tensors into files of at most `most` bytes (one tensor may be larger), with an index where there are several."""
+    where: dict[str, int] = {}
+    held: Tensors = {}
+    total = shards = 0
+
+    def flush() -> None:
+        nonlocal held, shards
+        shards += 1
+        save_file(held, folder / f"shard-{shards}", metadata={"format": "pt"})
+        where.update(dict.fromkeys(held, shards))
+        held = {}
+        give_back()
+
+    for number, part in enumerate(parts, 1):
+        for name, tensor in part.items():
+            size = tensor.numel() * tensor.element_size()
+            if held and sizes(held) + size > most:
+                flush()
+            held[name] = tensor.clone()  # its own memory: the layer is unloaded before the shard is written
+            total += size
+        notify(Event("export", done=number))
+    if held:
+        flush()
+    names = {number: f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)}
+    if shards == 1:
+        names = {1: "model.safetensors"}
+    for number, name in names.items():
+        (folder / f"shard-{number}").rename(folder / name)
+    if shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in sorted(where.items())}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that a new file has here; libraries write weights for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _copied(source: Source) -> dict[str, bytes]:
+    """The files beside the weights of the result: tokenizer, templates, processors, generation settings, licence."""
+    location = source.view.location
+    return {path.name: path.read_bytes() for path in location.files(code=source.view.trust_remote_code) if path.name != RECORD}
+
+
+@torch.no_grad()
+def _checked(form: Format, folder: Path) -> float:
+    """The relative difference of the export's logits from the result's, both computed in float32.
+
+    Raises:
+        CheckpointError: it is larger than the format's tolerance, or the export does not open.
+    """
+    vocabulary = form.source.view.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
+    expected = _logits(form.source, ids)
+    try:
+        model = form.open(str(folder))
+        found = model.eval()(ids, use_cache=False).logits.float()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"The export does not open as its users would open it: {one_line(error)}",
+            "Install what the message names, or export with --no-check.",
+        ) from error
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= form.tolerance[form.dtype]:
+        raise CheckpointError(
+            f"The logits of the export differ from those of the result by {difference:.2%}; {form.name} in "
+            f"{str(form.dtype).removeprefix('torch.')} may differ by {form.tolerance[form.dtype]:.1%}.",
+            "Export with --dtype float32; if that fails too, this is a bug: report it.",
+        )
+    return difference
+
+
+def _logits(source: Source, ids: Tensor) -> Any:
+    """Logits of the result in float32, layer by layer."""
+    with layerwise(source.widened().view, [ids]) as forward:
+        for turn in forward:
+            with turn.loaded() as layer:
+                turn.answer(run_calls(layer, turn.name, turn.calls, ids.device))
+        return next(forward.results()).logits.float()
