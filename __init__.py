@@ -4,6 +4,7 @@
     result = lrc.compress("MODEL", "lrc-fast", ratio=0.4, out="OUT")    # as `lrc compress`
     draft = lrc.plan("MODEL", "lrc-fast", ratio=0.4)                    # as `lrc plan`
     metrics = lrc.evaluate("OUT", "wikitext2")                          # as `lrc eval`
+    exported = lrc.export("OUT", "dense")                               # as `lrc export`
 
 Importing this package is cheap: it loads neither torch nor transformers. When transformers imports its registry of quantizers,
 an import hook registers lrc's quantizer there. A plain `from_pretrained` therefore needs nothing but `import lrc`.
@@ -19,7 +20,8 @@ import wrapt
 __version__ = version("lrc")
 
 # public function -> the module that defines it
-_FUNCTIONS = {"compress": "run.pipeline", "plan": "run.pipeline", "evaluate": "evaluation.evaluate"}
+_FUNCTIONS = {"compress": "run.pipeline", "plan": "run.pipeline", "evaluate": "evaluation.evaluate",
+              "export": "export.write"}  # fmt: skip
 
 
 class _Callable(ModuleType):
@@ -40,7 +42,7 @@ def _function(name: str) -> Any:
 def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("compress", "plan"):
+    if name in ("compress", "plan", "export"):
         return importlib.import_module(f".{name}", __name__)  # called through `_Callable`
     return _function(name)
 
@@ -50,6 +52,7 @@ def __dir__() -> list[str]:
 
 
 @wrapt.when_imported(f"{__name__}.compress")
+@wrapt.when_imported(f"{__name__}.export")
 @wrapt.when_imported(f"{__name__}.plan")
 def _make_callable(module: ModuleType) -> None:
     module.__class__ = _Callable

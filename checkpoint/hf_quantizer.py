@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.forms.base import Spec
-from ..compress.forms.install import install_forms
+from ..compress.forms.quantized import QuantizedLinear
+from ..compress.install_forms import install_forms
 from ..errors import CheckpointError, ModelError, one_line
 from .location import locate
 from .weights import SafetensorsSource
@@ -69,6 +70,11 @@ class LrcQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         install_forms(model, self.quantization_config.modules, kwargs.get("dtype") or model.dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
 
     def is_serializable(self) -> bool:
         return True

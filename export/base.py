@@ -76,6 +76,11 @@ class Format(ABC):
         """Tensors of an adapter beside the model; empty where the format has none."""
         return {}
 
+    @property
+    def checked_with(self) -> tuple[str, ...]:
+        """The packages that `open` needs."""
+        return self.drawing.needs
+
     def open(self, folder: str) -> Any:
         """The export as its consumer loads it: a model of transformers in float32."""
         from transformers import AutoModelForCausalLM

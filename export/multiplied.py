@@ -6,7 +6,7 @@ has one inner width. The width is then the largest that a layer keeps. Zero rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,11 +56,11 @@ class Multiplied:
         for name in view.layer_names:
             with self.source.layer(name) as layer:
                 found = {f"{name}.{path}": tensor for path, tensor in tensors_of(layer)}
-                yield {path: self._placed(path, tensor, dtype) for path, tensor in found.items() if path not in tied}
+                yield {path: self.placed(path, tensor, dtype) for path, tensor in found.items() if path not in tied}
         for part in self.source.outside():
-            yield {path: self._placed(path, tensor, dtype) for path, tensor in part.items()}
+            yield {path: self.placed(path, tensor, dtype) for path, tensor in part.items()}
 
-    def _placed(self, path: str, held: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
+    def placed(self, path: str, held: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
         """A tensor, or one matrix per expert, as the plain model stores it: transposed where it does so, and padded."""
         wanted = self.state[path].shape
         owner, _, last = path.rpartition(".")
@@ -78,8 +78,13 @@ class Multiplied:
         return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def tensors_of(layer: nn.Module) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
-    """Path in the layer -> tensor, with every form multiplied out in float32 as (out, in); of experts, one matrix each."""
+def tensors_of(layer: nn.Module, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
+    """Path in the layer -> tensor, with every form multiplied out in float32 as (out, in); of experts, one matrix each.
+
+    Args:
+        layer: with its weights in memory.
+        skip: paths of modules that are left out.
+    """
     inner = ""
     for path, module in layer.named_modules():
         if inner and path.startswith(inner):
@@ -87,6 +92,8 @@ def tensors_of(layer: nn.Module) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
         inside = f"{path}." if path else ""
         if is_form_module(module) or (path.endswith(_FORMS) and isinstance(module, nn.ModuleList)):
             inner = inside  # named_modules goes down first: what follows until another path belongs to this module
+        if path in skip:
+            continue
         if is_form_module(module):
             yield f"{inside}weight", matrix_of(module, torch.float32)
             if (bias := _bias(module)) is not None:

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..compress.forms import install
+from .. import compress
 from ..errors import RequestError
 from .base import Drawing, Format, Tensors, export_format
 
-_ROOT = Path(install.__file__).resolve().parents[2]  # the folder of the package
+_ROOT = Path(compress.__file__).resolve().parents[1]  # the folder of the package
 _PREFIX = "lrc_"
 _CONFIGURATION, _MODELLING = "configuration_lrc", "modeling_lrc"
 
@@ -103,7 +103,7 @@ _MODEL_FILE = '''"""A model that lrc compressed: the original architecture, with
 import {module} as original
 
 from .{configuration} import Config
-from .{prefix}install import install_forms
+from .{prefix}install_forms import install_forms
 {forms}
 
 
@@ -135,7 +135,7 @@ def _forms() -> list[Path]:
 
 def _closure() -> list[Path]:
     """The files of forms, and all files of lrc that these import."""
-    waiting = [_ROOT / "compress" / "forms" / "install.py", *_forms()]
+    waiting = [_ROOT / "compress" / "install_forms.py", *_forms()]
     found: list[Path] = []
     while waiting:
         path = waiting.pop()

@@ -6,6 +6,7 @@ killed, or that failed its check, therefore never looks finished.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -89,6 +90,8 @@ def export(
     source = Source.open(folder, trust_remote_code)
     form = chosen(source, dtype or source.view.dtype)
     _require_space(target, form.drawing.nbytes)
+    if check:
+        _require_packages(form)
     partial = target.with_name(f"{target.name}{_PARTIAL}")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +120,15 @@ def export(
 def _require_new(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RequestError(f"{target} exists and is not an empty folder.", "Give a new folder as --out, or delete that one.")
+
+
+def _require_packages(form: Format) -> None:
+    missing = [name for name in form.checked_with if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise RequestError(
+            f"The check opens the export as its users would, which needs {' and '.join(missing)}.",
+            f"pip install {' '.join(missing)}, or add --no-check.",
+        )
 
 
 def _require_space(target: Path, nbytes: int) -> None:

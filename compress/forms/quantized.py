@@ -7,12 +7,13 @@ would take codes for weights. Quantized factors are a `Product` (product.py) of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .base import MODULES, Form, LowRank, Spec, build_module, matrix_of
+from .cpu_int4 import DTYPES, Packed, available, decoded, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .product import Product
 
@@ -111,7 +112,10 @@ class QuantizedLowRank(Form):
 
 
 class QuantizedLinear(nn.Module):
-    """`y = weight x + bias`, the weight unpacked from its codes at each call.
+    """`y = weight x + bias`, the weight unpacked from its codes at each call, or multiplied by a kernel that reads codes.
+
+    After `pack`, the codes are in memory in the kernel's layout alone (cpu_int4.py), and `weight` is empty. Whatever needs the
+    codes in their own order brings them back: saving, loading, moving to another device or dtype, and training.
 
     Args:
         grid: of the codes.
@@ -134,17 +138,78 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
+        packed = self._packed
+        if packed is None:
+            return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
+        if x.dtype != packed.scales.dtype or (x.requires_grad and torch.is_grad_enabled()):  # the kernel has no gradient
+            return nn.functional.linear(x, decoded(packed, x.dtype), self.bias)
+        return multiply(x, packed, self.bias)
+
+    @property
+    def _packed(self) -> Packed | None:
+        codes, scales = self._buffers.get("packed_codes"), self._buffers.get("packed_scales")
+        if codes is None or scales is None:
+            return None
+        group = kernel_group(self.grid, self.in_features)
+        assert group is not None
+        return Packed(codes, scales, self.out_features, group, self.grid.middle)
+
+    def pack(self) -> bool:
+        """Keep the codes in the layout of the CPU's kernel from now on; False where there is no kernel for them."""
+        on_cpu = self.weight.device.type == "cpu" and self.weight.numel() > 0
+        known = self.grid.bits <= 4 and self.grid.kind == "int" and kernel_group(self.grid, self.in_features)
+        if not on_cpu or not known or self.scales.dtype not in DTYPES or not available():
+            return False
+        packed = pack_codes(self.grid, *self.unpacked(), self.scales.dtype)
+        self.register_buffer("packed_codes", packed.codes, persistent=False)
+        self.register_buffer("packed_scales", packed.scales, persistent=False)
+        self.weight = _bytes(0)
+        return True
+
+    def unpack(self) -> None:
+        """Bring the codes back into their own order; nothing happens where they are in it."""
+        if (packed := self._packed) is None:
+            return
+        self.weight = nn.Parameter(self._in_order(packed), requires_grad=False)
+        del self.packed_codes, self.packed_scales
+
+    def _in_order(self, packed: Packed) -> Tensor:
+        return pack(unpack_codes(packed), self.grid.bits).flatten()
+
+    def train(self, mode: bool = True) -> QuantizedLinear:
+        """As for every module; a kernel cannot be trained through, so training brings the codes back."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (packed := self._packed) is not None:
+            destination[f"{prefix}weight"] = self._in_order(packed)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""
         return self._on_grid(dtype)
 
-    def _on_grid(self, dtype: torch.dtype) -> Tensor:
+    def unpacked(self) -> tuple[Tensor, Scales]:
+        """The codes (out, in) uint8, and the scales of their groups."""
         grid = self.grid
         steps = powers(self.exponents) if grid.kind == "mxint" else self.scales
         zeros = None if grid.symmetric else self._unpacked(self.zeros, grid.groups(self.in_features))
-        return grid.decode(self._unpacked(self.weight, self.in_features), Scales(steps, zeros), dtype)
+        packed = self._packed
+        codes = self._unpacked(self.weight, self.in_features) if packed is None else unpack_codes(packed)
+        return codes, Scales(steps, zeros)
+
+    def _on_grid(self, dtype: torch.dtype) -> Tensor:
+        return self.grid.decode(*self.unpacked(), dtype)
 
     def _unpacked(self, packed: Tensor, count: int) -> Tensor:
         return unpack(packed.view(self.out_features, -1), self.grid.bits, count)

@@ -1,7 +1,7 @@
 """Replacing the modules of a model by those of a compressed checkpoint's forms.
 
-export/self_contained.py copies this folder beside the weights, so nothing here imports from other folders but the errors and
-the registry.
+export/self_contained.py copies this file and forms/ beside the weights, so they import nothing else but the errors and the
+registry.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
-from .base import MODULES, Spec, build_module, linear_shape
-from .experts import IMPLEMENTATION, expert_parameters, register
-from .experts import install as install_experts
-from .shared import link
-from .stream_map import KIND as MAP
-from .stream_map import install as install_map
+from ..errors import CheckpointError
+from .forms.base import MODULES, Spec, build_module, linear_shape
+from .forms.experts import IMPLEMENTATION, expert_parameters, register
+from .forms.experts import install as install_experts
+from .forms.shared import link
+from .forms.stream_map import KIND as MAP
+from .forms.stream_map import install as install_map
 
 
 def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | None) -> None:
