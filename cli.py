@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .commands.bench import bench
 from .commands.compress import compress
 from .commands.evaluate import evaluate
 from .commands.export import export
@@ -33,6 +34,7 @@ app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(verify)
 app.command()(export)
+app.command()(bench)
 app.add_typer(recipe_app, name="recipe")
 
 

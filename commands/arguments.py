@@ -93,6 +93,18 @@ def names_of(text: str, option: str = "--tasks") -> list[str]:
     return names
 
 
+def counts_of(text: str, option: str) -> list[int]:
+    """The numbers of an option's comma-separated list, each 1 or more.
+
+    Raises:
+        RequestError: the text is something else.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise RequestError(f"{option} '{text}' is no list of numbers.", f"Write numbers of 1 or more, such as {option} 1,8.")
+    return [int(part) for part in parts]
+
+
 def quiet() -> None:
     """Silence transformers: its progress bars and notices would break those of lrc."""
     import transformers

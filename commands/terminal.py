@@ -24,6 +24,7 @@ from ..run.run import PlanMade, TextRead
 if TYPE_CHECKING:
     from ..calibrate.data import Calibration
     from ..evaluation.results import Evaluation
+    from ..evaluation.speed import SpeedReport
 
 
 def plain_or_terminal() -> Console:
@@ -319,3 +320,33 @@ def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) ->
 
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def print_speed(report: SpeedReport) -> None:
+    """Print the figures of one model, or of two and their ratios."""
+    console, speeds = plain_or_terminal(), report.speeds
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for speed in speeds:
+        table.add_column(speed.model, justify="right", overflow="fold")
+    both = len(speeds) == 2
+    if both:
+        table.add_column("times as fast", justify="right")
+    for workload in speeds[0].seconds:
+        milliseconds = workload == "first token"
+        shown = [f"{1e3 * s.median(workload):,.1f} ms" if milliseconds else f"{s.rate(workload):,.1f} tokens/s" for s in speeds]
+        table.add_row(workload, *shown, *([f"{speeds[0].times_as_fast_as(speeds[1], workload):.2f}"] if both else []))
+    table.add_row("load", *(f"{speed.load_seconds:.1f} s" for speed in speeds))
+    table.add_row("tensors in memory", *(size(speed.tensor_bytes) for speed in speeds))
+    table.add_row("resident memory", *(size(max(0, speed.resident_bytes)) for speed in speeds))
+    shares = [report.share(speed) for speed in speeds]
+    if None not in shares:
+        table.add_row("time that reading takes", *(f"{share:.0%} of a token" for share in shares))
+    console.print(table)
+    console.print(
+        f"{report.dtype}, {report.threads} threads, memory read at {report.bandwidth / 1e9:.1f} GB/s; medians of "
+        f"{len(next(iter(speeds[0].seconds.values())))} rounds"
+    )
+    for speed in speeds:
+        for note in speed.notes:
+            console.print(f"note: {speed.model}: {note}")

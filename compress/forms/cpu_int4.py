@@ -8,8 +8,8 @@ are decoded for one dense product. Both read one copy of the codes, in the kerne
 
 That layout is torch's own matter and depends on the processor: `available` compares it with what torch packs here.
 
-torch's formula is (code - 8) scale + offset. Codes of fewer bits are shifted, so that the grid's middle code becomes 8; a zero z
-of the grid becomes the offset (middle - z) step. Both terms are then as small as they can be, and little is lost in 16 bits.
+torch's formula is (code - 8) scale + offset. Codes of fewer bits are shifted: the grid's middle code becomes 8, and a zero z of
+the grid becomes the offset (middle - z) step. Both terms are then as small as they can be, and little is lost in 16 bits.
 """
 
 from __future__ import annotations

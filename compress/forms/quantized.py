@@ -154,12 +154,24 @@ class QuantizedLinear(nn.Module):
         assert group is not None
         return Packed(codes, scales, self.out_features, group, self.grid.middle)
 
+    def why_unpacked(self) -> str:
+        """Why no kernel multiplies by these codes; empty where one does, or where `pack` would make one do so."""
+        if self._packed is not None:
+            return ""
+        if self.weight.device.type != "cpu":
+            return f"there is no kernel for {self.weight.device.type} yet"
+        if self.grid.bits > 4 or self.grid.kind != "int":
+            return f"torch has no kernel for {self.grid.bits} bits on a grid of kind {self.grid.kind}"
+        if self.scales.dtype not in DTYPES:
+            return f"torch's kernel for codes is slow in {str(self.scales.dtype).removeprefix('torch.')}; load with bfloat16"
+        if kernel_group(self.grid, self.in_features) is None:
+            return f"torch has no kernel for groups of {self.grid.width(self.in_features)} of {self.in_features} inputs"
+        return "" if available() else "torch has no kernel for codes on this processor"
+
     def pack(self) -> bool:
         """Keep the codes in the layout of the CPU's kernel from now on; False where there is no kernel for them."""
-        on_cpu = self.weight.device.type == "cpu" and self.weight.numel() > 0
-        known = self.grid.bits <= 4 and self.grid.kind == "int" and kernel_group(self.grid, self.in_features)
-        if not on_cpu or not known or self.scales.dtype not in DTYPES or not available():
-            return False
+        if self._packed is not None or self.why_unpacked() or not self.weight.numel():
+            return self._packed is not None
         packed = pack_codes(self.grid, *self.unpacked(), self.scales.dtype)
         self.register_buffer("packed_codes", packed.codes, persistent=False)
         self.register_buffer("packed_scales", packed.scales, persistent=False)
