@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
-from ..compress.install_forms import install_forms
+from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line
 from .location import locate
 from .weights import SafetensorsSource
@@ -75,6 +75,10 @@ class LrcQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        multiply_out(model, dtype or model.dtype)
+        return model
 
     def is_serializable(self) -> bool:
         return True

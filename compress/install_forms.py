@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..errors import CheckpointError
-from .forms.base import MODULES, Spec, build_module, linear_shape
-from .forms.experts import IMPLEMENTATION, expert_parameters, register
+from ..errors import CheckpointError, ModelError
+from .forms.base import MODULES, Spec, build_module, linear_shape, matrix_of
+from .forms.experts import FORMS, IMPLEMENTATION, expert_parameters, register
 from .forms.experts import install as install_experts
 from .forms.shared import link
 from .forms.stream_map import KIND as MAP
+from .forms.stream_map import StreamMap
 from .forms.stream_map import install as install_map
 
 
@@ -47,7 +49,9 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | Non
                     shape = linear_shape(getattr(parent, leaf))
                     if shape is None:
                         raise AttributeError(f"'{name}' is no linear module")
-                    setattr(parent, leaf, build_module(spec, shape[1], shape[0], dtype))
+                    module: Any = build_module(spec, shape[1], shape[0], dtype)
+                    module.replaced = (*shape, type(getattr(parent, leaf)))
+                    setattr(parent, leaf, module)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
@@ -60,3 +64,48 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | Non
     if any(spec["kind"] == "experts" for spec in modules.values()):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
+
+
+def multiply_out(model: Any, dtype: torch.dtype) -> None:
+    """Replace the modules of forms by the modules that they stand for, with dense weights.
+
+    Args:
+        model: with its weights in memory.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: the original architecture has no place for a form: fewer channels, or a map of the hidden state.
+    """
+    found = [(path, module) for path, module in model.named_modules() if hasattr(module, "replaced")]
+    odd = [path for path, module in model.named_modules() if isinstance(module, StreamMap)]
+    odd += [path for path, module in found if _shape(module) != module.replaced[:2]]
+    if odd:
+        raise ModelError(
+            f"{len(odd)} modules of this model have no dense form in its architecture, '{odd[0]}' first.",
+            "`lrc export --to dense` writes a model with another width; `--to self-contained` carries every form.",
+        )
+    for path, module in found:
+        rows, columns, kind = module.replaced
+        weight, bias = matrix_of(module, torch.float32).to(dtype), _bias(module)
+        dense: Any = kind(rows, columns) if kind.__name__ == "Conv1D" else kind(columns, rows, bias is not None)
+        dense.weight = nn.Parameter(weight.T.contiguous() if kind.__name__ == "Conv1D" else weight, requires_grad=False)
+        dense.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, dense.train(module.training))
+    for module in list(model.modules()):
+        for name, forms in list(module.named_children()):
+            if isinstance(forms, nn.ModuleList) and name.endswith(FORMS):
+                stacked = torch.stack([matrix_of(form, torch.float32).to(dtype) for form in forms])
+                whole = stacked.transpose(1, 2).contiguous() if module.is_transposed else stacked
+                delattr(module, name)
+                setattr(module, name.removesuffix(FORMS), nn.Parameter(whole, requires_grad=False))
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    return module.out_features, module.in_features
+
+
+def _bias(module: Any) -> Any:
+    """The bias of a form's module; a product has it in its left factor."""
+    bias = getattr(module, "bias", None)
+    return getattr(module.left, "bias", None) if bias is None and isinstance(getattr(module, "left", None), nn.Module) else bias

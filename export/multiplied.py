@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from ..compress.forms import stream_map
 from ..compress.forms.base import Dense, Spec, is_form_module, matrix_of
-from ..compress.forms.experts import expert_parameters
+from ..compress.forms.experts import FORMS, expert_parameters
 from ..compress.forms.pruned import Pruned
 from ..run.plain_export import as_plain
 from .base import Carried
 from .source import Source
-
-_FORMS = "_forms"
 
 
 class Multiplied:
@@ -90,7 +88,7 @@ def tensors_of(layer: nn.Module, skip: Collection[str] = ()) -> Iterator[tuple[s
         if inner and path.startswith(inner):
             continue
         inside = f"{path}." if path else ""
-        if is_form_module(module) or (path.endswith(_FORMS) and isinstance(module, nn.ModuleList)):
+        if is_form_module(module) or (path.endswith(FORMS) and isinstance(module, nn.ModuleList)):
             inner = inside  # named_modules goes down first: what follows until another path belongs to this module
         if path in skip:
             continue
@@ -100,7 +98,7 @@ def tensors_of(layer: nn.Module, skip: Collection[str] = ()) -> Iterator[tuple[s
                 yield f"{inside}bias", bias.detach()
         if inner == inside and inside:
             continue
-        fused = {name.removesuffix(_FORMS): forms for name, forms in module.named_children() if name.endswith(_FORMS)}
+        fused = {name.removesuffix(FORMS): forms for name, forms in module.named_children() if name.endswith(FORMS)}
         for name, tensor in _own(module):
             if isinstance(forms := fused.get(name), nn.ModuleList):
                 yield f"{inside}{name}", [matrix_of(form, torch.float32) for form in forms]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 IMPLEMENTATION = "lrc"
-_FORMS = "_forms"
+FORMS = "_forms"
 _TRIED = 5  # channels on which a gate is tested
 # observer(experts module, parameter name, expert index, input (tokens, in)); one at a time, set by `observe`
 _observers: list[Callable[[nn.Module, str, int, Tensor], None]] = []
@@ -66,7 +66,7 @@ def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 def number_of_matrices(module: nn.Module) -> int:
     """The number of matrices that an experts module multiplies by: one per expert and parameter, compressed or not."""
     forms = sum(
-        len(child) for name, child in module.named_children() if name.endswith(_FORMS) and isinstance(child, nn.ModuleList)
+        len(child) for name, child in module.named_children() if name.endswith(FORMS) and isinstance(child, nn.ModuleList)
     )
     return forms + sum(experts for experts, _, _ in expert_parameters(module).values())
 
@@ -101,12 +101,12 @@ def install(module: nn.Module, parameter: str, forms: list[nn.Module]) -> None:
     """
     old = getattr(module, parameter)
     setattr(module, parameter, nn.Parameter(torch.empty(0, dtype=old.dtype, device=old.device), requires_grad=False))
-    module.add_module(parameter + _FORMS, nn.ModuleList(forms))
+    module.add_module(parameter + FORMS, nn.ModuleList(forms))
 
 
 def stored_name(parameter: str, expert: int) -> str:
     """The path of an expert's form inside its experts module: 'gate_up_proj', 3 -> 'gate_up_proj_forms.3'."""
-    return f"{parameter}{_FORMS}.{expert}"
+    return f"{parameter}{FORMS}.{expert}"
 
 
 def _multiply(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _multiply(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tens
         observer(module, parameter, expert, x)
     for reading in _readings:
         x = reading(x)
-    forms = getattr(module, parameter + _FORMS, None)
+    forms = getattr(module, parameter + FORMS, None)
     y: Tensor = forms[expert](x) if forms is not None else nn.functional.linear(x, expert_weight(module, parameter, expert))
     bias = getattr(module, parameter + "_bias", None)
     return y if bias is None else y + bias[expert]
