@@ -113,7 +113,7 @@ def _settled(value: Any, inside: bool = False) -> Any:
     if isinstance(value, set | frozenset):
         return tuple(sorted(map(repr, value)))
     if isinstance(value, dict):
-        return tuple((repr(key), _settled(each, inside)) for key, each in value.items())
+        return tuple(sorted(((repr(key), _settled(each, inside)) for key, each in value.items()), key=repr))
     if isinstance(value, Tensor):
         return tuple(value.shape), _value(value)
     held = getattr(value, "__dict__", None)
@@ -194,24 +194,24 @@ class _Recorder(TorchDispatchMode):
     @contextmanager
     def naming(self, skeleton: Any, numbers: Sequence[int]) -> Iterator[None]:
         """Name the weights, those of experts too, which `experts_forward` does not multiply by on the meta device."""
-        named = {id(tensor): name for name, tensor in _weights(skeleton.model)}
-        for tensor in (each for _, each in _weights(skeleton.model)):
-            name = named[id(tensor)]
-            self.put(tensor, original_name(name, skeleton.layers_path, numbers), "")
-        handles = []
-        for place, layer in enumerate(skeleton.layers):
-            inside = f"{skeleton.layers_path}.{place}."
-            for name, tensor in _weights(layer):
-                if named[id(tensor)].startswith(inside):  # not one that the layer shares with another part of the model
-                    self.put(tensor, f"layer's {name}", "")
-            for module in layer.modules():
-                if expert_parameters(module):
-                    handles.append(module.register_forward_hook(self._experts, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        handles: list[Any] = []
+        with _buffers_on_meta(skeleton.layers):
+            named = {id(tensor): name for name, tensor in _weights(skeleton.model)}
+            for name, tensor in _weights(skeleton.model):
+                self.put(tensor, original_name(name, skeleton.layers_path, numbers), "")
+            for place, layer in enumerate(skeleton.layers):
+                inside = f"{skeleton.layers_path}.{place}."
+                for name, tensor in _weights(layer):
+                    if named[id(tensor)].startswith(inside):  # not one that the layer shares with another part of the model
+                        self.put(tensor, f"layer's {name}", "")
+                for module in layer.modules():
+                    if expert_parameters(module):
+                        handles.append(module.register_forward_hook(self._experts, with_kwargs=True))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         weights = [self.hash_of(weight) for _, weight in _weights(module)]
@@ -240,6 +240,20 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             buffer = child._buffers[name]
             if buffer is not None:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+@contextmanager
+def _buffers_on_meta(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While the context is open, the buffers of layers that a checkpoint holds are on the meta device, as the parameters are."""
+    held = [(module, name, module._buffers[name]) for layer in layers for module in layer.modules() for name in _stored(module)]
+    moved = {id(buffer): buffer.to(_META) for _, _, buffer in held if buffer is not None}
+    for module, name, buffer in held:
+        module._buffers[name] = None if buffer is None else moved[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
 
 
 def _noted(
