@@ -219,7 +219,7 @@ class _Search:
             gone = before - len(kept)
             first = sum(layer < value for layer in kept)
             last = sum(layer >= before - value for layer in kept)
-            near = [first, last, 1, *(value - step for step in range(1, gone + 1)), *(value + step for step in (1, 2)), 0]
+            near = [first, last, 1, *(value - step for step in range(1, gone + 3)), value + 1, 0]
             return [each for each in dict.fromkeys(near) if each >= 0 and each != value]
         held = list(value or ())
         places = {layer: place for place, layer in enumerate(kept)}
