@@ -32,11 +32,11 @@ from .tracing import Skeleton, Trace, original_name, structure, traced
 
 Path = tuple[str, ...]  # keys that lead to an entry of a configuration
 Edits = Mapping[Path, Any]
-_PAIRS = 60  # pairs of changed entries that are tried at most
+_PAIRS = 40  # pairs of changed entries that are tried at most
 _PROBES = 3  # values of an entry that are tried to see whether layers depend on it
 _UNBUILT = 10**6  # the distance of a configuration that no model can be built from
-_NOT_BUILT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
-_NOT_BUILT += (StrictDataclassError,)
+_NOT_BUILT: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_NOT_BUILT += (AssertionError, StopIteration, StrictDataclassError)
 _DRAWN = {"normal_", "uniform_", "zero_", "fill_", "copy_", "erfinv_", "clamp_", "mul_", "add_"}
 
 
@@ -59,6 +59,21 @@ class _Attempt:
     final: bool = False
 
 
+@dataclass(frozen=True)
+class _Built:
+    """The model of a configuration.
+
+    Args:
+        layers: a number for what each layer is built of.
+        shapes: shape of every tensor, by name.
+        own: parameters that share their tensor with no earlier one.
+    """
+
+    layers: list[int]
+    shapes: Mapping[str, tuple[int, ...]]
+    own: Sequence[str]
+
+
 class Shallower:
     """The configurations of one model without layers; what was compared once is known from then on.
 
@@ -73,6 +88,10 @@ class Shallower:
         self._alike: dict[tuple[str, ...], bool] = {}
         self._relevant: list[Path] | None = None  # entries that make a shallower model more like the original
         self._others: list[Path] = []  # other entries that concern some layers only
+        self._models: dict[str, _Built | str] = {}  # configuration -> the model that it describes, or why there is none
+        self._numbers: dict[str, int] = {}  # what a layer is built of -> a number for it
+        self._known_kinds: list[dict[str, Any]] = []  # by that number
+        self._apart: dict[tuple[int, int, int], tuple[int, tuple[str, Any, Any]]] = {}
 
     @classmethod
     def of(cls, view: Checkpoint) -> Shallower:
@@ -109,20 +128,72 @@ class Shallower:
     @functools.cached_property
     def kinds(self) -> list[str]:
         """Of every layer, what it is built of and what it computes; equal for layers that differ in weights only."""
-        numbered = _numbered(self._structures)
-        built = [repr(sorted((k, repr(v)) for k, v in each.items() if k not in numbered)) for each in self._structures]
         computed = self.trace(frozenset()).layers
-        if len(computed) != len(built):  # layers that this forward does not run
-            return [f"{number} {each}" for number, each in enumerate(built)]
-        return [f"{trace} {each}" for trace, each in zip(computed, built, strict=True)]
+        if len(computed) != len(self.built):  # some layers do not run; nothing is known of what they compute
+            return [f"{number} {each}" for number, each in enumerate(self.built)]
+        return [f"{trace} {each}" for trace, each in zip(computed, self.built, strict=True)]
+
+    @functools.cached_property
+    def built(self) -> list[int]:
+        """Of every layer, a number for what it is built of."""
+        return self.numbered(self._structures)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the original, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._view.model.state_dict().items()}
 
     @functools.cached_property
     def _structures(self) -> list[dict[str, Any]]:
         return _structures(self._view.layers, self._view.config)
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._view.model.state_dict().items()}
+    def _own_numbers(self) -> set[str]:
+        return _numbered(self._structures)
+
+    def numbered(self, structures: Sequence[Mapping[str, Any]]) -> list[int]:
+        """For what each layer is built of, a number; equal ones differ in the layer's own number only."""
+        found = []
+        for place, each in enumerate(structures):
+            held = {key: value for key, value in each.items() if key not in self._own_numbers or value != place}
+            key = repr(sorted(held.items(), key=lambda item: item[0]))
+            if key not in self._numbers:
+                self._numbers[key] = len(self._known_kinds)
+                self._known_kinds.append(held)
+            found.append(self._numbers[key])
+        return found
+
+    def modules(self, kind: int) -> str:
+        """The classes of the modules that a layer of this kind is built of."""
+        return repr([(key, value) for key, value in self._known_kinds[kind].items() if key.endswith(":")])
+
+    def apart(self, kind: int, other: int, layers: int) -> tuple[int, str]:
+        """How many settings of a layer differ from another one's, and the first one in words.
+
+        Args:
+            layers: of the other one's model; a setting that is the number of layers may follow it.
+        """
+        if (kind, other, layers) not in self._apart:
+            one, two = self._known_kinds[kind], self._known_kinds[other]
+            counts = (len(self._view.layers), layers)
+            keys = [key for key in {**one, **two} if one.get(key) != two.get(key) and (one.get(key), two.get(key)) != counts]
+            self._apart[kind, other, layers] = len(keys), _difference(keys, one, two)
+        return self._apart[kind, other, layers]
+
+    def model(self, config: Any) -> _Built | str:
+        """What the model of a configuration is built of; why it cannot be built if it cannot."""
+        key = json.dumps(config.to_dict(), default=repr, sort_keys=True)
+        if key not in self._models:
+            try:
+                model = built(config, self._view)
+                layers = list(model.get_submodule(self._view.layers_path))
+                tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+                shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+                own = [name for name, _ in model.named_parameters() if name not in tied]
+                self._models[key] = _Built(self.numbered(_structures(layers, config)), shapes, own)
+            except _NOT_BUILT as error:
+                self._models[key] = _unbuilt(error)
+        return self._models[key]
 
     def trace(self, dropped: frozenset[int]) -> Trace:
         """What the original computes while the hidden state skips these layers."""
@@ -233,74 +304,74 @@ class _Search:
         """The places of the layers with the same modules, one list per kind."""
         apart: dict[str, list[int]] = {}
         for place, layer in enumerate(self._kept):
-            modules = [(k, v) for k, v in self._owner._structures[layer].items() if k.endswith(":")]
-            apart.setdefault(repr(modules), []).append(place)
+            apart.setdefault(self._owner.modules(self._owner.built[layer]), []).append(place)
         return list(apart.values()) if len(apart) > 1 else []
 
     def _tried(self, edits: Edits) -> _Attempt:
         key = repr(sorted((path, repr(value)) for path, value in edits.items()))
         if key not in self._known:
-            self._owner.trace(self._dropped)  # an error of the original is no reason to try another configuration
-            try:
-                with _quiet():
+            with quiet():
+                try:
                     config = _written(shallower(self._view.config, self._kept, edits))
-                    self._known[key] = self._compared(config, _built(config, self._view))
-            except _NOT_BUILT as error:
-                what = f"transformers cannot build or run the model of its configuration ({type(error).__name__}: {one_line(error)})"
-                self._known[key] = _Attempt(None, (_UNBUILT, 0), what)
+                except _NOT_BUILT as error:
+                    self._known[key] = _Attempt(None, (_UNBUILT, 0), _unbuilt(error))
+                else:
+                    self._known[key] = self._compared(config)
         return self._known[key]
 
-    def _compared(self, config: Any, model: Any) -> _Attempt:
-        view, kept = self._view, self._kept
-        path = view.layers_path
-        layers = list(model.get_submodule(path))
-        if len(layers) != len(kept):
-            return _Attempt(config, (_UNBUILT, 0), f"it would have {len(layers)} layers, not {len(kept)}")
-        if what := self._outside(model):
+    def _compared(self, config: Any) -> _Attempt:
+        """Compare a configuration's model with the original: first what it is built of, then what it computes."""
+        found, kept = self._owner.model(config), self._kept
+        if isinstance(found, str):
+            return _Attempt(None, (_UNBUILT, 0), found)
+        if len(found.layers) != len(kept):
+            return _Attempt(config, (_UNBUILT, 0), f"it would have {len(found.layers)} layers, not {len(kept)}")
+        if what := self._outside(found):
             return _Attempt(config, (_UNBUILT, 0), what, final=True)
-        skeleton = Skeleton(model, config, view.dtype, path, layers)
-        originals = self._owner._structures
         count, what, wrong = 0, "", set[int]()
-        new = _structures(layers, config)
         for place, layer in enumerate(kept):
-            for key in originals[layer].keys() | new[place].keys():
-                was, is_ = (each.get(key) for each in (originals[layer], new[place]))
-                if was != is_ and (was, is_) not in ((layer, place), (self._before, len(kept))):
-                    count += 1
-                    wrong.add(place)
-                    what = what or _difference(layer, place, key, was, is_, originals[layer], new[place])
-        if count:
-            return _Attempt(config, (count, 0), what, frozenset(wrong))
+            different, first = self._owner.apart(self._owner.built[layer], found.layers[place], len(kept))
+            if different:
+                what = what or f"layer {layer}, which would be layer {place}, {first}"
+                wrong.add(place)
+                count += different
+        return _Attempt(config, (count, 0), what, frozenset(wrong)) if count else self._computed(config)
+
+    def _computed(self, config: Any) -> _Attempt:
+        view, kept = self._view, self._kept
         reference = self._owner.trace(self._dropped)
-        found = traced(skeleton, kept)
+        try:
+            model = built(config, view)
+            layers = list(model.get_submodule(view.layers_path))
+            found = traced(Skeleton(model, config, view.dtype, view.layers_path, layers), kept)
+        except _NOT_BUILT as error:
+            return _Attempt(None, (_UNBUILT, 0), _unbuilt(error))
         if found.logits == reference.logits:
             return _Attempt(config, (0, 0))
-        pairs = list(zip(reference.layers, found.layers, strict=True))
-        wrong = {place for place, (one, other) in enumerate(pairs) if one != other}
-        if wrong:
-            place = min(wrong)
-            what = f"layer {kept[place]}, which would be layer {place}, would compute something else, because its number changes"
-        else:
-            what = "what is between the layers would compute something else"
-        return _Attempt(config, (0, max(len(wrong), 1)), what, frozenset(wrong))
+        pairs = enumerate(zip(reference.layers, found.layers, strict=False))
+        wrong = [place for place, (one, other) in pairs if one != other]
+        if not wrong:
+            return _Attempt(config, (0, 1), "what is between the layers would compute something else")
+        what = f"layer {kept[wrong[0]]}, which would be layer {wrong[0]}, would compute something else, as its number changes"
+        return _Attempt(config, (0, len(wrong)), what, frozenset(wrong))
 
-    def _outside(self, model: Any) -> str:
+    def _outside(self, found: _Built) -> str:
         """What of the tensors differs in name, shape or sharing from the original's, in words; empty if nothing does."""
         view, path = self._view, self._view.layers_path
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        old = self._owner._shapes
-        new = {original_name(name, path, self._kept): tuple(t.shape) for name, t in model.state_dict().items()}
-        own = {original_name(name, path, self._kept) for name, _ in model.named_parameters() if name not in tied}
-        outside = [name for name in old if not name.startswith(path + ".")]
-        for name in outside:
+        old = self._owner.shapes
+        new = {original_name(name, path, self._kept): shape for name, shape in found.shapes.items()}
+        for name, shape in old.items():
+            if name.startswith(path + "."):
+                continue
             if name not in new:
                 return f"the tensor '{name}' outside the layers would have no place"
-            if new[name] != old[name]:
-                return f"'{name}', outside the layers, has shape {old[name]} and would need {new[name]}"
+            if new[name] != shape:
+                return f"'{name}', outside the layers, has shape {shape} and would need {new[name]}"
         if missing := [name for name in new if name not in old and not name.startswith(path + ".")]:
             return f"it would need a tensor '{missing[0]}'"
-        if lent := [name for name in own if name in view.tied]:
-            return f"'{lent[0]}' has its weights from '{view.tied[lent[0]]}', which would be gone"
+        own = (original_name(name, path, self._kept) for name in found.own)
+        if lent := next((name for name in own if name in view.tied), None):
+            return f"'{lent}' has its weights from '{view.tied[lent]}', which would be gone"
         return ""
 
 
@@ -383,7 +454,7 @@ def _written(config: Any) -> Any:
     return read
 
 
-def _built(config: Any, view: Checkpoint) -> Any:
+def built(config: Any, view: Checkpoint) -> Any:
     """The model with parameters on the meta device; buffers are computed."""
     from accelerate import init_empty_weights
 
@@ -438,17 +509,22 @@ def _numbered(structures: Sequence[Mapping[str, Any]]) -> set[str]:
     return found
 
 
-def _difference(
-    layer: int, place: int, key: str, was: Any, now: Any, original: Mapping[str, Any], new: Mapping[str, Any]
-) -> str:
+def _difference(keys: Sequence[str], one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
+    """The first of the different settings of two layers, in words; a module of another class comes before a setting."""
+    if not keys:
+        return ""
+    key = next((key for key in keys if key.endswith(":") and key != "cache:"), keys[0])
     module, _, setting = key.rpartition(":")
-    kinds = original.get(f"{module}:"), new.get(f"{module}:")
-    at = f"layer {layer}, which would be layer {place}, "
+    was, now = one.get(key, "nothing"), two.get(key, "nothing")
     if key == "cache:":
-        return f"{at}has a cache {was} and would get {now}"
-    if kinds[0] != kinds[1]:
-        return f"{at}has {kinds[0] or 'nothing'} at '{module}' and would get {kinds[1] or 'nothing'}"
-    return f"{at}has {setting} = {was} at '{module or 'the layer'}' and would get {now}"
+        return f"has a cache {was} and would get {now}"
+    if not setting:
+        return f"is {was} and would be {now}" if not module else f"has {was} at '{module}' and would get {now}"
+    return f"has {setting} = {was} at '{module or 'the layer'}' and would get {now}"
+
+
+def _unbuilt(error: Exception) -> str:
+    return f"transformers cannot build or run the model of its configuration ({type(error).__name__}: {one_line(error)})"
 
 
 def _said(layers: Collection[int]) -> str:
@@ -456,7 +532,7 @@ def _said(layers: Collection[int]) -> str:
     return f"layer {named}" if len(layers) == 1 else f"layers {named}"
 
 
-class _quiet(warnings.catch_warnings):
+class quiet(warnings.catch_warnings):
     """While the context is open, configurations that are only tried give no warning."""
 
     def __enter__(self) -> Any:

@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
     def naming(self, skeleton: Any, numbers: Sequence[int]) -> Iterator[None]:
         """Name the weights, those of experts too, which `experts_forward` does not multiply by on the meta device."""
         handles: list[Any] = []
-        with _buffers_on_meta(skeleton.layers):
+        with self._buffers_on_meta(skeleton.layers):
             named = {id(tensor): name for name, tensor in _weights(skeleton.model)}
             for name, tensor in _weights(skeleton.model):
                 self.put(tensor, original_name(name, skeleton.layers_path, numbers), "")
@@ -212,6 +212,21 @@ class _Recorder(TorchDispatchMode):
             finally:
                 for handle in handles:
                     handle.remove()
+
+    @contextmanager
+    def _buffers_on_meta(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """While the context is open, the layers' buffers are on the meta device, as the parameters are; known by their values."""
+        modules = [module for layer in layers for module in layer.modules()]
+        held = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None]
+        moved = {id(buffer): buffer.to(_META) for _, _, buffer in held}
+        for module, name, buffer in held:
+            self.put(moved[id(buffer)], self.hash_of(buffer), "")
+            module._buffers[name] = moved[id(buffer)]
+        try:
+            yield
+        finally:
+            for module, name, buffer in held:
+                module._buffers[name] = buffer
 
     def _experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         weights = [self.hash_of(weight) for _, weight in _weights(module)]
@@ -240,20 +255,6 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             buffer = child._buffers[name]
             if buffer is not None:
                 yield f"{path}.{name}" if path else name, buffer
-
-
-@contextmanager
-def _buffers_on_meta(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """While the context is open, the buffers of layers that a checkpoint holds are on the meta device, as the parameters are."""
-    held = [(module, name, module._buffers[name]) for layer in layers for module in layer.modules() for name in _stored(module)]
-    moved = {id(buffer): buffer.to(_META) for _, _, buffer in held if buffer is not None}
-    for module, name, buffer in held:
-        module._buffers[name] = None if buffer is None else moved[id(buffer)]
-    try:
-        yield
-    finally:
-        for module, name, buffer in held:
-            module._buffers[name] = buffer
 
 
 def _noted(
