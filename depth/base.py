@@ -213,7 +213,10 @@ def anything(layers: Collection[int]) -> bool:
 
 
 def cheapest(values: Mapping[int, float], count: int, may_go: MayGo) -> list[int]:
-    """The `count` layers of the smallest values that can go together; ascending. Of equal ones the one with the smallest number."""
+    """The `count` layers of the smallest values that can go together; ascending.
+
+    Of equally cheap layers the one with the smallest number comes first.
+    """
     chosen: list[int] = []
     for layer in sorted(values, key=lambda layer: (values[layer], layer)):
         if len(chosen) < count and may_go([*chosen, layer]):

@@ -1,9 +1,10 @@
 """Which layers or sub-layers of a model may be removed, and when enough of them are.
 
-Layers that stay get new numbers, and a configuration must describe the result (depth/shallower.py). In most models one describes
-every choice; then a score chooses freely, and its choice is compared with the original before anything is compressed. In others
-the layers that stay must keep a period, or only the last ones can go. Then every step of the choice keeps to layers that can be
-completed to a set that can go; the plan says so, and refuses where there is no such set. Sub-layers renumber nothing.
+Layers that stay get new numbers, and a configuration must describe the result (depth/renumbering/). In most models one
+describes every choice; then a score chooses freely, and its choice is compared with the original before anything is compressed.
+In others the layers that stay must keep a period, or only the last ones can go. Then every step of the choice keeps to layers
+that can be completed to a set that can go; the plan says so, and refuses where there is no such set. Removed sub-layers renumber
+nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..checkpoint.streamed import Checkpoint
 from ..errors import BudgetError
 from ..model.sublayers import SubLayer
 from .base import Enough, get_repair, get_score
-from .shallower import Shallower
+from .renumbering.shallower import Shallower
 from .spec import DepthSpec, how_many
 
 

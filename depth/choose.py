@@ -69,7 +69,10 @@ def choose_removed(
 
 
 class _Trying:
-    """Measures the model without sets of candidates, and records the best set of each round; what cannot go is infinitely bad."""
+    """Measures the model without sets of candidates, and records the best set of each round.
+
+    A set that cannot go is not measured; its loss is infinite.
+    """
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from ..compress.options import Choice, Option, Shape
 from ..depth.candidates import Removable, enough_sublayers, open_sublayers
 from ..depth.cost import depth_lines
 from ..depth.model_edit import ModelEdit
-from ..depth.shallower import Shallower
+from ..depth.renumbering.shallower import Shallower
 from ..errors import BudgetError, RecipeError
 from ..model.targets import Target
 from ..model.view import ModelView

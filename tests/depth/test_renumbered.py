@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.checkpoint.location import locate
 from lrc.depth.candidates import Removable
-from lrc.depth.shallower import Shallower
+from lrc.depth.renumbering.shallower import Shallower
 from lrc.errors import ModelError
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..compress.forms.experts import expert_parameters
-from ..model.lockstep import Call, hidden_of, passed_by, run_layer
-from ..model.targets import standing_in
+from ...compress.forms.experts import expert_parameters
+from ...model.lockstep import Call, passed_by, run_layer
+from ...model.targets import standing_in
 
 _META = torch.device("meta")
 _INTERNAL = {*vars(nn.Module()), "forward"}
@@ -130,7 +130,8 @@ def _stored(module: nn.Module) -> set[str]:
 def _value(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "meta"
-    return hashlib.blake2b(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+    held = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(held, digest_size=16).hexdigest()
 
 
 def _hashed(*parts: Any) -> str:
@@ -204,9 +205,8 @@ class _Recorder(TorchDispatchMode):
                 for name, tensor in _weights(layer):
                     if named[id(tensor)].startswith(inside):  # not one that the layer shares with another part of the model
                         self.put(tensor, f"layer's {name}", "")
-                for module in layer.modules():
-                    if expert_parameters(module):
-                        handles.append(module.register_forward_hook(self._experts, with_kwargs=True))
+                experts = [module for module in layer.modules() if expert_parameters(module)]
+                handles += [module.register_forward_hook(self._experts, with_kwargs=True) for module in experts]
             try:
                 yield
             finally:
@@ -215,7 +215,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def _buffers_on_meta(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """While the context is open, the layers' buffers are on the meta device, as the parameters are; known by their values."""
+        """While the context is open, the layers' buffers are on the meta device, as the parameters are; their values are noted."""
         modules = [module for layer in layers for module in layer.modules()]
         held = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None]
         moved = {id(buffer): buffer.to(_META) for _, _, buffer in held}
@@ -257,27 +257,26 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _noted(
-    recorder: _Recorder, layer: nn.Module, number: int, dropped: bool, kinds: dict[int, str]
-) -> Callable[..., Any]:
+def _noted(recorder: _Recorder, layer: nn.Module, number: int, dropped: bool, kinds: dict[int, str]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs)
-        state = recorder.hash_of(call.hidden)
+        same, state = call.hidden, recorder.hash_of(call.hidden)
         recorder.call = _hashed("layer", number, state, kinds.get(number))
+
+        def after(place: int, leaf: Tensor) -> str:
+            return (
+                state if leaf is same else _hashed("dropped" if dropped else "", number, place, state, recorder.hash_of(leaf))
+            )
+
         try:
             if dropped:
-                same = call.hidden
-                return _real(
-                    passed_by(layer, call),
-                    recorder,
-                    lambda place, leaf: state if leaf is same else _hashed("dropped", number, place, state, recorder.hash_of(leaf)),
-                )
+                return _real(passed_by(layer, call), recorder, after)
             moved = call.to(_META)
             recorder.put(moved.hidden, "hidden")
             output = run_layer(layer, moved)
             said = _hashed([recorder.hash_of(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
             kinds[number] = _hashed(kinds[number], said) if number in kinds else said
-            return _real(output, recorder, lambda place, leaf: _hashed("output", number, place, state, recorder.hash_of(leaf)))
+            return _real(output, recorder, after)
         finally:
             recorder.call = ""
 
