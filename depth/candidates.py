@@ -3,8 +3,8 @@
 Layers that stay get new numbers, and a configuration must describe the result (depth/renumbering/). In most models one
 describes every choice; then a score chooses freely, and its choice is compared with the original before anything is compressed.
 In others the layers that stay must keep a period, or only the last ones can go. Then every step of the choice keeps to layers
-that can be completed to a set that can go; the plan says so, and refuses where there is no such set. Removed sub-layers renumber
-nothing.
+that can be completed to a set that can go; the plan says so, and refuses where there is no such set. Without sub-layers every
+layer keeps its number.
 """
 
 from __future__ import annotations
