@@ -215,7 +215,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def _buffers_on_meta(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """While the context is open, the layers' buffers are on the meta device as the parameters are; their values are noted."""
+        """While the context is open, the layers' buffers are on the meta device, as parameters are; their values are noted."""
         modules = [module for layer in layers for module in layer.modules()]
         held = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items() if buffer is not None]
         moved = {id(buffer): buffer.to(_META) for _, _, buffer in held}
