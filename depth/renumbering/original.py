@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,13 @@ class Built:
     """The model of a configuration.
 
     Args:
+        config: the configuration, as transformers reads it from the result's config.json.
         layers: a number for what each layer is built of.
         shapes: shape of every tensor, by name.
         own: parameters that share their tensor with no earlier one.
     """
 
+    config: Any
     layers: list[int]
     shapes: Mapping[str, tuple[int, ...]]
     own: Sequence[str]
@@ -99,17 +100,22 @@ class Original:
             self._apart[kind, other, layers] = len(keys), _difference(keys, one, two)
         return self._apart[kind, other, layers]
 
-    def model(self, config: Any) -> Built | str:
-        """What the model of a configuration is built of; why it cannot be built if it cannot."""
-        key = json.dumps(config.to_dict(), default=repr, sort_keys=True)
+    def model(self, key: str, make: Callable[[], Any]) -> Built | str:
+        """What the model of a configuration is built of; why it cannot be built if it cannot.
+
+        Args:
+            key: equal for equal configurations.
+            make: makes the configuration.
+        """
         if key not in self._models:
             try:
+                config = make()
                 model = built(config, self.view)
                 layers = list(model.get_submodule(self.view.layers_path))
                 tied = set(getattr(model, "all_tied_weights_keys", None) or {})
                 shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
                 own = [name for name, _ in model.named_parameters() if name not in tied]
-                self._models[key] = Built(self.numbered(structures(layers, config)), shapes, own)
+                self._models[key] = Built(config, self.numbered(structures(layers, config)), shapes, own)
             except NOT_BUILT as error:
                 self._models[key] = unbuilt(error)
         return self._models[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from .original import Built, Original
 from .tracing import Skeleton, original_name, traced
 
 RIGHT = (0, 0)
-_PAIRS = 40  # pairs of changed entries that are tried at most
 _PROBES = 3  # values of an entry that are tried to see whether layers depend on it
 _UNBUILT = 10**6  # the distance of a configuration that no model can be built from
 
@@ -44,10 +44,12 @@ class Relevant:
     Args:
         nearer: those of which another value made a shallower model more like the original.
         others: others that concern some layers only.
+        looked_for: the kinds of layers that were wrong when entries were looked for.
     """
 
     nearer: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
+    looked_for: set[frozenset[int]] = field(default_factory=set)
 
     @property
     def all(self) -> list[Path]:
@@ -76,23 +78,22 @@ class Search:
         base = self._tried({})
         if base.distance == RIGHT or base.final:
             return base
-        found = self._climbed(base) if self._entries.all else base
-        if found.distance != RIGHT:
+        found = self._climbed(base)
+        moved = frozenset(self._original.built[self._kept[place]] for place in base.wrong)
+        if found.distance != RIGHT and moved not in self._entries.looked_for:
+            self._entries.looked_for.add(moved)
             self._look_for_entries(base)
             found = self._climbed(base)
         return found if found.distance == RIGHT else base
 
     def _climbed(self, base: Attempt) -> Attempt:
-        """The nearest configuration, reached by changing one entry after the other, or two at once where one does not help."""
+        """The nearest configuration that is reached by changing one entry after the other, each time to the best value."""
         edits: Edits = {}
         best = base
         while best.distance != RIGHT:
-            for more in (self._steps, self._pairs):
-                found = min(more(edits, best), key=lambda each: self._tried(each).distance, default=edits)
-                if self._tried(found).distance < best.distance:
-                    break
-            else:
-                return best
+            found = min(self._steps(edits, best), key=lambda each: self._tried(each).distance, default=edits)
+            if self._tried(found).distance >= best.distance:
+                break
             edits, best = found, self._tried(found)
         return best
 
@@ -103,22 +104,6 @@ class Search:
                 yield {**edits, path: value}
                 if self._tried({**edits, path: value}).distance == RIGHT:
                     return
-
-    def _pairs(self, edits: Edits, now: Attempt) -> Iterator[Edits]:
-        """The edits with two more entries changed, until one of them is right."""
-        left = _PAIRS
-        paths = self._entries.all
-        for place, one in enumerate(paths):
-            for other in paths[place + 1 :]:
-                for first in self._meanings(one, now):
-                    after = self._tried({**edits, one: first})
-                    for second in self._meanings(other, after):
-                        left -= 1
-                        if left < 0:
-                            return
-                        yield {**edits, one: first, other: second}
-                        if self._tried({**edits, one: first, other: second}).distance == RIGHT:
-                            return
 
     def _look_for_entries(self, base: Attempt) -> None:
         """Add the entries on which the kinds of layers depend: change each one and see what becomes of the layers."""
@@ -164,19 +149,23 @@ class Search:
         key = repr(sorted((path, repr(value)) for path, value in edits.items()))
         if key not in self._known:
             with quiet():
-                try:
-                    config = written(shallower(self._view.config, self._kept, edits))
-                except NOT_BUILT as error:
-                    self._known[key] = Attempt(None, (_UNBUILT, 0), unbuilt(error))
-                else:
-                    self._known[key] = self._compared(config)
+                self._known[key] = self._compared(self._original.model(f"{self._cut} {key}", lambda: self._config(edits)))
         return self._known[key]
 
-    def _compared(self, config: Any) -> Attempt:
+    def _config(self, edits: Edits) -> Any:
+        return written(shallower(self._view.config, self._kept, edits))
+
+    @functools.cached_property
+    def _cut(self) -> str:
+        """The entries of the configuration that only cuts what has one entry per layer; equal for many choices of layers."""
+        return repr(list(entries(shallower(self._view.config, self._kept).get_text_config())))
+
+    def _compared(self, found: Built | str) -> Attempt:
         """Compare a configuration's model with the original: first what it is built of, then what it computes."""
-        found, kept = self._original.model(config), self._kept
+        kept = self._kept
         if isinstance(found, str):
             return Attempt(None, (_UNBUILT, 0), found)
+        config = found.config
         if len(found.layers) != len(kept):
             return Attempt(config, (_UNBUILT, 0), f"it would have {len(found.layers)} layers, not {len(kept)}")
         if what := self._outside(found):
