@@ -21,7 +21,7 @@ values make any two states look alike. Evaluate the result before you use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -29,11 +29,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..compress.registry import first_line, import_all
-from ..errors import RequestError, did_you_mean
+from ..errors import BudgetError, RequestError, did_you_mean
 
 Looks = Literal["states", "loss", "divergence", ""]
+# layers -> whether they can leave the model, alone or with others (depth/candidates.py)
+MayGo = Callable[[Collection[int]], bool]
 # boundaries (layers + 1 tensors of (samples, length, hidden)), candidates, how many to drop -> the dropped layers, ascending
-ByStates = Callable[[Sequence[Tensor], Sequence[int], int], list[int]]
+ByStates = Callable[[Sequence[Tensor], Sequence[int], int, MayGo], list[int]]
 # sets of removed candidates -> loss or divergence of each such model, nats per token
 Trial = Callable[[Sequence[frozenset[int]]], list[float]]
 # removed candidates -> whether these are enough
@@ -203,6 +205,37 @@ def get_repair(name: str) -> Repair:
     if name not in known:
         raise RequestError(f"There is no repair '{name}'.", did_you_mean(name, known))
     return known[name]
+
+
+def anything(layers: Collection[int]) -> bool:
+    """Any layers may go."""
+    return True
+
+
+def cheapest(values: Mapping[int, float], count: int, may_go: MayGo) -> list[int]:
+    """The `count` layers of the smallest values that can go together; ascending.
+
+    Of equally cheap layers the one with the smallest number comes first.
+    """
+    chosen: list[int] = []
+    for layer in sorted(values, key=lambda layer: (values[layer], layer)):
+        if len(chosen) < count and may_go([*chosen, layer]):
+            chosen.append(layer)
+    return sorted(chosen)
+
+
+def runs(candidates: Sequence[int], count: int, may_go: MayGo) -> list[int]:
+    """The first layers of all runs of `count` neighbouring candidates that can go; ascending.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    known = set(candidates)
+    starts = [first for first in sorted(known) if known.issuperset(range(first, first + count))]
+    found = [first for first in starts if may_go(range(first, first + count))]
+    if not found:
+        raise BudgetError(f"No run of {count} neighbouring layers is left to drop.", "Protect fewer layers, or drop fewer.")
+    return found
 
 
 def greedily(trial: Trial, candidates: Sequence[int], enough: Enough) -> list[int]:

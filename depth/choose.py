@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ from ..model.events import Event, Notify, silent
 from ..model.lockstep import Call, hidden_of
 from ..model.sublayers import SubLayer
 from ..model.view import ModelView
-from .base import get_repair, get_score
-from .candidates import enough_sublayers, open_layers, open_sublayers
+from .base import MayGo, anything, get_score
+from .candidates import Removable, enough_sublayers, open_sublayers
 from .cost import seen_samples
 from .model_edit import ModelEdit
-from .spec import DepthSpec, how_many
+from .spec import DepthSpec
 
 
 def choose_removed(
@@ -52,25 +53,26 @@ def choose_removed(
         trial = _Trying(view, spec, tokens, devices[0], view.sublayers, folder, notify)
         removed = score.choose(trial, candidates, enough_sublayers(view.sublayers, spec))
         return ModelEdit.without([view.sublayers[number] for number in removed], trial.record)
-    layers, count = open_layers(len(view.layers), spec), layers_chosen(view, spec)
+    removable, record = Removable(view, spec), dict[str, Any]()
     if score.tries:
-        trial = _Trying(view, spec, tokens, devices[0], None, folder, notify)
-        chosen_layers = score.choose(trial, layers, lambda removed: len(removed) >= count)
-        return ModelEdit(tuple(chosen_layers), record=trial.record)
-    boundaries: list[Tensor] = []
-    if score.looks:
-        shown = seen_samples(score, view.config.get_text_config().hidden_size, *tokens.shape)
-        boundaries = _boundaries(view, spread(tokens, shown), devices)
-    return ModelEdit(tuple(score.choose(boundaries, layers, count)))
-
-
-def layers_chosen(view: ModelView, spec: DepthSpec) -> int:
-    """How many layers a score chooses; one more than are dropped where the repair keeps one of them in place of the run."""
-    return how_many(spec, len(view.layers)) + (spec.repair != "none" and get_repair(spec.repair).on == "layer")
+        trial = _Trying(view, spec, tokens, devices[0], None, folder, notify, removable.may_go)
+        chosen = score.choose(trial, removable.open, lambda removed: len(removed) >= removable.count)
+        record = trial.record
+    else:
+        boundaries: list[Tensor] = []
+        if score.looks:
+            shown = seen_samples(score, view.config.get_text_config().hidden_size, *tokens.shape)
+            boundaries = _boundaries(view, spread(tokens, shown), devices)
+        chosen = score.choose(boundaries, removable.open, removable.count, removable.may_go)
+    together = removable.completed(chosen)  # the chosen ones, unless the choice came to an end before it was complete
+    return ModelEdit(removable.assumed if together is None else tuple(sorted(together)), record=record)
 
 
 class _Trying:
-    """Measures the model without sets of candidates, and records the best set of each round."""
+    """Measures the model without sets of candidates, and records the best set of each round.
+
+    A set that cannot go is not measured; its loss is infinite.
+    """
 
     def __init__(
         self,
@@ -81,8 +83,9 @@ class _Trying:
         sublayers: Sequence[SubLayer] | None,
         folder: Path,
         notify: Notify,
+        may_go: MayGo = anything,
     ) -> None:
-        self._view, self._device, self._notify = view, device, notify
+        self._view, self._device, self._notify, self._may_go = view, device, notify, may_go
         self._without = Ablation if sublayers is None else WithoutSubLayers(sublayers)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
@@ -95,14 +98,17 @@ class _Trying:
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()
         keys = [",".join(map(str, sorted(removed))) for removed in sets]
-        missing = {key: removed for key, removed in zip(keys, sets, strict=True) if key not in self._known}
+        open_sets = {key: removed for key, removed in zip(keys, sets, strict=True) if self._may_go(removed)}
+        if not open_sets:
+            return [math.inf] * len(sets)
+        missing = {key: removed for key, removed in open_sets.items() if key not in self._known}
         if missing:
             measure = losses if self._looks == "loss" else divergences
             ablations = [self._without(removed) for removed in missing.values()]
             measured = measure(self._view, self._tokens, ablations, self._device)
             self._known |= dict(zip(missing, measured, strict=True))
             write_json(self._file, self._known)
-        found = [self._known[key] for key in keys]
+        found = [self._known[key] if key in open_sets else math.inf for key in keys]
         best = min(range(len(found)), key=found.__getitem__)
         self.record["score"]["rounds"].append({"gone": sorted(sets[best]), self._looks: found[best]})
         line = f"{len(sets[best])} gone, {self._looks} {found[best]:.4f} nats per token"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..model.ablation import BATCH_TOKENS, COPIES, STATES
 from .base import Score, Training, get_repair, get_score
-from .candidates import open_layers, open_sublayers
+from .candidates import Removable, open_layers, open_sublayers
 from .model_edit import ModelEdit
 from .repairs.partial_finetune import LAST_LAYERS
 from .spec import DepthSpec
@@ -45,6 +45,8 @@ def depth_lines(
         seen = min(spec.loss_samples, calibration.samples) * min(spec.loss_length, calibration.length)
         lines.append(f"score {spec.score}: some {rounds} rounds, {tries} models, each over {seen:,} tokens")
     lines += _repair_lines(view, spec, tokens)
+    if spec.granularity == "layer" and (note := Removable(view, spec).note):
+        lines.append(note)
     if model_edit.removed:
         lines.append("the result needs lrc to load: a sub-layer is gone")
     return tuple(lines)

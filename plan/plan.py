@@ -97,6 +97,7 @@ class Planned:
         notes: the cost of `depth`, in words.
         gap: upper bound on the relative distance of the predicted loss from the best possible one; None without a solver.
         found: result of the search for a size; None before the search, and if the recipe gives the size.
+        shallower: config.json of the model without the dropped layers; None if no layer is dropped.
     """
 
     recipe: Recipe
@@ -118,6 +119,7 @@ class Planned:
     notes: tuple[str, ...] = ()
     gap: float | None = None
     found: Found | None = None
+    shallower: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def renumbered(self) -> dict[int, int]:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..compress.base import DENSE, Curve
 from ..compress.options import Choice, Option, Shape
-from ..depth.candidates import enough_sublayers, open_sublayers
+from ..depth.candidates import Removable, enough_sublayers, open_sublayers
 from ..depth.cost import depth_lines
 from ..depth.model_edit import ModelEdit
-from ..depth.spec import how_many
+from ..depth.renumbering.shallower import Shallower
 from ..errors import BudgetError, RecipeError
 from ..model.targets import Target
 from ..model.view import ModelView
@@ -43,6 +43,7 @@ def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found |
 
     Raises:
         BudgetError: the recipe gives no budget, or one that cannot be met.
+        ModelError: layers shall be dropped, and no configuration describes the model without them.
         RecipeError: a pattern of `keep` or `limits` matches no target, or limits contradict each other.
     """
     return _planned(Draft, view, recipe, devices, _Known(found=found))
@@ -112,6 +113,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         notes=depth_lines(view, recipe.dropping, recipe.calibration, model_edit),
         gap=shared.gap,
         found=known.found,
+        shallower=described(view, model_edit.dropped),
     )
     return replace(plan, memory=predict_memory(view, plan, devices))
 
@@ -220,14 +222,30 @@ def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Optio
     return tuple(map(step, targets))
 
 
+def described(view: ModelView, dropped: Sequence[int]) -> dict[str, Any] | None:
+    """The configuration of the model without these layers, as config.json holds it; None where none is dropped.
+
+    Raises:
+        ModelError: no configuration describes it.
+    """
+    if not dropped:
+        return None
+    found: dict[str, Any] = json.loads(Shallower.of(view).config(dropped).to_json_string())
+    return found
+
+
 def assumed(view: ModelView, recipe: Recipe) -> ModelEdit:
-    """Assume, before scores are known, that the recipe drops the last unprotected layers or sub-layers."""
+    """Assume, before scores are known, that the recipe drops the last unprotected layers or sub-layers that can go.
+
+    Raises:
+        ModelError: no configuration describes the model without so many layers.
+    """
     spec = recipe.dropping
     if spec is None:
         return ModelEdit()
     if spec.granularity == "layer":
-        end = len(view.layers) - spec.protect_last
-        return ModelEdit(tuple(range(end - how_many(spec, len(view.layers)), end)))
+        removable = Removable(view, spec)
+        return ModelEdit(removable.dropped(removable.assumed))
     gone: list[int] = []
     parts, enough = open_sublayers(view.sublayers, len(view.layers), spec), enough_sublayers(view.sublayers, spec)
     while not enough(gone):

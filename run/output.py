@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +54,7 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
         record = artifact.done[name].record
         specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
         modules |= renamed(specs | record["edits"], name, staying[name])
-    config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
+    config = json.loads(view.config.to_json_string()) if plan.shallower is None else dict(plan.shallower)
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:
@@ -121,27 +120,6 @@ def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:
     """A form's spec with the new path of the module whose factor it shares, where that module is in the renumbered layer."""
     owner = spec.get("owner", "")
     return spec | {"owner": new + owner.removeprefix(old)} if owner.startswith(old + ".") else spec
-
-
-def shallower(config: Any, layers: Sequence[int]) -> Any:
-    """A copy of a configuration that describes a model with these layers only.
-
-    Changes the number of layers, and every list that has one entry per layer (such as the types of attention).
-
-    Args:
-        config: a transformers configuration.
-        layers: numbers of the original layers that are kept, ascending.
-    """
-    cut = copy.deepcopy(config)
-    text = cut.get_text_config()
-    before = text.num_hidden_layers
-    if len(layers) == before:
-        return cut
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == before:
-            setattr(text, key, [value[layer] for layer in layers])
-    text.num_hidden_layers = len(layers)
-    return cut
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:

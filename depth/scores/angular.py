@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...errors import BudgetError
-from ..base import score
+from ..base import MayGo, anything, runs, score
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -28,21 +27,18 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 
 @score("angular", source="arXiv 2403.17887", by_cosine=True, one_run=True)
-def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo = anything) -> list[int]:
     """The run of `count` neighbouring candidates across which samples' last tokens turn least."""
-    return _run([states[:, -1] for states in boundaries], candidates, count)
+    return _run([states[:, -1] for states in boundaries], candidates, count, may_go)
 
 
 @score("angular-all", source="arXiv 2403.19135", by_cosine=True, one_run=True)
-def choose_by_all(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+def choose_by_all(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo = anything) -> list[int]:
     """The run of `count` neighbouring candidates across which all tokens turn least, on average."""
-    return _run(boundaries, candidates, count)
+    return _run(boundaries, candidates, count, may_go)
 
 
-def _run(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
-    open_layers = set(candidates)
-    starts = [first for first in candidates if all(first + offset in open_layers for offset in range(count))]
-    if not starts:
-        raise BudgetError(f"No run of {count} neighbouring layers is left to drop.", "Protect fewer layers, or drop fewer.")
+def _run(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo) -> list[int]:
+    starts = runs(candidates, count, may_go)
     best = min(starts, key=lambda first: (distance(boundaries[first], boundaries[first + count]), first))
     return list(range(best, best + count))

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..base import score
+from ..base import MayGo, anything, cheapest, score
 
 
 def influences(boundaries: Sequence[Tensor]) -> list[float]:
@@ -24,7 +24,7 @@ def influences(boundaries: Sequence[Tensor]) -> list[float]:
 
 
 @score("block-influence", source="arXiv 2403.03853", by_cosine=True)
-def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo = anything) -> list[int]:
     """The `count` candidates of least influence."""
     influence = influences(boundaries)
-    return sorted(sorted(candidates, key=lambda layer: (influence[layer], layer))[:count])
+    return cheapest({layer: influence[layer] for layer in candidates}, count, may_go)

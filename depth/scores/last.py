@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..base import score
+from ..base import MayGo, anything, runs, score
 
 
 @score("last", source="arXiv 2411.15558", looks="", one_run=True)
-def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
-    """The last `count` candidates."""
-    return sorted(candidates)[-count:]
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo = anything) -> list[int]:
+    """The last `count` candidates; where a model cannot do without them, the last run of so many that can go."""
+    first = runs(candidates, count, may_go)[-1]
+    return list(range(first, first + count))

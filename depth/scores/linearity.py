@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError
-from ..base import score
+from ..base import MayGo, anything, cheapest, score
 
 _PER_CHANNEL = 2  # tokens; with only as many tokens as channels, every layer looks linear
 
@@ -37,7 +37,7 @@ def linearity(x: Tensor, y: Tensor) -> float:
 
 
 @score("linearity", source="arXiv 2405.12250", tokens_per_channel=_PER_CHANNEL)
-def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int) -> list[int]:
+def choose(boundaries: Sequence[Tensor], candidates: Sequence[int], count: int, may_go: MayGo = anything) -> list[int]:
     """The `count` most linear candidates."""
-    found = {layer: linearity(boundaries[layer], boundaries[layer + 1]) for layer in candidates}
-    return sorted(sorted(candidates, key=lambda layer: (-found[layer], layer))[:count])
+    found = {layer: -linearity(boundaries[layer], boundaries[layer + 1]) for layer in candidates}
+    return cheapest(found, count, may_go)
