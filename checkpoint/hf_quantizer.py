@@ -26,6 +26,7 @@ from ..compress.forms import stream_map as mapped
 from ..compress.forms.base import MODULES, Spec, build_module, linear_shape
 from ..compress.forms.shared import link
 from ..errors import CheckpointError, ModelError, one_line
+from .architecture import model_class
 from .location import locate
 from .weights import SafetensorsSource
 
@@ -159,13 +160,12 @@ def open_model(
         CheckpointError: weights are missing or damaged, or do not fit the model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     location = locate(model)
     config = location.config(trust_remote_code)
     own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # the error names a damaged shard
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = model_class(config).from_pretrained(
             location.path,
             gguf_file=location.gguf,
             dtype=dtype or config.dtype or own,

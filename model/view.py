@@ -82,6 +82,8 @@ class ModelView(Checkpoint):
             return "router: it chooses experts"
         if target.numel < 2 * (target.out_features + target.in_features):
             return "too small: even rank 1 would not halve it"
+        if self.model.get_submodule(target.module).get_parameter(_parameter(target)).dtype != self.dtype:
+            return "transformers holds it in another dtype than the model"
         return ""
 
     def _matrices(self) -> list[Target]:
@@ -112,6 +114,11 @@ class ModelView(Checkpoint):
                 f"{text.vocab_size - 1}.",
                 "Tokenizer and model do not belong together; put the model's own tokenizer beside its weights.",
             )
+
+
+def _parameter(target: Target) -> str:
+    """The name of the target's parameter in its module."""
+    return "weight" if target.expert is None else target.role.rpartition(".")[2]
 
 
 def require_positions(config: Any, length: int, what: str) -> None:
