@@ -74,6 +74,20 @@ def require_sizes(config: Any, name: str) -> None:
         )
 
 
+def text_decoder(model: Any) -> Any:
+    """The module inside a model that computes the last hidden state of text: the model without its head."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "get_output_embeddings") or decoder.get_output_embeddings() is None:
+        return decoder
+    path, _ = find_layers(model, type(model).__name__)  # the decoder has a head of its own (Llama 4)
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def without_head(model: Any) -> Any:
+    """The part of a model that gives hidden states and no logits."""
+    return text_decoder(model) if model.base_model is model else model.base_model
+
+
 def find_layers(model: Any, name: str) -> tuple[str, list[nn.Module]]:
     """Path and modules of the decoder layers: the module list of the text model with most of the parameters.
 

@@ -117,6 +117,10 @@ class Checkpoint:
     def _parameters(self) -> set[str]:
         return {name for name, _ in self.model.named_parameters()}
 
+    @cached_property
+    def _buffers(self) -> set[str]:
+        return {name for name, _ in self.model.named_buffers()}
+
     def outside_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Name in the model -> loaded tensor, for these names in the checkpoint."""
         state = self.model.state_dict()
@@ -186,9 +190,11 @@ class Checkpoint:
 
         tensors = self.source.read(names)
         for name, tensor in tensors.items():
+            # a stored buffer may be a bound, such as infinity
+            wrong = torch.isnan if self._renamed[name] in self._buffers else _not_finite
             # aminmax propagates NaN and, unlike isfinite, needs no second tensor of this size
-            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-                bad = int((~torch.isfinite(tensor)).sum())
+            if tensor.is_floating_point() and tensor.numel() and any(map(wrong, tensor.aminmax())):
+                bad = int(wrong(tensor).sum())
                 raise NonFiniteError(
                     f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
                     "The checkpoint is damaged; get it again.",
@@ -321,6 +327,10 @@ def _changes_shape(model: Any, name: str) -> bool:
     converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     return rename_source_key(name, renamings, converters)[1] is not None
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~torch.isfinite(tensor)
 
 
 def _nbytes(parameters: Iterable[Tensor]) -> int:

@@ -35,7 +35,7 @@ SIZES: list[tuple[str, int | None]] = [
     (r"codebook_size|audio_vocab_size", 256),
     (r".*(vocab_size|unpadded_vocab_size|encoder_hash_byte_group_vocab).*|vocab_offset|ngram_vocab_size_base", VOCAB),
     (r".*(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|embd_pdim|proj_dim|dim_model|lru_width|hidden_dim)", 64),
-    (r"(hidden_size_global|mamba_d_ssm|adapter_(in|out)_dim|projector_(in|out)put_dim|prompt_mid_dim|output_proj_dims)", 64),
+    (r"(hidden_size_global|mamba_d_ssm|adapter_(in|out)_dim|adapter_input_size|projector_(in|out)put_dim|prompt_mid_dim|output_proj_dims)", 64),
     (r".*(_rank|lowrank|_rank_dim)", 24),
     (r"original_max_position_embeddings", 128),
     (r".*(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions|max_source_positions|"
@@ -81,6 +81,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 256},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen2_vl_text": _SECTIONS,
+    "qwen2_5_vl_text": _SECTIONS,
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
