@@ -128,7 +128,7 @@ def require_positions(config: Any, length: int, what: str) -> None:
         CalibrationError: `what`, an option of the command line or a key of the recipe, asks for more.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
+    if positions is not None and 0 < positions < length:  # XLNet writes -1: as many as you like
         raise CalibrationError(
             f"{what} {length} is more than the {positions} positions of this model (max_position_embeddings).",
             f"Give {what if what.startswith('--') else '--length'} {positions} or less.",
