@@ -66,7 +66,8 @@ def require_sizes(config: Any, name: str) -> None:
         ModelError: it names no width of the hidden state, no vocabulary or no number of layers.
     """
     text = config.get_text_config()
-    lacking = [key for key in ("hidden_size", "vocab_size", "num_hidden_layers") if not isinstance(getattr(text, key, None), int)]
+    needed = ("hidden_size", "vocab_size", "num_hidden_layers")
+    lacking = [key for key in needed if not isinstance(getattr(text, key, None), int)]
     if lacking:
         raise ModelError(
             f"{name}: the configuration of type '{text.model_type}' has no {' and no '.join(lacking)} of one text decoder.",
@@ -108,7 +109,7 @@ def find_layers(model: Any, name: str) -> tuple[str, list[nn.Module]]:
 
 
 def _reads_text(model: Any, path: str) -> bool:
-    """Whether the module at this path is in the text model: no model of another modality (with a configuration of its own) holds it."""
+    """Whether the module at this path is in the text model: no part of the configuration but the text's made it."""
     text, inner = {id(model.config), id(model.config.get_text_config())}, model
     for part in path.split("."):
         inner = getattr(inner, part)

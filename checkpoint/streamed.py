@@ -271,7 +271,8 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         raise ModelError(
             f"transformers cannot build a language model of type '{config.model_type}' from its configuration: "
             f"{type(error).__name__}: {one_line(error)}",
-            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged.",
+            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged, "
+            "or transformers has no language model of this type.",
         ) from error
     keep_float32(model, dtype)
     model.tie_weights()

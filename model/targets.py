@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,8 @@ def watch(view: Checkpoint) -> list[Target]:
             _require_turn(view, steps, index)
             targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
             found += targets
-            steps.answer([output])
+            with nullcontext() if index == len(layers) - 1 else _nothing_outside(view):
+                steps.answer([output])
         if not steps.ended:
             _require_turn(view, steps, len(layers))
     return found
@@ -89,6 +90,33 @@ def _require_turn(view: Checkpoint, steps: Lockstep, index: int) -> None:
             f"{then} after {index} calls: lrc needs each of them called once, in order.",
             "This architecture cannot be compressed layer by layer.",
         )
+    if not steps.ended and steps.calls[0].hidden.is_meta:
+        raise _used_between(view)
+
+
+def _used_between(view: Checkpoint) -> ModelError:
+    return ModelError(
+        f"{view.location.name}: {type(view.model).__name__} computes with weights outside {view.layers_path} between one layer "
+        "and the next; lrc has those of one layer in memory at a time.",
+        "This architecture cannot be compressed layer by layer.",
+    )
+
+
+@contextmanager
+def _nothing_outside(view: Checkpoint) -> Iterator[None]:
+    """While the context is open, weights outside the layers are on the meta device, as they are during the layers of a run."""
+    held = [(module._parameters, dict(module._parameters)) for path, module in view.model.named_modules()
+            if not path.startswith(view.layers_path + ".")]  # fmt: skip
+    for parameters, before in held:
+        absent = {name: each.to("meta") for name, each in before.items() if each is not None}
+        parameters.update({name: nn.Parameter(each, requires_grad=False) for name, each in absent.items()})
+    try:
+        yield
+    except RuntimeError as error:  # torch's, about two devices
+        raise _used_between(view) from error
+    finally:
+        for parameters, before in held:
+            parameters.update(before)
 
 
 @contextmanager

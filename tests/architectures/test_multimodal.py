@@ -16,7 +16,7 @@ from pipeline import IDS
 from lrc.checkpoint.location import locate
 from lrc.model.view import ModelView
 
-from .survey import NEAR, READING, write_checkpoint
+from .survey import NEAR, NEAREST, READING, STEPS, changed_tensors, write_checkpoint
 
 QUICK = ["qwen2_vl", "llama4"]
 OTHERS = ["aria", "gemma3", "idefics3", "internvl", "llava", "mistral3", "phi4_multimodal", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
@@ -53,17 +53,13 @@ def logits(model: Any) -> torch.Tensor:
 @families
 def test_only_the_text_model_changes(family: str, written: Written, tmp_path: Path) -> None:
     folder, source = written(family)
-    lrc_ok("compress", folder, "--recipe", "rtn", "--set", "settings.bits=8", "--set", "settings.group_size=16", "--out", tmp_path)
+    lrc_ok("compress", folder, *STEPS[NEAREST], "--out", tmp_path)
 
     result = opened(tmp_path)
     assert type(result) is type(source)
     forms = tuple(result.config.quantization_config.modules)
     assert forms
-    kept = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(tuple(f"{f}." for f in forms))}
-    after = result.state_dict()
-    for name, tensor in kept.items():
-        if name not in forms:  # the guard of an experts parameter
-            torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, msg=name)
+    assert changed_tensors(source, result) == []
     text = ModelView(locate(str(folder))).layers_path
     assert all(form.startswith(text + ".") for form in forms)
     found, wanted = logits(result), logits(source)
@@ -85,8 +81,8 @@ def test_calibration_and_evaluation_take_text_alone(
 
 def test_layers_leave_the_nested_configuration(written: Written, tiny_text_file: Path, tmp_path: Path) -> None:
     folder, source = written("qwen2_vl")
-    lrc_ok("compress", folder, "--recipe", "block-influence", "--set", "depth.drop=1", "--calibration", f"text:{tiny_text_file}",
-           *READING, "--out", tmp_path)  # fmt: skip
+    text = f"text:{tiny_text_file}"
+    lrc_ok("compress", folder, *STEPS["block-influence"], "--calibration", text, *READING, "--out", tmp_path)
     result = opened(tmp_path)
     before, after = source.config.get_text_config(), result.config.get_text_config()
     assert after.num_hidden_layers == before.num_hidden_layers - 1 == len(result.model.language_model.layers)
