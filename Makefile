@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu lint format types docs bench constraints clean
+.PHONY: help venv demo test test-slow test-gpu architectures lint format types docs bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
@@ -62,6 +62,9 @@ types: $(STAMP)  ## mypy on the package
 	@mkdir -p $(VENV)/types
 	@ln -sfn "$(CURDIR)" $(VENV)/types/lrc
 	cd $(VENV)/types && $(abspath $(VENV))/bin/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir $(abspath $(VENV))/mypy_cache -p lrc
+
+architectures: $(STAMP)  ## every architecture that transformers knows, through the whole pipeline; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/architectures.py --workers $(WORKERS) $(ARGS)
 
 docs: $(STAMP)  ## write the pages of docs/methods anew from the methods' files
 	$(VENV)/bin/python docs/pages.py

@@ -25,6 +25,7 @@ from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
 from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line
+from .architecture import model_class
 from .location import locate
 from .weights import SafetensorsSource
 
@@ -125,13 +126,12 @@ def open_model(
         CheckpointError: weights are missing or damaged, or do not fit the model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     location = locate(model)
     config = location.config(trust_remote_code)
     own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # the error names a damaged shard
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = model_class(config).from_pretrained(
             location.path,
             gguf_file=location.gguf,
             dtype=dtype or config.dtype or own,

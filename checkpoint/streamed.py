@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError, one_line
+from .architecture import built, find_layers, keep_float32, require_sizes
 from .location import Location
 from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 
@@ -50,6 +51,7 @@ class Checkpoint:
         self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
         self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
+        require_sizes(self.config, location.name)
         if prepare is not None:
             prepare(self.model)
         self.layers_path, layers = find_layers(self.model, location.name)
@@ -114,6 +116,10 @@ class Checkpoint:
     @cached_property
     def _parameters(self) -> set[str]:
         return {name for name, _ in self.model.named_parameters()}
+
+    @cached_property
+    def _buffers(self) -> set[str]:
+        return {name for name, _ in self.model.named_buffers()}
 
     def outside_tensors(self, names: list[str]) -> dict[str, Tensor]:
         """Name in the model -> loaded tensor, for these names in the checkpoint."""
@@ -184,9 +190,11 @@ class Checkpoint:
 
         tensors = self.source.read(names)
         for name, tensor in tensors.items():
+            # a stored buffer may be a bound, such as infinity
+            wrong = torch.isnan if self._renamed[name] in self._buffers else _not_finite
             # aminmax propagates NaN and, unlike isfinite, needs no second tensor of this size
-            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-                bad = int((~torch.isfinite(tensor)).sum())
+            if tensor.is_floating_point() and tensor.numel() and any(map(wrong, tensor.aminmax())):
+                bad = int(wrong(tensor).sum())
                 raise NonFiniteError(
                     f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
                     "The checkpoint is damaged; get it again.",
@@ -212,7 +220,7 @@ class Checkpoint:
 
     def _check_headers(self) -> None:
         """Compare the headers with the model, so that missing and unfitting tensors are found before any work."""
-        have = set(self._renamed.values())
+        have = {name for targets in _all_made(self.model, self._renamed).values() for name in targets}
         missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
         if missing:
             raise CheckpointError(
@@ -250,35 +258,27 @@ def _refuse(config: Any, name: str) -> None:
 def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model with parameters on the meta device; buffers (rotary tables) are computed."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config._experts_implementation = IMPLEMENTATION
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = built(config, dtype, trust_remote_code)
+    except ImportError as error:
+        raise ModelError(
+            f"transformers needs another package for a model of type '{config.model_type}': {one_line(error)}", "Install it."
+        ) from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
-            f"transformers cannot build a causal language model of type '{config.model_type}' from its configuration: "
+            f"transformers cannot build a language model of type '{config.model_type}' from its configuration: "
             f"{type(error).__name__}: {one_line(error)}",
-            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged.",
+            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged, "
+            "or transformers has no language model of this type.",
         ) from error
+    keep_float32(model, dtype)
     model.tie_weights()
     model.eval()
     model.requires_grad_(False)
     return model
-
-
-def find_layers(model: nn.Module, name: str) -> tuple[str, list[nn.Module]]:
-    """Path and modules of the decoder layers: the module list with most of the parameters.
-
-    Raises:
-        ModelError: the model has no module list.
-    """
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ModelError(f"{name}: the model has no list of layers.", "lrc compresses stacks of decoder layers.")
-    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return path, list(layers)
 
 
 def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
@@ -304,6 +304,21 @@ def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str
     return renamed, unused
 
 
+def _all_made(model: Any, renamed: dict[str, str]) -> dict[str, list[str]]:
+    """Name in the checkpoint -> every name in the model that transformers makes of it: it splits some tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    splits = [entry.target_patterns for entry in get_model_conversion_mapping(model)
+              if isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1]  # fmt: skip
+    made = {name: [target] for name, target in renamed.items()}
+    for name, (target, *_) in made.items():
+        for first, *others in splits:
+            if name != target and first in target:
+                made[name] += [target.replace(first, other) for other in others]
+    return made
+
+
 def _changes_shape(model: Any, name: str) -> bool:
     """Whether transformers fuses, splits or transposes this tensor of the checkpoint when it loads it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -313,6 +328,10 @@ def _changes_shape(model: Any, name: str) -> bool:
     converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     return rename_source_key(name, renamings, converters)[1] is not None
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    return ~torch.isfinite(tensor)
 
 
 def _nbytes(parameters: Iterable[Tensor]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.streamed import find_layers
+from ..checkpoint.architecture import find_layers
 from ..compress import forms
 from ..compress.forms import experts
 from ..compress.forms.base import linear_shape

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.architecture import without_head
 from ..checkpoint.streamed import Checkpoint
 from ..compress.forms.shared import lenders
 from .layer_edit import LayerEdit, edited
@@ -44,7 +45,7 @@ def layerwise(
     Raises:
         CheckpointError, NonFiniteError: as for `Checkpoint.load`.
     """
-    model = view.model if head else view.model.get_submodule(view.model.base_model_prefix)
+    model = view.model if head else without_head(view.model)
     view.load_outside()
     with Lockstep(model, view.layers) as steps:
         steps.start([{"input_ids": ids, **(options or {})} for ids in batches])

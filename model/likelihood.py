@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..checkpoint.architecture import text_decoder
 from ..errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int
     positions at a time. So a model's own processing of logits (soft-capping, scaling) is applied, and they are never all in
     memory. A model that does not take `logits_to_keep` computes them all at once, in its own dtype.
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     outputs: list[Any] = []
     if decoder is not model and makes_few_logits(model):
         hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,11 @@ class Lockstep:
         for number, output in enumerate(outputs):
             yield self._forwards[number].switch(output)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the forwards have come to their end."""
+        return all(forward.dead for forward in self._forwards)
+
     def _stand(self, stops: list[Any]) -> None:
         if any(forward.dead for forward in self._forwards):
             self.index, self.calls = len(self._layers), []
@@ -124,7 +130,7 @@ def passed_by(layer: nn.Module, call: Call) -> Any:
         layer: on the meta device: only the structure of its output is needed.
     """
     with torch.no_grad():
-        output = run_layer(layer, call.to(torch.device("meta")))
+        output = run_without_weights(layer, call)
     return with_hidden(output, call.hidden)
 
 
@@ -139,6 +145,46 @@ def with_hidden(value: Any, hidden: Tensor) -> Any:
 def run_layer(layer: nn.Module, call: Call) -> Any:
     """Compute one call with the layer's real forward (on the instance, `Lockstep` has put another one in its place)."""
     return type(layer).forward(layer, *call.args, **call.kwargs)
+
+
+def run_without_weights(layer: nn.Module, call: Call, again: Callable[[], object] = lambda: None) -> Any:
+    """What a layer on the meta device returns for a call: shapes, and values that mean nothing.
+
+    The layer runs on the meta device. A layer that looks at values on its way (it gathers the tokens of an expert) cannot run
+    there; it runs on the CPU with weights of zeros.
+
+    Args:
+        layer: its hooks see both runs.
+        again: called before the second run.
+    """
+    try:
+        with _replaced(layer, lambda tensor: tensor.to("meta")):
+            return run_layer(layer, call.to(torch.device("meta")))
+    except (RuntimeError, ValueError):  # torch has no common error for "this needs values"
+        again()
+        with _replaced(layer, _zeros):
+            return run_layer(layer, call.to(torch.device("cpu")))
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros of a tensor's shape that take no memory, in place of one on the meta device."""
+    return torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
+
+
+@contextmanager
+def _replaced(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the context is open, the layer's parameters and buffers are what `change` makes of them."""
+    held = [(tensors, dict(tensors)) for module in layer.modules() for tensors in (module._parameters, module._buffers)]
+    try:
+        for tensors, before in held:
+            for name, tensor in before.items():
+                if tensor is not None:
+                    new = change(tensor)
+                    tensors[name] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+        yield
+    finally:
+        for tensors, before in held:
+            tensors.update(before)
 
 
 def run_calls(layer: nn.Module, name: str, calls: Sequence[Call], device: torch.device) -> list[Any]:

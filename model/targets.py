@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from greenlet import GreenletExit
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
 from ..compress.forms.base import linear_shape
 from ..compress.forms.experts import channels_are_free, expert_parameters
-from .lockstep import Lockstep, run_layer
+from ..errors import ModelError, one_line
+from .lockstep import Lockstep, run_without_weights
 
 TINY = 4  # tokens of the forward that finds the groups
 
@@ -59,36 +61,114 @@ class Target:
 
 
 def watch(view: Checkpoint) -> list[Target]:
-    """Run four tokens through the model with its layers on the meta device, and note which module multiplies which tensor."""
-    layers = view.layers
-    with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
+    """Run four tokens through the model with its layers on the meta device, and note which module multiplies which tensor.
+
+    Raises:
+        ModelError: the model's forward does not go through its layers one after the other.
+    """
+    layers, found = view.layers, list[Target]()
+    with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps, _explained(view):
         steps.start([start])
-        found: list[Target] = []
-        while steps.index < len(layers):
-            index = steps.index
+        for index in range(len(layers)):
+            _require_turn(view, steps, index)
             targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
             found += targets
-            steps.answer([output])
+            with nullcontext() if index == len(layers) - 1 else _nothing_outside(view):
+                steps.answer([output])
+        if not steps.ended:
+            _require_turn(view, steps, len(layers))
     return found
+
+
+def _require_turn(view: Checkpoint, steps: Lockstep, index: int) -> None:
+    """Refuse a model that does not call this layer now; `index` is the number of layers where its forward should end."""
+    if steps.ended or steps.index != index:
+        count = len(view.layers)
+        then = "ends" if steps.ended else f"calls layer {steps.index}"
+        raise ModelError(
+            f"{view.location.name}: {type(view.model).__name__} has {count} layers in {view.layers_path}, and its forward "
+            f"{then} after {index} calls: lrc needs each of them called once, in order.",
+            "This architecture cannot be compressed layer by layer.",
+        )
+    if not steps.ended and steps.calls[0].hidden.is_meta:
+        raise _used_between(view)
+
+
+def _used_between(view: Checkpoint) -> ModelError:
+    return ModelError(
+        f"{view.location.name}: {type(view.model).__name__} computes with weights outside {view.layers_path} between one layer "
+        "and the next; lrc has those of one layer in memory at a time.",
+        "This architecture cannot be compressed layer by layer.",
+    )
+
+
+@contextmanager
+def _nothing_outside(view: Checkpoint) -> Iterator[None]:
+    """While the context is open, weights outside the layers are on the meta device, as they are during the layers of a run."""
+    held = [(module._parameters, dict(module._parameters)) for path, module in view.model.named_modules()
+            if not path.startswith(view.layers_path + ".")]  # fmt: skip
+    for parameters, before in held:
+        absent = {name: each.to("meta") for name, each in before.items() if each is not None}
+        parameters.update({name: nn.Parameter(each, requires_grad=False) for name, each in absent.items()})
+    try:
+        yield
+    except RuntimeError as error:  # torch's, about two devices
+        raise _used_between(view) from error
+    finally:
+        for parameters, before in held:
+            parameters.update(before)
+
+
+@contextmanager
+def _explained(view: Checkpoint) -> Iterator[None]:
+    """Turn an error inside the model's own code, which text alone or shapes alone do not satisfy, into a refusal."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{view.location.name}: {type(view.model).__name__} does not run on text alone, layer by layer: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "This architecture cannot be compressed layer by layer.",
+        ) from error
 
 
 @contextmanager
 def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, weights outside the layers are zeros; gives the arguments of a forward that uses them."""
+    """While the context is open, weights outside the layers are zeros; gives the arguments of a forward that uses them.
+
+    The zeros take no memory: one number stands for a whole tensor. The forward ends where the output head is called.
+    """
     model = view.model
     outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
                for n, p in m.named_parameters(recurse=False)]  # fmt: skip
-    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     for module, name, parameter in outside:
-        if module is not embedding and module is not model.get_output_embeddings():
-            setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
-    width = getattr(embedding, "embedding_dim", view.config.get_text_config().hidden_size)
+        zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+        setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+    if head is not None:
+        head.forward = _ending
     try:
-        yield {"inputs_embeds": torch.zeros(1, TINY, width, dtype=view.dtype)}
+        yield {"input_ids": torch.full((1, TINY), plain_token(view.config))}
     finally:
+        if head is not None:
+            del head.forward
         for module, name, parameter in outside:
             setattr(module, name, parameter)
         model.tie_weights()
+
+
+def _ending(*_: Any, **__: Any) -> Any:
+    raise GreenletExit  # ends the forward's greenlet without an error
+
+
+def plain_token(config: Any) -> int:
+    """The first token that is none of the special ones of a model's configuration (padding, the place of an image)."""
+    special: set[Any] = set()
+    for each in (config, config.get_text_config()):
+        for name, value in vars(each).items():
+            if name.endswith(("_token_id", "_token_index", "_token_ids")):
+                special.update(value if isinstance(value, list | tuple) else [value])
+    return next(token for token in range(len(special) + 1) if token not in special)
 
 
 def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[list[Target], Any]:
@@ -106,6 +186,10 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
         group = readers.setdefault(id(x), name)
         found.append(Target(name, name, index, path, group, *shape, bias, bound=shape[1] in widths))
 
+    def forget() -> None:
+        found.clear()
+        readers.clear()
+
     def hook(path: str, shape: tuple[int, int]) -> Any:
         return lambda module, args: note(path, args[0], shape, module.bias is not None)
 
@@ -119,7 +203,7 @@ def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[
                 module.register_forward_pre_hook(lambda m, _, path=path: found.extend(_experts(m, path, prefix, index)))
             )
     try:
-        output = run_layer(layer, call.to(torch.device("meta")))
+        output = run_without_weights(layer, call, forget)
     finally:
         for handle in hooks:
             handle.remove()

@@ -82,6 +82,8 @@ class ModelView(Checkpoint):
             return "router: it chooses experts"
         if target.numel < 2 * (target.out_features + target.in_features):
             return "too small: even rank 1 would not halve it"
+        if self.model.get_submodule(target.module).get_parameter(_parameter(target)).dtype != self.dtype:
+            return "transformers holds it in another dtype than the model"
         return ""
 
     def _matrices(self) -> list[Target]:
@@ -114,6 +116,11 @@ class ModelView(Checkpoint):
             )
 
 
+def _parameter(target: Target) -> str:
+    """The name of the target's parameter in its module."""
+    return "weight" if target.expert is None else target.role.rpartition(".")[2]
+
+
 def require_positions(config: Any, length: int, what: str) -> None:
     """Refuse sequences that are longer than the model's positions.
 
@@ -121,7 +128,7 @@ def require_positions(config: Any, length: int, what: str) -> None:
         CalibrationError: `what`, an option of the command line or a key of the recipe, asks for more.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
+    if positions is not None and 0 < positions < length:  # XLNet writes -1: as many as you like
         raise CalibrationError(
             f"{what} {length} is more than the {positions} positions of this model (max_position_embeddings).",
             f"Give {what if what.startswith('--') else '--length'} {positions} or less.",

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..calibrate.layerwise import run_batches
 from ..calibrate.packing import token_hash
+from ..checkpoint.architecture import without_head
 from ..checkpoint.artifact import UNCHECKED, Artifact
 from ..checkpoint.atomic import replacing, sync_file, writing
 from ..checkpoint.hf_quantizer import install_stored
@@ -180,7 +181,7 @@ def from_hidden(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
         ids: (samples, length), for the shape only.
         hidden: (samples, length, hidden), the decoder's output.
     """
-    decoder = model.get_submodule(model.base_model_prefix)
+    decoder = without_head(model)
     own = vars(decoder).get("forward")
     decoder.forward = lambda *_, **__: _Given(hidden)
     try:
