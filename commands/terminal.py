@@ -40,6 +40,7 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
         f"by {plan.recipe.compression[0].name}, "
+        + (f"{plan.request}, " if plan.request else "")
         + (
             f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
             if plan.recipe.reads_text
@@ -81,11 +82,6 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
         f"{numbers_before:,} → {numbers_after:,} parameters, {plan.bits:.2f} bits per weight); "
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
-    asked = plan.recipe.ratio
-    if asked is not None and not asked / 2 <= plan.ratio <= max(2 * asked, asked + 0.1):
-        console.print(
-            f"note: {asked:.2%} were asked for; other keys of the recipe fix it (keep, bits, rank_multiple, allocation own)"
-        )
     _print_kept(console, plan, verbose)
     _print_cost(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
@@ -195,6 +191,9 @@ def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
             f"checkpoint that the model of config.json does not have: {named}"
             + ("" if verbose or len(plan.left_out) <= 3 else ", …")
         )
+    for reason, files in plan.files_left_out.items():
+        shown = ", ".join(files if verbose else files[:3]) + ("" if verbose or len(files) <= 3 else ", …")
+        console.print(f"left out: {len(files)} of the files beside the weights ({reason}): {shown}")
     if verbose:
         for kept in plan.kept:
             console.print(f"kept: {kept.name} ({kept.numel:,} parameters): {kept.reason}")
@@ -270,6 +269,8 @@ class Progress:
     def finish(self, out: Path) -> None:
         """Print warnings, what was written, how long it took, and the peak memory."""
         assert self._plan is not None, "a run tells its plan first"
+        if self._plan.request:
+            self._console.print(f"{out}: {self._plan.request}")
         for note in self._notes[:10]:
             self._console.print(f"note: {note}")
         if len(self._notes) > 10:
