@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..evaluation.results import Evaluation
 
 
+_FEW_TOKENS = 16
+
+
 def plain_or_terminal() -> Console:
     """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -175,7 +178,11 @@ def _span(numbers: Collection[int]) -> str:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """Warn of a calibration text that is too short for the number of samples."""
+    """Warn of a calibration text that is too short for the number of samples, or of next to no different tokens."""
+    if 0 < (different := calibration.tokens.unique().numel()) < _FEW_TOKENS:
+        plain_or_terminal().print(
+            f"note: the calibration samples have {different} different tokens: their statistics say little about other text"
+        )
     for part in calibration.provenance:
         if part.get("overlap"):
             plain_or_terminal().print(

@@ -54,7 +54,8 @@ class Rows:
         Raises:
             CalibrationError: the file is damaged, a row that is read is wrong (also while iterating), or no column holds text.
         """
-        digest, count, columns = hashlib.sha256(), 0, ()
+        digest, count = hashlib.sha256(), 0
+        columns: tuple[str, ...] = ()
         for where, taken in self._lines(digest):
             count += 1
             if not columns and isinstance(row := taken(), dict):
