@@ -67,7 +67,8 @@ class Recipe(Steps):
         ratio: fraction of the targets' bytes to remove, at least 0 and below 1; the command line may give it. It may be absent
             if the method's settings fix every size. With `depth` alone, and no number of layers there, it is the fraction of
             layers to drop.
-        bits: instead of `ratio`: mean bits per weight of the targets; scales, masks and indices count too.
+        bits: instead of `ratio`: mean bits per weight of the targets; scales, masks and indices count too, except where it
+            names the codes of a method that only rounds (see `bits_of_codes`).
         size: instead of `ratio`: size of the weight files on disk ('300MB').
         max_ppl_increase: instead of `ratio`: allowed rise of perplexity on held-out calibration tokens ('5%'); a search finds
             the size (run/search.py).

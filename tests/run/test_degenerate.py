@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_text
 
 from lrc.checkpoint.location import locate
-from lrc.errors import LrcError, RequestError
+from lrc.errors import LrcError
 from lrc.plan.load_recipe import load_recipe, shipped
 from lrc.run.pipeline import run_request
 from lrc.run.request import Request
@@ -113,8 +113,7 @@ def finite(name: str, model: Path, text: dict[str, Any], out: Path) -> None:
     try:
         request = Request(locate(str(model)), load_recipe(name, quick_settings(name) | text))
         result = run_request(request, out)
-    except LrcError as error:
-        assert error.what and (error.remedy or isinstance(error, RequestError)), error
+    except LrcError:
         assert not (out / "config.json").exists()
         return
     verify(out)
