@@ -21,8 +21,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, RequestError, did_you_mean
+from .files.columns import Document
+from .files.long_text import PIECE
 from .packing import derived_seed, divide, text_prefix, token_hash, token_ids, windows_of
-from .readers import Document, drawn
+from .readers import drawn
 from .sources import HELD_OUT, NAMED, SHAPES, STREAMS, Source, open_documents, parse_mix, parse_source, read_stream
 
 Generate = Callable[[int, int, int], torch.Tensor]
@@ -83,7 +85,7 @@ class CalibrationSpec(pydantic.BaseModel):
         if self.chat and (whole := [source.text for source, _ in parts if source.kind in (*STREAMS, "self")]):
             raise ValueError(
                 f"chat wraps documents, and {', '.join(whole)} is not made of documents; "
-                f"take {SHAPES['jsonl']}, {SHAPES['parquet']}, {SHAPES['hf']}, c4, pile or pydoc"
+                f"take {SHAPES['jsonl']}, {SHAPES['csv']}, {SHAPES['parquet']}, {SHAPES['hf']}, c4, pile or pydoc"
             )
         return self
 
@@ -226,7 +228,7 @@ class _Reader:
         """(samples, length) tokens of one source, and what was read."""
         body = self.length - len(self.prefix)
         if source.kind in STREAMS:
-            text, facts = read_stream(source)
+            text, facts = read_stream(source, seed)
             ids = self._inner(text)
         else:
             ids, facts = self._packed(source, samples * body, seed)
@@ -296,8 +298,8 @@ def evaluation_text(name: str) -> EvaluationText:
 
     Args:
         name: `wikitext2` (raw, test, rows joined by an empty line), `ptb` (test, joined by a space), `c4` (first 1,100
-            documents of the first validation shard, joined by a space), `text:PATH`, or `jsonl:`, `parquet:`, `hf:` (split
-            test unless named; documents joined by an empty line, up to `EVALUATION_CHARACTERS`).
+            documents of the first validation shard, joined by a space), `text:PATH`, or `jsonl:`, `json:`, `csv:`,
+            `parquet:`, `hf:` (split test unless named; documents joined by an empty line, up to `EVALUATION_CHARACTERS`).
 
     Raises:
         RequestError: no such evaluation text.
@@ -313,9 +315,11 @@ def evaluation_text(name: str) -> EvaluationText:
     source = parse_source(name, split="test")
     if kind in HELD_OUT:
         source = replace(source, hub=HELD_OUT[kind])
-    if kind in STREAMS:
+    if source.kind in STREAMS:
         text, facts = read_stream(source)
         how = f"{facts['documents']} rows joined by {source.hub.joiner!r}" if source.hub else "whole file"
+        if "pieces" in facts:
+            how = f"the first {facts['pieces']} of {facts['of']} pieces of {PIECE:,} characters"
     else:
         text, facts, how = _joined(source)
     split = f" {source.hub.split}" if source.hub else ""

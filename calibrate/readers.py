@@ -9,14 +9,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import json
 import random
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -27,15 +25,15 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import CalibrationError
-
-Document = str | list[dict[str, Any]]
-"""A text, or a conversation: a list of {"role": …, "content": …}. A null is ""."""
+from .files.columns import Document, document, require_columns, value_of, without
+from .files.rows import LONGEST, json_line, of_row
 
 OFFLINE = (
     "Without the hub, take text that is on this machine: text:PATH, jsonl:PATH[:FIELD], parquet:PATH[:COLUMN], "
     "pydoc (docstrings of the Python standard library) or, for calibration, self (the model's own text)."
 )
 HUB_TIMEOUT = 5.0  # seconds for the first answer
+SHAPE_OF_JSONL = "jsonl:PATH:FIELD"
 SHUFFLE_BUFFER = 1000  # documents in memory while a streamed data set is shuffled
 
 
@@ -69,27 +67,6 @@ def drawn(count: int, seed: int | None) -> Iterator[int]:
             moved[j] = here
 
 
-def _document(value: Any, where: str) -> Document:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        return value
-    raise CalibrationError(
-        f"{where} holds {type(value).__name__}, not text.", 'Name one with text, or with turns [{"role": …, "content": …}].'
-    )
-
-
-def _without(what: str, wanted: str, existing: Iterable[str]) -> CalibrationError:
-    names = sorted(existing)
-    close = get_close_matches(wanted, names, n=1)
-    hint = f"Did you mean '{close[0]}'? " if close else ""
-    return CalibrationError(
-        f"{what} '{wanted}'; there are: {', '.join(names) or 'none'}.", f"{hint}It is the last part of the source's name."
-    )
-
-
 def line_starts(path: Path) -> tuple[np.ndarray, str]:
     """Where each line of a file starts, in bytes, int64; and the file's sha256. One pass, in blocks of 16 MiB."""
     digest, starts, position = hashlib.sha256(), [np.zeros(1, np.int64)], 0
@@ -105,28 +82,35 @@ def line_starts(path: Path) -> tuple[np.ndarray, str]:
 def json_lines(path: Path, field: str, starts: np.ndarray, seed: int | None) -> Iterator[Document]:
     """`field` of each line of a file of JSON lines; `starts` are those of `line_starts`.
 
+    Args:
+        field: empty: by its name, see files/columns.py; the first object of the file decides.
+
     Raises:
         CalibrationError: a line that is drawn is not a JSON object or lacks the field; the message says file:line.
     """
+
+    def row(i: int) -> dict[str, Any] | None:
+        file.seek(int(starts[i]))
+        line = file.readline(LONGEST + 1)
+        if len(line) > LONGEST:
+            raise CalibrationError(f"{path}:{i + 1}: the line is longer than {LONGEST >> 20} MiB.", "Cut it into several rows.")
+        return json_line(line, f"{path}:{i + 1}")
+
     with path.open("rb") as file:
+        columns: tuple[str, ...] = ()
+        for i in range(len(starts)):
+            if (first := row(i)) is not None:
+                columns = require_columns(f"{path}:{i + 1}", field, list(first), SHAPE_OF_JSONL, "field")
+                break
         for i in drawn(len(starts), seed):
-            file.seek(int(starts[i]))
-            line, where = file.readline(), f"{path}:{i + 1}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # both invalid JSON and invalid UTF-8
-                raise CalibrationError(f"{where}: not a line of JSON: {error}.", "Write one JSON object per line.") from None
-            if not isinstance(row, dict):
-                raise CalibrationError(f"{where}: {type(row).__name__}, not an object.", 'Write {"text": "…"} per line.')
-            if field not in row:
-                raise _without(f"{where}: no field", field, row)
-            yield _document(row[field], f"{where}: field '{field}'")
+            yield from of_row(row(i), columns, f"{path}:{i + 1}")
 
 
 def parquet_rows(path: Path, column: str, seed: int | None) -> Iterator[Document]:
     """`column` of each row of a parquet file; at most one row group of that column and a handful of rows are held.
+
+    Args:
+        column: empty: by its name, see files/columns.py.
 
     Raises:
         CalibrationError: not a parquet file, no such column, or a value that is no text.
@@ -134,14 +118,13 @@ def parquet_rows(path: Path, column: str, seed: int | None) -> Iterator[Document
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    where = f"{path}: column '{column}'"
+    where = f"{path}: column "
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _without(f"{path}: no column", column, file.schema_arrow.names)
+            columns = require_columns(str(path), column, file.schema_arrow.names, "parquet:PATH:COLUMN")
             if seed is None:
-                for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                    yield from (_document(value, where) for value in batch.column(0).to_pylist())
+                for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+                    yield from (document(row, columns, where) for row in batch.to_pylist())
                 return
             ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
             order, take = drawn(file.metadata.num_rows, seed), 256
@@ -153,9 +136,9 @@ def parquet_rows(path: Path, column: str, seed: int | None) -> Iterator[Document
                 for g in sorted(set(groups.tolist())):
                     first = int(ends[g]) - file.metadata.row_group(g).num_rows
                     here = [row for row, group in zip(rows, groups, strict=True) if group == g]
-                    taken = file.read_row_group(g, columns=[column]).column(0).take([row - first for row in here])
+                    taken = file.read_row_group(g, columns=list(columns)).take([row - first for row in here])
                     values.update(zip(here, taken.to_pylist(), strict=True))
-                yield from (_document(values[row], where) for row in rows)
+                yield from (document(values[row], columns, where) for row in rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
@@ -185,8 +168,8 @@ def hub_documents(hub: HubData, seed: int | None) -> Iterator[Document]:
             data = data.shuffle(seed=seed, **({"buffer_size": SHUFFLE_BUFFER} if hub.streamed else {}))
         for row in data:
             if hub.column not in row:
-                raise _without(f"{name} ({hub.split}): no column", hub.column, row)
-            yield _document(row[hub.column], f"{name} ({hub.split}): column '{hub.column}'")
+                raise without(f"{name} ({hub.split}): no column", hub.column, row)
+            yield value_of(row[hub.column], f"{name} ({hub.split}): column '{hub.column}'")
     except RepositoryNotFoundError:
         what, remedy = (
             f"The hub has no data set '{hub.name}', or it is private.",

@@ -1,8 +1,10 @@
 """Where text comes from: named data sets of the hub, local files, the standard library's docstrings.
 
 A source is written as one word: `wikitext2`, `c4`, `ptb`, `pile`, `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`, `text:PATH`,
-`jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `self` or `pydoc`. `parse_source` and `parse_mix` read that word, `read_stream`
-reads a source that is one long text, `open_documents` one that is made of documents. `data` turns them into tokens.
+`jsonl:PATH[:FIELD]`, `json:PATH[:FIELD]`, `csv:PATH[:COLUMN]`, `parquet:PATH[:COLUMN]`, `self` or `pydoc`. A file of `text:` is
+what its name says: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet` are made of documents, anything else is one long text.
+`.gz`, `.bz2`, `.xz` and `.zst` are decompressed. `parse_source` and `parse_mix` read that word, `read_stream` reads a source
+that is one long text, `open_documents` one that is made of documents. `data` turns them into tokens.
 
 The splits, columns and joiners of the named data sets are those of the GPTQ line of papers (arXiv:2210.17323 and its
 successors), so that perplexities can be compared with published ones.
@@ -21,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, RequestError, did_you_mean
-from .readers import Document, HubData, drawn, hub_documents, json_lines, line_starts, parquet_rows, stdlib_docstrings
+from .files.columns import Document
+from .files.long_text import long_text
+from .files.opening import is_compressed, kind_of, opened
+from .files.rows import Rows, json_kind
+from .readers import HubData, drawn, hub_documents, json_lines, line_starts, parquet_rows, stdlib_docstrings
 
 # Two small ones are downloaded (the hub's cache then answers offline); the others are streamed. ptb's main branch holds a
 # loading script, which `datasets` no longer runs; the hub's own parquet conversion holds the same rows.
@@ -42,6 +48,8 @@ SHAPES = {
     "hf": "hf:NAME[:CONFIG][:SPLIT][:COLUMN]",
     "text": "text:PATH",
     "jsonl": "jsonl:PATH[:FIELD]",
+    "json": "json:PATH[:FIELD]",
+    "csv": "csv:PATH[:COLUMN]",
     "parquet": "parquet:PATH[:COLUMN]",
 }
 PLAIN = (*NAMED, "self", "pydoc")
@@ -51,12 +59,15 @@ STREAMS = ("text", "wikitext2", "ptb")
 
 @dataclass(frozen=True)
 class Source:
-    """One parsed source. `path` and `field` belong to local files, `hub` to data sets of the hub."""
+    """One parsed source. `path` and `field` belong to local files, `hub` to data sets of the hub.
+
+    `kind` is that of the content: of `text:rows.csv` it is 'csv'. `field` is empty where the source names none.
+    """
 
     text: str
     kind: str
     path: Path | None = None
-    field: str = "text"
+    field: str = ""
     hub: HubData | None = None
 
     @property
@@ -88,8 +99,7 @@ def parse_source(text: str, split: str = "train") -> Source:
         return Source(kind, kind, hub=NAMED.get(kind))
     if kind not in SHAPES:
         if Path(text).expanduser().is_file():
-            suffix = Path(text).suffix.removeprefix(".")
-            raise RequestError(f"'{text}' is a file, not a source.", f"Write {suffix if suffix in SHAPES else 'text'}:{text}.")
+            raise RequestError(f"'{text}' is a file, not a source.", f"Write {kind_of(Path(text))}:{text}.")
         known = [*PLAIN, *(f"{name}:" for name in SHAPES)]
         raise RequestError(f"No source is called '{text}'.", did_you_mean(kind + colon, known))
     if not rest.strip(":"):
@@ -102,10 +112,12 @@ def parse_source(text: str, split: str = "train") -> Source:
             raise RequestError(f"Source '{text}' cannot be read.", f"Write {SHAPES['hf']}; an inner part may be empty.")
         # a slice of a split is cut from the whole: it cannot be streamed
         return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text", streamed="[" not in of))
+    if kind == "text":
+        return Source(source, kind_of(Path(rest)), Path(rest).expanduser())
     path, field = rest, ""
-    if kind != "text" and ":" in rest and not Path(rest).expanduser().is_file():
+    if ":" in rest and not Path(rest).expanduser().is_file():
         path, _, field = rest.rpartition(":")
-    return Source(source, kind, Path(path).expanduser(), field or "text")
+    return Source(source, kind, Path(path).expanduser(), field)
 
 
 _WEIGHT = re.compile(r"(.+)\*(\d+(?:\.\d*)?|\.\d+)")
@@ -138,11 +150,15 @@ def parse_mix(text: str) -> list[tuple[str, float]]:
     ]
 
 
-def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
+def read_stream(source: Source, seed: int | None = None) -> tuple[str, dict[str, Any]]:
     """Read a source that is one long text (`STREAMS`).
 
+    Args:
+        seed: chooses pieces of a file that is too large to be read whole; None: its first ones.
+
     Returns:
-        the text, and what was read: {"sha256": of the text in UTF-8, its lines ended by \\n; "documents": rows}.
+        the text, and what was read: {"sha256": of the text in UTF-8, its lines ended by \\n; "documents": rows}, and for a file
+        that is too large {"pieces": how many, "of": out of how many} (files/long_text.py).
 
     Raises:
         CalibrationError: it is not available, is not UTF-8 or is empty.
@@ -154,16 +170,7 @@ def read_stream(source: Source) -> tuple[str, dict[str, Any]]:
         text = source.hub.joiner.join(str(row) for row in rows)
         facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": len(rows)}
     else:
-        path = _existing(source)
-        data = path.read_bytes()
-        try:
-            # lines end in \n here whatever the file ends them in, as in any text that Python reads
-            text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise CalibrationError(
-                f"{path} is not UTF-8 text: byte {error.start:,} is 0x{data[error.start]:02x}.", "Convert it to UTF-8."
-            ) from None
-        facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": 1}
+        text, facts = long_text(_existing(source), lambda count: drawn(count, seed))
     if not text.strip():
         raise CalibrationError(f"{source.text} holds no text ({len(text):,} characters, all blank).")
     return text, facts
@@ -190,11 +197,8 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
         texts = stdlib_docstrings()
         facts = {"sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
         documents = (texts[i] for i in drawn(len(texts), seed))
-    elif source.kind == "jsonl":
-        path = _existing(source)
-        starts, digest = line_starts(path)
-        facts = {"sha256": digest}
-        documents = json_lines(path, source.field, starts, seed)
+    elif source.kind in ("jsonl", "json", "csv"):
+        documents, facts["sha256"] = _rows(_existing(source), source, seed)
     else:
         path = _existing(source)
         with path.open("rb") as file:
@@ -205,10 +209,23 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
     return (document for document in documents if not isinstance(document, str) or document.strip()), facts
 
 
+def _rows(path: Path, source: Source, seed: int | None) -> tuple[Iterator[Document], str]:
+    """The documents of JSON lines, a JSON array or CSV, and the sha256 of the decompressed file."""
+    kind = json_kind(path) if source.kind == "json" else source.kind
+    with opened(path):  # for its checks
+        pass
+    if kind == "jsonl" and not is_compressed(path):  # any line can be sought
+        starts, digest = line_starts(path)
+        return json_lines(path, source.field, starts, seed), digest
+    return Rows(path, kind, source.field).documents(None if seed is None else lambda count: drawn(count, seed))
+
+
 def _existing(source: Source) -> Path:
     path = source.path
     assert path is not None
     if path.exists() and not path.is_dir():
+        if not path.is_file():
+            raise CalibrationError(f"{source.text}: {path} is a pipe or a device.", "Save the text to a file.")
         if not os.access(path, os.R_OK):
             raise CalibrationError(f"{source.text}: no permission to read {path}.")
         return path

@@ -107,7 +107,9 @@ class Artifact:
                 self._read_journal()
             else:
                 self._append({"identity": self.identity})
-            clear_leftovers(self.folder)  # only now, because a run with another identity must not be changed
+            # only now, because a run with another identity must not be changed
+            for folder in {self.folder, *((self.folder / name).parent for name in self._copied_files())}:
+                clear_leftovers(folder)
 
     def _is_finished(self) -> bool:
         """Whether the folder holds the finished result of this request; raises if it is of another request, or damaged."""
@@ -126,18 +128,24 @@ class Artifact:
 
     def _clear(self) -> None:
         own = _ALWAYS | self._copied_files()
-        for path in list(self.folder.iterdir()):
-            if path.is_file() and (path.name in own or path.name.endswith(PARTIAL) or _SHARD.fullmatch(path.name)):
+        for path in list(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and (name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)):
                 path.unlink()
+        for name in sorted(own, key=len, reverse=True):  # folders that held nothing else, the inner ones first
+            for folder in (self.folder / name).parents:
+                if folder == self.folder or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def _copied_files(self) -> set[str]:
-        """Names of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
+        """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
         texts = [
             *((self.folder / JOURNAL).read_bytes().splitlines() if (self.folder / JOURNAL).is_file() else []),
             (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
         ]
         entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
-        return {name for entry in entries for name in entry.get("files", ()) if Path(name).name == name}
+        return {name for entry in entries for name in entry.get("files", ()) if _is_below(name)}
 
     def _compare(self, other: Mapping[str, Any]) -> None:
         differences = list(_differences(other, self.identity))
@@ -245,7 +253,7 @@ class Artifact:
             config: the content of config.json; while `check` runs it is in the file `UNCHECKED`.
             record: the content of lrc.json.
             card: the README.
-            files: name -> content of the tokenizer's and other files.
+            files: path in the folder -> content of the tokenizer's and other files.
             check: raises if the result is not sound; then config.json is not created.
         """
         shards = sorted(self.done.values(), key=lambda shard: shard.file)
@@ -272,10 +280,18 @@ class Artifact:
         self.finished = True
 
     def _put(self, name: str, content: bytes) -> None:
-        with replacing(self.folder / name) as temporary:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
             sync_file(temporary)
+        sync_folder(path.parent)
         sync_folder(self.folder)
+
+
+def _is_below(name: Any) -> bool:
+    """Whether a name that a file gives leads to a place below the folder, and not through it to another one."""
+    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def require_usable(folder: Path) -> None:

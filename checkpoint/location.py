@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ModelError, did_you_mean, one_line
+from .beside import Beside, files_beside, hub_leaves
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
-# copies of the same weights in the authors' own layout, or for another engine
-_HUB_LEFT = ["consolidated*", "*/*.safetensors"]
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,13 @@ class Location:
                 "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library.",
             ) from error
 
-    def files(self, code: bool = False) -> list[Path]:
-        """Other files of the checkpoint that loading or chatting needs: tokenizer, templates, generation settings, licence.
+    def beside(self, code: bool = False) -> Beside:
+        """The other files of the checkpoint; none of a GGUF file, which holds everything itself and may lie among others.
 
         Args:
-            code: include the checkpoint's Python files.
+            code: include the checkpoint's code.
         """
-        patterns = ["tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-        patterns += ["generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"]
-        patterns += ["*.py"] if code else []
-        return sorted({path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()})
+        return Beside() if self.gguf else files_beside(self.path, code)
 
 
 def locate(model: str) -> Location:
@@ -156,7 +151,7 @@ def _from_hub(model: str) -> Location:
     )
 
     try:
-        folder = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT)
+        folder = snapshot_download(model, ignore_patterns=hub_leaves())
     except HFValidationError as error:
         raise ModelError(
             f"There is no folder '{model}', and no model on the hub can have that name: {one_line(error)}",

@@ -72,8 +72,9 @@ class CalibrationOptions:
         str | None,
         typer.Option(
             show_default="the recipe's",
-            help="Calibration set: wikitext2, c4, ptb, pile, pydoc, self (the model writes it), text:PATH, jsonl:PATH, "
-            "parquet:PATH, hf:NAME; or a mixture such as c4*0.5+self*0.5.",
+            help="Calibration set: wikitext2, c4, ptb, pile, pydoc, self (the model writes it), text:PATH (.txt, .jsonl, "
+            ".json, .csv, .parquet, also .gz and .zst), jsonl:PATH:FIELD, csv:PATH:COLUMN, parquet:PATH:COLUMN, hf:NAME; or a "
+            "mixture such as c4*0.5+self*0.5.",
         ),
     ] = None
     samples: Annotated[int | None, typer.Option(show_default="the recipe's", help="Number of calibration samples.")] = None

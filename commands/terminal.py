@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..evaluation.speed import SpeedReport
 
 
+_FEW_TOKENS = 16
+
+
 def plain_or_terminal() -> Console:
     """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -41,6 +44,7 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
         f"by {plan.recipe.compression[0].name}, "
+        + (f"{plan.request}, " if plan.request else "")
         + (
             f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
             if plan.recipe.reads_text
@@ -82,11 +86,6 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
         f"{numbers_before:,} → {numbers_after:,} parameters, {plan.bits:.2f} bits per weight); "
         f"{plan.whole_ratio:.2%} of the whole model ({size(plan.whole_bytes)} → {size(plan.whole_after)})"
     )
-    asked = plan.recipe.ratio
-    if asked is not None and not asked / 2 <= plan.ratio <= max(2 * asked, asked + 0.1):
-        console.print(
-            f"note: {asked:.2%} were asked for; other keys of the recipe fix it (keep, bits, rank_multiple, allocation own)"
-        )
     _print_kept(console, plan, verbose)
     _print_cost(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
@@ -180,7 +179,11 @@ def _span(numbers: Collection[int]) -> str:
 
 
 def print_calibration(calibration: Calibration) -> None:
-    """Warn of a calibration text that is too short for the number of samples."""
+    """Warn of a calibration text that is too short for the number of samples, or of next to no different tokens."""
+    if 0 < (different := calibration.tokens.unique().numel()) < _FEW_TOKENS:
+        plain_or_terminal().print(
+            f"note: the calibration samples have {different} different tokens: their statistics say little about other text"
+        )
     for part in calibration.provenance:
         if part.get("overlap"):
             plain_or_terminal().print(
@@ -196,6 +199,9 @@ def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
             f"checkpoint that the model of config.json does not have: {named}"
             + ("" if verbose or len(plan.left_out) <= 3 else ", …")
         )
+    for reason, files in plan.files_left_out.items():
+        shown = ", ".join(files if verbose else files[:3]) + ("" if verbose or len(files) <= 3 else ", …")
+        console.print(f"left out: {len(files)} of the files beside the weights ({reason}): {shown}")
     if verbose:
         for kept in plan.kept:
             console.print(f"kept: {kept.name} ({kept.numel:,} parameters): {kept.reason}")
@@ -271,6 +277,8 @@ class Progress:
     def finish(self, out: Path) -> None:
         """Print warnings, what was written, how long it took, and the peak memory."""
         assert self._plan is not None, "a run tells its plan first"
+        if self._plan.request:
+            self._console.print(f"{out}: {self._plan.request}")
         for note in self._notes[:10]:
             self._console.print(f"note: {note}")
         if len(self._notes) > 10:

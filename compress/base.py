@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -28,9 +28,14 @@ __all__ = [
 
 
 class Settings(BaseModel):
-    """A method's own settings; unknown keys are refused."""
+    """A method's own settings; unknown keys are refused.
+
+    `sized_by` names the setting that fixes the size of a target's form unless it is null; empty where a budget always decides.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sized_by: ClassVar[str] = ""
 
 
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # (weight, statistics, the method's own Settings)

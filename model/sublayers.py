@@ -152,17 +152,40 @@ def _look(layer: nn.Module, name: str, index: int, targets: Sequence[Target], ca
     asked = Call(*with_hidden(wide, hidden))
     children = [path for path, child in alone.named_children() if any(True for _ in child.parameters())]
     leaves = [path for path, m in alone.named_modules() if path and any(True for _ in m.parameters(recurse=False))]
-    for candidates in (children, leaves):
-        trial = _Trial(alone, asked, candidates)
-        tails = trial.tails()
-        if tails and trial.gives_back(tails):
-            found = _assigned(trial, tails, name, index, targets)
-            if found:
-                return found
+    # The structure does not depend on the weights: where zeros or outliers hide it, other weights show it.
+    for shown in (alone, _with_other_weights(alone)):
+        for candidates in (children, leaves):
+            trial = _Trial(shown, asked, candidates)
+            tails = trial.tails()
+            if tails and trial.gives_back(tails):
+                own = trial if shown is alone else _Trial(alone, asked, candidates)
+                found = _assigned(trial, own, tails, name, index, targets)
+                if found:
+                    return found
     return ()
 
 
-def _assigned(trial: _Trial, tails: dict[str, float], name: str, index: int, targets: Sequence[Target]) -> tuple[SubLayer, ...]:
+def _with_other_weights(layer: nn.Module) -> nn.Module:
+    """A copy of a layer with random weights of a usual size."""
+    other, chance = copy.deepcopy(layer), torch.Generator().manual_seed(2)
+    for path, parameter in other.named_parameters():
+        random = torch.randn(parameter.shape, generator=chance)
+        if parameter.ndim > 1:
+            parameter.copy_(random / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.copy_(0.1 * random + float(path.endswith("weight")))
+    return other
+
+
+def _assigned(
+    trial: _Trial, own: _Trial, tails: dict[str, float], name: str, index: int, targets: Sequence[Target]
+) -> tuple[SubLayer, ...]:
+    """The sub-layers with their targets; empty where a target belongs to none or to several.
+
+    Args:
+        trial: tells what belongs together.
+        own: the layer with its own weights, which tells whether a sub-layer without targets adds something.
+    """
     members: dict[str, list[Target]] = {tail: [] for tail in tails}
     last: dict[str, Target] = {}
     for target in targets:
@@ -178,7 +201,7 @@ def _assigned(trial: _Trial, tails: dict[str, float], name: str, index: int, tar
         return ()
     found = []
     for tail, mine in sorted(members.items(), key=lambda item: targets.index(item[1][0])):
-        vanishes = trial.vanishes(tail, name, LayerEdit(tuple(mine)))
+        vanishes = own.vanishes(tail, name, LayerEdit(tuple(mine)))
         found.append(SubLayer(index, f"{name}.{_inside(mine, tail)}", tuple(mine), tail, tails[tail], last.get(tail), vanishes))
     return tuple(found)
 

@@ -137,7 +137,8 @@ class Footprint:
         whole: bytes of all tensors.
         gone: bytes that dropping layers and sub-layers removes, targets and other tensors together.
         gone_targets: bytes of the targets among them.
-        kept: bytes of the targets that stay dense under any budget.
+        kept: bytes of the targets that stay dense under any budget: those that the recipe keeps, and those for which the method
+            has no smaller form.
         headers: upper bound on the bytes of the files' headers.
     """
 
@@ -214,7 +215,7 @@ def targets_bytes(amounts: Mapping[str, Any], model: Footprint) -> int | None:
 def _above_kept(budget: int, kept: int, asked: str, meaning: str) -> int:
     if budget <= kept:
         raise BudgetError(
-            f"{asked} is less than what the recipe keeps dense ({readable(kept)}, {meaning}).",
+            f"{asked} is less than what the recipe keeps dense or has no smaller form for ({readable(kept)}, {meaning}).",
             "Raise the budget, or keep fewer targets.",
         )
     return budget

@@ -64,6 +64,7 @@ def uniform(
         require_ratio(ratio)
     chosen: dict[str, Option] = {}
     starved: list[str] = []
+    most = min((1 - own[0].nbytes / dense for dense, own in options.values() if own), default=0.0)
     for name, (dense, own) in options.items():
         if ratio is None:
             if len(own) > 1:
@@ -82,7 +83,8 @@ def uniform(
     if starved:
         raise BudgetError(
             f"At {asked or f'ratio {ratio:g}'}, {len(starved)} targets have no form that is small enough, {starved[0]} first.",
-            "Remove less, lower rank_multiple, or keep those targets dense (keep: [PATTERN] in the recipe).",
+            f"Remove less (a ratio up to {math.floor(1000 * most) / 1000:g} can be reached), lower rank_multiple or the "
+            "method's rank or bits, or keep those targets dense (keep: [PATTERN] in the recipe).",
         )
     return chosen
 

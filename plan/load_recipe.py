@@ -6,13 +6,15 @@ Overrides apply before the check. The check therefore covers them too, and one e
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from ..compress.base import get_method, methods
+from ..compress.forms.grids import BITS
 from ..errors import RecipeError, did_you_mean, one_line
 from . import budget
 from .recipe import Recipe
@@ -64,6 +66,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     if asked & set(budget.KEYS):  # a budget on the command line replaces the file's budget, whichever key holds that
         for key in set(budget.KEYS) - asked:
             data.pop(key, None)
+        _leave_size_open(data, asked)
     try:
         recipe = Recipe(**data)
     except ValidationError as error:
@@ -73,6 +76,27 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     if problems:
         raise RecipeError(where, problems)
     return recipe
+
+
+def _leave_size_open(data: dict[str, Any], asked: Collection[str]) -> None:
+    """Let a budget of the command line replace the setting by which the file fixes the size (bits of rtn, rank of lqer).
+
+    A whole number of bits means the codes of a method that only rounds, see `Recipe.bits_of_codes`.
+
+    Args:
+        data: the recipe's keys; changed.
+        asked: the dotted keys that the command line gives: a setting among them is not replaced.
+    """
+    name, settings = data.get("method"), data.get("settings") or {}
+    if not isinstance(name, str) or name not in methods() or not isinstance(settings, dict):
+        return  # the check of the recipe says what is wrong
+    key = get_method(name).settings.sized_by
+    if not key or {"settings", f"settings.{key}"} & set(asked):
+        return
+    bits = data.get("bits")
+    codes = next((each for each in BITS if each == bits), None)
+    shared = any(data.get(other) for other in ("keep", "limits", "depth")) or data.get("allocation", "uniform") != "uniform"
+    data["settings"] = settings | {key: codes if key == "bits" and not shared else None}
 
 
 def read_recipe(name: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
 from ..model.view import Kept
-from .budget import Found
+from .budget import Found, readable
 from .recipe import Recipe
 from .units import Unit, needs_of
 
@@ -98,6 +98,8 @@ class Planned:
         gap: upper bound on the relative distance of the predicted loss from the best possible one; None without a solver.
         found: result of the search for a size; None before the search, and if the recipe gives the size.
         shallower: config.json of the model without the dropped layers; None if no layer is dropped.
+        files_left_out: reason -> files and folders of the checkpoint that are not copied into the result.
+        header_bytes: upper bound on the bytes of the files' headers.
     """
 
     recipe: Recipe
@@ -120,6 +122,68 @@ class Planned:
     gap: float | None = None
     found: Found | None = None
     shallower: Mapping[str, Any] | None = field(default=None, repr=False)
+    files_left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    header_bytes: int = 0
+
+    @property
+    def request(self) -> str:
+        """The size that was asked for beside the planned one, in the same unit; empty if the recipe asks for none.
+
+        Where the two differ by more than a hundredth of the targets' bytes, it says why.
+        """
+        recipe = self.recipe
+        if recipe.max_ppl_increase is not None:
+            found = "" if self.found is None else f", found {self.found.increase:+.2%} at ratio {self.ratio:.4g}"
+            return f"asked a perplexity of at most {recipe.max_ppl_increase:+.2%}{found}"
+        asked = self._asked
+        if asked is None:
+            return "" if self.targets_after < self.targets_before or recipe.allocation == "own" else "nothing gets smaller"
+        budget, said = asked
+        reason = ""
+        if abs(budget - self.targets_after) > 0.01 * self.targets_before:
+            reason = f" ({self._why_not_exactly(over=self.targets_after > budget)})"
+        return f"asked {said}, planned {self._in_unit(self.targets_after)}{reason}"
+
+    @property
+    def _asked(self) -> tuple[float, str] | None:
+        """The bytes of the targets that were asked for, and the request in words; None if the recipe asks for no size."""
+        recipe = self.recipe
+        if recipe.bits is not None:
+            return recipe.bits * sum(step.target.numel for step in self.steps) / 8, f"{recipe.bits:.5g} bits per weight"
+        if (limit := recipe.amounts["size"]) is not None:
+            return limit - self.header_bytes - (self.whole_after - self.targets_after), f"{readable(limit)} of weight files"
+        ratio = recipe.dropping.ratio if recipe.dropping is not None and recipe.compresses_nothing else recipe.ratio
+        return None if ratio is None else ((1 - ratio) * self.targets_before, f"ratio {ratio:.5g}")
+
+    def _in_unit(self, nbytes: int) -> str:
+        """The size of the model with this many bytes of targets, in the unit of the request."""
+        if self.recipe.bits is not None:
+            return f"{8 * nbytes / sum(step.target.numel for step in self.steps):.4g}"
+        if self.recipe.size is not None:
+            return f"at most {readable(self.whole_after - self.targets_after + nbytes + self.header_bytes)}"
+        return f"{1 - nbytes / self.targets_before:.4g}"
+
+    def _why_not_exactly(self, over: bool) -> str:
+        """Why the plan takes more (`over`) or fewer bytes than were asked for."""
+        recipe = self.recipe
+        if recipe.bits_of_codes:
+            return f"codes of {recipe.bits:g} bits, with their scales and zero points"
+        if over:
+            return "some targets stay dense, and the ratio holds for each of the others"
+        larger = [self._larger(unit) for unit in self.units]
+        if recipe.depth is not None and not any(larger):
+            return f"{len(self.dropped)} of {self.layers} layers go" if self.dropped else "whole sub-layers go"
+        if not any(larger):
+            return f"the largest that {recipe.compression[0].name} offers here"
+        if recipe.allocation != "uniform":
+            return f"what the rule {recipe.allocation} comes to"
+        return f"the next larger size is {self._in_unit(self.targets_after + sum(more or 0 for more in larger))}"
+
+    def _larger(self, unit: Unit) -> int | None:
+        """How many bytes more the next larger option of a unit takes; None if it has its largest or is dense."""
+        names = {target.name for target in unit.targets}
+        now = sum(step.bytes_after for step in self.steps if step.target.name in names)
+        return next((option.nbytes - now for option in self.options[unit.name] if option.nbytes > now), None)
 
     @property
     def renumbered(self) -> dict[int, int]:

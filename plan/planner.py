@@ -85,14 +85,18 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))
     model_edit = assumed(view, recipe) if known.model_edit is None else known.model_edit
     scope = _scope(view, recipe, model_edit, kept, bounds)
-    footprint = _footprint(view, scope.shapes, scope.dropped, scope.dropped_extra_bytes, scope.kept.keys() - scope.dropped)
+    stay = scope.kept.keys() - scope.dropped | scope.unshrinkable
+    footprint = _footprint(view, scope.shapes, scope.dropped, scope.dropped_extra_bytes, stay)
     amounts = recipe.amounts
+    if recipe.bits_of_codes:
+        amounts["bits"] = None  # the settings fix the size
     if recipe.max_ppl_increase is not None:
         amounts["ratio"] = ASSUMED if known.found is None else known.found.ratio
     if known.curves is None:
         shared = Shared(_evenly(recipe, scope, amounts, footprint))
     else:
         shared = _by_losses(view, recipe, scope, known.curves, targets_bytes(amounts, footprint))
+    _require_something_to_remove(recipe, scope)
     plan = kind(
         recipe=recipe,
         steps=_steps(view.targets, scope, shared.options),
@@ -114,6 +118,8 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         gap=shared.gap,
         found=known.found,
         shallower=described(view, model_edit.dropped),
+        files_left_out=view.location.beside(code=view.trust_remote_code).left_out,
+        header_bytes=footprint.headers,
     )
     return replace(plan, memory=predict_memory(view, plan, devices))
 
@@ -141,6 +147,12 @@ class _Scope:
     options: Mapping[str, Sequence[Option]]
     never_dense: frozenset[str]
     compresses_nothing: bool
+
+    @property
+    def unshrinkable(self) -> set[str]:
+        """Targets of units for which the method has no option: they stay dense although nothing keeps them."""
+        closed = [unit for unit in self.units if not self.options[unit.name] and not self.compresses_nothing]
+        return {target.name for unit in closed for target in unit.targets}
 
     @property
     def dense(self) -> dict[str, int]:
@@ -202,6 +214,23 @@ def _by_losses(
     in_units = {target.name for unit in scope.units for target in unit.targets}
     settled = {name: shape.nbytes for name, shape in scope.shapes.items() if name not in in_units}
     return allocate(recipe, settled | scope.dense, curves, budget, view.targets, scope.never_dense)
+
+
+def _require_something_to_remove(recipe: Recipe, scope: _Scope) -> None:
+    """Refuse a request to remove bytes if the recipe has no form for any target that is smaller than the target.
+
+    Raises:
+        BudgetError: it has none, or `keep` and `limits` leave no target open.
+    """
+    if not recipe.asks_for_less or scope.compresses_nothing or scope.dropped or any(scope.options.values()):
+        return
+    name = recipe.compression[0].name
+    if not scope.units:
+        raise BudgetError("The recipe keeps every target dense: there is nothing to remove.", "Keep fewer targets.")
+    raise BudgetError(
+        f"{name} has no form of any target that is smaller than the target: there is nothing to remove.",
+        "Lower rank_multiple or the method's rank or bits (--set settings.…), or take another recipe (lrc recipe list).",
+    )
 
 
 def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Option]) -> tuple[Step, ...]:

@@ -67,7 +67,8 @@ class Recipe(Steps):
         ratio: fraction of the targets' bytes to remove, at least 0 and below 1; the command line may give it. It may be absent
             if the method's settings fix every size. With `depth` alone, and no number of layers there, it is the fraction of
             layers to drop.
-        bits: instead of `ratio`: mean bits per weight of the targets; scales, masks and indices count too.
+        bits: instead of `ratio`: mean bits per weight of the targets; scales, masks and indices count too, except where it
+            names the codes of a method that only rounds (see `bits_of_codes`).
         size: instead of `ratio`: size of the weight files on disk ('300MB').
         max_ppl_increase: instead of `ratio`: allowed rise of perplexity on held-out calibration tokens ('5%'); a search finds
             the size (run/search.py).
@@ -182,6 +183,28 @@ class Recipe(Steps):
         return {"ratio": self.ratio, "bits": self.bits, "size": None if self.size is None else int(self.size[:-1])}
 
     @property
+    def compresses_nothing(self) -> bool:
+        """Whether the recipe only drops layers or sub-layers."""
+        return not _methods(self)
+
+    @property
+    def asks_for_less(self) -> bool:
+        """Whether the recipe gives a budget that is smaller than the model."""
+        return bool(self.ratio) or any(each is not None for each in (self.bits, self.size, self.max_ppl_increase))
+
+    @property
+    def bits_of_codes(self) -> bool:
+        """Whether `bits` says the bits of the codes of a method that only rounds; its scales and zero points come on top.
+
+        So it is where the settings fix the same number, and nothing else in the recipe decides a size. It follows the usage of
+        the field: 4-bit GPTQ has codes of 4 bits.
+        """
+        method, settings = self.parsed
+        bits = getattr(settings, "bits", None) if settings.sized_by == "bits" else None
+        alone = self.method is not None and self.depth is None and not (self.keep or self.limits)
+        return method.joint is None and alone and self.allocation == "uniform" and self.bits is not None and self.bits == bits
+
+    @property
     def reads_text(self) -> bool:
         """Whether the recipe needs calibration text; if not, the run fetches none."""
         asks = any(
@@ -197,7 +220,8 @@ class Recipe(Steps):
         if self.depth is None or self.depth.drop is not None or self.depth.ratio is not None:
             return self.depth
         if not self.ratio:
-            raise BudgetError("How many layers should go?", "Add --ratio 0.2, or --set depth.drop=6.")
+            what = "How many layers should go?" if self.ratio is None else "ratio 0 drops no layer."
+            raise BudgetError(what, "Add --ratio 0.2, or --set depth.drop=6.")
         return self.depth.model_copy(update={"ratio": self.ratio})
 
     @property
@@ -308,8 +332,11 @@ CLASHES = (
         lambda r: f"{' and '.join(_budgets(r))} say the budget {len(_budgets(r))} times; give one of them",
     ),
     Clash(
-        lambda r: r.allocation == "own" and _budgets(r) not in ([], ["ratio"]),
-        lambda r: f"allocation: own lets the method's settings decide every size; leave out {_budgets(r)[0]}",
+        lambda r: r.allocation == "own" and bool(_budgets(r)),
+        lambda r: (
+            "allocation: own lets the method's settings decide every size; "
+            f"leave out {_budgets(r)[0]}, or take allocation: uniform"
+        ),
     ),
     Clash(
         lambda r: r.allocation == "own" and bool(r.limits),

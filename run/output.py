@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.artifact import UNCHECKED
+from ..checkpoint.beside import files_beside
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
-from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
@@ -109,6 +109,7 @@ def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str
         "depth": {"removed": list(plan.model_edit.removed), **plan.model_edit.record},
         "kept": [asdict(kept) for kept in plan.kept],
         "left_out": [asdict(kept) for kept in plan.left_out],
+        "files_left_out": {reason: list(names) for reason, names in plan.files_left_out.items()},
     }
     check = functools.partial(
         verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
@@ -123,20 +124,30 @@ def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:
 
 
 def _beside(view: ModelView) -> dict[str, bytes]:
-    """File name -> content, for the tokenizer, the generation settings and the licence.
+    """Path inside the artifact -> content, for the files that belong to the model beside its weights.
 
-    They are copied from the model's folder; for GGUF transformers writes them. The checkpoint's own code is copied if it was
-    trusted; otherwise the references to it are removed.
+    They are copied from the model's folder by the rule of checkpoint/beside.py; for GGUF transformers writes the tokenizer.
+    Where the checkpoint's own code was not trusted it is not copied, and the references to it are removed.
     """
+    trusted = view.trust_remote_code
     if not view.location.gguf:
-        files = {path.name: path.read_bytes() for path in view.location.files(code=view.trust_remote_code)}
-        if not view.trust_remote_code and "tokenizer_config.json" in files:
-            held = json.loads(files["tokenizer_config.json"])
-            if held.pop("auto_map", None):
-                files["tokenizer_config.json"] = (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
-        return files
+        files = {name: path.read_bytes() for name, path in view.location.beside(code=trusted).files.items()}
+        return files if trusted else {name: _without_code(name, content) for name, content in files.items()}
     with tempfile.TemporaryDirectory() as folder:
         view.location.tokenizer().save_pretrained(folder)
         if generation := getattr(view.model, "generation_config", None):
             generation.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Location(folder, Path(folder)).files()}
+        return {name: path.read_bytes() for name, path in files_beside(Path(folder)).files.items()}
+
+
+def _without_code(name: str, content: bytes) -> bytes:
+    """A configuration without its references to code that is not copied; other files as they are."""
+    if not name.endswith("config.json") or b"auto_map" not in content:
+        return content
+    try:
+        held = json.loads(content)
+    except ValueError:
+        return content  # no reader of it finds code in it either
+    if not isinstance(held, dict) or not held.pop("auto_map", None):
+        return content
+    return (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()

@@ -69,8 +69,8 @@ def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
         low, high = (middle, high) if work.at(middle) <= before * (1 + allowed) else (low, middle)
     if low == 0:
         raise BudgetError(
-            f"Removing {1 / STEPS:.2%} of the targets' bytes lets perplexity rise from {before:.3f} to {work.at(1):.3f}, and "
-            f"{allowed:.2%} is allowed.",
+            f"Removing {work.planned(1):.2%} of the targets' bytes, the least that was tried, lets perplexity rise from "
+            f"{before:.3f} to {work.at(1):.3f}, and {allowed:.2%} is allowed.",
             "Allow more (max_ppl_increase), or take a recipe that loses less (lrc recipe list).",
         )
     tokens = held_out.numel() - len(held_out)
@@ -113,6 +113,14 @@ class _Search:
             said = f"perplexity {self._known[key]:.4f}" if math.isfinite(self._known[key]) else "cannot be met"
             self._run.notify(Event(f"{what}: held-out {said}", seconds=time.perf_counter() - started))
         return self._known[key]
+
+    def planned(self, step: int) -> float:
+        """The ratio of the plan at the ratio step / STEPS: larger, where the recipe's sizes are far apart."""
+        ratio = step / STEPS
+        try:
+            return make_draft(self._fresh(), self._recipe.model_copy(update={"max_ppl_increase": None, "ratio": ratio})).ratio
+        except BudgetError:
+            return ratio
 
     def _trial(self, ratio: float) -> float:
         refine = self._recipe.refine

@@ -7,7 +7,7 @@ decomposition, so a target is solved once for all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,8 @@ from .rtn import Bits, OneGridSettings
 
 class CorrectionSettings(OneGridSettings):
     """Settings of methods with a quantized base and a low-rank correction."""
+
+    sized_by: ClassVar[str] = "rank"
 
     bits: Bits = Field(4, description="bits per code of the base")
     rank: int | None = Field(32, ge=0, description="rank of the correction; null: as large as the budget allows")

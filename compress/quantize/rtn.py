@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
@@ -49,6 +49,8 @@ class OneGridSettings(Settings):
 
 class GridSettings(OneGridSettings):
     """Settings of `rtn`."""
+
+    sized_by: ClassVar[str] = "bits"
 
     bits: Bits | None = Field(4, description="bits per code; null: as many as the budget allows")
 

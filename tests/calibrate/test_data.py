@@ -244,8 +244,8 @@ def test_binary_is_no_text(plain, tmp_path):
 
 
 def test_missing_parquet_column_names_those_that_exist(plain, tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), tmp_path / "rows.parquet")
-    with pytest.raises(CalibrationError, match=r"no column 'text'; there are: content, id"):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "rows.parquet")
+    with pytest.raises(CalibrationError, match=r"no column 'text'; there are: body, id.*\n.*parquet:PATH:COLUMN"):
         load_calibration(CalibrationSpec(source=f"parquet:{tmp_path}/rows.parquet"), plain)
 
 

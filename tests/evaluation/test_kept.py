@@ -179,11 +179,10 @@ def test_a_budget_that_cannot_be_met_is_named_as_it_was_given(model):
     assert size.code == 2 and "At a size of 80,000 bytes" in size.err
 
 
-def test_a_budget_without_effect_is_told(model):
-    assert "30.00% were asked for" in lrc_ok(
-        "plan", model, "--recipe", "svd-llm", "--ratio", 0.3, "--set", "rank_multiple=1024"
-    )
-    assert "were asked for" not in lrc_ok("plan", model, "--recipe", "svd-llm", "--ratio", 0.3)
+def test_a_budget_without_effect_is_refused(model):
+    refused = run_lrc("plan", model, "--recipe", "svd-llm", "--ratio", 0.3, "--set", "rank_multiple=1024")
+    assert refused.code == 2 and "svd-llm has no form of any target that is smaller" in refused.err
+    assert "rank_multiple" in refused.err
 
 
 def test_a_plan_of_a_search_is_one_of_a_guess(model):

@@ -38,7 +38,7 @@ def problems(name: str, overrides: dict | None = None, settings: tuple[str, ...]
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_sound_and_says_what_it_is(name):
-    recipe = load_recipe(name, {"ratio": 0.2})
+    recipe = load_recipe(name)
     assert recipe.compression[0].source or recipe.depth
     text = shipped()[name]
     assert 20 < len(summary(text)) < 110 and summary(text).endswith(".")
