@@ -26,7 +26,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, brief
 
 Document = str | list[dict[str, Any]]
 """A text, or a conversation: a list of {"role": …, "content": …}. A null is ""."""
@@ -116,8 +116,9 @@ def json_lines(path: Path, field: str, starts: np.ndarray, seed: int | None) -> 
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # both invalid JSON and invalid UTF-8
-                raise CalibrationError(f"{where}: not a line of JSON: {error}.", "Write one JSON object per line.") from None
+            except (ValueError, RecursionError) as error:  # invalid JSON, invalid UTF-8, nesting without end
+                reason = brief(str(error))
+                raise CalibrationError(f"{where}: not a line of JSON: {reason}.", "Write one JSON object per line.") from None
             if not isinstance(row, dict):
                 raise CalibrationError(f"{where}: {type(row).__name__}, not an object.", 'Write {"text": "…"} per line.')
             if field not in row:

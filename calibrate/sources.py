@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.untrusted.files import is_regular, size_of
 from ..errors import CalibrationError, RequestError, did_you_mean
 from .readers import Document, HubData, drawn, hub_documents, json_lines, line_starts, parquet_rows, stdlib_docstrings
 
@@ -87,7 +88,7 @@ def parse_source(text: str, split: str = "train") -> Source:
             raise RequestError(f"Source '{text}': {kind} takes nothing after it.", f"Write {kind}, or {SHAPES['hf']}.")
         return Source(kind, kind, hub=NAMED.get(kind))
     if kind not in SHAPES:
-        if Path(text).expanduser().is_file():
+        if is_regular(Path(text).expanduser()):
             suffix = Path(text).suffix.removeprefix(".")
             raise RequestError(f"'{text}' is a file, not a source.", f"Write {suffix if suffix in SHAPES else 'text'}:{text}.")
         known = [*PLAIN, *(f"{name}:" for name in SHAPES)]
@@ -103,7 +104,7 @@ def parse_source(text: str, split: str = "train") -> Source:
         # a slice of a split is cut from the whole: it cannot be streamed
         return Source(source, kind, hub=HubData(name, config or None, of or split, column or "text", streamed="[" not in of))
     path, field = rest, ""
-    if kind != "text" and ":" in rest and not Path(rest).expanduser().is_file():
+    if kind != "text" and ":" in rest and not is_regular(Path(rest).expanduser()):
         path, _, field = rest.rpartition(":")
     return Source(source, kind, Path(path).expanduser(), field or "text")
 
@@ -208,6 +209,8 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
 def _existing(source: Source) -> Path:
     path = source.path
     assert path is not None
+    if not os.path.isdir(path):
+        size_of(path, CalibrationError)  # refuses FIFOs and devices, and names that no file can have
     if path.exists() and not path.is_dir():
         if not os.access(path, os.R_OK):
             raise CalibrationError(f"{source.text}: no permission to read {path}.")

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
+from ..checkpoint.untrusted.foreign import foreign
 from ..compress.forms.base import linear_shape
 from ..compress.forms.experts import channels_are_free, expert_parameters
+from ..errors import ModelError
 from .lockstep import Lockstep, run_layer
 
 TINY = 4  # tokens of the forward that finds the groups
@@ -61,7 +63,12 @@ class Target:
 def watch(view: Checkpoint) -> list[Target]:
     """Run four tokens through the model with its layers on the meta device, and note which module multiplies which tensor."""
     layers = view.layers
-    with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
+    failing = foreign(
+        ModelError,
+        f"{view.location.name}: the model of config.json cannot be run",
+        "A setting in config.json is damaged, or this architecture does not run on the meta device.",
+    )
+    with failing, torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps:
         steps.start([start])
         found: list[Target] = []
         while steps.index < len(layers):

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Dense
+from .base import MODULES, SPECS, Dense, DenseSpec, FormSpec
 
 ZERO = "zero"
 
@@ -59,5 +59,6 @@ class GuardedLinear(nn.Module):
         return nn.functional.linear(x, self.dense, self.bias)
 
 
+SPECS[ZERO], SPECS[Guarded.kind] = FormSpec, DenseSpec
 MODULES[ZERO] = lambda spec, n, m, dtype: ZeroLinear(n, m, dtype)
 MODULES[Guarded.kind] = lambda spec, n, m, dtype: GuardedLinear(n, m, spec["bias"], dtype)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Form, Spec, build_module
+from .base import MODULES, SPECS, Count, Form, FormSpec, Spec, build_module, require_rank
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,16 @@ class ProductLinear(nn.Module):
         return y
 
 
+class ProductSpec(FormSpec):
+    """Spec of two factors in forms of their own, which are checked when their modules are built."""
+
+    rank: Count
+    left: Spec
+    right: Spec
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        require_rank(self.rank, in_features, out_features)
+
+
+SPECS[Product.kind] = ProductSpec
 MODULES[Product.kind] = ProductLinear
