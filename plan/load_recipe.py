@@ -101,6 +101,7 @@ _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # examples: a date wit
 
 _VALUES = 20_000  # a recipe with a pattern for each matrix of a large model has some thousand
 _DEPTH = 32
+_LONGEST = 10_000  # characters; a number of 300,000 parts takes a minute
 
 
 class _Loader(yaml.SafeLoader):
@@ -125,7 +126,8 @@ def _require_small(root: yaml.Node) -> None:
     """Refuse a document that grows when its aliases are written out: nine lines can stand for a billion values.
 
     Raises:
-        yaml.YAMLError: it has more than `_VALUES` values then, is nested too deeply, or contains itself.
+        yaml.YAMLError: it has more than `_VALUES` values then, is nested too deeply, contains itself,
+            or holds a text that is too long.
     """
     sizes: dict[int, int] = {}
     left: list[tuple[yaml.Node, bool]] = [(root, False)]
@@ -133,6 +135,8 @@ def _require_small(root: yaml.Node) -> None:
     while left:
         node, seen = left.pop()
         inner = [] if isinstance(node, yaml.ScalarNode) else _inner_nodes(node)
+        if not inner and len(node.value) > _LONGEST:
+            raise yaml.YAMLError(f"a value has {len(node.value):,} characters")
         if seen:
             open_nodes.discard(id(node))
             sizes[id(node)] = 1 + sum(sizes[id(each)] for each in inner)

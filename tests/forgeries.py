@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -15,9 +16,9 @@ Forgery = Callable[[Path], object]
 
 # what nobody expects where something else should be; as JSON texts, because Python cannot write all of them
 NASTY = (
-    "null", "true", "-1", "0", "1", "1e18", "1000000000000000000", "9" * 4000, "-9223372036854775809", "1e999", "NaN", "-Infinity",
-    "0.5", '""', '"x"', '"\\ud800"', '"\\u0000"', '"../../etc/passwd"', '"/dev/zero"', json.dumps("n" * 5000), "[]", "[1]", "[[]]",
-    "{}", '{"kind": "low-rank"}', '{"a": {"a": {}}}', "[null, {}]", "[" * DEEP + "]" * DEEP, '{"a":' * 300 + "1" + "}" * 300,
+    "null", "true", "-1", "0", "1", "1e18", "1000000000000000000", "9" * 4000, "-9223372036854775809", "1e999", "NaN",
+    "-Infinity", "0.5", '""', '"x"', '"\\ud800"', '"\\u0000"', '"../../etc/passwd"', '"/dev/zero"', json.dumps("n" * 5000), "[]", "[1]",
+    "[[]]", "{}", '{"kind": "low-rank"}', '{"a": {"a": {}}}', "[null, {}]", "[" * DEEP + "]" * DEEP, '{"a":' * 300 + "1" + "}" * 300,
 )  # fmt: skip
 
 
@@ -106,6 +107,24 @@ def header_length(length: int) -> Forgery:
     return forge
 
 
+def resealed(forgery: Forgery) -> Forgery:
+    """The forgery by someone who also writes the new hashes into lrc.json."""
+
+    def forge(folder: Path) -> None:
+        forgery(folder)
+        record = json.loads((folder / "lrc.json").read_text())
+        for name in record["sha256"]:
+            record["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / "lrc.json").write_text(json.dumps(record))
+
+    return forge
+
+
+def long_name(held: dict[str, Any]) -> None:
+    """The first tensor in a safetensors header gets a name of 5,000 characters."""
+    held["n" * 5000] = held.pop(next(name for name in held if name != "__metadata__"))
+
+
 def first_entry(held: dict[str, Any]) -> dict[str, Any]:
     """The first tensor in a safetensors header."""
     return next(entry for name, entry in held.items() if name != "__metadata__")
@@ -166,7 +185,7 @@ OF_MODELS: dict[str, Forgery] = {
     "header-dtype": header(lambda held: first_entry(held).update(dtype="F1")),
     "header-offsets": header(lambda held: first_entry(held).update(data_offsets=[0, 1 << 62])),
     "header-backwards": header(lambda held: first_entry(held).update(data_offsets=[64, 0])),
-    "header-long-name": header(lambda held: held.update({"n" * 5000: held.pop(next(iter(held)))})),
+    "header-long-name": header(long_name),
     "tokenizer-null": put("tokenizer.json", "null"),
     "tokenizer-deep": put("tokenizer.json", '{"model": ' + "[" * DEEP + "]" * DEEP + "}"),
     "tokenizer-fifo": fifo("tokenizer.json"),

@@ -24,7 +24,7 @@ RECORD = 128 * MB
 # the largest vocabularies of today take 35 MB as tokenizer.json
 TOKENIZER = 128 * MB
 SETTINGS = 16 * MB
-RECIPE = 1 * MB
+RECIPE = MB // 4  # a pattern for each of 5,000 matrices
 
 _LONGEST_PART, _LONGEST_PATH = 255, 4000  # bytes of a name and of a path
 

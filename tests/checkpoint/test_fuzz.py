@@ -154,7 +154,11 @@ def _gguf_bytes(sound: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _recipes() -> st.SearchStrategy[bytes]:
-    bombs = [b"a: &a [x, x]\nb: &b [*a, *a]\nmethod: *b", b"method: &a [*a]", b"method: svd\nkeep: [!!binary aGk=, .nan, 0x" + b"f" * 5000 + b"]"]
+    bombs = [
+        b"a: &a [x, x]\nb: &b [*a, *a]\nmethod: *b",
+        b"method: &a [*a]",
+        b"method: svd\nkeep: [!!binary aGk=, .nan, 0x" + b"f" * 5000 + b"]",
+    ]
     sound = [text.encode() for name, text in sorted(shipped().items())[:6]]
     return st.one_of(st.sampled_from(bombs), st.sampled_from(sound).flatmap(changed_bytes))
 
