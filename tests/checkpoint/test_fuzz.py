@@ -48,8 +48,8 @@ class Case:
     def __init__(self, inputs: st.SearchStrategy[bytes], read: Reader, quick: int, slow: int) -> None:
         self.inputs, self.read, self.quick, self.slow = inputs, read, quick, slow
 
-    def run(self, count: int, same: bool) -> None:
-        """Draw so many inputs; `same`: those of every run."""
+    def run(self, count: int, same: bool) -> int:
+        """Draw so many inputs (`same`: those of every run); how many were refused."""
         watch = Watch()
 
         @settings(
@@ -63,6 +63,7 @@ class Case:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             drawn()
         watch.require_bounded()
+        return watch.refused
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,12 @@ def cases(tmp_path_factory, tiny_text_file) -> dict[str, Case]:
         _of_weights(base)
         | _of_configurations(base)
         | {
-            "gguf": Case(_gguf_bytes(sound_gguf), _in_file(base / "x.gguf", lambda path: require_sound(path)), 800, 25_000),
+            "gguf": Case(_gguf_bytes(sound_gguf), _in_file(base / "x.gguf", lambda path: require_sound(path)), 600, 26_000),
             "gguf-model": Case(
-                _gguf_bytes(sound_gguf), _in_file(base / "y.gguf", lambda path: ModelView(Location("y", base, path.name))), 10, 1_000
+                _gguf_bytes(sound_gguf),
+                _in_file(base / "y.gguf", lambda path: ModelView(Location("y", base, path.name))),
+                10,
+                1_000,
             ),
             "recipe": Case(_recipes(), _in_file(base / "recipe.yaml", lambda path: load_recipe(str(path))), 150, 5_000),
             "sweep": Case(
@@ -110,7 +114,7 @@ def _of_weights(base: Path) -> dict[str, Case]:
     with_length = changed_json(header).map(lambda text: len(text).to_bytes(8, "little") + text)
     either = st.one_of(changed_bytes(json.dumps(index).encode()), changed_json(index))
     return {
-        "header": Case(st.one_of(changed_bytes(shard[:length]), with_length), of_header, 500, 20_000),
+        "header": Case(st.one_of(changed_bytes(shard[:length]), with_length), of_header, 300, 20_000),
         "index": Case(either, _in_file(split / INDEX, lambda path: SafetensorsSource(split)), 400, 15_000),
         "record": Case(
             st.one_of(changed_bytes(json.dumps(record).encode()), changed_json(record)),
@@ -132,9 +136,11 @@ def _of_configurations(base: Path) -> dict[str, Case]:
 
     either = st.one_of(changed_bytes(json.dumps(config).encode()), changed_json(config), changed_json(config))
     return {
-        "config": Case(either, _in_file(plain / "config.json", lambda path: ModelView(Location("plain", plain)).targets), 120, 8_000),
+        "config": Case(
+            either, _in_file(plain / "config.json", lambda path: ModelView(Location("plain", plain)).targets), 80, 8_000
+        ),
         "forms": Case(
-            changed_json(compressed, ("quantization_config",)), _in_file(forms / "config.json", of_forms), 100, 5_000
+            changed_json(compressed, ("quantization_config",)), _in_file(forms / "config.json", of_forms), 70, 5_000
         ),
         "tokenizer": Case(
             st.one_of(changed_bytes(json.dumps(tokenizer).encode()), changed_json(tokenizer)),
@@ -177,15 +183,15 @@ NAMES = ("header", "index", "record", "config", "forms", "tokenizer", "gguf", "g
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_files_are_read_or_refused(name, cases):
     torch.set_num_threads(1)
-    cases[name].run(cases[name].quick, same=True)
+    assert cases[name].run(cases[name].quick, same=True) > 0, "the changes do not reach the reader"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_changed_files_are_read_or_refused(name, cases):
-    cases[name].run(cases[name].slow, same=False)
+    assert cases[name].run(cases[name].slow, same=False) > 0, "the changes do not reach the reader"
 
 
 def test_the_slow_tier_draws_a_hundred_thousand(cases):
     assert sum(case.slow for case in cases.values()) >= 100_000
-    assert sum(case.quick for case in cases.values()) >= 2_500
+    assert sum(case.quick for case in cases.values()) >= 2_000

@@ -56,7 +56,7 @@ def evaluation(model: Path, text: Path) -> tuple[object, ...]:
     return ("eval", model, "--tasks", f"text:{text}", "--length", 32, "--max-windows", 1, "--allow-calibration-text")
 
 
-def refused(*command: object) -> str:
+def assert_refused(*command: object) -> str:
     """Run a command, which must refuse its input in a few lines; what it said."""
     result = run_lrc(*command)
     assert result.code in (1, 2), result.out
@@ -70,9 +70,9 @@ def test_a_forged_model(name, sound, tiny_text_file, tmp_path):
     folder = shutil.copytree(sound["model"], tmp_path / "model")
     OF_MODELS[name](folder)
     if name in _TOKENIZERS:
-        said = refused(*compression(folder, tmp_path / "out", tiny_text_file))
+        said = assert_refused(*compression(folder, tmp_path / "out", tiny_text_file))
     else:
-        said = refused("plan", folder, "--ratio", 0.3)
+        said = assert_refused("plan", folder, "--ratio", 0.3)
     assert "model" in said
     assert not (tmp_path / "out").exists()
 
@@ -82,22 +82,22 @@ def test_a_forged_result(name, sound, tiny_text_file, tmp_path):
     folder = shutil.copytree(sound["result"], tmp_path / "result")
     forgery = OF_RESULTS[name]
     (forgery if name.startswith("record") else resealed(forgery))(folder)
-    refused("verify", folder)
+    assert_refused("verify", folder)
     if name not in _NOT_EVALUATED:
-        refused(*evaluation(folder, tiny_text_file))
+        assert_refused(*evaluation(folder, tiny_text_file))
 
 
 @pytest.mark.parametrize("name", GGUFS)
 def test_a_forged_gguf(name, tmp_path):
     (tmp_path / "model.gguf").write_bytes(GGUFS[name])
-    assert "model.gguf" in refused("plan", tmp_path / "model.gguf", "--ratio", 0.3)
+    assert "model.gguf" in assert_refused("plan", tmp_path / "model.gguf", "--ratio", 0.3)
 
 
 def test_a_sound_gguf_is_still_read(tmp_path):
     file = write_tiny_gguf(tmp_path / "tiny.gguf")
     assert "kept: " in lrc_ok("plan", file, "--ratio", 0.3)
     shutil.copy(file, tmp_path / "tiny-00001-of-00003.gguf")
-    said = refused("plan", tmp_path / "tiny-00001-of-00003.gguf", "--ratio", 0.3)
+    said = assert_refused("plan", tmp_path / "tiny-00001-of-00003.gguf", "--ratio", 0.3)
     assert "one part of" in said and "llama-gguf-split --merge" in said
 
 
@@ -116,12 +116,12 @@ def test_a_recipe_whose_aliases_explode(tmp_path, sound):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 9))]
     for key in ("keep", "method", "limits", "calibration", "depth"):
         (tmp_path / "bomb.yaml").write_text("\n".join([*lines, f"{key}: *a8"]))
-        said = refused("plan", sound["model"], "--recipe", tmp_path / "bomb.yaml", "--ratio", 0.3)
+        said = assert_refused("plan", sound["model"], "--recipe", tmp_path / "bomb.yaml", "--ratio", 0.3)
         assert "with its aliases written out" in said
     (tmp_path / "bomb.yaml").write_text(
         "\n".join(["m0: &m0 {a: 1}", *(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}" for n in range(1, 40))])
     )
-    refused("plan", sound["model"], "--recipe", tmp_path / "bomb.yaml", "--ratio", 0.3)
+    assert_refused("plan", sound["model"], "--recipe", tmp_path / "bomb.yaml", "--ratio", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_a_recipe_whose_aliases_explode(tmp_path, sound):
 )
 def test_a_recipe_that_nobody_writes(content, tmp_path, sound):
     (tmp_path / "odd.yaml").write_bytes(content.encode("utf-8", "surrogatepass"))
-    refused("plan", sound["model"], "--recipe", tmp_path / "odd.yaml")
+    assert_refused("plan", sound["model"], "--recipe", tmp_path / "odd.yaml")
 
 
 def test_aliases_of_a_recipe_are_still_read(tmp_path, sound):
     (tmp_path / "fine.yaml").write_text('method: svd\nratio: 0.3\nkeep: &kept ["*k_proj"]\ncalibration: {source: pydoc}\n')
-    lrc_ok("plan", sound["model"], "--recipe", tmp_path / "fine.yaml")
+    assert lrc_ok("plan", sound["model"], "--recipe", tmp_path / "fine.yaml")
 
 
 @pytest.mark.parametrize("what", ["recipe", "calibration", "task", "model"])
@@ -149,7 +149,7 @@ def test_a_fifo_is_never_waited_for(what, tmp_path, sound, tiny_text_file):
         "task": evaluation(sound["model"], pipe),
         "model": ("plan", pipe, "--ratio", 0.3),
     }[what]
-    assert "is a FIFO" in refused(*command)
+    assert "is a FIFO" in assert_refused(*command)
 
 
 def test_names_that_no_file_can_have(tmp_path, sound, tiny_text_file):
@@ -161,7 +161,7 @@ def test_names_that_no_file_can_have(tmp_path, sound, tiny_text_file):
         compression(sound["model"], tmp_path / "out", Path(long)),
         evaluation(sound["model"], Path(long)),
     ):
-        refused(*command)
+        assert_refused(*command)
 
 
 # ---- whole processes: what a person sees, with time and memory
@@ -188,7 +188,11 @@ def process(*command: object) -> tuple[int, str, float, int]:
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-c", "from lrc.cli import main; main()", *map(str, command)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=package.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=package.parent,
     ) as running:  # fmt: skip
         assert running.stderr is not None
         said = running.stderr.read()
@@ -197,7 +201,7 @@ def process(*command: object) -> tuple[int, str, float, int]:
     return running.returncode, said, time.monotonic() - started, usage.ru_maxrss << 10
 
 
-def require_refused(*command: object) -> None:
+def assert_refused_by_process(*command: object) -> None:
     code, said, seconds, peak = process(*command)
     assert code in (1, 2), said
     assert "Traceback" not in said
@@ -211,9 +215,9 @@ def test_forged_models_in_processes_of_their_own(name, sound, tiny_text_file, tm
     folder = shutil.copytree(sound["model"], tmp_path / "model")
     OF_MODELS[name](folder)
     if name not in _TOKENIZERS:
-        require_refused("plan", folder, "--ratio", 0.3)
-    require_refused(*compression(folder, tmp_path / "out", tiny_text_file))
-    require_refused(*evaluation(folder, tiny_text_file))
+        assert_refused_by_process("plan", folder, "--ratio", 0.3)
+    assert_refused_by_process(*compression(folder, tmp_path / "out", tiny_text_file))
+    assert_refused_by_process(*evaluation(folder, tiny_text_file))
 
 
 @pytest.mark.slow
@@ -221,5 +225,5 @@ def test_forged_models_in_processes_of_their_own(name, sound, tiny_text_file, tm
 def test_forged_results_in_processes_of_their_own(name, sound, tiny_text_file, tmp_path):
     folder = shutil.copytree(sound["result"], tmp_path / "result")
     OF_RESULTS[name](folder)
-    require_refused("verify", folder)
-    require_refused(*evaluation(folder, tiny_text_file))
+    assert_refused_by_process("verify", folder)
+    assert_refused_by_process(*evaluation(folder, tiny_text_file))

@@ -17,8 +17,9 @@ Forgery = Callable[[Path], object]
 # what nobody expects where something else should be; as JSON texts, because Python cannot write all of them
 NASTY = (
     "null", "true", "-1", "0", "1", "1e18", "1000000000000000000", "9" * 4000, "-9223372036854775809", "1e999", "NaN",
-    "-Infinity", "0.5", '""', '"x"', '"\\ud800"', '"\\u0000"', '"../../etc/passwd"', '"/dev/zero"', json.dumps("n" * 5000), "[]", "[1]",
-    "[[]]", "{}", '{"kind": "low-rank"}', '{"a": {"a": {}}}', "[null, {}]", "[" * DEEP + "]" * DEEP, '{"a":' * 300 + "1" + "}" * 300,
+    "-Infinity", "0.5", '""', '"x"', '"\\ud800"', '"\\u0000"', '"../../etc/passwd"', '"/dev/zero"', json.dumps("n" * 5000),
+    "[]", "[1]", "[[]]", "{}", '{"kind": "low-rank"}', '{"a": {"a": {}}}', "[null, {}]", "[" * DEEP + "]" * DEEP,
+    '{"a":' * 300 + "1" + "}" * 300,
 )  # fmt: skip
 
 
