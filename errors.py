@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LrcError(Exception):
@@ -110,3 +111,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names)}."
+
+
+def brief(text: str, most: int = 160) -> str:
+    """A text for a message: on one line, printable, and cut in its middle where it is longer than `most` characters."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in (text if len(text) <= 4 * most else
+                    f"{text[: 2 * most]}{text[-2 * most:]}"))  # fmt: skip
+    return shown if len(shown) <= most else f"{shown[: most // 2]} … {shown[-most // 2 :]}"
+
+
+def problem(error: Any) -> str:
+    """The first mistake that a schema of pydantic found, on one line.
+
+    Args:
+        error: a `pydantic.ValidationError`.
+    """
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"'{brief('.'.join(map(str, first['loc'])))}': {brief(first['msg'])}".removesuffix(".")

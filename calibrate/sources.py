@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.untrusted.files import is_regular, size_of
 from ..errors import CalibrationError, RequestError, did_you_mean
 from .files.columns import Document
 from .files.long_text import long_text
@@ -98,7 +99,7 @@ def parse_source(text: str, split: str = "train") -> Source:
             raise RequestError(f"Source '{text}': {kind} takes nothing after it.", f"Write {kind}, or {SHAPES['hf']}.")
         return Source(kind, kind, hub=NAMED.get(kind))
     if kind not in SHAPES:
-        if Path(text).expanduser().is_file():
+        if is_regular(Path(text).expanduser()):
             raise RequestError(f"'{text}' is a file, not a source.", f"Write {kind_of(Path(text))}:{text}.")
         known = [*PLAIN, *(f"{name}:" for name in SHAPES)]
         raise RequestError(f"No source is called '{text}'.", did_you_mean(kind + colon, known))
@@ -115,7 +116,7 @@ def parse_source(text: str, split: str = "train") -> Source:
     if kind == "text":
         return Source(source, kind_of(Path(rest)), Path(rest).expanduser())
     path, field = rest, ""
-    if ":" in rest and not Path(rest).expanduser().is_file():
+    if ":" in rest and not is_regular(Path(rest).expanduser()):
         path, _, field = rest.rpartition(":")
     return Source(source, kind, Path(path).expanduser(), field)
 
@@ -223,6 +224,8 @@ def _rows(path: Path, source: Source, seed: int | None) -> tuple[Iterator[Docume
 def _existing(source: Source) -> Path:
     path = source.path
     assert path is not None
+    if not os.path.isdir(path):
+        size_of(path, CalibrationError)  # refuses FIFOs and devices, and names that no file can have
     if path.exists() and not path.is_dir():
         if not path.is_file():
             raise CalibrationError(f"{source.text}: {path} is a pipe or a device.", "Save the text to a file.")

@@ -24,8 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError, RequestError, ResumeError
+from ..errors import CheckpointError, OutputError, RequestError, ResumeError, brief
 from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
+from .untrusted.files import RECORD as RECORD_BYTES
+from .untrusted.files import size_of
+from .untrusted.json_text import json_object
+from .untrusted.record import require_record
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
@@ -33,7 +37,6 @@ INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
-_RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # keys that every reader of the record needs
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -145,7 +148,8 @@ class Artifact:
             (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
         ]
         entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
-        return {name for entry in entries for name in entry.get("files", ()) if _is_below(name)}
+        listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
+        return {name for name in listed if isinstance(name, str) and _is_below(name)}
 
     def _compare(self, other: Mapping[str, Any]) -> None:
         differences = list(_differences(other, self.identity))
@@ -323,22 +327,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged.
     """
     path = folder / RECORD
-    if not path.is_file():
+    if size_of(path) is None:
         unfinished = (
             " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
         )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        if record["schema"] > SCHEMA:
-            raise CheckpointError(f"{path} has schema {record['schema']}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
-        for key in _RECORDED:
-            record[key]
-        record["calibration"]["provenance"]
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}: it is damaged, or not lrc's.", "Write the artifact again.") from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}", "Write the artifact again.") from error
+    record = json_object(path, RECORD_BYTES)
+    schema = record.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise CheckpointError(f"{path} has schema {brief(str(schema))}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
+    require_record(record, path)
     return record
 
 
@@ -358,7 +356,7 @@ def _parsed(text: bytes) -> Any:
     """The JSON value of a text, or None if it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -16,7 +16,8 @@ from typing import IO, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, OutputError, RequestError
+from ..errors import CheckpointError, OutputError, RequestError, brief
+from .untrusted.files import size_of
 
 PARTIAL = ".lrc-partial"
 T = TypeVar("T")
@@ -83,15 +84,16 @@ def read_json(path: Path, shape: type[T]) -> T | None:
     Raises:
         CheckpointError: the file is damaged, or its content has another type.
     """
+    size_of(path)  # refuses a FIFO, which would be waited for
     try:
         return TypeAdapter(shape).validate_python(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        reason = str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = brief(str(error))
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+            reason = f"{brief('.'.join(map(str, first['loc']))) or 'all of it'}: {first['msg']}"
         raise CheckpointError(f"{path} cannot be read: {reason}", "Delete it: its content is computed again.") from error
 
 

@@ -7,10 +7,12 @@ saving). Tensor names in a compressed checkpoint are the model's own, so no rena
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -24,13 +26,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
 from ..compress.install_forms import install_forms, multiply_out
-from ..errors import CheckpointError, ModelError, one_line
+from ..errors import CheckpointError, ModelError, problem
 from .architecture import model_class
-from .location import locate
+from .location import Location, locate
+from .untrusted.foreign import foreign
+from .untrusted.gguf_header import require_sound
+from .untrusted.json_text import dotted, walked
+from .untrusted.skeleton import require_affordable, require_finite_tables
 from .weights import SafetensorsSource
 
 METHOD = "lrc"
 FORMAT_VERSION = 1
+_FEW = 1 << 24  # numbers
+_DEEPEST = 24  # levels of a spec; the deepest that lrc writes, a corrected factor of an expert, has 10
+
+
+class Stored(BaseModel):
+    """The schema of what `quantization_config` holds; the spec of each module is checked where its module is built."""
+
+    model_config = ConfigDict(strict=True)
+
+    modules: dict[str, Spec]
+    format_version: int = Field(ge=1)
+    lrc_version: str
 
 
 class LrcConfig(QuantizationConfigMixin):
@@ -40,15 +58,35 @@ class LrcConfig(QuantizationConfigMixin):
         modules: module path -> the spec of its form; a fused experts parameter has `{"kind": "experts", "forms": [...]}`.
         format_version: of this configuration; a version newer than `FORMAT_VERSION` is refused.
         lrc_version: the version of lrc that wrote the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a value has another type.
     """
 
     def __init__(
         self, modules: dict[str, Spec] | None = None, format_version: int = FORMAT_VERSION, lrc_version: str = "", **_: Any
     ) -> None:
         self.quant_method: Any = METHOD
-        self.modules = modules or {}
-        self.format_version = format_version
-        self.lrc_version = lrc_version
+        try:
+            stored = Stored(modules={} if modules is None else modules, format_version=format_version, lrc_version=lrc_version)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"The checkpoint's quantization_config is none of lrc's: {problem(error)}.", "Its config.json was changed."
+            ) from error
+        _require_shallow(stored.modules)
+        self.modules = stored.modules
+        self.format_version = stored.format_version
+        self.lrc_version = stored.lrc_version
+
+
+def _require_shallow(modules: Mapping[str, Spec]) -> None:
+    """Refuse forms in forms without end, and a shared factor inside another form, where no loader looks for it."""
+    for path, value in walked(modules):
+        if len(path) > _DEEPEST or (path[-1:] == ("owner",) and len(path) > 2 and value is not None):
+            raise CheckpointError(
+                f"The checkpoint's quantization_config does not fit this model: '{dotted(path)}' is nested too deeply.",
+                "Its config.json was changed.",
+            )
 
 
 class LrcQuantizer(HfQuantizer):
@@ -98,7 +136,12 @@ def install_stored(model: Any) -> None:
     stored = getattr(model.config, "quantization_config", None)
     if stored is None:
         return
-    config = LrcConfig(**(stored if isinstance(stored, dict) else stored.to_dict()))
+    if not is_lrc(stored):
+        raise CheckpointError(
+            f"config.json has a quantization_config that is not {METHOD}'s.", "Its config.json was changed; get it again."
+        )
+    held = stored if isinstance(stored, dict) else stored.to_dict()
+    config = LrcConfig(**{str(key): value for key, value in held.items()})
     LrcQuantizer(config).validate_environment()
     install_forms(model, config.modules, model.dtype)
 
@@ -125,29 +168,64 @@ def open_model(
         ModelError: there is no such model, or the folder holds an unfinished run.
         CheckpointError: weights are missing or damaged, or do not fit the model.
     """
-    from safetensors import SafetensorError
 
     location = locate(model)
     config = location.config(trust_remote_code)
-    own = torch.float32 if location.gguf else SafetensorsSource(location.path).dtype  # the error names a damaged shard
+    shards = None if location.gguf else SafetensorsSource(location.path)  # the error names a damaged shard
+    if not trust_remote_code:
+        _require_held(location, config, shards)
+    own = shards.dtype if shards else torch.float32
     try:
-        found: Any = model_class(config).from_pretrained(
-            location.path,
-            gguf_file=location.gguf,
-            dtype=dtype or config.dtype or own,
-            **_placed(device),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if location.gguf else True,
-            ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-            output_loading_info=True,
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {one_line(error)}", "Get or write it again.") from error
-    except OSError as error:
-        raise ModelError(f"{model} cannot be loaded: {one_line(error)}", "Give a folder with safetensors.") from error
+        with foreign(CheckpointError, f"{model} cannot be loaded", "Get or write it again."):
+            found: Any = model_class(config).from_pretrained(
+                location.path,
+                gguf_file=location.gguf,
+                dtype=dtype or config.dtype or own,
+                **_placed(device),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if location.gguf else True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
+                output_loading_info=True,
+            )
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ModelError(error.what, "Give a folder with safetensors.") from error
     loaded, info = found
     _require_whole(model, loaded, info)
+    require_finite_tables(loaded, model)
     return loaded.eval(), location.tokenizer(trust_remote_code)
+
+
+def _require_held(location: Location, config: Any, shards: SafetensorsSource | None) -> None:
+    """Refuse a configuration of a larger model than the weight files hold: transformers would fill the rest at random.
+
+    Raises:
+        ModelError: it describes more numbers than there are in the files, or cannot be built.
+        CheckpointError: its forms do not fit the model.
+    """
+    model = require_affordable(config, location.name)
+    quantized = getattr(config, "quantization_config", None)
+    if is_lrc(quantized):
+        install_stored(model)
+    elif quantized:
+        return  # packed by a library that counts its numbers in its own way
+    header = require_sound(location.path / str(location.gguf)).tensors if shards is None else {}
+    shapes = header.values() if shards is None else [shards.shape(name) or () for name in shards.names()]
+    held = sum(map(math.prod, shapes))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    wanted = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    if wanted > 2 * held + _FEW:  # of fewer, the loader names the tensor that is missing or does not fit
+        raise ModelError(
+            f"{location.name}: the model of config.json has {wanted:,} numbers, and the weight files hold {held:,}.",
+            "Weights and config.json do not belong together, or the checkpoint is incomplete.",
+        )
+
+
+def is_lrc(stored: Any) -> bool:
+    """Whether a `quantization_config` says that it is lrc's."""
+    held = stored if isinstance(stored, dict) else vars(stored) if hasattr(stored, "__dict__") else {}
+    return held.get("quant_method") == METHOD
 
 
 def _placed(device: str) -> dict[str, Any]:

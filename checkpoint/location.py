@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import struct
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ import torch
 
 from ..errors import CheckpointError, ModelError, did_you_mean, one_line
 from .beside import Beside, files_beside, hub_leaves
+from .untrusted.configuration import require_sound_config, require_usable_text
+from .untrusted.files import require_path, require_readable, size_of
+from .untrusted.foreign import foreign
+from .untrusted.gguf_header import require_sound
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
 
@@ -41,23 +45,13 @@ class Location:
             CheckpointError: the GGUF file cannot be read.
             ModelError: transformers cannot read the configuration, or its dtype is unknown.
         """
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
+        self._guard()
         other = {} if self.config_file == "config.json" else {"_configuration_file": self.config_file}
-        try:
+        with self._reading_config():
             config = AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code, **other)
-        except (ValueError, OSError, KeyError, AttributeError, StrictDataclassError, struct.error) as error:
-            if self.gguf:
-                size = (self.path / self.gguf).stat().st_size
-                raise CheckpointError(
-                    f"{self.name} ({size} bytes) cannot be read as GGUF: {one_line(error)}", "Get the file again."
-                ) from error
-            raise ModelError(
-                f"{self.name}: transformers cannot read the configuration: {one_line(error)}",
-                "If the model's code comes with the checkpoint and you trust it, add --trust-remote-code; "
-                "if not, config.json is damaged or newer than this transformers.",
-            ) from error
+        require_usable_text(config, self.name)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ModelError(f"{self.name}: config.json has the dtype {config.dtype!r}, which torch does not know.",
                              "Write float32, bfloat16 or float16 there.")  # fmt: skip
@@ -71,13 +65,32 @@ class Location:
         """
         from transformers import AutoTokenizer
 
-        try:
+        self._guard()
+        what = f"{self.name}: no tokenizer could be read"
+        remedy = "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library."
+        with foreign(ModelError, what, remedy):
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
-        except Exception as error:  # the tokenizers library raises plain `Exception`s
-            raise ModelError(
-                f"{self.name}: no tokenizer could be read: {one_line(error)}",
-                "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library.",
-            ) from error
+
+    def _guard(self) -> None:
+        """Bound what transformers would read, before it does."""
+        if self.gguf:
+            require_sound(self.path / self.gguf)
+        else:
+            require_readable(self.path)
+            require_sound_config(self.path / self.config_file)
+
+    def _reading_config(self) -> AbstractContextManager[None]:
+        """The boundary at which transformers reads the configuration."""
+        if self.gguf:
+            size = size_of(self.path / self.gguf)
+            what, remedy = f"{self.name} ({size} bytes) cannot be read as GGUF", "Get the file again."
+            return foreign(CheckpointError, what, remedy)
+        return foreign(
+            ModelError,
+            f"{self.name}: transformers cannot read the configuration",
+            "If the model's code comes with the checkpoint and you trust it, add --trust-remote-code; "
+            "if not, config.json is damaged or newer than this transformers.",
+        )
 
     def beside(self, code: bool = False) -> Beside:
         """The other files of the checkpoint; none of a GGUF file, which holds everything itself and may lie among others.
@@ -96,15 +109,16 @@ def locate(model: str) -> Location:
     """
     if not model.strip():
         raise ModelError("The name of the model is empty.", "Give a folder, a .gguf file, pkg:PACKAGE/FILE or a hub id.")
+    require_path(model)
     if model.startswith("pkg:"):
         return _packaged(model)
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    if path.suffix == ".gguf" and not path.is_dir():
+        if size_of(path) is None:
             raise ModelError(f"There is no file {model}.", _neighbours(path))
         return Location(model, path.parent, path.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if size_of(path / "config.json", ModelError) is None:
             ggufs = sorted(path.glob("*.gguf"))
             hint = f"It holds GGUF files: give one of them, such as {ggufs[0]}." if ggufs else "Give a folder with config.json."
             raise ModelError(f"{model} holds no config.json.", hint)

@@ -9,6 +9,7 @@ import torch
 from ..errors import RequestError, did_you_mean
 from .artifact import JOURNAL
 from .location import Location, locate
+from .untrusted.files import require_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,6 +27,7 @@ def located(name: str) -> Location:
 
 def require_finished(name: str) -> None:
     """Refuse the folder of an interrupted run."""
+    require_path(name)
     if (Path(name) / JOURNAL).is_file() and not (Path(name) / "config.json").is_file():
         raise RequestError(f"{name} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.forms.experts import IMPLEMENTATION, register
-from ..errors import CheckpointError, ModelError, NonFiniteError, one_line
+from ..errors import CheckpointError, ModelError, NonFiniteError
 from .architecture import built, find_layers, keep_float32, require_sizes
 from .location import Location
+from .untrusted.skeleton import building, require_affordable, require_finite_tables
 from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 
 
@@ -50,7 +51,7 @@ class Checkpoint:
         shards = None if location.gguf else SafetensorsSource(location.path)
         self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
-        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code)
+        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name)
         require_sizes(self.config, location.name)
         if prepare is not None:
             prepare(self.model)
@@ -255,27 +256,23 @@ def _refuse(config: Any, name: str) -> None:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model with parameters on the meta device; buffers (rotary tables) are computed."""
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: str) -> Any:
+    """The model with parameters on the meta device; buffers (rotary tables) are computed.
+
+    Raises:
+        ModelError: transformers cannot build it, or its buffers are too large or not finite; `name` is the model's.
+    """
     from accelerate import init_empty_weights
 
     config._experts_implementation = IMPLEMENTATION
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = built(config, dtype, trust_remote_code)
-    except ImportError as error:
-        raise ModelError(
-            f"transformers needs another package for a model of type '{config.model_type}': {one_line(error)}", "Install it."
-        ) from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers cannot build a language model of type '{config.model_type}' from its configuration: "
-            f"{type(error).__name__}: {one_line(error)}",
-            "If its code comes with the checkpoint and you trust it, add --trust-remote-code; if not, config.json is damaged, "
-            "or transformers has no language model of this type.",
-        ) from error
-    keep_float32(model, dtype)
-    model.tie_weights()
+    if not trust_remote_code:  # code that comes with a checkpoint may not be made for the meta device
+        require_affordable(config, name)
+    with building(config), init_empty_weights(include_buffers=False):
+        model = built(config, dtype, trust_remote_code)
+    with building(config):
+        keep_float32(model, dtype)
+        model.tie_weights()
+    require_finite_tables(model, name)
     model.eval()
     model.requires_grad_(False)
     return model

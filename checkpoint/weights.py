@@ -8,7 +8,6 @@ mapping exists, so a model that is read layer by layer would otherwise become re
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -21,6 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ModelError
+from .untrusted.files import INDEX as INDEX_BYTES
+from .untrusted.files import require_path, size_of
+from .untrusted.foreign import foreign
+from .untrusted.gguf_header import require_sound
+from .untrusted.json_text import json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -130,15 +134,8 @@ def _locate_shards(folder: Path) -> dict[str, str]:
     """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        try:
-            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-                raise TypeError("weight_map must give a file name for each tensor")
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{index} is not an index of shards: {type(error).__name__}: {str(error)[:120]}", "Download it again."
-            ) from error
-        outside = sorted({file for file in where.values() if Path(file).name != file})
+        where = read_index(index)
+        outside = sorted({file for file in where.values() if Path(file).name != file or file == ".."})
         if outside:
             raise CheckpointError(f"{index} points outside its folder: '{outside[0]}'.", "Do not use this checkpoint.")
         missing = sorted({file for file in where.values() if not (folder / file).is_file()})
@@ -159,21 +156,33 @@ def _locate_shards(folder: Path) -> dict[str, str]:
     raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.", "Give a folder with safetensors shards.")
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index of shards says.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file that none can be called.
+    """
+    try:
+        where = json_object(path, INDEX_BYTES).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise CheckpointError("weight_map must give a file name for each tensor.")
+        for file in set(where.values()):
+            require_path(file, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not an index of shards: {error.what}", "Download it again.") from error
+    return where
+
+
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, dtype in safetensors' spelling) of every tensor; opening checks the header and the file's length.
 
     Raises:
         CheckpointError: the file is truncated or corrupt.
     """
-    try:
-        with safe_open(path, framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or corrupt: {error}", "Download or copy that shard again."
-        ) from error
+    what = f"{path} ({size_of(path) or 0} bytes) is truncated or corrupt"
+    with foreign(CheckpointError, what, "Download or copy that shard again."), safe_open(path, framework="pt") as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
 class GgufSource(WeightSource):
@@ -201,14 +210,12 @@ class GgufSource(WeightSource):
             raise ModelError(
                 f"{path.name}: experts of a mixture ({config['model_type']}) are not read from GGUF.", "Use safetensors."
             )
-        try:
+        require_sound(path)
+        with foreign(CheckpointError, f"{path} cannot be read as GGUF", "Get the file again."):
             reader = GGUFReader(path)
             architecture = str(reader.fields["general.architecture"].contents())
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            size = path.stat().st_size if path.is_file() else 0
-            raise CheckpointError(f"{path} ({size} bytes) cannot be read as GGUF: {error}", "Get the file again.") from error
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        self._map = get_gguf_hf_weights_map(model, self._processor)
+            self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+            self._map = get_gguf_hf_weights_map(model, self._processor)
         # with offsets, later reads need neither the header (a whole vocabulary) nor a permanent mapping
         known = {self._map[t.name]: t for t in reader.tensors if t.name in self._map}
         self._layout = {name: (int(t.data_offset), t.data.shape, t.data.dtype) for name, t in known.items()}
@@ -238,10 +245,15 @@ class GgufSource(WeightSource):
                 raise CheckpointError(
                     f"{self.files[0]} ends inside '{stored}': {data.size} of {count} values.", "Get the file again."
                 )
-            done = self._processor.process(
-                weights=dequantize(data.reshape(shape), kind), name=stored, tensor_key_mapping=self._map, parsed_parameters={}
-            )
-            tensors[name] = torch.tensor(done.weights)
+            # scales of a damaged block overflow; whoever asked for the weights refuses what is not finite
+            with foreign(CheckpointError, f"{self.files[0]}: '{stored}'", "Get the file again."), np.errstate(all="ignore"):
+                done = self._processor.process(
+                    weights=dequantize(data.reshape(shape), kind),
+                    name=stored,
+                    tensor_key_mapping=self._map,
+                    parsed_parameters={},
+                )
+                tensors[name] = torch.tensor(done.weights)
         return tensors
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, brief, problem
 from .forms.base import MODULES, Spec, build_module, linear_shape, matrix_of
 from .forms.experts import FORMS, IMPLEMENTATION, expert_parameters, register
 from .forms.experts import install as install_experts
@@ -31,18 +32,14 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | Non
     Raises:
         CheckpointError: they do not fit the model.
     """
-    if not isinstance(modules, dict) or not all(isinstance(spec, dict) for spec in modules.values()):
-        raise CheckpointError(
-            "The checkpoint's quantization_config has no readable 'modules'.", "Its config.json was changed; get it again."
-        )
     for name, spec in modules.items():
         parent_name, _, leaf = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)
             with torch.device("meta"):
                 if spec["kind"] == "experts":
-                    _, out_features, in_features = expert_parameters(parent)[leaf]
-                    forms = [build_module(form, in_features, out_features, dtype) for form in spec["forms"]]
+                    count, out_features, in_features = expert_parameters(parent)[leaf]
+                    forms = [build_module(form, in_features, out_features, dtype) for form in _forms_of(spec, count)]
                 elif spec["kind"] == MAP:
                     install_map(model.get_submodule(name), spec, dtype)
                 else:
@@ -52,9 +49,10 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | Non
                     module: Any = build_module(spec, shape[1], shape[0], dtype)
                     module.replaced = (*shape, type(getattr(parent, leaf)))
                     setattr(parent, leaf, module)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"The checkpoint's quantization_config does not fit this model: '{name}' as {spec.get('kind')!r}: {error}. "
+                f"The checkpoint's quantization_config does not fit this model: '{brief(name)}' as "
+                f"{brief(repr(spec.get('kind')))}: {_reason(error)}. "
                 f"Forms known here: experts, {MAP}, {', '.join(MODULES)}.",
                 "Its config.json was changed, or it was written by a newer lrc.",
             ) from error
@@ -64,6 +62,21 @@ def install_forms(model: Any, modules: dict[str, Spec], dtype: torch.dtype | Non
     if any(spec["kind"] == "experts" for spec in modules.values()):
         register()
         model.set_experts_implementation(IMPLEMENTATION)
+
+
+def _forms_of(spec: Spec, count: int) -> list[Spec]:
+    """The specs of a fused parameter's experts."""
+    forms = spec["forms"]
+    if not isinstance(forms, list) or len(forms) != count or spec.keys() != {"kind", "forms"}:
+        raise ValueError(f"it needs a list of {count} forms and nothing else")
+    return forms
+
+
+def _reason(error: Exception) -> str:
+    """Why a spec does not fit, on one line."""
+    if isinstance(error, ValidationError):
+        return problem(error)
+    return brief(str(error))
 
 
 def multiply_out(model: Any, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from ..checkpoint.artifact import RECORD, read_record
 from ..checkpoint.hf_quantizer import open_model
 from ..checkpoint.location import Location
 from ..checkpoint.opening import dtype_of, located
+from ..checkpoint.untrusted.files import size_of
 from ..errors import EvaluationError, RequestError
 from ..model.events import Event, Notify, silent
 from ..model.machine.precision import full_precision
@@ -83,7 +84,7 @@ def check_model(request: Request, location: Location, trust_remote_code: bool = 
     """
     if request.texts:
         check_positions(location.config(trust_remote_code), request.settings.length)
-    if not (location.path / RECORD).is_file():
+    if size_of(location.path / RECORD) is None:
         return []
     provenance: list[dict] = read_record(location.path)["calibration"]["provenance"]
     refuse_calibration_text(request, provenance, location.name)

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.artifact import RECORD
 from ..checkpoint.atomic import locked, sync_folder, writing
 from ..errors import CheckpointError, OutputError, RequestError, one_line
 from ..model.events import Event, Notify, silent
@@ -201,7 +200,7 @@ def follow_umask(path: Path) -> None:
 def _copied(source: Source) -> dict[str, bytes]:
     """The files beside the weights of the result: tokenizer, templates, processors, generation settings, licence."""
     location = source.view.location
-    return {path.name: path.read_bytes() for path in location.files(code=source.view.trust_remote_code) if path.name != RECORD}
+    return {name: path.read_bytes() for name, path in location.beside(code=source.view.trust_remote_code).files.items()}
 
 
 @torch.no_grad()

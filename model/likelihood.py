@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..checkpoint.architecture import text_decoder
-from ..errors import NonFiniteError
+from ..checkpoint.untrusted.foreign import foreign
+from ..errors import EvaluationError, NonFiniteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,18 +85,18 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int
     if decoder is not model and makes_few_logits(model):
         hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            _answer(model, input_ids=ids, logits_to_keep=1)
         finally:
             hook.remove()
     if len(outputs) != 1:
-        whole = model(input_ids=ids, use_cache=False).logits
+        whole = _answer(model, input_ids=ids)
         yield lambda start, stop: whole[:, start:stop]
         return
     own = vars(decoder).get("forward")  # set where accelerate has put a model on several devices
 
     def replayed(start: int, stop: int) -> torch.Tensor:
         positions = torch.arange(start, stop, device=ids.device)
-        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        return _answer(model, input_ids=ids, logits_to_keep=positions)
 
     decoder.forward = lambda *_inputs, **_options: outputs[0]
     try:
@@ -104,6 +105,14 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[Callable[[int
         del decoder.forward
         if own is not None:
             decoder.forward = own
+
+
+def _answer(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """The model's logits. Its forward follows its config.json, which may say anything that the shapes of the weights allow."""
+    remedy = "A setting in its config.json is damaged, or its weights are (lrc verify checks those of a compressed checkpoint)."
+    with foreign(EvaluationError, "The model cannot be run", remedy):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits
 
 
 def _input_device(model: Any) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from greenlet import GreenletExit
 from torch import Tensor, nn
 
 from ..checkpoint.streamed import Checkpoint
+from ..checkpoint.untrusted.foreign import foreign
 from ..compress.forms.base import linear_shape
 from ..compress.forms.experts import channels_are_free, expert_parameters
-from ..errors import ModelError, one_line
+from ..errors import ModelError
 from .lockstep import Lockstep, run_without_weights
 
 TINY = 4  # tokens of the forward that finds the groups
@@ -119,17 +120,13 @@ def _nothing_outside(view: Checkpoint) -> Iterator[None]:
             parameters.update(before)
 
 
-@contextmanager
-def _explained(view: Checkpoint) -> Iterator[None]:
+def _explained(view: Checkpoint) -> AbstractContextManager[None]:
     """Turn an error inside the model's own code, which text alone or shapes alone do not satisfy, into a refusal."""
-    try:
-        yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{view.location.name}: {type(view.model).__name__} does not run on text alone, layer by layer: "
-            f"{type(error).__name__}: {one_line(error)}",
-            "This architecture cannot be compressed layer by layer.",
-        ) from error
+    return foreign(
+        ModelError,
+        f"{view.location.name}: {type(view.model).__name__} does not run on text alone, layer by layer",
+        "A setting in config.json is damaged, or this architecture cannot be compressed layer by layer.",
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Overrides apply before the check. The check therefore covers them too, and one e
 from __future__ import annotations
 
 import importlib.resources
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..checkpoint.untrusted.files import RECIPE, read_bounded, require_path, size_of
 from ..compress.base import get_method, methods
 from ..compress.forms.grids import BITS
-from ..errors import RecipeError, did_you_mean, one_line
+from ..errors import CheckpointError, ModelError, RecipeError, brief, did_you_mean, one_line
 from . import budget
 from .recipe import Recipe
 from .recipe_errors import problems_of
@@ -108,26 +110,75 @@ def read_recipe(name: str) -> tuple[str, str]:
     known = shipped()
     if name in known:
         return f"recipe {name}", known[name]
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise RecipeError(name, ["there is no shipped recipe and no file of that name"], did_you_mean(name, known))
     try:
-        return str(path), path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(name, [f"cannot be read: {error}"]) from error
+        require_path(name)
+        path = Path(name).expanduser()
+        if size_of(path) is None:
+            raise RecipeError(name, ["there is no shipped recipe and no file of that name"], did_you_mean(name, known))
+        return str(path), read_bounded(path, RECIPE).decode()
+    except (CheckpointError, ModelError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: no home for ~NAME
+        raise RecipeError(brief(name), [f"cannot be read: {error}"]) from error
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # examples: a date with month 13, `0x_`, a thousand nested brackets
 
 
+_VALUES = 20_000  # a recipe with a pattern for each matrix of a large model has some thousand
+_DEPTH = 32
+_LONGEST = 10_000  # characters; a number of 300,000 parts takes a minute
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which also refuses duplicate keys (PyYAML silently takes the last one)."""
 
+    def get_single_data(self) -> Any:
+        """The value of the document, if it is of a bounded size with all its aliases written out."""
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _require_small(node)
+        return self.construct_document(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.YAMLError(f"'{twice[0]}' is given twice")
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := sorted(key for key, count in keys.items() if count > 1):
+            raise yaml.YAMLError(f"'{brief(twice[0])}' is given twice")
         return super().construct_mapping(node, deep)
+
+
+def _require_small(root: yaml.Node) -> None:
+    """Refuse a document that grows when its aliases are written out: nine lines can stand for a billion values.
+
+    Raises:
+        yaml.YAMLError: it has more than `_VALUES` values then, is nested too deeply, contains itself,
+            or holds a text that is too long.
+    """
+    sizes: dict[int, int] = {}
+    left: list[tuple[yaml.Node, bool]] = [(root, False)]
+    open_nodes: set[int] = set()
+    while left:
+        node, seen = left.pop()
+        inner = [] if isinstance(node, yaml.ScalarNode) else _inner_nodes(node)
+        if not inner and len(node.value) > _LONGEST:
+            raise yaml.YAMLError(f"a value has {len(node.value):,} characters")
+        if seen:
+            open_nodes.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(each)] for each in inner)
+            if sizes[id(node)] > _VALUES:
+                raise yaml.YAMLError(f"with its aliases written out it has more than {_VALUES:,} values")
+        elif id(node) not in sizes:
+            if id(node) in open_nodes:
+                raise yaml.YAMLError("an alias stands for a value that contains it")
+            open_nodes.add(id(node))
+            if len(open_nodes) > _DEPTH:
+                raise yaml.YAMLError(f"it is nested more than {_DEPTH} levels deep")
+            left.append((node, True))
+            left.extend((each, False) for each in inner)
+
+
+def _inner_nodes(node: Any) -> list[yaml.Node]:
+    """The values of a list, or the keys and values of a mapping."""
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
 
 
 def _parse(where: str, text: str) -> dict[str, Any]:

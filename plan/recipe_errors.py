@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import LrcError, did_you_mean
+from ..errors import LrcError, brief, did_you_mean
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -31,11 +31,19 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
         elif item["type"] == "missing":
             lines.append(f"'{key}' is missing")
         else:
-            shown = f" (got {item['input']!r})" if key and not isinstance(item["input"], dict) else ""
+            shown = f" (got {_shown(item['input'])})" if key and not isinstance(item["input"], dict) else ""
             cause = item.get("ctx", {}).get("error")
             message = str(cause) if isinstance(cause, LrcError | ValueError) else item["msg"]
             lines.append(f"{key}: {message}{shown}" if key else message)
     return lines
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long; a number of thousands of digits cannot be written at all."""
+    try:
+        return brief(repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _named(model: type[BaseModel], path: tuple[int | str, ...]) -> list[int | str]:

@@ -7,7 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ..checkpoint.artifact import read_record
+from ..checkpoint.untrusted.record import problem
+from ..errors import CheckpointError
 from ..plan.plan import Plan
 from .layer_loop import TargetRecord
 
@@ -68,7 +72,12 @@ class Result:
     @cached_property
     def targets(self) -> list[TargetRecord]:
         """The record of each target."""
-        return [TargetRecord(**each) for each in self.record["targets"]]
+        try:
+            return TypeAdapter(list[TargetRecord]).validate_python(self.record["targets"])
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{self.folder}: the record of a target is damaged: {problem(error)}.", "Write it again."
+            ) from error
 
     @property
     def metrics(self) -> dict[str, Any]:

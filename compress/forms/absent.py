@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Dense
+from .base import MODULES, SPECS, Dense, DenseSpec, FormSpec
 
 ZERO = "zero"
 
@@ -67,5 +67,6 @@ class GuardedLinear(nn.Module):
         return self.dense.to(dtype)
 
 
+SPECS[ZERO], SPECS[Guarded.kind] = FormSpec, DenseSpec
 MODULES[ZERO] = lambda spec, n, m, dtype: ZeroLinear(n, m, dtype)
 MODULES[Guarded.kind] = lambda spec, n, m, dtype: GuardedLinear(n, m, spec["bias"], dtype)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..registry import import_all
@@ -146,6 +147,54 @@ class LowRankLinear(nn.Module):
         )
 
 
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class FormSpec(BaseModel):
+    """The schema of a form's spec. Specs come from config.json, which anyone may have written: types are strict, and keys that
+    the form does not have are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: str
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        """Compare the sizes with those of the matrix that the form stands for.
+
+        Raises:
+            ValueError: no matrix of this shape can have them.
+        """
+
+
+class DenseSpec(FormSpec):
+    """Spec of a dense matrix."""
+
+    bias: bool
+
+
+class LowRankSpec(FormSpec):
+    """Spec of two factors."""
+
+    rank: Count
+    bias: bool
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        require_rank(self.rank, in_features, out_features)
+
+
+def require_rank(rank: int, in_features: int, out_features: int) -> None:
+    """Refuse a rank that no matrix of this shape has.
+
+    Raises:
+        ValueError: it is larger than the shorter side.
+    """
+    if rank > min(in_features, out_features):
+        raise ValueError(f"rank {rank} is more than a matrix of {out_features} x {in_features} can have")
+
+
+# kind -> schema of its spec; a file that defines a form adds its entry on import, as for `MODULES`
+SPECS: dict[str, type[FormSpec]] = {LowRank.kind: LowRankSpec, Dense.kind: DenseSpec}
+
 # kind -> (spec, in_features, out_features, dtype) -> an empty module whose state dict matches the form's tensors; a file that
 # defines a form adds its entry on import
 MODULES: dict[str, Callable[[Spec, int, int, torch.dtype | None], nn.Module]] = {
@@ -161,10 +210,17 @@ def build_module(spec: Spec, in_features: int, out_features: int, dtype: torch.d
 
     Raises:
         KeyError: no form has this kind.
+        ValueError: the spec is none of its kind's, or its sizes do not fit the matrix.
     """
-    if spec["kind"] not in MODULES:
+    if not isinstance(spec, dict):
+        raise ValueError(f"the spec of a form is a mapping, not {type(spec).__name__}")
+    kind = spec["kind"]
+    if not isinstance(kind, str):
+        raise ValueError(f"the kind of a form is a word, not {type(kind).__name__}")
+    if kind not in MODULES:
         import_all(__package__ or "lrc.compress.forms")
-    return MODULES[spec["kind"]](spec, in_features, out_features, dtype)
+    SPECS[kind].model_validate(spec).require_fit(in_features, out_features)
+    return MODULES[kind](spec, in_features, out_features, dtype)
 
 
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

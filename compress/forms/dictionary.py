@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..options import Shape
-from .base import MODULES, Form, Spec
+from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
 
 Pattern = Literal["free", "2:4"]
 # inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measures where that is faster
@@ -188,4 +189,21 @@ class DictionaryLinear(nn.Module):
         )
 
 
+class DictionarySpec(FormSpec):
+    """Spec of atoms and codes."""
+
+    atoms: Count
+    nonzeros: int = Field(ge=0)
+    pattern: Pattern
+    bias: bool
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        most = out_features * self.atoms
+        if self.nonzeros > most or (self.pattern == "2:4" and (2 * self.nonzeros != most or self.atoms % 4)):
+            raise ValueError(
+                f"{self.nonzeros} codes of {self.atoms} atoms in the pattern '{self.pattern}' do not fit {out_features} rows"
+            )
+
+
+SPECS[Dictionary.kind] = DictionarySpec
 MODULES[Dictionary.kind] = DictionaryLinear

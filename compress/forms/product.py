@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, Form, Spec, build_module, matrix_of
+from .base import MODULES, SPECS, Count, Form, FormSpec, Spec, build_module, matrix_of, require_rank
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,16 @@ class ProductLinear(nn.Module):
         return matrix_of(self.left, dtype) @ matrix_of(self.right, dtype)
 
 
+class ProductSpec(FormSpec):
+    """Spec of two factors in forms of their own, which are checked when their modules are built."""
+
+    rank: Count
+    left: Spec
+    right: Spec
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        require_rank(self.rank, in_features, out_features)
+
+
+SPECS[Product.kind] = ProductSpec
 MODULES[Product.kind] = ProductLinear

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import MODULES, Form, Spec, build_module
+from .base import MODULES, SPECS, Count, Form, FormSpec, Spec, build_module
 
 
 @dataclass(frozen=True)
@@ -53,4 +53,18 @@ class Pruned(Form):
         return self.form.nbytes
 
 
+class PrunedSpec(FormSpec):
+    """Spec of the kept rows and columns, whose form is checked when its module is built."""
+
+    rows: Count
+    columns: Count
+    form: Spec
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        if self.rows > out_features or self.columns > in_features:
+            kept, whole = f"{self.rows} x {self.columns}", f"{out_features} x {in_features}"
+            raise ValueError(f"a matrix of {whole} has no {kept} rows and columns to keep")
+
+
+SPECS[Pruned.kind] = PrunedSpec
 MODULES[Pruned.kind] = lambda spec, n, m, dtype: build_module(spec["form"], spec["columns"], spec["rows"], dtype)

@@ -7,12 +7,13 @@ would take codes for weights. Quantized factors are a `Product` (product.py) of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .base import MODULES, Form, LowRank, Spec, build_module, matrix_of
+from .base import MODULES, SPECS, Form, FormSpec, LowRank, Spec, build_module, matrix_of
 from .cpu_int4 import DTYPES, Packed, available, decoded, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .product import Product
@@ -255,5 +256,30 @@ def _quantized(spec: Spec, in_features: int, out_features: int, dtype: torch.dty
     return QuantizedLinear(Grid(**spec["grid"]), in_features, out_features, spec["bias"], dtype)
 
 
+class GridSpec(BaseModel):
+    """Spec of a grid; `Grid` itself checks the number of bits."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bits: int
+    group_size: int = Field(ge=0, lt=1 << 31)
+    kind: Literal["int", "mxint"]
+    symmetric: bool
+
+
+class QuantizedSpec(FormSpec):
+    """Spec of codes on a grid."""
+
+    grid: GridSpec
+    bias: bool
+
+
+class QuantizedLowRankSpec(QuantizedSpec):
+    """Spec of codes on a grid and their correction, which is checked when its module is built."""
+
+    correction: Spec
+
+
+SPECS[Quantized.kind], SPECS[QuantizedLowRank.kind] = QuantizedSpec, QuantizedLowRankSpec
 MODULES[Quantized.kind] = _quantized
 MODULES[QuantizedLowRank.kind] = QuantizedLowRankLinear

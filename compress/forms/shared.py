@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from .base import MODULES, Form, Spec
-from .dictionary import GATHER_UP_TO, Dictionary, DictionaryLinear, Pattern, expand, support_nbytes
+from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
+from .dictionary import GATHER_UP_TO, Dictionary, DictionaryLinear, DictionarySpec, Pattern, expand, support_nbytes
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,25 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         return f"{super().extra_repr()}, owner={self.owner}"
 
 
+class SharedLowRankSpec(FormSpec):
+    """Spec of a left factor and a right one that several targets share; without an owner the target stores both."""
+
+    rank: Count
+    bias: bool
+    owner: str | None = None
+
+    def require_fit(self, in_features: int, out_features: int) -> None:
+        if self.rank > in_features:  # the outputs of all members together may have that rank
+            raise ValueError(f"rank {self.rank} is more than {in_features} inputs can have")
+
+
+class SharedDictionarySpec(DictionarySpec):
+    """Spec of codes whose atoms several targets share; without an owner the target stores the atoms."""
+
+    owner: str | None = None
+
+
+SPECS[SharedLowRank.kind], SPECS[SharedDictionary.kind] = SharedLowRankSpec, SharedDictionarySpec
 MODULES[SharedLowRank.kind] = SharedLowRankLinear
 MODULES[SharedDictionary.kind] = SharedDictionaryLinear
 

@@ -9,16 +9,24 @@ the identity more precisely.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .base import Spec
+from .base import Count, FormSpec, Spec
 
 KIND = "map"
 NAME = "stream_map"
+
+
+class MapSpec(FormSpec):
+    """Spec of a map."""
+
+    width: Count
+    side: Literal["input", "output"]
+    bias: bool
 
 
 class StreamMap(nn.Module):
@@ -40,6 +48,7 @@ def spec(width: int, side: str, bias: bool) -> Spec:
 
 def install(module: nn.Module, spec: Spec, dtype: torch.dtype | None = None) -> StreamMap:
     """Wrap an empty map around a module and return the map; `remove` undoes this."""
+    MapSpec.model_validate(spec)
     mapped = StreamMap(spec["width"], spec["bias"], dtype)
     module.add_module(NAME, mapped)
     module.__class__ = _mapping(type(module), spec["side"])
