@@ -3,7 +3,9 @@
 During a run the folder holds the finished shards and a journal, but no config.json, so no tool takes it for a model. Each shard
 is written to a temporary file, synced and renamed; then a line is appended to the journal. config.json appears last, and only
 after the result was checked. The journal's first line is the identity of the run (recipe, model, calibration); a different
-request is refused, and the message lists the differences.
+request is refused, and the message lists the differences. Every line carries its own checksum. The journal is deleted when
+config.json is there; what else a run keeps in the folder goes after it. So a folder with config.json and no journal is finished,
+and nothing in it is lrc's but what `lrc.json` lists.
 """
 
 from __future__ import annotations
@@ -25,14 +27,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, RequestError, ResumeError
-from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
+from .atomic import (
+    PARTIAL,
+    checksum,
+    clear_leftovers,
+    locked,
+    remove,
+    replacing,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    writing,
+)
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
 INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
+SCRATCH = (".lrc-statistics", ".lrc-search")  # folders that a run keeps until its result is finished
 _LOCK = ".lrc.lock"
+_CHECK = "checksum"  # of a journal's line: sha256 of the line without it
 _RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # keys that every reader of the record needs
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -56,6 +71,7 @@ class Artifact:
         folder: created if it does not exist; must be empty, or hold a run of the same identity.
         identity: a JSON mapping of everything that determines the result. Two runs with equal identities write equal bytes.
         restart: delete the files of an earlier run in the folder; other files are kept.
+        note: receives a sentence for everything that was damaged and is made anew, or could not be deleted.
 
     Use as a context manager: it holds a lock on the folder. `done` maps keys to the shards that an earlier, interrupted run
     finished. `finished` is True if the artifact is complete already; then no file is changed.
@@ -67,17 +83,24 @@ class Artifact:
         OutputError: it cannot be created or written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        restart: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self._restart = restart
+        self._note = note
         self._lock: IO[str] | None = None
         self.done: dict[str, Shard] = {}
         self.finished = False
 
     def __enter__(self) -> Artifact:
         # a lock file is left by a running process or by one that was killed: taking the lock tells which
-        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
+        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished() and not leftovers(self.folder):
             return self
         require_usable(self.folder)
         with writing(self.folder):
@@ -99,14 +122,12 @@ class Artifact:
         with writing(self.folder):
             if self._restart:
                 self._clear()
-            if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
-                # killed after the result was checked and before the journal was deleted, or finished while this process waited
-                (self.folder / JOURNAL).unlink(missing_ok=True)
-                self._is_finished()
-            elif (self.folder / JOURNAL).exists():
+            if (self.folder / JOURNAL).exists():
                 self._read_journal()
+            elif self._is_finished():  # by a process that was killed at its end, or while this one waited for the lock
+                self._clear_leftovers()
             else:
-                self._append({"identity": self.identity})
+                self._begin()
             clear_leftovers(self.folder)  # only now, because a run with another identity must not be changed
 
     def _is_finished(self) -> bool:
@@ -125,52 +146,86 @@ class Artifact:
         return True
 
     def _clear(self) -> None:
-        own = _ALWAYS | self._copied_files()
-        for path in list(self.folder.iterdir()):
-            if path.is_file() and (path.name in own or path.name.endswith(PARTIAL) or _SHARD.fullmatch(path.name)):
-                path.unlink()
+        """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
+        own = _ALWAYS | set(SCRATCH) | _copied_files(self.folder)
+        mine = [path for path in self.folder.iterdir() if path.name in own or _is_own(path.name)]
+        last = (*SCRATCH, RECORD, JOURNAL)
+        for path in sorted(mine, key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
+            remove(path)
 
-    def _copied_files(self) -> set[str]:
-        """Names of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
-        texts = [
-            *((self.folder / JOURNAL).read_bytes().splitlines() if (self.folder / JOURNAL).is_file() else []),
-            (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
-        ]
-        entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
-        return {name for entry in entries for name in entry.get("files", ()) if Path(name).name == name}
+    def _begin(self) -> None:
+        """Begin a journal. The folder has none, so shards and scratch in it are of an unknown run."""
+        for path in leftovers(self.folder):
+            remove(path)
+        self._append({"identity": self.identity})
+
+    def _clear_leftovers(self) -> None:
+        """Delete what lrc's finished result does not list."""
+        for path in leftovers(self.folder):
+            try:
+                remove(path)
+            except OSError as error:
+                self._note(f"{path} is no longer needed and could not be deleted: {error}")
 
     def _compare(self, other: Mapping[str, Any]) -> None:
+        if other.get("version") != self.identity.get("version"):
+            raise ResumeError(
+                str(self.folder), ["it was written by another version of lrc, which compares requests differently"]
+            )
         differences = list(_differences(other, self.identity))
         if differences:
             raise ResumeError(str(self.folder), differences)
 
     def _read_journal(self) -> None:
+        """Fill `done` from the journal; a damaged line is dropped and its shard made anew, if it can come out the same.
+
+        Raises:
+            CheckpointError: the first line is damaged, or a shard that was refined.
+        """
         path = self.folder / JOURNAL
-        data = path.read_bytes()
-        entries, length = [], 0
-        for line in data.splitlines(keepends=True):  # a killed run may leave half a line at the end, a power cut zeros
-            entry = _parsed(line)
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
-                break
-            entries.append(entry)
-            length += len(line)
-        if length < len(data):
-            os.truncate(path, length)
+        lines = path.read_bytes().splitlines(keepends=True)
+        entries = [_entry(line) for line in lines]
+        while entries and entries[-1] is None and (not lines[-1].endswith(b"\n") or not lines[-1].strip(b"\0\n")):
+            entries.pop()  # a killed run may leave half a line at the end, a power cut zeros
+            lines.pop()
         if not entries:
-            self._append({"identity": self.identity})
+            path.unlink()
+            self._begin()
             return
+        if entries[0] is None:
+            old = _parsed(lines[0])
+            if isinstance(old, dict) and "identity" in old and _CHECK not in old:
+                self._compare(old["identity"])  # of an lrc that wrote no checksums
+            raise CheckpointError(f"{path} is damaged: line 1 does not have its checksum.", "Start over with --restart.")
         self._compare(entries[0].get("identity", {}))
-        for entry in entries[1:]:
-            if "key" not in entry:
-                continue
+        shards = [entry for entry in entries[1:] if entry is not None and "key" in entry]
+        for entry in shards:
             shard = Shard(entry["file"], entry["sha256"], entry["nbytes"], tuple(entry["tensors"]), entry["record"])
             file = self.folder / shard.file
             if file.is_file() and file.stat().st_size == shard.nbytes and sha256_of(file) == shard.sha256:
                 self.done[entry["key"]] = shard
+        bad = [number for number, entry in enumerate(entries, 1) if entry is None]
+        lost = sorted({entry["file"] for entry in shards if entry["key"] not in self.done})
+        if (bad or lost) and len({entry["key"] for entry in shards}) < len(shards):
+            # a shard that is made anew follows from its unrefined neighbours, and these are gone
+            what = f"line {bad[0]} does not have its checksum" if bad else f"{lost[0]} has changed"
+            raise CheckpointError(f"{path}: {what}, after the refinement was written.", "Start over with --restart.")
+        for number in bad:
+            self._note(f"{path}: line {number} is damaged; the shard that it was about is made anew")
+        for file in lost:
+            self._note(f"{self.folder / file} is missing or has changed since it was written; it is made anew")
+        kept = (
+            line
+            for line, entry in zip(lines, entries, strict=True)
+            if entry is not None and ("key" not in entry or entry["key"] in self.done)
+        )
+        journal = b"".join(kept)
+        if journal != path.read_bytes():
+            self._put(JOURNAL, journal)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / JOURNAL).open("ab") as journal:
-            journal.write(json.dumps(entry).encode() + b"\n")
+            journal.write(_line(entry))
             journal.flush()
             os.fsync(journal.fileno())
         sync_folder(self.folder)
@@ -258,6 +313,8 @@ class Artifact:
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
+            for name in _copied_files(self.folder) - set(files):
+                (self.folder / name).unlink(missing_ok=True)
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
@@ -269,13 +326,67 @@ class Artifact:
             (self.folder / UNCHECKED).replace(self.folder / "config.json")
             sync_folder(self.folder)
             (self.folder / JOURNAL).unlink()
+            sync_folder(self.folder)
         self.finished = True
+        self._clear_leftovers()
 
     def _put(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
             sync_file(temporary)
         sync_folder(self.folder)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What is lrc's in a folder without a journal and not part of the result: scratch, temporary files, shards and copied files
+    that `lrc.json` does not list. In a folder that is not finished, that is every shard.
+
+    Raises:
+        CheckpointError: `lrc.json` is there and damaged.
+    """
+    if not folder.is_dir():
+        return []
+    listed = set[str]()
+    if (folder / RECORD).is_file() and (folder / "config.json").is_file():
+        record = read_record(folder)
+        listed = {*record["shards"], *record["files"]}
+    own = {UNCHECKED, *SCRATCH}
+    return [path for path in folder.iterdir() if path.name not in listed and (path.name in own or _is_own(path.name))]
+
+
+def clear_finished(folder: Path) -> list[str]:
+    """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
+
+    Nothing is deleted while another process works in the folder, or where it may not be written to.
+    """
+    if (folder / JOURNAL).exists() or not (found := leftovers(folder)):
+        return []
+    gone = []
+    with contextlib.suppress(OSError, RequestError):
+        lock = locked(folder / _LOCK)
+        try:
+            for path in found:
+                remove(path)
+                gone.append(path.name)
+        finally:
+            (folder / _LOCK).unlink()
+            lock.close()
+    return gone
+
+
+def _is_own(name: str) -> bool:
+    """Whether only lrc gives such names: shards and temporary files."""
+    return name.endswith(PARTIAL) or bool(_SHARD.fullmatch(name))
+
+
+def _copied_files(folder: Path) -> set[str]:
+    """Names of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
+    texts = [
+        *((folder / JOURNAL).read_bytes().splitlines() if (folder / JOURNAL).is_file() else []),
+        (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b"",
+    ]
+    entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
+    return {name for entry in entries for name in entry.get("files", ()) if Path(name).name == name}
 
 
 def require_usable(folder: Path) -> None:
@@ -342,8 +453,21 @@ def _parsed(text: bytes) -> Any:
     """The JSON value of a text, or None if it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the journal: an entry with its checksum."""
+    return json.dumps(dict(entry) | {_CHECK: checksum(json.dumps(entry))}).encode() + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a whole line of the journal; None if it is damaged."""
+    entry = _parsed(line)
+    if not line.endswith(b"\n") or not isinstance(entry, dict):
+        return None
+    return entry if entry.pop(_CHECK, None) == checksum(json.dumps(entry)) else None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -318,11 +318,11 @@ def test_two_processes_that_write_one_file_at_one_moment_each_put_it_down_whole(
         child = os.fork()
         if child == 0:
             try:
-                write_json(path, ["of the other"])
+                write_json(path, {"of": "the other"})
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
-        assert read_json(path, list[str]) == ["of the other"]
+        assert read_json(path, dict[str, str]) == {"of": "the other"}
         with temporary.open("a") as file:
             file.write("process")
     assert path.read_text() == "of this process"
