@@ -4,8 +4,8 @@ During a run the folder holds the finished shards and a journal, but no config.j
 is written to a temporary file, synced and renamed; then a line is appended to the journal. config.json appears last, and only
 after the result was checked. The journal's first line is the identity of the run (recipe, model, calibration); a different
 request is refused, and the message lists the differences. Every line carries its own checksum. The journal is deleted when
-config.json is there; what else a run keeps in the folder goes after it. So a folder with config.json and no journal is finished,
-and nothing in it is lrc's but what `lrc.json` lists.
+config.json is there; what else a run keeps in the folder goes after it. A folder with config.json and no journal is finished;
+lrc's files in it are those that `lrc.json` lists.
 """
 
 from __future__ import annotations

@@ -232,8 +232,19 @@ def _digest(tensor: Tensor) -> str:
     """sha256 of a tensor on the CPU: of its dtype, its shape and its numbers."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.numel():
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, completely or not at all.
+
+    Raises:
+        OutputError: no space, or the folder cannot be written.
+    """
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(text)
+        sync_file(temporary)
 
 
 def sync_file(path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
+from ..checkpoint.atomic import PARTIAL, remove, replacing
 from ..errors import EvaluationError, OutputError
 from ..evaluation.results import Evaluation, results_json
 from .terminal import print_results
@@ -47,7 +49,10 @@ def _report(evaluations: Sequence[Evaluation], json_file: Path | None, whole: bo
                 print_results(evaluation)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(results_json(*evaluations), indent=2) + "\n")
+            for leftover in json_file.parent.glob(f"{escape(json_file.name)}.*{PARTIAL}"):
+                remove(leftover)  # of a process that was killed here
+            with replacing(json_file) as temporary:
+                temporary.write_text(json.dumps(results_json(*evaluations), indent=2) + "\n")
         except OSError as error:
             raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
     if different is not None:

@@ -38,6 +38,7 @@ from .result import Result
 from .run import CPU, PlanMade, Run, TextRead
 from .search import search
 
+_HASHING = 10.0  # seconds between two events while the checkpoint is hashed
 DISTILLATION = "distillation"  # a folder inside the folder of statistics
 
 
@@ -234,9 +235,17 @@ def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, An
 
 
 def _hashed(view: ModelView, notify: Notify) -> dict[str, str]:
-    """The identity of the model's checkpoint; files whose hash is not remembered are read, and each is reported."""
-    started = time.perf_counter()
-    return view.identity(lambda done, files: notify(Event("checkpoint's hash", done, files, time.perf_counter() - started)))
+    """The identity of the model's checkpoint; files whose hash is not remembered are read, and that is reported."""
+    started = told = time.perf_counter()
+
+    def tell(done: int, files: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if done == files or now - told > _HASHING:
+            notify(Event("checkpoint's hash", done, files, now - started))
+            told = now
+
+    return view.identity(tell)
 
 
 def _told_as_notes(notify: Notify) -> Callable[[str], None]:
