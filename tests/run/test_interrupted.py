@@ -129,7 +129,7 @@ def interrupted(recipe: str, out: Path, asked: Callable[..., list[object]], mark
         ("svd-llm", ("model-00002*.safetensors",), 3),
         ("repaired", ("model_edit.json",), 2),
         *(
-            pytest.param(recipe, marks, 9, marks=slow)
+            pytest.param(recipe, marks, 4, marks=slow)
             for recipe, marks in {
                 "svd-llm": ("model-00002*.safetensors", "config.json"),
                 "sequential": ("model-00002*.safetensors", "lrc.json"),
