@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(words, prog_name="lrc")  # the name also where it runs as python -m lrc.cli
-    except Exception as error:
+    except (LrcError, MemoryError, OSError, RuntimeError, ImportError) as error:
         told = of_resources(error) or error
         if not isinstance(told, LrcError):
             raise

@@ -127,6 +127,8 @@ class Artifact:
             elif self._is_finished():  # by a process that was killed at its end, or while this one waited for the lock
                 self._clear_leftovers()
             else:
+                if (self.folder / RECORD).is_file():  # a finished result that has lost its config.json
+                    self._compare(read_record(self.folder).get("identity", {}))
                 self._begin()
             clear_leftovers(self.folder)  # only now, because a run with another identity must not be changed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
@@ -49,11 +50,19 @@ def _report(evaluations: Sequence[Evaluation], json_file: Path | None, whole: bo
                 print_results(evaluation)
     if json_file is not None:
         try:
-            for leftover in json_file.parent.glob(f"{escape(json_file.name)}.*{PARTIAL}"):
-                remove(leftover)  # of a process that was killed here
-            with replacing(json_file) as temporary:
-                temporary.write_text(json.dumps(results_json(*evaluations), indent=2) + "\n")
+            _write(json_file.resolve(), json.dumps(results_json(*evaluations), indent=2) + "\n")
         except OSError as error:
             raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
     if different is not None:
         raise different
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all; where it cannot be replaced (a pipe, a device, a file in a locked folder), write to it."""
+    if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
+        file.write_text(text)
+        return
+    for leftover in file.parent.glob(f"{escape(file.name)}.*{PARTIAL}"):
+        remove(leftover)  # of a process that was killed here
+    with replacing(file) as temporary:
+        temporary.write_text(text)

@@ -59,10 +59,10 @@ def test_killed_before_any_change_to_the_disk_it_continues_to_the_same_bytes(
         assert contents(out) == expected, f"killed before change {operation}"
         assert {name: untouched(out)[name] for name in done} == {name: before[name] for name in done}
         shutil.rmtree(out)
-        operation += 1
+        operation += 2  # test_interrupted.py has every one
         if propagate == "compressed" and len(done) == 3:  # from here on there is nothing left to propagate
             break
-    assert operation > (20 if propagate == "original" else 7), "the matrix has lost its points"
+    assert operation > (50 if propagate == "original" else 20), "the matrix has lost its points"
 
 
 @pytest.mark.parametrize(

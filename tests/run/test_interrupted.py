@@ -26,7 +26,6 @@ RECIPES = {
     "searched": ["--recipe", "svd-llm", "--max-ppl-increase", "1%", "--set", "calibration.held_out=2"],
 }
 DEEP = ("sleb", "repaired")
-SHORT = ("svd-llm", "repaired")
 slow = pytest.mark.slow
 
 
@@ -67,7 +66,7 @@ def kills(recipe: str, out: Path, asked: Callable[..., list[object]], step: int)
         operation += step
 
 
-@pytest.mark.parametrize(("recipe", "step"), [("lrc-fast", 13), *(pytest.param(recipe, 1, marks=slow) for recipe in RECIPES)])
+@pytest.mark.parametrize(("recipe", "step"), [("lrc-fast", 31), *(pytest.param(recipe, 1, marks=slow) for recipe in RECIPES)])
 def test_killed_anywhere_the_folder_ends_as_it_would_have(recipe, step, asked, undisturbed, tmp_path):
     out = tmp_path / "out"
     expected, times = undisturbed(recipe), 0
@@ -78,7 +77,7 @@ def test_killed_anywhere_the_folder_ends_as_it_would_have(recipe, step, asked, u
         assert contents(out) == expected, f"killed before change {operation}"
         assert names(out) == set(expected), f"killed before change {operation}"
         times += 1
-    assert times * step > 40, "the matrix has lost its points"
+    assert times * step > 60, "the matrix has lost its points"
 
 
 def test_what_a_kill_at_the_very_end_leaves_is_cleared_by_verify_and_by_the_next_run(asked, undisturbed, tmp_path):
@@ -108,10 +107,12 @@ def places(size: int, count: int) -> list[int]:
     return sorted({round(number * (size - 1) / max(1, count - 1)) for number in range(count)})
 
 
-def interrupted(recipe: str, out: Path, asked: Callable[..., list[object]], marks: tuple[str, ...]) -> Iterator[Path]:
-    """Folders of runs that were killed right after a file with such a name was there."""
+def interrupted(
+    recipe: str, out: Path, asked: Callable[..., list[object]], marks: tuple[str, ...], step: int
+) -> Iterator[Path]:
+    """Folders of runs that were killed a few changes after a file with such a name was there."""
     seen = set[str]()
-    for operation in kills(recipe, out, asked, 1):
+    for operation in kills(recipe, out, asked, step):
         for mark in marks:
             if mark not in seen and any(out.rglob(mark)):
                 seen.add(mark)
@@ -126,8 +127,7 @@ def interrupted(recipe: str, out: Path, asked: Callable[..., list[object]], mark
 @pytest.mark.parametrize(
     ("recipe", "marks", "count"),
     [
-        ("svd-llm", ("model-00002*.safetensors",), 3),
-        ("repaired", ("model_edit.json",), 2),
+        ("svd-llm", ("model-00001*.safetensors",), 3),
         *(
             pytest.param(recipe, marks, 4, marks=slow)
             for recipe, marks in {
@@ -146,7 +146,7 @@ def interrupted(recipe: str, out: Path, asked: Callable[..., list[object]], mark
 def test_a_flipped_bit_in_any_file_of_an_interrupted_run(recipe, marks, count, asked, undisturbed, tmp_path):
     """Whatever files are there, so that a new kind of file is covered, too."""
     out, tried = tmp_path / "out", 0
-    for kept in interrupted(recipe, out, asked, marks):
+    for kept in interrupted(recipe, out, asked, marks, 5 if count < 4 else 2):
         for path in sorted(kept.rglob("*")):
             if not path.is_file() or path.stat().st_size == 0:
                 continue
@@ -166,7 +166,7 @@ def test_a_flipped_bit_in_any_file_of_an_interrupted_run(recipe, marks, count, a
     assert tried >= 2 * count
 
 
-@pytest.mark.parametrize(("recipe", "step"), [("lrc-fast", 17), *(pytest.param(recipe, 1, marks=slow) for recipe in RECIPES)])
+@pytest.mark.parametrize(("recipe", "step"), [("lrc-fast", 37), *(pytest.param(recipe, 1, marks=slow) for recipe in RECIPES)])
 def test_a_disk_that_is_full_at_any_change(recipe, step, asked, undisturbed, tmp_path):
     """One message that says what to do, and with space the same command goes on to the same result."""
     out, operation, met = tmp_path / "out", 1, 0
@@ -181,12 +181,12 @@ def test_a_disk_that_is_full_at_any_change(recipe, step, asked, undisturbed, tmp
         assert names(out) == set(undisturbed(recipe)), f"full before change {operation}"
         shutil.rmtree(out)
         operation += step
-    assert met > 2
+    assert met > 1
 
 
 def test_a_damaged_journal_names_its_line_and_the_shard_is_made_anew(asked, undisturbed, tmp_path):
     out = tmp_path / "out"
-    (kept,) = interrupted("svd-llm", out, asked, ("model-00003*.safetensors",))
+    (kept,) = interrupted("svd-llm", out, asked, ("model-00003*.safetensors",), 6)
     journal = kept / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([lines[0], lines[1].replace(b'"nbytes": ', b'"nbytes": 1'), *lines[2:]]))
