@@ -58,7 +58,7 @@ def _report(evaluations: Sequence[Evaluation], json_file: Path | None, whole: bo
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file whole or not at all; to one that cannot be replaced (a pipe, a device, in a locked folder), write directly."""
+    """Write a file whole or not at all. What cannot be replaced (a pipe, a device, a file in a locked folder) is written to."""
     if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
         file.write_text(text)
         return

@@ -78,7 +78,8 @@ def test_a_limit_of_the_process(spare, model, request_for, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode in (0, 1), done.stderr
     assert done.returncode == 0 or "Memory ran out" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    told, _, _ = done.stderr.partition("Exception ignored in atexit")  # of other libraries, which have no memory either
+    assert "Traceback" not in told
     lrc_ok(*request_for(model, tmp_path / "out"))
 
 
