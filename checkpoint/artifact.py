@@ -150,19 +150,20 @@ class Artifact:
     def _clear(self) -> None:
         """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
         own = _ALWAYS | set(SCRATCH) | _copied_files(self.folder)
-        mine = [path for path in self.folder.iterdir() if path.name in own or _is_own(path.name)]
+        names = (path.name for path in self.folder.iterdir())
+        mine = [self.folder / name for name in names if name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)]
         last = (*SCRATCH, RECORD, JOURNAL)
         for path in sorted(mine, key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
             remove(path)
 
     def _begin(self) -> None:
-        """Begin a journal. The folder has none, so shards and scratch in it are of an unknown run."""
+        """Begin a journal. The folder has none, so scratch in it is of an unknown run."""
         for path in leftovers(self.folder):
             remove(path)
         self._append({"identity": self.identity})
 
     def _clear_leftovers(self) -> None:
-        """Delete what lrc's finished result does not list."""
+        """Delete what a run keeps until it is finished."""
         for path in leftovers(self.folder):
             try:
                 remove(path)
@@ -315,8 +316,8 @@ class Artifact:
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
-            for name in _copied_files(self.folder) - set(files):
-                (self.folder / name).unlink(missing_ok=True)
+            for name in self._not_listed(files):
+                (self.folder / name).unlink()
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
@@ -332,6 +333,13 @@ class Artifact:
         self.finished = True
         self._clear_leftovers()
 
+    def _not_listed(self, files: Mapping[str, bytes]) -> list[str]:
+        """Shards and copied files in the folder that the result does not list: of a run whose journal was lost, for instance."""
+        listed = {*files, *(shard.file for shard in self.done.values())}
+        copied = _copied_files(self.folder)
+        names = (path.name for path in self.folder.iterdir() if path.is_file())
+        return [name for name in names if name not in listed and (name in copied or _SHARD.fullmatch(name))]
+
     def _put(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
@@ -340,28 +348,23 @@ class Artifact:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What is lrc's in a folder without a journal and not part of the result: scratch, temporary files, shards and copied files
-    that `lrc.json` does not list. In a folder that is not finished, that is every shard.
+    """What a run keeps in its folder until it is finished, journal apart: scratch, temporary files, the unchecked config.
 
-    Raises:
-        CheckpointError: `lrc.json` is there and damaged.
+    Shards are not among it: other programs give theirs the same names.
     """
     if not folder.is_dir():
         return []
-    listed = set[str]()
-    if (folder / RECORD).is_file() and (folder / "config.json").is_file():
-        record = read_record(folder)
-        listed = {*record["shards"], *record["files"]}
-    own = {UNCHECKED, *SCRATCH}
-    return [path for path in folder.iterdir() if path.name not in listed and (path.name in own or _is_own(path.name))]
+    return [path for path in folder.iterdir() if path.name in (UNCHECKED, *SCRATCH) or path.name.endswith(PARTIAL)]
 
 
 def clear_finished(folder: Path) -> list[str]:
     """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
 
-    Nothing is deleted while another process works in the folder, or where it may not be written to.
+    Nothing is deleted where there is no finished result, while another process works in the folder, or where it may not be
+    written to.
     """
-    if (folder / JOURNAL).exists() or not (found := leftovers(folder)):
+    finished = (folder / RECORD).is_file() and (folder / "config.json").is_file() and not (folder / JOURNAL).exists()
+    if not finished or not (found := leftovers(folder)):
         return []
     gone = []
     with contextlib.suppress(OSError, RequestError):
@@ -374,11 +377,6 @@ def clear_finished(folder: Path) -> list[str]:
             (folder / _LOCK).unlink()
             lock.close()
     return gone
-
-
-def _is_own(name: str) -> bool:
-    """Whether only lrc gives such names: shards and temporary files."""
-    return name.endswith(PARTIAL) or bool(_SHARD.fullmatch(name))
 
 
 def _copied_files(folder: Path) -> set[str]:

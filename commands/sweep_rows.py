@@ -178,22 +178,23 @@ def _all_rows(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None]) 
     def one(job: Job) -> None:
         """Make a row unless it is finished with the same settings; note a failure."""
         out = sweep.folder / job.name
-        if job.name not in rows or rows[job.name].settings != job.settings:
-            if job.name in rows:
-                with writing(out):
-                    discard(out)  # a checkpoint that was kept
-            try:
-                row = _row(sweep, job)
-            except SweepError as error:
-                failures.update(error.failures)
+        if job.name in rows:
+            if rows[job.name].settings == job.settings:
                 return
-            with finished:  # rows may end at the same time
-                rows[job.name] = row
-                write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
-                notify(row)
+            with writing(out):
+                discard(out)  # a checkpoint that was kept
+        try:
+            row = _row(sweep, job)
+        except SweepError as error:
+            failures.update(error.failures)
+            return
         if not sweep.keep:
             with writing(out):
-                discard(out)  # after its row is in the table; a process that was killed before may have left it
+                discard(out)
+        with finished:  # rows may end at the same time
+            rows[job.name] = row
+            write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
+            notify(row)
 
     # every recipe's first ratio before any second one: rows of one recipe beside each other would both measure its losses
     turns = sorted(range(len(jobs)), key=lambda place: sum(job.recipe == jobs[place].recipe for job in jobs[:place]))

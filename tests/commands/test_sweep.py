@@ -196,10 +196,20 @@ def test_a_sweep_that_is_killed_while_it_deletes_a_checkpoint_goes_on_without_it
         patched.setattr("lrc.checkpoint.atomic.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(Sweep("model", tmp_path), jobs)
-    checkpoint(tmp_path / "svd-0.2")  # killed between its row in the table and the deletion
     assert [row.name for row in run_sweep(Sweep("model", tmp_path), jobs)] == ["svd-0.2", "svd-0.4"]
-    assert made == ["svd-0.2", "svd-0.4"]
+    assert made == ["svd-0.2", "svd-0.2", "svd-0.4"]
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_checkpoints_that_were_kept_stay_where_a_later_sweep_keeps_none(tmp_path, monkeypatch):
+    def row(sweep: Sweep, job: Job) -> Row:
+        checkpoint(sweep.folder / job.name)
+        return Row(job.name, {}, 1)
+
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
+    run_sweep(Sweep("model", tmp_path, keep=True), [Job("svd", 0.2)])
+    run_sweep(Sweep("model", tmp_path), [Job("svd", 0.2), Job("svd", 0.4)])
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "svd-0.2"}
 
 
 def test_two_sweeps_at_once_in_one_folder(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_killed_anywhere_the_folder_ends_as_it_would_have(recipe, step, asked, u
 def test_what_a_kill_at_the_very_end_leaves_is_cleared_by_verify_and_by_the_next_run(asked, undisturbed, tmp_path):
     out = tmp_path / "out"
     lrc_ok(*asked("svd-llm", out))
-    left = [".lrc-statistics/trials/x.json", "model-00009-of-00009.safetensors", "lrc.json.7.lrc-partial/lrc.json"]
+    left = [".lrc-statistics/trials/x.json", "config.json.unchecked", "lrc.json.7.lrc-partial/lrc.json"]
     for command in (["verify", out], asked("svd-llm", out)):
         for name in left:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,13 @@ def test_what_a_kill_at_the_very_end_leaves_is_cleared_by_verify_and_by_the_next
         (out / ".lrc.lock").touch()
         lrc_ok(*command)
         assert names(out) == set(undisturbed("svd-llm"))
+
+
+def test_verify_deletes_nothing_of_a_model_that_is_not_lrcs(damaged):
+    before = contents(damaged)
+    assert len(list(damaged.glob("model-0*.safetensors"))) > 1
+    assert run_lrc("verify", damaged).code != 0
+    assert contents(damaged) == before
 
 
 def flipped(path: Path, place: int) -> bytes:
