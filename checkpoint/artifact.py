@@ -334,7 +334,7 @@ class Artifact:
         self._clear_leftovers()
 
     def _not_listed(self, files: Mapping[str, bytes]) -> list[str]:
-        """Shards and copied files in the folder that the result does not list: of a run whose journal was lost, for instance."""
+        """Shards and copied files in the folder that the result does not list, as of a run whose journal was lost."""
         listed = {*files, *(shard.file for shard in self.done.values())}
         copied = _copied_files(self.folder)
         names = (path.name for path in self.folder.iterdir() if path.is_file())
