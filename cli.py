@@ -19,7 +19,7 @@ from .commands.plan import plan
 from .commands.recipe import recipe_app
 from .commands.sweep import sweep
 from .commands.verify import verify
-from .errors import LrcError
+from .errors import LrcError, of_resources
 
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
@@ -52,9 +52,12 @@ def main(words: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(words, prog_name="lrc")  # the name also where it runs as python -m lrc.cli
-    except LrcError as error:
-        print(f"lrc: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    except (LrcError, MemoryError, OSError, RuntimeError, ImportError) as error:
+        told = of_resources(error) or error
+        if not isinstance(told, LrcError):
+            raise
+        print(f"lrc: {told}", file=sys.stderr)
+        raise SystemExit(told.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ is shown with its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
+import resource
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -83,6 +85,10 @@ class OutputError(LrcError):
     """The result cannot be written: no space, no permission, or not a folder."""
 
 
+class ResourceError(LrcError):
+    """The machine, or a limit that was set for the process, gave no more memory."""
+
+
 class EvaluationError(LrcError):
     """An evaluation did not give a number that can be trusted."""
 
@@ -96,6 +102,53 @@ class SweepError(LrcError):
         super().__init__(
             f"Rows that failed: {len(self.failures)}.\n{listed}", "Fix that and run the same command again: it continues."
         )
+
+
+_NO_MEMORY = (
+    "can't allocate memory",  # torch, on the CPU
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "cannot allocate memory",  # the system: mapping a file, loading a library
+    "os error 12",
+    "failed to map segment",
+    "can't start new thread",
+    "failed to create thread",
+)
+
+
+def of_resources(error: BaseException) -> LrcError | None:
+    """What an exception says if memory or the disk has run out; None if it is about something else.
+
+    Looks at the exceptions that caused it, too: a file that cannot be mapped for want of memory is not damaged.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    for each in chain:
+        text = str(each).lower()
+        if (
+            isinstance(each, MemoryError)
+            or type(each).__name__ == "OutOfMemoryError"  # torch's, which may not be imported
+            or getattr(each, "errno", None) == errno.ENOMEM
+            or (not isinstance(each, LrcError) and any(said in text for said in _NO_MEMORY))
+        ):
+            limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+            taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return ResourceError(
+                f"Memory ran out ({one_line(each)}): the process had taken {taken / 1e9:,.2f} GB at most"
+                + ("." if limit == resource.RLIM_INFINITY else f", and its limit (ulimit -v) is {limit / 1e9:,.2f} GB."),
+                "`lrc plan` predicts what a run takes. Free memory or raise the limit, or take fewer or shorter calibration "
+                "samples (--samples, --length), and run the same command again.",
+            )
+    found = chain[0]
+    if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return OutputError(
+            f"Cannot write {found.filename or 'a temporary file'}: {found.strerror}.",
+            "Free some space (temporary files are in TMPDIR) and run the same command again.",
+        )
+    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -77,7 +77,7 @@ class GradientPass:
     def identity(self) -> dict[str, Any]:
         """What the statistics are of; a JSON mapping."""
         return {
-            "model": self.view.source.fingerprint(),
+            "model": self.view.fingerprint(),
             "tokens": token_hash(self.tokens),
             "dtype": str(self.view.dtype),
             "targets": [target.name for target in self.view.targets],

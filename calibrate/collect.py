@@ -7,7 +7,6 @@ layer that it had reached. `run/losses/curves.py` computes losses from them.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from .data import Calibration
 from .gradients import GradientSettings
 from .layerwise import TOKENS_PER_BATCH, run_batches, run_in_chunks, through_layers
 from .stats import chunks_of, wanted
-from .store import MANIFEST, StatsStore
+from .store import MANIFEST, StatsStore, manifest_of
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,11 @@ def _held_gradients(folder: Path, needs: frozenset[str], wanted: GradientSetting
     """The settings of a collection in `folder`, finished or not, whose `needs` have the same values."""
     own = wanted.relevant_to(needs)
     for manifest in sorted(folder.glob(f"gradients-*/{MANIFEST}")):
-        try:
-            held = json.loads(manifest.read_text())
-            settings = GradientSettings(**held["identity"]["gradients"])
-            there = frozenset[str]().union(*held["needs"].values())
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not readable: collected again where it is needed
+        held = manifest_of(manifest.parent)
+        if held is None or "gradients" not in held["identity"]:
+            continue
+        settings = GradientSettings(**held["identity"]["gradients"])
+        there = frozenset[str]().union(*held["needs"].values())
         if settings.relevant_to(needs) == own and needs <= there:
             return settings
     return None
@@ -142,7 +140,7 @@ def _forward(
     devices: Sequence[torch.device],
     notify: Notify,
 ) -> StatsStore:
-    identity = {"model": view.source.fingerprint(), "tokens": calibration.hash, "dtype": str(view.dtype)}
+    identity = {"model": view.fingerprint(), "tokens": calibration.hash, "dtype": str(view.dtype)}
     store = StatsStore(folder, identity, needs)
     if all(store.has(name) for name in view.layer_names):
         return store

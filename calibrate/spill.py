@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint.atomic import replacing
-from ..errors import CheckpointError, OutputError
+from ..checkpoint.atomic import checked_tensors, write_tensors
+from ..errors import OutputError
 
 _GRADIENT = "gradient.safetensors"
 
@@ -53,17 +52,12 @@ class Spill:
 
     def put(self, layer: int, hidden: Sequence[Tensor]) -> None:
         """Write the inputs of a layer, one tensor per batch, in their dtype."""
-        self._save({str(batch): tensor.contiguous() for batch, tensor in enumerate(hidden)}, self._path(layer), {})
+        self._save({str(batch): tensor for batch, tensor in enumerate(hidden)}, self._path(layer), {})
 
     def get(self, layer: int, batch: int, device: torch.device) -> Tensor:
         """One batch's input of a layer."""
-        try:
-            with safe_open(self._path(layer), "pt") as file:
-                return file.get_tensor(str(batch)).to(device, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self._path(layer)} cannot be read: {error}", "Was it deleted meanwhile? Start the command again."
-            ) from error
+        with checked_tensors(self._path(layer), "Was it changed or deleted meanwhile? Start the command again.") as file:
+            return file.get(str(batch)).to(device)
 
     def finish(self, layer: int, gradients: Sequence[Tensor]) -> None:
         """Finish a layer: store the gradients with respect to its input, (samples, length, hidden) per batch."""
@@ -75,11 +69,8 @@ class Spill:
         path = self.folder / _GRADIENT
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                return int(file.metadata()["layer"]), file.get_tensor("gradient").clone()
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", f"Delete {self._root}; the pass starts over.") from error
+        with checked_tensors(path, f"Delete {self._root}; the pass starts over.") as file:
+            return int(file.metadata["layer"]), file.get("gradient")
 
     def remove(self) -> None:
         """Delete the files: the pass is done."""
@@ -90,8 +81,7 @@ class Spill:
 
     def _save(self, tensors: dict[str, Tensor], path: Path, record: dict[str, str]) -> None:
         try:
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, record)
+            write_tensors(path, tensors, record)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
 

@@ -4,7 +4,7 @@ A folder holds one safetensors file per layer, and a manifest: the model's finge
 statistics. Of a symmetric matrix the file holds one half. A layer that was collected in several chunks has a file for each
 (`LAYER.part-N.safetensors`), and its own file says which of them holds which target. A layer's own file appears last and whole
 (temporary name, rename), so that an interrupted collection resumes at the layer that it had reached. One process collects into
-a folder at a time, and only while no other reads from it.
+a folder at a time, and only while no other reads from it. All files carry checksums, which are compared at every read.
 """
 
 from __future__ import annotations
@@ -19,19 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint.atomic import PARTIAL, claimed, clear_leftovers, replacing, sync_file
+from ..checkpoint.atomic import (
+    PARTIAL,
+    CheckedTensors,
+    checked_tensors,
+    claimed,
+    clear_leftovers,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from ..compress.base import GroupStats, TargetStats
-from ..errors import CheckpointError, OutputError, RequestError
+from ..errors import OutputError, RequestError
 
 MANIFEST = "statistics.json"
 TRIALS = "trials"  # a folder beside the statistics: the losses of ablated models
 _LOCK = "statistics.lock"
 _ROWS = 128  # rows of a symmetric matrix that are mirrored together
-LAYOUT = 2  # of the files; those of another are not read
+LAYOUT = 3  # of the files; those of another are not read
 _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
@@ -75,7 +83,7 @@ class StatsStore:
             for path in folder.iterdir():  # losses measured on the same statistics stay, whatever their layout was
                 if path.suffix == ".safetensors" or (path.suffix == ".json" and path.name != MANIFEST and not same):
                     path.unlink()
-            self._put(MANIFEST, json.dumps(wanted, indent=2).encode())
+            write_json(folder / MANIFEST, wanted, indent=2)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -131,8 +139,8 @@ class StatsStore:
         def add(statistics: Mapping[str, TargetStats]) -> None:
             part = self._path(layer, len(parts))
             tensors, record = _stored(statistics)
-            with self._writing_layer(part), replacing(part) as temporary:
-                save_file(tensors, temporary, {"targets": json.dumps(record)})
+            with self._writing_layer(part):
+                write_tensors(part, tensors, {"targets": json.dumps(record)})
             where.update(dict.fromkeys(statistics, len(parts)))
             parts.append(part)
 
@@ -141,8 +149,7 @@ class StatsStore:
             if len(parts) == 1:
                 parts[0].replace(path)
                 return
-            with replacing(path) as temporary:  # no statistics, only where they are
-                save_file({}, temporary, {"parts": json.dumps(where)})
+            write_tensors(path, {}, {"parts": json.dumps(where)})  # no statistics, only where they are
 
     def read(self, layer: str, names: Iterable[str]) -> dict[str, TargetStats]:
         """The statistics of these targets of a layer; targets of one group share its `GroupStats`.
@@ -151,18 +158,17 @@ class StatsStore:
             CheckpointError: the file is damaged.
         """
         path, names = self._path(layer), list(names)
-        try:
-            with safe_open(path, "pt") as file:
-                index = (file.metadata() or {}).get("parts")
-            if index is None:
-                return _read(path, names)
-            where = json.loads(index)
-            found: dict[str, TargetStats] = {}
-            for part in sorted({where[name] for name in names}):
-                found |= _read(self._path(layer, part), [name for name in names if where[name] == part])
-            return {name: found[name] for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", "Delete that folder; it is collected anew.") from error
+        with checked_tensors(path, _anew(path)) as file:
+            if "parts" not in file.metadata:
+                return _read(file, names)
+            where = json.loads(file.metadata["parts"])
+            places = {name: int(where[name]) for name in names}
+        found: dict[str, TargetStats] = {}
+        for number in sorted(set(places.values())):
+            part = self._path(layer, number)
+            with checked_tensors(part, _anew(path)) as file:
+                found |= _read(file, [name for name in names if places[name] == number])
+        return {name: found[name] for name in names}
 
     def _path(self, layer: str, part: int | None = None) -> Path:
         return self.folder / f"{layer}{'' if part is None else f'.part-{part}'}.safetensors"
@@ -175,11 +181,6 @@ class StatsStore:
             raise OutputError(
                 f"Cannot write {path}: {error}", "Free some space, or give --statistics a folder on another disk."
             ) from error
-
-    def _put(self, name: str, content: bytes) -> None:
-        with replacing(self.folder / name) as temporary:
-            temporary.write_bytes(content)
-            sync_file(temporary)
 
 
 def _stored(statistics: Mapping[str, TargetStats]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -197,24 +198,26 @@ def _stored(statistics: Mapping[str, TargetStats]) -> tuple[dict[str, Tensor], d
     return {key: tensor.cpu().contiguous() for key, tensor in packed_tensors.items()}, record
 
 
-def _read(path: Path, names: Iterable[str]) -> dict[str, TargetStats]:
+def _read(file: CheckedTensors, names: Iterable[str]) -> dict[str, TargetStats]:
     """The statistics of these targets, all of which this file holds."""
-    with safe_open(path, "pt") as file:
-        record = json.loads(file.metadata()["targets"])
-        keys = set(file.keys())
+    record, keys = json.loads(file.metadata["targets"]), set(file.names())
 
-        def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
-            found = {key: file.get_tensor(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
-            return {key: unpacked(value) if _symmetric(key) else value for key, value in found.items()}
+    def held(name: str, which: Iterable[str]) -> dict[str, Tensor]:
+        found = {key: file.get(f"{name}|{key}") for key in which if f"{name}|{key}" in keys}
+        return {key: unpacked(value) if _symmetric(key) else value for key, value in found.items()}
 
-        groups: dict[str, GroupStats] = {}
-        found = {}
-        for name in names:
-            group = record[name]["group"]
-            if group not in groups:
-                groups[group] = GroupStats(record[name]["tokens"], **held(group, _GROUP))
-            found[name] = TargetStats(groups[group], **held(name, _TARGET))
-        return found
+    groups: dict[str, GroupStats] = {}
+    found = {}
+    for name in names:
+        group = record[name]["group"]
+        if group not in groups:
+            groups[group] = GroupStats(record[name]["tokens"], **held(group, _GROUP))
+        found[name] = TargetStats(groups[group], **held(name, _TARGET))
+    return found
+
+
+def _anew(path: Path) -> str:
+    return f"Delete {path.name} there and run the same command again: that layer's statistics are collected anew."
 
 
 @contextlib.contextmanager
@@ -241,11 +244,34 @@ def _answered(held: frozenset[str]) -> frozenset[str]:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder of statistics holds: layout, identity, needs; None if it is no such folder.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    if _of_earlier_layout(folder / MANIFEST):
+        return {"layout": None, "identity": None, "needs": {}}
+    held: dict[str, Any] | None = read_json(folder / MANIFEST, dict[str, Any])
+    return held
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder of statistics holds, as `StatsStore` was asked for it: identity and needs; None if it holds none.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    held = _manifest(folder)
+    return None if held is None or held["identity"] is None else held
+
+
+def _of_earlier_layout(manifest: Path) -> bool:
+    """Whether it is a manifest of a layout before 3, which had no checksum."""
     try:
-        held = json.loads((folder / MANIFEST).read_text())
+        held = json.loads(manifest.read_bytes())
     except (OSError, ValueError):
-        return None
-    return held if isinstance(held, dict) and {"identity", "needs"} <= held.keys() else None
+        return False
+    return isinstance(held, dict) and {"identity", "needs"} <= held.keys() and held.get("layout") in (None, 1, 2)
 
 
 def packed(matrix: Tensor) -> Tensor:

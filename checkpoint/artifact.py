@@ -3,7 +3,9 @@
 During a run the folder holds the finished shards and a journal, but no config.json, so no tool takes it for a model. Each shard
 is written to a temporary file, synced and renamed; then a line is appended to the journal. config.json appears last, and only
 after the result was checked. The journal's first line is the identity of the run (recipe, model, calibration); a different
-request is refused, and the message lists the differences.
+request is refused, and the message lists the differences. Every line carries its own checksum. The journal is deleted when
+config.json is there; what else a run keeps in the folder goes after it. A folder with config.json and no journal is finished;
+lrc's files in it are those that `lrc.json` lists.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, RequestError, ResumeError, brief
-from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
+from .atomic import (
+    PARTIAL,
+    checksum,
+    clear_leftovers,
+    locked,
+    remove,
+    replacing,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    writing,
+)
 from .untrusted.files import RECORD as RECORD_BYTES
 from .untrusted.files import size_of
 from .untrusted.json_text import json_object
@@ -36,7 +49,9 @@ RECORD = "lrc.json"
 INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
+SCRATCH = (".lrc-statistics", ".lrc-search")  # folders that a run keeps until its result is finished
 _LOCK = ".lrc.lock"
+_CHECK = "checksum"  # of a journal's line: sha256 of the line without it
 _ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -59,6 +74,7 @@ class Artifact:
         folder: created if it does not exist; must be empty, or hold a run of the same identity.
         identity: a JSON mapping of everything that determines the result. Two runs with equal identities write equal bytes.
         restart: delete the files of an earlier run in the folder; other files are kept.
+        note: receives a sentence for everything that was damaged and is made anew, or could not be deleted.
 
     Use as a context manager: it holds a lock on the folder. `done` maps keys to the shards that an earlier, interrupted run
     finished. `finished` is True if the artifact is complete already; then no file is changed.
@@ -70,17 +86,24 @@ class Artifact:
         OutputError: it cannot be created or written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        restart: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self._restart = restart
+        self._note = note
         self._lock: IO[str] | None = None
         self.done: dict[str, Shard] = {}
         self.finished = False
 
     def __enter__(self) -> Artifact:
         # a lock file is left by a running process or by one that was killed: taking the lock tells which
-        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
+        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished() and not leftovers(self.folder):
             return self
         require_usable(self.folder)
         with writing(self.folder):
@@ -102,16 +125,16 @@ class Artifact:
         with writing(self.folder):
             if self._restart:
                 self._clear()
-            if (self.folder / "config.json").exists() and (self.folder / RECORD).exists():
-                # killed after the result was checked and before the journal was deleted, or finished while this process waited
-                (self.folder / JOURNAL).unlink(missing_ok=True)
-                self._is_finished()
-            elif (self.folder / JOURNAL).exists():
+            if (self.folder / JOURNAL).exists():
                 self._read_journal()
+            elif self._is_finished():  # by a process that was killed at its end, or while this one waited for the lock
+                self._clear_leftovers()
             else:
-                self._append({"identity": self.identity})
+                if (self.folder / RECORD).is_file():  # a finished result that has lost its config.json
+                    self._compare(read_record(self.folder).get("identity", {}))
+                self._begin()
             # only now, because a run with another identity must not be changed
-            for folder in {self.folder, *((self.folder / name).parent for name in self._copied_files())}:
+            for folder in _folders(self.folder):
                 clear_leftovers(folder)
 
     def _is_finished(self) -> bool:
@@ -130,59 +153,92 @@ class Artifact:
         return True
 
     def _clear(self) -> None:
-        own = _ALWAYS | self._copied_files()
-        for path in list(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and (name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)):
-                path.unlink()
+        """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
+        own = _ALWAYS | set(SCRATCH) | _copied_files(self.folder)
+        named = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
+        mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)]
+        last = (*SCRATCH, RECORD, JOURNAL)
+        for path in sorted(mine, key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
+            remove(path)
         for name in sorted(own, key=len, reverse=True):  # folders that held nothing else, the inner ones first
             for folder in (self.folder / name).parents:
                 if folder == self.folder or not folder.is_dir() or any(folder.iterdir()):
                     break
                 folder.rmdir()
 
-    def _copied_files(self) -> set[str]:
-        """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
-        texts = [
-            *((self.folder / JOURNAL).read_bytes().splitlines() if (self.folder / JOURNAL).is_file() else []),
-            (self.folder / RECORD).read_bytes() if (self.folder / RECORD).is_file() else b"",
-        ]
-        entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
-        listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
-        return {name for name in listed if isinstance(name, str) and _is_below(name)}
+    def _begin(self) -> None:
+        """Begin a journal. The folder has none, so scratch in it is of an unknown run."""
+        for path in leftovers(self.folder):
+            remove(path)
+        self._append({"identity": self.identity})
+
+    def _clear_leftovers(self) -> None:
+        """Delete what a run keeps until it is finished."""
+        for path in leftovers(self.folder):
+            try:
+                remove(path)
+            except OSError as error:
+                self._note(f"{path} is no longer needed and could not be deleted: {error}")
 
     def _compare(self, other: Mapping[str, Any]) -> None:
+        if other.get("version") != self.identity.get("version"):
+            raise ResumeError(
+                str(self.folder), ["it was written by another version of lrc, which compares requests differently"]
+            )
         differences = list(_differences(other, self.identity))
         if differences:
             raise ResumeError(str(self.folder), differences)
 
     def _read_journal(self) -> None:
+        """Fill `done` from the journal; a damaged line is dropped and its shard made anew, if it can come out the same.
+
+        Raises:
+            CheckpointError: the first line is damaged, or a shard that was refined.
+        """
         path = self.folder / JOURNAL
-        data = path.read_bytes()
-        entries, length = [], 0
-        for line in data.splitlines(keepends=True):  # a killed run may leave half a line at the end, a power cut zeros
-            entry = _parsed(line)
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
-                break
-            entries.append(entry)
-            length += len(line)
-        if length < len(data):
-            os.truncate(path, length)
+        lines = path.read_bytes().splitlines(keepends=True)
+        entries = [_entry(line) for line in lines]
+        while entries and entries[-1] is None and (not lines[-1].endswith(b"\n") or not lines[-1].strip(b"\0\n")):
+            entries.pop()  # a killed run may leave half a line at the end, a power cut zeros
+            lines.pop()
         if not entries:
-            self._append({"identity": self.identity})
+            path.unlink()
+            self._begin()
             return
+        if entries[0] is None:
+            old = _parsed(lines[0])
+            if isinstance(old, dict) and "identity" in old and _CHECK not in old:
+                self._compare(old["identity"])  # of an lrc that wrote no checksums
+            raise CheckpointError(f"{path} is damaged: line 1 does not have its checksum.", "Start over with --restart.")
         self._compare(entries[0].get("identity", {}))
-        for entry in entries[1:]:
-            if "key" not in entry:
-                continue
+        shards = [entry for entry in entries[1:] if entry is not None and "key" in entry]
+        for entry in shards:
             shard = Shard(entry["file"], entry["sha256"], entry["nbytes"], tuple(entry["tensors"]), entry["record"])
             file = self.folder / shard.file
             if file.is_file() and file.stat().st_size == shard.nbytes and sha256_of(file) == shard.sha256:
                 self.done[entry["key"]] = shard
+        bad = [number for number, entry in enumerate(entries, 1) if entry is None]
+        lost = sorted({entry["file"] for entry in shards if entry["key"] not in self.done})
+        if (bad or lost) and len({entry["key"] for entry in shards}) < len(shards):
+            # a shard that is made anew follows from its unrefined neighbours, and these are gone
+            what = f"line {bad[0]} does not have its checksum" if bad else f"{lost[0]} has changed"
+            raise CheckpointError(f"{path}: {what}, after the refinement was written.", "Start over with --restart.")
+        for number in bad:
+            self._note(f"{path}: line {number} is damaged; the shard that it was about is made anew")
+        for file in lost:
+            self._note(f"{self.folder / file} is missing or has changed since it was written; it is made anew")
+        kept = (
+            line
+            for line, entry in zip(lines, entries, strict=True)
+            if entry is not None and ("key" not in entry or entry["key"] in self.done)
+        )
+        journal = b"".join(kept)
+        if journal != path.read_bytes():
+            self._put(JOURNAL, journal)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / JOURNAL).open("ab") as journal:
-            journal.write(json.dumps(entry).encode() + b"\n")
+            journal.write(_line(entry))
             journal.flush()
             os.fsync(journal.fileno())
         sync_folder(self.folder)
@@ -270,6 +326,8 @@ class Artifact:
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
+            for name in self._not_listed(files):
+                (self.folder / name).unlink()
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
@@ -281,7 +339,16 @@ class Artifact:
             (self.folder / UNCHECKED).replace(self.folder / "config.json")
             sync_folder(self.folder)
             (self.folder / JOURNAL).unlink()
+            sync_folder(self.folder)
         self.finished = True
+        self._clear_leftovers()
+
+    def _not_listed(self, files: Mapping[str, bytes]) -> list[str]:
+        """Shards and copied files in the folder that the result does not list, as of a run whose journal was lost."""
+        listed = {*files, *(shard.file for shard in self.done.values())}
+        copied = _copied_files(self.folder)
+        names = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        return [name for name in names if name not in listed and (name in copied or _SHARD.fullmatch(name))]
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -296,6 +363,53 @@ class Artifact:
 def _is_below(name: Any) -> bool:
     """Whether a name that a file gives leads to a place below the folder, and not through it to another one."""
     return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _folders(folder: Path) -> set[Path]:
+    """The folder, and the folders in it that hold copied files."""
+    return {folder, *((folder / name).parent for name in _copied_files(folder))}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a run keeps in its folder until it is finished, journal apart: scratch, temporary files, the unchecked config.
+
+    Shards are not among it: other programs give theirs the same names.
+    """
+    entries = [path for inner in _folders(folder) if inner.is_dir() for path in inner.iterdir()]
+    return [path for path in entries if path.name in (UNCHECKED, *SCRATCH) or path.name.endswith(PARTIAL)]
+
+
+def clear_finished(folder: Path) -> list[str]:
+    """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
+
+    Nothing is deleted where there is no finished result, while another process works in the folder, or where it may not be
+    written to.
+    """
+    finished = (folder / RECORD).is_file() and (folder / "config.json").is_file() and not (folder / JOURNAL).exists()
+    if not finished or not (found := leftovers(folder)):
+        return []
+    gone = []
+    with contextlib.suppress(OSError, RequestError):
+        lock = locked(folder / _LOCK)
+        try:
+            for path in found:
+                remove(path)
+                gone.append(path.name)
+        finally:
+            (folder / _LOCK).unlink()
+            lock.close()
+    return gone
+
+
+def _copied_files(folder: Path) -> set[str]:
+    """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
+    texts = [
+        *((folder / JOURNAL).read_bytes().splitlines() if (folder / JOURNAL).is_file() else []),
+        (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b"",
+    ]
+    entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
+    listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
+    return {name for name in listed if _is_below(name)}
 
 
 def require_usable(folder: Path) -> None:
@@ -358,6 +472,19 @@ def _parsed(text: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the journal: an entry with its checksum."""
+    return json.dumps(dict(entry) | {_CHECK: checksum(json.dumps(entry))}).encode() + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a whole line of the journal; None if it is damaged."""
+    entry = _parsed(line)
+    if not line.endswith(b"\n") or not isinstance(entry, dict):
+        return None
+    return entry if entry.pop(_CHECK, None) == checksum(json.dumps(entry)) else None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,8 @@
-"""Writing files so that a killed run, a full disk or a second process cannot leave a file that looks finished and is not."""
+"""Writing files so that a killed run, a full disk or a second process cannot leave a file that looks finished and is not.
+
+Every file that a later step reads carries checksums: a JSON file the sha256 of its content, a safetensors file that of each
+tensor and of its metadata. A flipped bit is an error that names the file, never another number.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,16 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, RequestError, brief
 from .untrusted.files import size_of
@@ -57,36 +65,75 @@ def claimed(lock: IO[str], kind: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to `path` at the end; deleted if an error occurs (a full disk needs the space).
+    """A temporary file, renamed to `path` at the end; deleted if an error occurs (a full disk needs the space).
 
-    Its name contains the process's id, so two processes that write the same file at the same time both write it completely.
+    It is in a folder of its own beside `path`: safetensors writes `.tmpXXXXXX` beside the file that it is asked for, and a
+    process that is killed meanwhile leaves it. The folder's name contains the process's id, so two processes that write the
+    same file at the same time both write it completely.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    folder = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
+        folder.mkdir(exist_ok=True)
+        temporary = folder / path.name
         yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # after a success the temporary name no longer exists
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed processes; no other process may be writing to the folder."""
     for leftover in folder.glob("*" + PARTIAL):
-        leftover.unlink()
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder. A process that is killed meanwhile leaves a temporary name, which `clear_leftovers` beside it deletes.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL}")
+        if doomed.exists():
+            remove(doomed)
+        shutil.rmtree(folder.rename(doomed))
+
+
+def checksum(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_json(path: Path, shape: type[T]) -> T | None:
     """The content of a JSON file that an earlier run wrote with `write_json`; None if there is no such file.
 
     Args:
-        shape: the type of the content: a dataclass, or built-in types, nested.
+        shape: the type of the content: a dataclass, or a dictionary of built-in types, nested.
 
     Raises:
-        CheckpointError: the file is damaged, or its content has another type.
+        CheckpointError: the file is damaged, was changed by hand, or its content has another type.
     """
     size_of(path)  # refuses a FIFO, which would be waited for
     try:
-        return TypeAdapter(shape).validate_python(json.loads(path.read_text()))
+        held = json.loads(path.read_bytes())
+        if not isinstance(held, dict) or "sha256" not in held:
+            raise ValueError("it has no checksum")
+        if held.pop("sha256") != checksum(json.dumps(held)):
+            raise ValueError("its content has changed since it was written (sha256)")
+        return TypeAdapter(shape).validate_python(held)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -98,19 +145,108 @@ def read_json(path: Path, shape: type[T]) -> T | None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a value for `read_json`, completely or not at all.
+    """Write a value for `read_json`, completely or not at all, with a checksum under the key `sha256`.
 
     Args:
-        value: of built-in types and dataclasses, nested.
+        value: a dictionary or a dataclass; within it built-in types and dataclasses, nested.
         indent: spaces per level, for files that people read.
 
     Raises:
         OutputError: no space, or the folder cannot be written.
     """
+    content = json.loads(json.dumps(value, default=dataclasses.asdict))
+    content |= {"sha256": checksum(json.dumps(content))}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(value, indent=indent, default=dataclasses.asdict) + "\n")
+            temporary.write_text(json.dumps(content, indent=indent) + "\n")
+            sync_file(temporary)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, sync: bool = False
+) -> None:
+    """Write a safetensors file for `checked_tensors`, completely or not at all.
+
+    Args:
+        tensors: of any dtype, on any device.
+        metadata: further entries of the file's header.
+        sync: wait until the file is on the disk. Without, a power cut can leave it damaged, which its checksums tell.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    record = dict(metadata or {}) | {"sha256": json.dumps({name: _digest(tensor) for name, tensor in held.items()})}
+    record["checksum"] = checksum(json.dumps(record, sort_keys=True))
+    with replacing(path) as temporary:
+        save_file(held, temporary, record)
+        if sync:
+            sync_file(temporary)
+
+
+class CheckedTensors:
+    """An open file of `write_tensors`."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.metadata: dict[str, str] = dict(file.metadata() or {})
+        if self.metadata.pop("checksum", None) != checksum(json.dumps(self.metadata, sort_keys=True)):
+            raise ValueError("its header has changed since it was written, or is of an earlier lrc (sha256)")
+        self._sha256: dict[str, str] = json.loads(self.metadata.pop("sha256"))
+        if set(file.keys()) != set(self._sha256):
+            raise ValueError("it holds other tensors than were written")
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._sha256)
+
+    def get(self, name: str) -> Tensor:
+        """A copy of a tensor, on the CPU.
+
+        Raises:
+            ValueError: it has changed since it was written.
+        """
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        if _digest(tensor) != self._sha256[name]:
+            raise ValueError(f"'{name}' has changed since it was written (sha256)")
+        return tensor
+
+
+@contextlib.contextmanager
+def checked_tensors(path: Path, remedy: str) -> Iterator[CheckedTensors]:
+    """A file that `write_tensors` wrote; wrap only the reading in it.
+
+    Args:
+        remedy: what to do about a damaged file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield CheckedTensors(file)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", remedy) from error
+
+
+def _digest(tensor: Tensor) -> str:
+    """sha256 of a tensor on the CPU: of its dtype, its shape and its numbers."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, completely or not at all.
+
+    Raises:
+        OutputError: no space, or the folder cannot be written.
+    """
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(text)
+        sync_file(temporary)
 
 
 def sync_file(path: Path) -> None:

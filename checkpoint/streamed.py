@@ -6,6 +6,8 @@ layers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError
 from .architecture import built, find_layers, keep_float32, require_sizes
+from .fingerprint import Tell, unread_bytes
 from .location import Location
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
 from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
@@ -63,6 +66,39 @@ class Checkpoint:
         self._sources = group_by_prefix(renamed, self.layer_names)
         self._renamed = renamed
         self._check_headers()
+
+    def identity(self, tell: Tell = lambda done, total: None) -> dict[str, str]:
+        """sha256 of everything in the checkpoint that a result depends on, by kind.
+
+        Args:
+            tell: called after each file of weights that had to be read.
+
+        Returns:
+            `fingerprint`: of the weights, every byte. `config`: of the configuration as transformers reads it. `files`: of the
+            tokenizer's and other files that are copied into the result, and of the code that is run.
+        """
+        digest = hashlib.sha256()
+        for name, path in sorted(self.location.beside(code=self.trust_remote_code).files.items()):
+            digest.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        return {"fingerprint": self.source.fingerprint(tell), "config": self.config_hash, "files": digest.hexdigest()}
+
+    def fingerprint(self) -> str:
+        """sha256 of what the model computes with: its weights, its configuration, and its code where that is run."""
+        code = sorted(self.location.path.glob("*.py")) if self.trust_remote_code else []
+        parts = [self.source.fingerprint(), self.config_hash, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in code)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def config_hash(self) -> str:
+        """sha256 of the configuration; another version of transformers, which it states, does not change the model."""
+        config = json.loads(self.config.to_json_string())
+        config.pop("transformers_version", None)
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that `identity` and `fingerprint` would read of the weights; the others' hashes are remembered."""
+        return unread_bytes(self.source.fingerprinted)
 
     @cached_property
     def numel(self) -> int:

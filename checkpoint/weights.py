@@ -7,7 +7,6 @@ mapping exists, so a model that is read layer by layer would otherwise become re
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ModelError
+from .fingerprint import Tell, fingerprint
 from .untrusted.files import INDEX as INDEX_BYTES
 from .untrusted.files import require_path, size_of
 from .untrusted.foreign import foreign
@@ -29,7 +29,6 @@ from .untrusted.json_text import json_object
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SAMPLE = 1 << 20
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -37,6 +36,7 @@ class WeightSource(ABC):
     """The tensors of one checkpoint, by their names on disk."""
 
     files: tuple[Path, ...]
+    _fingerprint: str | None = None
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -59,20 +59,23 @@ class WeightSource(ABC):
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of most of the numbers; float32 for a file with quantized blocks (GGUF)."""
 
-    def fingerprint(self) -> str:
-        """sha256 over the files' names, sizes and three samples of 1 MiB (start, middle, end) of each.
+    def fingerprint(self, tell: Tell = lambda done, total: None) -> str:
+        """sha256 over every byte of the files (checkpoint/fingerprint.py).
 
-        It distinguishes checkpoints without reading 140 GB; it does not prove that a file is intact.
+        Args:
+            tell: called after each file that had to be read, with the numbers of files read and to be read.
+
+        Raises:
+            CheckpointError: a file cannot be read.
         """
-        digest = hashlib.sha256()
-        for path in self.files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for start in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
-        return digest.hexdigest()
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.fingerprinted, tell)
+        return self._fingerprint
+
+    @property
+    def fingerprinted(self) -> tuple[Path, ...]:
+        """The files that the fingerprint covers: those with tensors, and the index that says which file holds which."""
+        return self.files
 
 
 class SafetensorsSource(WeightSource):
@@ -92,6 +95,11 @@ class SafetensorsSource(WeightSource):
                 f"(it should be in {self._where[lost[0]]}).",
                 "Download or copy the checkpoint again.",
             )
+
+    @property
+    def fingerprinted(self) -> tuple[Path, ...]:
+        index = self._folder / INDEX
+        return (*self.files, index) if index.is_file() else self.files
 
     def names(self) -> list[str]:
         return list(self._where)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
+from ..checkpoint.atomic import PARTIAL, remove, replacing
 from ..errors import EvaluationError, OutputError
 from ..evaluation.results import Evaluation, results_json
 from .terminal import print_results
@@ -47,8 +50,19 @@ def _report(evaluations: Sequence[Evaluation], json_file: Path | None, whole: bo
                 print_results(evaluation)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(results_json(*evaluations), indent=2) + "\n")
+            _write(json_file.resolve(), json.dumps(results_json(*evaluations), indent=2) + "\n")
         except OSError as error:
             raise OutputError(f"Cannot write --json {json_file}: {error}", "The numbers are in the table above.") from error
     if different is not None:
         raise different
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all. What cannot be replaced (a pipe, a device, a file in a locked folder) is written to."""
+    if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
+        file.write_text(text)
+        return
+    for leftover in file.parent.glob(f"{escape(file.name)}.*{PARTIAL}"):
+        remove(leftover)  # of a process that was killed here
+    with replacing(file) as temporary:
+        temporary.write_text(text)

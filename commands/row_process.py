@@ -64,8 +64,16 @@ def run(words: Sequence[str], log: Path, module: str = "lrc.cli") -> tuple[float
     return time.perf_counter() - started, peak
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that began it ends: left alone, it would work in a folder that the next sweep needs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _program(module: str, words: list[str], log: Path) -> None:
     """In the process: run a module as `python -m` does; what it prints is added to the log."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

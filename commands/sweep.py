@@ -19,7 +19,8 @@ from .arguments import (
 from .options import Activations, CalibrationOptions, ModelOptions, grouped
 
 if TYPE_CHECKING:
-    from ..calibrate.data import CalibrationSpec
+    from ..calibrate.data import Calibration, CalibrationSpec
+    from ..evaluation.request import Request
     from ..model.view import ModelView
     from ..plan.plan import Draft
     from .sweep_rows import Job, Sweep
@@ -54,16 +55,17 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     Compresses and measures the model with each recipe. Prints one table: metrics, bytes, seconds, memory.
     """
     from ..calibrate.data import load_calibration
+    from ..checkpoint.atomic import write_text
     from ..checkpoint.opening import devices_of
     from ..evaluation.request import Settings, check_positions, prepare
     from ..run.pipeline import require_text_fits, shared_statistics
-    from .sweep_rows import Job, markdown, run_sweep
+    from .sweep_rows import Job, finished_rows, markdown, run_sweep
     from .terminal import plain_or_terminal
 
     require_folder(options.out)
     view, jobs, plans = _planned_rows(options, calibration, source)
     check_positions(view.config, options.eval_length, "--eval-length")
-    prepare(
+    request = prepare(
         Settings(
             names_of(options.tasks),
             length=options.eval_length,
@@ -75,15 +77,17 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
         require_text_fits(view, plan)
     spec = _shared_calibration(plans)
     tokens = load_calibration(spec, view.location.tokenizer(source.trust_remote_code))
+    described = _described(options, calibration, source, spec, _read_hashes(view, tokens, request))
+    finished_rows(described)  # another sweep's statistics must not be replaced
     shared_statistics(plans, view, tokens, options.out / "statistics", devices_of(source.device))
     console = plain_or_terminal()
     rows = run_sweep(
-        _described(options, calibration, source, spec),
+        described,
         [Job(None, nbytes=plans[0].whole_bytes), *jobs],
         notify=lambda row: console.print(f"{row.name}: {row.metrics}, {row.seconds:.0f} s"),
     )
     table = markdown(rows)
-    (options.out / "sweep.md").write_text(table)
+    write_text(options.out / "sweep.md", table)
     console.print(table)
 
 
@@ -114,8 +118,20 @@ def _shared_calibration(plans: list[Draft]) -> CalibrationSpec:
     return plans[0].recipe.calibration.model_copy(update={"held_out": held_out})
 
 
-def _described(options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions, shared: CalibrationSpec) -> Sweep:
-    """The sweep as its rows need it: what `lrc compress` and `lrc eval` are called with."""
+def _read_hashes(view: ModelView, tokens: Calibration, request: Request) -> dict[str, str]:
+    """sha256 of everything that the rows read: the checkpoint, the calibration set and the texts to evaluate on."""
+    from ..calibrate.packing import token_hash
+
+    checkpoint = {f"model's {kind}": sha256 for kind, sha256 in view.identity().items()}
+    read = {"calibration tokens": tokens.hash, "held-out tokens": token_hash(tokens.held_out)}
+    texts = {f"text of {task}": part["sha256"] for task, text in request.texts.items() for part in text.provenance}
+    return checkpoint | read | texts
+
+
+def _described(
+    options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions, shared: CalibrationSpec, read: dict[str, str]
+) -> Sweep:
+    """The sweep as its rows need it: what `lrc compress` and `lrc eval` are called with, and the hashes of what they read."""
     from .sweep_rows import Sweep
 
     common = ["--device", source.device]
@@ -127,4 +143,4 @@ def _described(options: SweepOptions, calibration: CalibrationOptions, source: M
     evaluate = [*common, "--tasks", options.tasks, "--length", str(options.eval_length)]
     evaluate += ["--max-windows", str(options.max_windows)] if options.max_windows else []
     evaluate += ["--activations", options.activations] if options.activations else []
-    return Sweep(source.model, options.out, compress, evaluate, options.parallel, options.keep)
+    return Sweep(source.model, options.out, compress, evaluate, options.parallel, options.keep, read)

@@ -2,7 +2,7 @@
 
 Each row is what a person would type, `lrc compress` and then `lrc eval`, in processes of their own (row_process.py), so that
 seconds and peak memory are a row's own. Recipes that start from the original model share its statistics, collected once.
-Finished rows are in `sweep.json`; the same command continues with what is missing.
+Finished rows are in `sweep.json`; the same command continues with what is missing. One process works in a sweep's folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import read_json, write_json
+from ..checkpoint.atomic import clear_leftovers, discard, locked, read_json, write_json, write_text, writing
 from ..errors import BudgetError, RequestError, SweepError
 from ..model.view import ModelView
 from ..plan.plan import Draft
@@ -27,6 +26,7 @@ from ..plan.recipe import Recipe
 from . import row_process
 
 TABLE = "sweep.json"
+_LOCK = ".lrc.lock"
 _THREADS = "OMP_NUM_THREADS"
 
 
@@ -41,6 +41,7 @@ class Sweep:
         evaluate: further arguments of `lrc eval`.
         parallel: rows at a time, each with its share of the cores.
         keep: leave the compressed checkpoints in the folder.
+        read: sha256 of the model's files and of the texts, by what they are.
     """
 
     model: str
@@ -49,11 +50,12 @@ class Sweep:
     evaluate: Sequence[str] = ()
     parallel: int = 1
     keep: bool = False
+    read: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def asked(self) -> dict[str, Any]:
         """What decides the numbers of a row, as it is written to `sweep.json`."""
-        return {"model": self.model, "compress": list(self.compress), "evaluate": list(self.evaluate)}
+        return {"model": self.model, "compress": list(self.compress), "evaluate": list(self.evaluate), **self.read}
 
 
 @dataclass(frozen=True)
@@ -151,25 +153,44 @@ def run_sweep(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None] =
         notify: called with every row that is finished.
 
     Raises:
-        RequestError: the folder holds another sweep.
+        RequestError: the folder holds another sweep, or another process works in it.
         SweepError: rows failed; names them with the last lines of their logs. Finished rows stay.
+        OutputError: the folder cannot be written.
     """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    rows = _finished(sweep)
+    lock = sweep.folder / _LOCK
+    with writing(sweep.folder):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        held = locked(lock)
+    try:
+        with writing(sweep.folder):
+            clear_leftovers(sweep.folder)
+        return _all_rows(sweep, jobs, notify)
+    finally:
+        lock.unlink(missing_ok=True)
+        held.close()
+
+
+def _all_rows(sweep: Sweep, jobs: Sequence[Job], notify: Callable[[Row], None]) -> list[Row]:
+    rows = finished_rows(sweep)
     failures: dict[str, str] = {}
     finished = threading.Lock()
 
     def one(job: Job) -> None:
         """Make a row unless it is finished with the same settings; note a failure."""
+        out = sweep.folder / job.name
         if job.name in rows:
             if rows[job.name].settings == job.settings:
                 return
-            shutil.rmtree(sweep.folder / job.name, ignore_errors=True)  # a checkpoint that was kept
+            with writing(out):
+                discard(out)  # a checkpoint that was kept
         try:
             row = _row(sweep, job)
         except SweepError as error:
             failures.update(error.failures)
             return
+        if not sweep.keep:
+            with writing(out):
+                discard(out)
         with finished:  # rows may end at the same time
             rows[job.name] = row
             write_json(sweep.folder / TABLE, _Table(sweep.asked, list(rows.values())), indent=2)
@@ -195,9 +216,7 @@ def _row(sweep: Sweep, job: Job) -> Row:
     seconds, peak = row_process.run(compress[1:], log)
     row_process.run(evaluate[1:], log)
     record = (out / "lrc.json").read_text()
-    (sweep.folder / f"{job.name}.lrc.json").write_text(record)
-    if not sweep.keep:
-        shutil.rmtree(out)
+    write_text(sweep.folder / f"{job.name}.lrc.json", record)
     held = json.loads(record)
     return Row(
         job.name, _metrics(scores), held["bytes"]["model_after"], held["ratio"], seconds, peak,
@@ -223,7 +242,13 @@ def _share_of_cores(parallel: int) -> Iterator[None]:
             os.environ[_THREADS] = before
 
 
-def _finished(sweep: Sweep) -> dict[str, Row]:
+def finished_rows(sweep: Sweep) -> dict[str, Row]:
+    """The finished rows of a sweep, by name.
+
+    Raises:
+        RequestError: the folder holds another sweep.
+        CheckpointError: `sweep.json` is damaged.
+    """
     path = sweep.folder / TABLE
     held = read_json(path, _Table)
     if held is None:

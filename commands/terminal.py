@@ -14,10 +14,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..depth.base import get_score
-from ..model.events import Event
+from ..model.events import Event, Noted
 from ..model.machine.host_memory import peak_rss
 from ..plan.budget import readable as size
-from ..plan.plan import Planned, Step
+from ..plan.plan import Draft, Planned, Step
 from ..run.layer_loop import LayerDone
 from ..run.run import PlanMade, TextRead
 
@@ -51,6 +51,12 @@ def print_plan(plan: Planned, verbose: bool = False) -> None:
             else "no calibration"
         )
     )
+    if isinstance(plan, Draft):
+        console.print(
+            f"checkpoint: {size(plan.unread)} to read once, for the hash that tells whether it has changed"
+            if plan.unread
+            else "checkpoint: its hash is known, no file has changed since it was computed"
+        )
     table = Table(box=None, pad_edge=False)
     for column in ("targets", "shape", "count", "form", "before", "after"):
         table.add_column(column, justify="left" if column in ("targets", "shape", "form") else "right")
@@ -246,6 +252,8 @@ class Progress:
             self._bar.start()
         elif isinstance(event, LayerDone):
             self._layer(event)
+        elif isinstance(event, Noted):
+            self._console.print(f"note: {event.stage}")
         elif event.loss is not None:
             self._console.print(
                 f"{event.stage} {event.done:>3}/{event.total}  {event.loss:.4f} nats from the original on held-out text, "

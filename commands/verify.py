@@ -19,11 +19,14 @@ def verify(
 
     Checks the hashes of the files, the shapes of the tensors, and that the model gives finite logits.
     """
+    from ..checkpoint.artifact import clear_finished
     from ..checkpoint.opening import require_finished
     from ..run import verify as checks
 
     quiet()
     require_finished(str(folder))
+    for name in clear_finished(folder):
+        print(f"note: {folder / name} was left by a run that was killed at its end; deleted.")
     record = checks.verify(folder, trust_remote_code=trust_remote_code)
     held = record["bytes"]
     print(

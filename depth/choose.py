@@ -90,7 +90,7 @@ class _Trying:
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
         self.record: dict[str, Any] = {"score": {"looks": self._looks, "tokens": self._tokens.numel(), "rounds": []}}
-        of = [view.source.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
+        of = [view.fingerprint(), token_hash(self._tokens), str(view.dtype), self._looks]
         of += ["layers"] if sublayers is None else [sublayer.name for sublayer in sublayers]
         self._file = folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
         self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.atomic import read_json, replacing, write_json
+from ..checkpoint.atomic import checked_tensors, read_json, write_json, write_tensors
 from ..compress.forms.base import Spec
 from ..model.layer_edit import LayerEdit, LinearMap
 from ..model.sublayers import SubLayer
@@ -38,6 +37,7 @@ class ModelEdit:
         maps: layer name -> {module path in the layer: spec} of every map, for the plan's bytes.
         record: losses and choices, for `lrc.json`.
         folder: where edits are on disk; None where there are none or they are in memory.
+        stored: names of the files in `folder`, without suffix.
     """
 
     dropped: tuple[int, ...] = ()
@@ -48,6 +48,7 @@ class ModelEdit:
     maps: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    stored: tuple[str, ...] = ()
 
     @classmethod
     def without(cls, sublayers: Sequence[SubLayer], record: Mapping[str, Any] | None = None) -> ModelEdit:
@@ -59,16 +60,16 @@ class ModelEdit:
         """The edit of a layer, None where it has none; reads it from disk where it is there."""
         gone = tuple(target for target in self.zeroed if target.name.startswith(layer + "."))
         found = self.edits.get(layer)
-        if self.folder is not None and (self.folder / f"{layer}.safetensors").is_file():
-            found = _edit(load_file(self.folder / f"{layer}.safetensors"), self.maps.get(layer, {}))
+        if self.folder is not None and layer in self.stored:
+            found = _edit(_load(self.folder / f"{layer}.safetensors"), self.maps.get(layer, {}))
         if gone:
             found = LayerEdit(gone).with_others(found) if found else LayerEdit(gone)
         return found
 
     def outside_tensors(self) -> dict[str, Tensor]:
         """New values of parameters outside the layers; reads them from disk where they are there."""
-        if self.folder is not None and (self.folder / f"{_OUTSIDE}.safetensors").is_file():
-            return load_file(self.folder / f"{_OUTSIDE}.safetensors")
+        if self.folder is not None and _OUTSIDE in self.stored:
+            return _load(self.folder / f"{_OUTSIDE}.safetensors")
         return dict(self.outside)
 
     @property
@@ -83,24 +84,26 @@ class ModelEdit:
         for earlier in (folder / _FILE, *folder.glob("*.safetensors")):
             earlier.unlink(missing_ok=True)
         for layer, edit in self.edits.items():
-            tensors = {f"tensor:{path}": value.contiguous() for path, value in edit.tensors.items()}
+            tensors = {f"tensor:{path}": value for path, value in edit.tensors.items()}
             for path, each in edit.maps.items():
-                tensors[f"map:{path}:weight"] = each.weight.contiguous()
+                tensors[f"map:{path}:weight"] = each.weight
                 if each.bias is not None:
-                    tensors[f"map:{path}:bias"] = each.bias.contiguous()
-            _save(folder / f"{layer}.safetensors", tensors)
+                    tensors[f"map:{path}:bias"] = each.bias
+            write_tensors(folder / f"{layer}.safetensors", tensors, sync=True)
         if self.outside:
-            _save(folder / f"{_OUTSIDE}.safetensors", {name: value.contiguous() for name, value in self.outside.items()})
+            write_tensors(folder / f"{_OUTSIDE}.safetensors", self.outside, sync=True)
         maps = {layer: {path: each.spec for path, each in edit.maps.items()} for layer, edit in self.edits.items() if edit.maps}
         zeroed = [target.name for target in self.zeroed]
-        held = _Held(dict(identity), self.dropped, self.removed, zeroed, maps, dict(self.record))
+        stored = (*self.edits, *([_OUTSIDE] if self.outside else []))
+        held = _Held(dict(identity), self.dropped, self.removed, zeroed, maps, dict(self.record), stored)
         write_json(folder / _FILE, held)  # written last: without this file, edits are found and written again
-        return ModelEdit(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder)
+        return ModelEdit(self.dropped, self.removed, self.zeroed, maps=maps, record=self.record, folder=folder, stored=stored)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """The JSON file of a model edit: `identity` of the run that found it, names of `zeroed` targets; tensors have own files."""
+    """The JSON file of a model edit: `identity` of the run that found it, names of `zeroed` targets; tensors have own files,
+    which are `stored` under these names without suffix."""
 
     identity: dict[str, Any]
     dropped: tuple[int, ...]
@@ -108,6 +111,7 @@ class _Held:
     zeroed: list[str]
     maps: dict[str, dict[str, Spec]]
     record: dict[str, Any]
+    stored: tuple[str, ...]
 
 
 def read_model_edit(folder: Path, identity: Mapping[str, Any], targets: Sequence[Target]) -> ModelEdit | None:
@@ -117,12 +121,13 @@ def read_model_edit(folder: Path, identity: Mapping[str, Any], targets: Sequence
         return None
     named = {target.name: target for target in targets}
     zeroed = tuple(named[name] for name in held.zeroed)
-    return ModelEdit(held.dropped, held.removed, zeroed, maps=held.maps, record=held.record, folder=folder)
+    return ModelEdit(held.dropped, held.removed, zeroed, maps=held.maps, record=held.record, folder=folder, stored=held.stored)
 
 
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with replacing(file) as temporary:
-        save_file(dict(tensors), temporary)
+def _load(file: Path) -> dict[str, Tensor]:
+    remedy = f"Delete {_FILE} beside it and run the same command again: the layers to drop, and repairs, are computed anew."
+    with checked_tensors(file, remedy) as held:
+        return {name: held.get(name) for name in held.names()}
 
 
 def _edit(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> LayerEdit:

@@ -28,6 +28,11 @@ class Event:
     loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Noted(Event):
+    """Something that the user should know: `stage` is a sentence."""
+
+
 Notify = Callable[[Event], None]
 
 

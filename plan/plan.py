@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..calibrate.data import Calibration
+from ..calibrate.packing import token_hash
 from ..calibrate.stats import Wanted, chunks_of, wanted
 from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
@@ -23,6 +25,7 @@ from .budget import Found, readable
 from .recipe import Recipe
 from .units import Unit, needs_of
 
+IDENTITY = 2  # version of what an identity holds; 1 sampled the checkpoint's files
 PROBED = (2, 128)  # calibration samples that compare variants of single targets, and tokens per sample
 PROBES_EACH = 3  # maximum number of variants of one target for each alternative
 
@@ -82,12 +85,13 @@ class Planned:
         steps: one per target, in the order of the forward pass.
         kept: parameters outside the targets, with the reason why they are not compressed.
         dtype: dtype of the stored tensors.
-        model: name, type, fingerprint of the files, configuration hash.
+        model: name and type.
         whole_bytes: bytes of the original model (tied tensors count once).
         whole_numel: parameters of the original model.
         batch: calibration samples that pass through a layer at once.
         memory: predicted memory.
         layers: number of layers of the original model.
+        unread: bytes of the checkpoint that have to be read for its fingerprint; those of the other files are remembered.
         dropped: indices of the dropped layers.
         dropped_beside: bytes of dropped tensors that are no targets, less the bytes that a repair adds.
         left_out: tensors of the checkpoint that the model does not use.
@@ -112,6 +116,7 @@ class Planned:
     batch: int
     memory: Memory
     layers: int
+    unread: int = 0
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
@@ -260,13 +265,21 @@ class Planned:
         units = ([target.name for target in unit.targets] for unit in self.units if len(unit.targets) > 1)
         return chunks_of(self.solved(layer), self.wanted(layer).nbytes, units)
 
-    def identity(self, calibration_hash: str) -> dict[str, Any]:
-        """Everything that determines the result of a run; equal identities give equal bytes on the same machine."""
+    def identity(self, checkpoint: Mapping[str, str], calibration: Calibration) -> dict[str, Any]:
+        """Everything that determines the result of a run; equal identities give equal bytes on the same machine.
+
+        Args:
+            checkpoint: the model's own identity (`Checkpoint.identity`).
+            calibration: the calibration set; refinements and searches read its held-out tokens too.
+        """
         recipe = self.recipe.resolved()
-        recipe["calibration"] |= {"tokens": calibration_hash}
+        recipe["calibration"] |= {"tokens": calibration.hash}
+        if len(calibration.held_out):
+            recipe["calibration"] |= {"held_out_tokens": token_hash(calibration.held_out)}
         return {
+            "version": IDENTITY,
             "recipe": recipe,
-            "model": {key: value for key, value in self.model.items() if key != "name"},
+            "model": {"type": self.model["type"], **checkpoint},
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch": self.batch,
         }

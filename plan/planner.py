@@ -6,7 +6,6 @@ the losses.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,12 +101,13 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         steps=_steps(view.targets, scope, shared.options),
         kept=tuple(view.kept),
         dtype=view.dtype,
-        model=_identify(view),
+        model={"name": view.location.name, "type": view.config.model_type},
         whole_bytes=view.nbytes,
         whole_numel=view.numel,
         batch=max(1, TOKENS_PER_BATCH // recipe.calibration.length),
         memory=Memory(),
         layers=len(view.layers),
+        unread=view.unread_bytes,
         dropped=model_edit.dropped,
         dropped_beside=scope.dropped_extra_bytes,
         left_out=tuple(view.left_out),
@@ -383,14 +383,3 @@ def _why_dense(target: Target, choice: Choice, scope: _Scope) -> str:
     if scope.compresses_nothing:
         return "the recipe compresses no matrix"
     return "nothing that the method offers is smaller, or the budget (with allocation own the method) leaves it whole"
-
-
-def _identify(view: ModelView) -> dict[str, Any]:
-    config = json.loads(view.config.to_json_string())
-    config.pop("transformers_version", None)  # another version of transformers does not change the model
-    return {
-        "name": view.location.name,
-        "type": view.config.model_type,
-        "fingerprint": view.source.fingerprint(),
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-    }

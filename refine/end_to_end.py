@@ -15,24 +15,21 @@ Optimality Is Not Enough", 2026), with the divergence in place of the text's own
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..calibrate.layerwise import run_batches
 from ..calibrate.packing import token_hash
 from ..checkpoint.architecture import without_head
 from ..checkpoint.artifact import UNCHECKED, Artifact
-from ..checkpoint.atomic import replacing, sync_file, writing
+from ..checkpoint.atomic import checked_tensors, write_tensors, writing
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import CheckpointError
@@ -78,9 +75,8 @@ class Distillation:
                 token_hash(ids): result.last_hidden_state.clone()
                 for ids, result in zip(windows, forward.results(), strict=True)
             }
-        with writing(path), replacing(path) as temporary:
-            save_file(states, temporary)
-            sync_file(temporary)
+        with writing(path):
+            write_tensors(path, states, sync=True)
 
     def run(self, model: Any, layers: Sequence[torch.nn.Module], notify: Notify) -> Refinement:
         """Train a compressed model, which is in memory on its device, and leave it in its best state.
@@ -93,30 +89,27 @@ class Distillation:
         """
         looks = -(-self._settings.steps // self._settings.every)
         path = self._folder / _TEACHER
-        with contextlib.ExitStack() as stack:
-            with _readable(path):
-                states = stack.enter_context(safe_open(path, "pt"))
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
 
-            def teacher(ids: Tensor) -> Tensor:
-                with _readable(path):
-                    hidden = states.get_tensor(token_hash(ids))
-                return from_hidden(model, ids.to(device), hidden.to(device))
+        def teacher(ids: Tensor) -> Tensor:
+            with checked_tensors(path, "Delete it and run the same command again: it is computed anew.") as states:
+                hidden = states.get(token_hash(ids))
+            return from_hidden(model, ids.to(device), hidden.to(device))
 
-            return refine_end_to_end(
-                model, layers, Teaching(self._train, self._held, teacher), self._settings,
-                notify=lambda event: notify(Event("refinement", event.done, looks, loss=event.loss)),
-                resume=self._read_state(len(trainable(model, self._settings.vectors))),
-                keep=self._write_state,
-            )  # fmt: skip
+        return refine_end_to_end(
+            model, layers, Teaching(self._train, self._held, teacher), self._settings,
+            notify=lambda event: notify(Event("refinement", event.done, looks, loss=event.loss)),
+            resume=self._read_state(len(trainable(model, self._settings.vectors))),
+            keep=self._write_state,
+        )  # fmt: skip
 
     def _read_state(self, parameters: int) -> TrainingState | None:
         path = self._folder / _STATE
         if not path.is_file():
             return None
-        with _readable(path), safe_open(path, "pt") as file:
-            numbers = json.loads(file.metadata()["numbers"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        with checked_tensors(path, "Start over with --restart.") as file:
+            numbers = json.loads(file.metadata["numbers"])
+            tensors = {name: file.get(name) for name in file.names()}
         if len(tensors) != 4 * parameters:
             raise CheckpointError(f"{path} is of another model.", "Start over with --restart.")
         return TrainingState(**numbers, tensors=tensors)
@@ -124,9 +117,8 @@ class Distillation:
     def _write_state(self, state: TrainingState) -> None:
         path = self._folder / _STATE
         numbers = {key: value for key, value in vars(state).items() if key != "tensors"}
-        with writing(path), replacing(path) as temporary:
-            save_file({k: t.cpu().contiguous() for k, t in state.tensors.items()}, temporary, {"numbers": json.dumps(numbers)})
-            sync_file(temporary)
+        with writing(path):
+            write_tensors(path, state.tensors, {"numbers": json.dumps(numbers)}, sync=True)
 
 
 def refine_artifact(
@@ -163,15 +155,6 @@ def refine_artifact(
         refined = {name: state[name].cpu() if name in state else held for name, held in artifact.read(key).items()}
         artifact.write(key, shard.file, refined, shard.record)
     return {key: value for key, value in asdict(done).items() if key != "seconds"}  # the same for an interrupted run
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file into CheckpointError; wrap only the reading in it."""
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "Start over with --restart.") from error
 
 
 def from_hidden(model: Any, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def model_edit_of(draft: Draft, run: Run) -> ModelEdit:
         draft: the draft of a recipe with depth.
         run: the run.
     """
-    view, calibration, identity = run.view, run.calibration, draft.identity(run.calibration.hash)
+    view, calibration, identity = run.view, run.calibration, run.artifact.identity
     held = read_model_edit(run.own_folder, identity, view.targets)
     if held is not None:
         return held

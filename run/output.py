@@ -87,7 +87,7 @@ def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str
     record = {
         "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
-        "model": plan.model,
+        "model": plan.model | artifact.identity["model"],
         "recipe": plan.recipe.resolved(),
         "calibration": {"hash": calibration.hash, "provenance": calibration.provenance},
         "bytes": {

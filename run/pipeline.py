@@ -7,8 +7,8 @@ depends on which method runs. Work that an earlier, killed run finished is not r
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..calibrate.generate import generator
 from ..calibrate.gradients import GradientSettings, backward_passes
 from ..checkpoint.artifact import Artifact
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
-from ..model.events import Notify, silent
+from ..model.events import Event, Noted, Notify, silent
 from ..model.machine.host_memory import steady_memory
 from ..model.machine.precision import full_precision
 from ..model.view import ModelView, require_positions
@@ -35,9 +35,10 @@ from .output import config_of, finish, shard_names, write_outside
 from .plain_export import as_plain
 from .request import Request
 from .result import Result
-from .run import CPU, SEARCHED, STATISTICS, PlanMade, Run, TextRead
+from .run import CPU, PlanMade, Run, TextRead
 from .search import search
 
+_HASHING = 10.0  # seconds between two events while the checkpoint is hashed
 DISTILLATION = "distillation"  # a folder inside the folder of statistics
 
 
@@ -152,12 +153,9 @@ def carry_out(
         LrcError: a problem that the user can fix; finished work is kept, and the same call continues the run.
     """
     steady_memory()
-    with Artifact(out, draft.identity(calibration.hash), restart) as artifact:
+    with Artifact(out, draft.identity(_hashed(view, notify), calibration), restart, _told_as_notes(notify)) as artifact:
         if artifact.finished:
-            _remove_scratch(out)  # a run may have been killed after its end
             return Result.read(out)
-        if restart:
-            _remove_scratch(out)
         run = Run(view, calibration, artifact, tuple(devices), shared, notify)
         if draft.recipe.max_ppl_increase is not None:
             draft = search(draft, run, carry_out)
@@ -169,7 +167,6 @@ def carry_out(
         config = config_of(final, run)
         refinement = _refine_whole(final, run, config)
         finish(final, run, as_plain(config, type(view.config), type(view.model)), refinement)
-    _remove_scratch(out)
     return Result.read(out, final)
 
 
@@ -237,6 +234,19 @@ def _refine_whole(final: Plan, run: Run, config: dict[str, Any]) -> dict[str, An
     return refine_artifact(run.artifact, config, original, work, run.devices, run.notify)
 
 
-def _remove_scratch(out: Path) -> None:
-    for leftover in (STATISTICS, SEARCHED):
-        shutil.rmtree(out / leftover, ignore_errors=True)
+def _hashed(view: ModelView, notify: Notify) -> dict[str, str]:
+    """The identity of the model's checkpoint; files whose hash is not remembered are read, and that is reported."""
+    started = told = time.perf_counter()
+
+    def tell(done: int, files: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if done == files or now - told > _HASHING:
+            notify(Event("checkpoint's hash", done, files, now - started))
+            told = now
+
+    return view.identity(tell)
+
+
+def _told_as_notes(notify: Notify) -> Callable[[str], None]:
+    return lambda text: notify(Noted(text))

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from ..calibrate.data import Calibration
-from ..checkpoint.artifact import Artifact
+from ..checkpoint.artifact import SCRATCH, Artifact
 from ..model.events import Event, Notify, silent
 from ..model.view import ModelView
 from ..plan.plan import Planned
 
-STATISTICS = ".lrc-statistics"  # folder in the output folder; deleted when the artifact is finished
-SEARCHED = ".lrc-search"  # folder for the trials of a search for the size; deleted likewise
+STATISTICS, SEARCHED = SCRATCH  # folders in the output folder, of statistics and of a search's trials; deleted at the end
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.layerwise import run_batches
-from ..checkpoint.atomic import read_json, write_json
+from ..checkpoint.atomic import clear_leftovers, discard, read_json, write_json
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import BudgetError, NonFiniteError
@@ -89,6 +88,7 @@ class _Search:
         # of this very request: a folder whose removal was interrupted may hold those of another one
         asked = hashlib.sha256(json.dumps(run.artifact.identity, sort_keys=True).encode()).hexdigest()[:16]
         self._file = self._folder / f"perplexities-{asked}.json"
+        clear_leftovers(self._folder)
         self._known: dict[str, float] = read_json(self._file, dict[str, float]) or {}
 
     @property
@@ -132,11 +132,11 @@ class _Search:
             draft = make_draft(view, recipe, len(run.devices))
             self._carry_out(draft, view, run.calibration, out, devices=run.devices, shared=run.statistics_folder)
         except (BudgetError, NonFiniteError):
-            shutil.rmtree(out, ignore_errors=True)
+            discard(out)
             return math.inf
         small = ModelView(Location(str(out), out), trust_remote_code=view.trust_remote_code, prepare=install_stored)
         found = self._perplexity(small)
-        shutil.rmtree(out)
+        discard(out)
         return found
 
     def _fresh(self) -> ModelView:

@@ -18,6 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Before anything imports huggingface_hub, which reads these once.
 _hub_home = tempfile.TemporaryDirectory(prefix="lrc-test-hub-")
 os.environ["HF_HOME"] = _hub_home.name
+os.environ["XDG_CACHE_HOME"] = str(Path(_hub_home.name) / "cache")  # checkpoints' hashes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

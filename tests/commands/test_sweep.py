@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +19,10 @@ from commandline import lrc_ok, run_lrc
 from safetensors.torch import load_file
 
 from lrc.calibrate.gradients import GradientSettings, backward_passes
+from lrc.checkpoint.atomic import read_json, write_json
 from lrc.commands import row_process
 from lrc.commands.sweep_rows import Job, Row, Sweep, run_sweep
-from lrc.errors import SweepError
+from lrc.errors import CheckpointError, RequestError, SweepError
 from lrc.plan.load_recipe import load_recipe
 
 
@@ -43,9 +49,9 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
     assert all(name in said and name in (out / "sweep.md").read_text() for name in rows)
     assert not list(out.glob("svd*/*")), "checkpoints go unless --keep"
     # the same command with a row missing makes that row alone, and it comes out the same
-    held = json.loads((out / "sweep.json").read_text())
+    held = read_json(out / "sweep.json", dict[str, Any])
     held["rows"] = [row for row in held["rows"] if row["name"] != "svd-llm-0.5"]
-    (out / "sweep.json").write_text(json.dumps(held))
+    write_json(out / "sweep.json", held)
     made = [line for line in lrc_ok(*command).splitlines() if line.endswith(" s")]
     assert [line.split(":")[0] for line in made] == ["svd-llm-0.5"]
     again = {row["name"]: row for row in json.loads((out / "sweep.json").read_text())["rows"]}
@@ -164,3 +170,126 @@ def test_rows_of_one_recipe_do_not_run_beside_each_other(tmp_path, monkeypatch):
     rows = run_sweep(Sweep("model", tmp_path), jobs)
     assert asked == ["original", "lrc-fast-0.2", "svd-0.2", "energy", "lrc-fast-0.4", "svd-0.4"]
     assert [row.name for row in rows] == [job.name for job in jobs]
+
+
+def checkpoint(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "lrc.json", "model-00001-of-00001.safetensors"):
+        (out / name).write_text("{}")
+
+
+def test_a_sweep_that_is_killed_while_it_deletes_a_checkpoint_goes_on_without_it(tmp_path, monkeypatch):
+    """A checkpoint that is half gone would be somebody's files to the next `lrc compress`."""
+    jobs, made = [Job("svd", 0.2), Job("svd", 0.4)], []
+
+    def row(sweep: Sweep, job: Job) -> Row:
+        made.append(job.name)
+        assert not (sweep.folder / job.name).exists()
+        checkpoint(sweep.folder / job.name)
+        return Row(job.name, {"ppl": 1.0}, 1)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
+    with monkeypatch.context() as patched:
+        patched.setattr("lrc.checkpoint.atomic.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(Sweep("model", tmp_path), jobs)
+    assert [row.name for row in run_sweep(Sweep("model", tmp_path), jobs)] == ["svd-0.2", "svd-0.4"]
+    assert made == ["svd-0.2", "svd-0.4"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_checkpoints_that_were_kept_stay_where_a_later_sweep_keeps_none(tmp_path, monkeypatch):
+    def row(sweep: Sweep, job: Job) -> Row:
+        checkpoint(sweep.folder / job.name)
+        return Row(job.name, {}, 1)
+
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
+    run_sweep(Sweep("model", tmp_path, keep=True), [Job("svd", 0.2)])
+    run_sweep(Sweep("model", tmp_path), [Job("svd", 0.2), Job("svd", 0.4)])
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "svd-0.2"}
+
+
+def test_two_sweeps_at_once_in_one_folder(tmp_path, monkeypatch):
+    def row(sweep: Sweep, job: Job) -> Row:
+        with pytest.raises(RequestError, match="Another lrc is writing to"):
+            run_sweep(sweep, [job])
+        return Row(job.name, {}, 1)
+
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", row)
+    assert len(run_sweep(Sweep("model", tmp_path), [Job("svd", 0.2)])) == 1
+
+
+def test_rows_of_a_model_or_a_text_that_changed_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", lambda _, job: Row(job.name, {}, 1))
+    run_sweep(Sweep("model", tmp_path, read={"model's fingerprint": "a", "text of text:x": "b"}), [Job("svd", 0.2)])
+    with pytest.raises(RequestError, match="model's fingerprint: it has a, you asked for c"):
+        run_sweep(Sweep("model", tmp_path, read={"model's fingerprint": "c", "text of text:x": "b"}), [Job("svd", 0.2)])
+
+
+def test_a_flipped_bit_in_the_table_is_not_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("lrc.commands.sweep_rows._row", lambda _, job: Row(job.name, {"ppl": 12.5}, 1))
+    run_sweep(Sweep("model", tmp_path), [Job("svd", 0.2)])
+    table = tmp_path / "sweep.json"
+    table.write_bytes(table.read_bytes().replace(b"12.5", b"13.5"))
+    with pytest.raises(CheckpointError, match=r"sweep.json cannot be read: its content has changed"):
+        run_sweep(Sweep("model", tmp_path), [Job("svd", 0.2)])
+
+
+def test_a_rows_process_ends_with_the_sweep_that_began_it(tmp_path):
+    """It would go on in a folder that the same command needs."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lrc.commands import row_process\n"
+        "row_process.IMPORTS = ()\n"
+        "if __name__ == '__main__':\n"
+        "    row_process.run(['sleep', sys.argv[1]], Path(sys.argv[2]), module='processes')\n"
+    )
+    program, mark = tmp_path / "program.py", tmp_path / "mark"
+    program.write_text(script)
+    tests = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
+    sweep = subprocess.Popen([sys.executable, str(program), str(mark), str(tmp_path / "log")], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        row = int(mark.read_text())
+    finally:
+        sweep.kill()
+        sweep.wait()
+    while Path(f"/proc/{row}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{row}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["svd-0.2/lrc.journal.jsonl", "svd-0.2.json", "statistics/statistics.json"])
+def test_a_killed_sweep_goes_on_to_the_same_table(moment, tiny_checkpoints, tiny_text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text_file.read_text()[::-1] * 4)
+
+    def command(out: str) -> list[str]:
+        words = ["sweep", tiny_checkpoints("llama", max_position_embeddings=2048), "--out", tmp_path / out, "--recipes", "svd",
+                 "--ratios", "0.2,0.5", "--tasks", f"text:{other}", "--max-windows", 1,
+                 "--calibration", f"text:{tiny_text_file}", "--samples", 4, "--length", 32]  # fmt: skip
+        return [*map(str, words)]
+
+    lrc_ok(*command("whole"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lrc.cli", *command("killed")], stdout=subprocess.DEVNULL, cwd=tmp_path, env=os.environ
+    )
+    while process.poll() is None and not (tmp_path / "killed" / moment).exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    time.sleep(1)  # the row's process ends by itself
+    lrc_ok(*command("killed"))
+    whole, killed = ({row["name"]: row["metrics"] for row in json.loads((tmp_path / name / "sweep.json").read_text())["rows"]}
+                     for name in ("whole", "killed"))  # fmt: skip
+    assert killed == whole
+    listed = [{path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    assert listed[0] == listed[1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import lrc_ok
+from faults import killed_before
 from pipeline import compress
 from tiny import CONFIGS, tiny_model, tiny_text, tiny_tokenizer
 
@@ -80,6 +81,22 @@ def test_a_model_by_name_gives_what_the_loaded_one_gives_and_what_the_command_pr
         assert result.value == loaded.metrics[name].value == command[name]["value"]
     with pytest.raises(TypeError, match="tokenizer"):
         evaluate(model, [text])
+
+
+def test_a_killed_evaluation_leaves_the_old_results_or_the_new_ones_and_the_next_one_clears_up(
+    text, tiny_checkpoints, tmp_path
+):
+    folder, results = tiny_checkpoints("llama"), tmp_path / "results" / "r.json"
+    results.parent.mkdir()
+    results.write_text("{}")
+    command = ["eval", folder, "--tasks", text, "--length", 32, "--max-windows", 1, "--json", results]
+    operation = 1
+    while killed_before(operation, results.parent, command):
+        assert results.read_text() == "{}" or json.loads(results.read_text())["results"]
+        operation += 1
+    assert operation > 3
+    assert json.loads(results.read_text())["results"]
+    assert list(results.parent.iterdir()) == [results]
 
 
 def test_the_defaults_are_those_of_the_command():

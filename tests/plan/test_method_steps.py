@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.calibrate.data import load_calibration
 from lrc.calibrate.store import StatsStore
+from lrc.checkpoint.atomic import read_json, write_json
 from lrc.checkpoint.location import locate
 from lrc.compress.base import GroupStats, Settings, Solution, TargetStats, get_method
 from lrc.compress.chain import chain, refit
@@ -293,7 +295,7 @@ def test_losses_outlive_another_layout_of_the_statistics(tmp_path):
     StatsStore(tmp_path, {"of": "model"}, needs).write("layers.0", {"x": TargetStats(GroupStats(5, torch.eye(3)))})
     (tmp_path / "nats-1.json").write_text("{}")
     manifest = tmp_path / "statistics.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"layout": 1, "needs": ["gram"]}))
+    write_json(manifest, read_json(manifest, dict[str, Any]) | {"layout": 1, "needs": {}})
     assert not StatsStore(tmp_path, {"of": "model"}, needs).has("layers.0") and (tmp_path / "nats-1.json").is_file()
     StatsStore(tmp_path, {"of": "another"}, needs)
     assert not (tmp_path / "nats-1.json").is_file()

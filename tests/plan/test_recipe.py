@@ -185,7 +185,7 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
 
     def identity(recipe: str) -> dict:
         plan = make_draft(view, load_recipe(write(recipe)))
-        return plan.identity(load_calibration(plan.recipe.calibration, view.location.tokenizer()).hash)
+        return plan.identity(view.identity(), load_calibration(plan.recipe.calibration, view.location.tokenizer()))
 
     calibration = f"{{source: 'text:{text}', samples: 4, length: 32}}"
     one = identity(f"# Mine.\nmethod: asvd\nratio: 0.4\ncalibration: {calibration}\n")
