@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,16 +26,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, RequestError, ResumeError
-from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, writing
+from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, unique_json, writing
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 _LOCK = ".lrc.lock"
 _RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # keys that every reader of the record needs
-_ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
+_ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
+# The record begins with its own digest: the sha256 of the file with 64 zeros in place of the digest. It shows accidents to any
+# byte of the record; whoever forges a record can compute another one.
+_UNSIGNED = "0" * 64
+_DIGEST = re.compile(rb'\A\{\n  "digest": "([0-9a-f]{64})"')
+# Files that loading in transformers reads: weights in any format, adapters, configurations, code, and the tokenizer's files.
+# In a finished artifact each of them must be one that lrc wrote.
+_WEIGHTS = (
+    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
+)  # fmt: skip
+_LOADED = (
+    *_WEIGHTS, "generation_config.json", "*processor_config.json", "*quant*config.json", "tokenizer*", "*.model", "vocab*",
+    "merges*", "special_tokens_map.json", "added_tokens.json", "spiece*", "*.tiktoken", "tekken.json", "*chat_template*",
+    "*.jinja", "*.py",
+)  # fmt: skip
+_LOADED_FOLDERS = ("additional_chat_templates", "custom_generate")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -255,14 +272,15 @@ class Artifact:
             "identity": self.identity,
             "files": sorted(files),
             "sha256": {name: hashlib.sha256(written[name]).hexdigest() for name in sorted(written)},
+            "card": hashlib.sha256(card.encode()).hexdigest(),
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
-            self._put("README.md", card.encode())
-            self._put(RECORD, _json(whole))
+            self._put(CARD, card.encode())
+            self._put(RECORD, signed(whole))
         self.expose(config)
         check()
         with writing(self.folder):
@@ -293,6 +311,13 @@ def require_usable(folder: Path) -> None:
                     f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
                     "Give an empty or new folder as --out.",
                 )
+            foreign = sorted(name for name in names - _ALWAYS if _matches(name, _WEIGHTS) and not _SHARD.fullmatch(name))
+            if foreign:
+                raise RequestError(
+                    f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "
+                    "read them.",
+                    "Move them to another folder, or give another --out.",
+                )
         standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
         if not standing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(standing))
@@ -313,7 +338,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        text = path.read_bytes()
+        record: dict[str, Any] = unique_json(text)
+        _require_digest(path, text, record)
         if record["schema"] > SCHEMA:
             raise CheckpointError(f"{path} has schema {record['schema']}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
         for key in _RECORDED:
@@ -324,6 +351,48 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}", "Write the artifact again.") from error
     return record
+
+
+def signed(record: Mapping[str, Any]) -> bytes:
+    """The text of `lrc.json`: the record after its digest, the sha256 of this text with 64 zeros in the digest's place."""
+    text = _json({"digest": _UNSIGNED} | {key: value for key, value in record.items() if key != "digest"})
+    return text.replace(_UNSIGNED.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def _require_digest(path: Path, text: bytes, record: Mapping[str, Any]) -> None:
+    """Refuse a record that does not have the digest that it begins with; one of lrc 0.1 has none, and no card either.
+
+    Raises:
+        CheckpointError: a byte of it has changed.
+    """
+    found = _DIGEST.match(text)
+    if found is None and not {"digest", "card"} & record.keys():
+        return
+    unsigned = text if found is None else text[: found.start(1)] + _UNSIGNED.encode() + text[found.end(1) :]
+    if found is None or hashlib.sha256(unsigned).hexdigest() != found[1].decode():
+        raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
+                              "Copy it again, or undo the change if it is not yours.")  # fmt: skip
+
+
+def other_files(folder: Path, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Files in an artifact that its record does not list: those that loading would read, and the rest.
+
+    Args:
+        folder: the artifact.
+        record: from `read_record`.
+    """
+    own = _ALWAYS | {_LOCK} | set(record["shards"]) | set(record["files"]) | set(record.get("sha256", ()))
+    found: list[str] = []
+    for path in folder.iterdir():
+        inside = path.name in _LOADED_FOLDERS and path.is_dir()
+        found += [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()] if inside else [path.name]
+    others = sorted(name for name in found if name not in own and not name.endswith(PARTIAL))
+    loaded = [name for name in others if name.partition("/")[0] in _LOADED_FOLDERS or _matches(name, _LOADED)]
+    return loaded, [name for name in others if name not in loaded]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
 def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:

@@ -111,6 +111,24 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
             temporary.write_text(json.dumps(value, indent=indent, default=dataclasses.asdict) + "\n")
 
 
+def unique_json(text: bytes | str) -> Any:
+    """A JSON value in which no object has a key twice; two readers could take different ones of them.
+
+    Raises:
+        ValueError: it is not JSON, or has a key twice.
+    """
+
+    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in entries:
+            if key in found:
+                raise ValueError(f"the key '{key[:200]}' stands there twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=pairs)
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's content to the disk."""
     with path.open("rb") as file:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ModelError, did_you_mean, one_line
+from .weights import named_weights, refuse_adapter
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
-# copies of the same weights in the authors' own layout, or for another engine
+# copies of the same weights in the authors' own layout, or for another engine; where the model's index or config.json names
+# such a file as its weights, it is downloaded nevertheless
 _HUB_LEFT = ["consolidated*", "*/*.safetensors"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
 
@@ -104,9 +106,12 @@ def locate(model: str) -> Location:
     if model.startswith("pkg:"):
         return _packaged(model)
     path = Path(model).expanduser()
+    if path.is_dir():
+        refuse_adapter(path, model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file {model}.", _neighbours(path))
+        refuse_adapter(path.parent)
         return Location(model, path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -134,6 +139,7 @@ def _packaged(model: str) -> Location:
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.exists():
         raise ModelError(f"The package '{package}' holds no '{file}'.", _neighbours(path))
+    refuse_adapter(path if path.is_dir() else path.parent, model)
     if path.is_dir():
         return Location(model, path)
     return Location(model, path.parent, path.name)
@@ -156,7 +162,10 @@ def _from_hub(model: str) -> Location:
     )
 
     try:
-        folder = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT)
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
+        refuse_adapter(folder, model)
+        if left_out := [name for name in named_weights(folder) if not (folder / name).exists()]:
+            snapshot_download(model, allow_patterns=left_out)
     except HFValidationError as error:
         raise ModelError(
             f"There is no folder '{model}', and no model on the hub can have that name: {one_line(error)}",
@@ -171,4 +180,4 @@ def _from_hub(model: str) -> Location:
             f"{str(error).splitlines()[0]}",
             "Give a local folder, a .gguf file or pkg:PACKAGE/FILE, or try again with a connection.",
         ) from error
-    return Location(model, Path(folder))
+    return Location(model, folder)

@@ -88,7 +88,7 @@ def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
     finally:
         for module, name, parameter in outside:
             setattr(module, name, parameter)
-        model.tie_weights()
+        view.tie()
 
 
 def _watch_layer(layer: nn.Module, index: int, prefix: str, call: Any) -> tuple[list[Target], Any]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.artifact import UNCHECKED
-from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
+from ..checkpoint.fp8 import MODELOPT
+from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
@@ -56,11 +57,13 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
         specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
         modules |= renamed(specs | record["edits"], name, staying[name])
     config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
+    config.pop("transformers_weights", None)  # named a file of the original
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:
         config.pop("auto_map", None)  # names code that was not run and is not copied
     if modules:
+        config |= WITHOUT_LRC
         config["quantization_config"] = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -152,6 +155,7 @@ def _beside(view: ModelView) -> dict[str, bytes]:
     """
     if not view.location.gguf:
         files = {path.name: path.read_bytes() for path in view.location.files(code=view.trust_remote_code)}
+        files.pop(MODELOPT, None)  # says that the weights are in fp8, which the result's are not
         if not view.trust_remote_code and "tokenizer_config.json" in files:
             held = json.loads(files["tokenizer_config.json"])
             if held.pop("auto_map", None):
