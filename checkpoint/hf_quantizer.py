@@ -181,16 +181,19 @@ def open_model(
     location = locate(model)
     config = location.config(trust_remote_code)
     source = require_loadable(location, config, dtype, device)
+    kind: Any = AutoModelForCausalLM
     settings: dict[str, Any] = {"use_safetensors": True}
     if isinstance(source, Fp8Source):  # transformers would need the declaration, and another library for some of them
         without_quantization(config)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         settings = {"state_dict": source.read(source.names()), "config": config}
     elif location.gguf:
         settings = {"gguf_file": location.gguf, "use_safetensors": None}
     own = torch.float32 if source is None else source.dtype
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            None if isinstance(source, Fp8Source) else location.path,  # type: ignore[arg-type]  # None is documented
+        found: Any = kind.from_pretrained(
+            None if isinstance(source, Fp8Source) else location.path,
             dtype=dtype or (own if isinstance(source, Fp8Source) else config.dtype or own),
             **_placed(device),
             **settings,
