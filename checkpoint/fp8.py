@@ -8,6 +8,7 @@ of activations and of the key-value cache belong to a forward pass in fp8; the r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -233,6 +234,10 @@ class Fp8Source(SafetensorsSource):
     @property
     def dtype(self) -> torch.dtype:
         return self._into
+
+    def fingerprint(self) -> str:
+        """The files', and how their scales are meant: another size of blocks in config.json makes another model."""
+        return hashlib.sha256(f"{super().fingerprint()} {self._said.block} {self._said.exponents}".encode()).hexdigest()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors; fp8 weights in the dtype that they are read into.

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -154,13 +155,13 @@ class WeightFiles:
 
     Args:
         files: in the order of reading; of a tensor that several files hold, transformers takes the last.
-        listed: tensor -> the file that the index names; empty without an index.
+        listed: tensor -> the file that the index names, as in `files`; empty without an index.
         index: the index; None without one.
         unread: names of other weight files in the folder; transformers does not read them either.
     """
 
     files: tuple[Path, ...]
-    listed: Mapping[str, str] = field(default_factory=dict)
+    listed: Mapping[str, Path] = field(default_factory=dict)
     index: Path | None = None
     unread: tuple[str, ...] = ()
 
@@ -211,7 +212,7 @@ def named_weights(folder: Path) -> list[str]:
         named.append(str(json.loads((folder / "config.json").read_bytes()).get("transformers_weights") or ""))
     with contextlib.suppress(CheckpointError, OSError):
         named += read_index(folder / (named[0] if named and named[0].endswith(".index.json") else INDEX)).values()
-    return sorted({name for name in named if name.endswith((".safetensors", ".safetensors.index.json"))})
+    return sorted({name for name in named if name.endswith((".safetensors", ".safetensors.index.json")) and _inside(name)})
 
 
 def explicit_file(config: Any) -> str | None:
@@ -286,7 +287,7 @@ def refuse_adapter(folder: Path, name: str = "") -> None:
 def _explicit(folder: Path, named: str) -> WeightFiles:
     """What config.json's `transformers_weights` names: a safetensors file, or an index of shards in the folder."""
     path = folder / named
-    if not path.resolve().is_relative_to(folder.resolve()) or not named.endswith((".safetensors", ".safetensors.index.json")):
+    if not _inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelError(
             f"{folder}: config.json names '{named[:200]}' as its weights (transformers_weights), which is no safetensors file "
             "in the folder.",
@@ -316,8 +317,7 @@ def _refuse_second_set(single: Path, index: Path) -> None:
 
 def _indexed(folder: Path, index: Path) -> WeightFiles:
     listed = read_index(index)
-    outside = sorted({file for file in listed.values() if Path(file).name != file})
-    if outside:
+    if outside := sorted(file for file in set(listed.values()) if not _inside(file)):
         raise CheckpointError(f"{index} points outside its folder: '{outside[0]}'.", "Do not use this checkpoint.")
     shards = sorted(set(listed.values()))
     missing = [file for file in shards if not (folder / file).is_file()]
@@ -325,7 +325,12 @@ def _indexed(folder: Path, index: Path) -> WeightFiles:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shards)} shards are missing, {missing[0]} first.", "Finish the download."
         )
-    return WeightFiles(tuple(folder / file for file in shards), listed, index)
+    return WeightFiles(tuple(folder / file for file in shards), {name: folder / file for name, file in listed.items()}, index)
+
+
+def _inside(file: str) -> bool:
+    """Whether a path that the checkpoint names stays in its folder. Links are not followed: the hub's cache consists of them."""
+    return not os.path.isabs(file) and Path(os.path.normpath(file)).parts[:1] not in ((), ("..",))
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -361,19 +366,19 @@ def _places(found: WeightFiles, headers: Mapping[Path, Mapping[str, Any]]) -> di
     if lost := sorted(set(found.listed) - set(holders)):
         raise CheckpointError(
             f"{found.index} promises {len(lost)} tensors that no shard holds, '{lost[0]}' first "
-            f"(it should be in {found.listed[lost[0]]}).",
+            f"(it should be in {found.listed[lost[0]].name}).",
             "Download or copy the checkpoint again.",
         )
-    shards = {file.name for file in found.files if file.name in found.listed.values()}
-    if unlisted := sorted(name for name in set(holders) - set(found.listed) if holders[name][-1].name in shards):
+    shards = set(found.listed.values())
+    if unlisted := sorted(name for name in set(holders) - set(found.listed) if holders[name][-1] in shards):
         raise CheckpointError(
             f"{found.index} does not list {len(unlisted)} tensors that its shards hold, '{unlisted[0]}' in "
             f"{holders[unlisted[0]][-1].name} first; from_pretrained loads them.",
             "Download both again, or load the model in transformers and save_pretrained() it.",
         )
-    for name, listed in found.listed.items():
-        says, takes = next((held for held in holders[name] if held.name == listed), None), holders[name][-1]
-        if says is not None and says != takes and not _same_values((says, name), (takes, name)):
+    for name, says in found.listed.items():
+        takes = holders[name][-1]
+        if says in holders[name] and says != takes and not _same_values((says, name), (takes, name)):
             raise CheckpointError(
                 f"'{name}' has other values in {says.name}, where {found.index.name} says it is, than in {takes.name}, from "
                 "which from_pretrained takes it.",

@@ -294,7 +294,9 @@ def test_what_only_hf_quant_config_declares(original, tmp_path, text, no_forward
     for command in (["plan", folder, "--ratio", 0.3], ["eval", folder, "--tasks", text, "--length", 64]):
         result = run_lrc(*command)
         assert result.code == 2 and "ModelOpt NVFP4" in result.err
-    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
+    (folder / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
+    )
     lrc_ok("plan", folder, "--ratio", 0.3)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +243,35 @@ def test_a_folder_with_an_adapter_alone(text, tmp_path):
     adapter(tmp_path / "adapter", "org/base")
     message = refusals(tmp_path / "adapter", text, tmp_path / "out")[0]
     assert "LoRA adapter" in message and "its base model is 'org/base'" in message and "merge_and_unload" in message
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_commands_that_merge_an_adapter(beside, single, text, tmp_path, monkeypatch):
+    """They are run as they are printed; the merged model is what `from_pretrained` makes of base and adapter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(single), config)
+    model.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        expected = model(IDS).logits
+    folder = tmp_path / "lora"
+    if beside:
+        folder = shutil.copytree(single, tmp_path / "both")
+        for path in (tmp_path / "lora").glob("adapter_*"):
+            shutil.copy(path, folder)
+        with torch.no_grad():
+            assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, expected, atol=1e-4)
+    remedy = refusals(folder, text, tmp_path / "out")[0]
+    monkeypatch.chdir(tmp_path)
+    if beside:
+        moved = re.search(r"mkdir ADAPTER && mv (\S+) ADAPTER && ", remedy)
+        (tmp_path / "ADAPTER").mkdir()
+        for path in map(Path, glob.glob(moved[1])):
+            path.rename(tmp_path / "ADAPTER" / path.name)
+    exec(re.search(r'python -c "([^"]+)"', remedy)[1], {})  # noqa: S102
+    with torch.no_grad():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained("MERGED")(IDS).logits, expected, atol=1e-4)
+    lrc_ok("plan", "MERGED", "--ratio", 0.3)
 
 
 def test_an_adapter_that_cannot_be_merged(text, tmp_path):
