@@ -329,7 +329,7 @@ def _indexed(folder: Path, index: Path) -> WeightFiles:
 
 
 def _inside(file: str) -> bool:
-    """Whether a path that the checkpoint names stays in its folder. Links are not followed: the hub's cache consists of them."""
+    """Whether a path that the checkpoint names stays in its folder; links are not followed (the hub's cache is made of them)."""
     return not os.path.isabs(file) and Path(os.path.normpath(file)).parts[:1] not in ((), ("..",))
 
 

@@ -84,7 +84,7 @@ def test_a_list_of_shards_that_is_not_the_index(left, older, result):
             as_older(record)
 
     edit_record(result, edit)
-    refused(result)
+    assert "lrc.json" in refused(result)
 
 
 def test_a_list_of_shards_that_is_there_twice(result):
