@@ -26,7 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, RequestError, ResumeError
-from .atomic import PARTIAL, clear_leftovers, locked, replacing, sha256_of, sync_file, sync_folder, unique_json, writing
+from .atomic import (
+    PARTIAL,
+    clear_leftovers,
+    locked,
+    own_digest_fits,
+    replacing,
+    sha256_of,
+    signed_json,
+    sync_file,
+    sync_folder,
+    unique_json,
+    writing,
+)
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
@@ -34,24 +46,13 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
-_LOCK = ".lrc.lock"
+LOCK = ".lrc.lock"
 _RECORDED = ("identity", "calibration", "shards", "files", "bytes")  # keys that every reader of the record needs
-_ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
-# The record begins with its own digest: the sha256 of the file with 64 zeros in place of the digest. It shows accidents to any
-# byte of the record; whoever forges a record can compute another one.
-_UNSIGNED = "0" * 64
-_DIGEST = re.compile(rb'\A\{\n  "digest": "([0-9a-f]{64})"')
-# Files that loading in transformers reads: weights in any format, adapters, configurations, code, and the tokenizer's files.
-# In a finished artifact each of them must be one that lrc wrote.
-_WEIGHTS = (
+OWN = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
+# weights in any format, and adapters
+WEIGHTS = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
 )  # fmt: skip
-_LOADED = (
-    *_WEIGHTS, "generation_config.json", "*processor_config.json", "*quant*config.json", "tokenizer*", "*.model", "vocab*",
-    "merges*", "special_tokens_map.json", "added_tokens.json", "spiece*", "*.tiktoken", "tekken.json", "*chat_template*",
-    "*.jinja", "*.py",
-)  # fmt: skip
-_LOADED_FOLDERS = ("additional_chat_templates", "custom_generate")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -94,12 +95,12 @@ class Artifact:
 
     def __enter__(self) -> Artifact:
         # a lock file is left by a running process or by one that was killed: taking the lock tells which
-        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished():
+        if not self._restart and not (self.folder / LOCK).exists() and self._is_finished():
             return self
         require_usable(self.folder)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self.folder / _LOCK)
+            self._lock = locked(self.folder / LOCK)
         with contextlib.ExitStack() as if_refused:
             if_refused.push(self.__exit__)
             self._open()
@@ -109,7 +110,7 @@ class Artifact:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             with contextlib.suppress(OSError):  # an unlocked lock file that is left over does no harm
-                (self.folder / _LOCK).unlink()
+                (self.folder / LOCK).unlink()
             self._lock.close()
 
     def _open(self) -> None:
@@ -142,7 +143,7 @@ class Artifact:
         return True
 
     def _clear(self) -> None:
-        own = _ALWAYS | self._copied_files()
+        own = OWN | self._copied_files()
         for path in list(self.folder.iterdir()):
             if path.is_file() and (path.name in own or path.name.endswith(PARTIAL) or _SHARD.fullmatch(path.name)):
                 path.unlink()
@@ -280,7 +281,7 @@ class Artifact:
             for name, content in files.items():
                 self._put(name, content)
             self._put(CARD, card.encode())
-            self._put(RECORD, signed(whole))
+            self._put(RECORD, signed_json(whole))
         self.expose(config)
         check()
         with writing(self.folder):
@@ -306,12 +307,12 @@ def require_usable(folder: Path) -> None:
     with writing(folder):
         if folder.exists():
             names = {path.name for path in folder.iterdir()}
-            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {_LOCK})):
+            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {LOCK})):
                 raise RequestError(
                     f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
                     "Give an empty or new folder as --out.",
                 )
-            foreign = sorted(name for name in names - _ALWAYS if _matches(name, _WEIGHTS) and not _SHARD.fullmatch(name))
+            foreign = sorted(name for name in names - OWN if matches(name, WEIGHTS) and not _SHARD.fullmatch(name))
             if foreign:
                 raise RequestError(
                     f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "
@@ -340,7 +341,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         record: dict[str, Any] = unique_json(text)
-        _require_digest(path, text, record)
+        fits = own_digest_fits(text)
+        if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
+            raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
+                                  "Copy it again, or undo the change if it is not yours.")  # fmt: skip
         if record["schema"] > SCHEMA:
             raise CheckpointError(f"{path} has schema {record['schema']}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
         for key in _RECORDED:
@@ -353,45 +357,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def signed(record: Mapping[str, Any]) -> bytes:
-    """The text of `lrc.json`: the record after its digest, the sha256 of this text with 64 zeros in the digest's place."""
-    text = _json({"digest": _UNSIGNED} | {key: value for key, value in record.items() if key != "digest"})
-    return text.replace(_UNSIGNED.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
-
-
-def _require_digest(path: Path, text: bytes, record: Mapping[str, Any]) -> None:
-    """Refuse a record that does not have the digest that it begins with; one of lrc 0.1 has none, and no card either.
-
-    Raises:
-        CheckpointError: a byte of it has changed.
-    """
-    found = _DIGEST.match(text)
-    if found is None and not {"digest", "card"} & record.keys():
-        return
-    unsigned = text if found is None else text[: found.start(1)] + _UNSIGNED.encode() + text[found.end(1) :]
-    if found is None or hashlib.sha256(unsigned).hexdigest() != found[1].decode():
-        raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
-                              "Copy it again, or undo the change if it is not yours.")  # fmt: skip
-
-
-def other_files(folder: Path, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Files in an artifact that its record does not list: those that loading would read, and the rest.
-
-    Args:
-        folder: the artifact.
-        record: from `read_record`.
-    """
-    own = _ALWAYS | {_LOCK} | set(record["shards"]) | set(record["files"]) | set(record.get("sha256", ()))
-    found: list[str] = []
-    for path in folder.iterdir():
-        inside = path.name in _LOADED_FOLDERS and path.is_dir()
-        found += [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()] if inside else [path.name]
-    others = sorted(name for name in found if name not in own and not name.endswith(PARTIAL))
-    loaded = [name for name in others if name.partition("/")[0] in _LOADED_FOLDERS or _matches(name, _LOADED)]
-    return loaded, [name for name in others if name not in loaded]
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the name of a file matches one of these shell patterns, upper or lower case."""
     return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ModelError, one_line
-from .weights import SafetensorsSource, declared_quantization, quantization_method
+from .location import declared_quantization, quantization_method
+from .weights import SafetensorsSource
 
 MODELOPT = "hf_quant_config.json"
 ACTIVATION_SCALES = (

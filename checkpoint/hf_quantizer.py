@@ -28,8 +28,8 @@ from ..compress.forms.base import MODULES, Spec, build_module, linear_shape
 from ..compress.forms.shared import link
 from ..errors import CheckpointError, ModelError, one_line
 from .fp8 import Fp8Source, open_weights, quantization_of, without_quantization
-from .location import Location, locate
-from .weights import SafetensorsSource, declared_quantization, quantization_method
+from .location import Location, declared_quantization, locate, quantization_method
+from .weights import SafetensorsSource
 
 METHOD = "lrc"
 FORMAT_VERSION = 1

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.artifact import CARD, INDEX, RECORD, other_files, read_record
-from ..checkpoint.atomic import sha256_of
+from ..checkpoint.artifact import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
+from ..checkpoint.atomic import PARTIAL, sha256_of
 from ..checkpoint.hf_quantizer import install_stored
-from ..checkpoint.location import Location
-from ..checkpoint.weights import read_index
+from ..checkpoint.location import Location, read_index
 from ..errors import CheckpointError, NonFiniteError
 from ..model.layerwise import layerwise
 from ..model.lockstep import run_calls
 from ..model.machine.host_memory import steady_memory
 from ..model.view import ModelView
 
+# Files that loading in transformers reads; in a finished artifact each of them must be one that lrc wrote.
+_LOADED = (
+    *WEIGHTS, "generation_config.json", "*processor_config.json", "*quant*config.json", "tokenizer*", "*.model", "vocab*",
+    "merges*", "special_tokens_map.json", "added_tokens.json", "spiece*", "*.tiktoken", "tekken.json", "*chat_template*",
+    "*.jinja", "*.py",
+)  # fmt: skip
+_LOADED_FOLDERS = ("additional_chat_templates", "custom_generate")
 _TOKENS = 8
 
 
@@ -77,6 +84,23 @@ def not_covered(folder: Path, record: dict[str, Any]) -> list[str]:
     if others := other_files(folder, record)[1]:
         notes.append(f"not written by lrc, and not read in loading: {', '.join(others[:5])}{', …' if others[5:] else ''}")
     return notes
+
+
+def other_files(folder: Path, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Files in an artifact that its record does not list: those that loading would read, and the rest.
+
+    Args:
+        folder: the artifact.
+        record: from `read_record`.
+    """
+    own = OWN | {LOCK} | set(record["shards"]) | set(record["files"]) | set(record.get("sha256", ()))
+    found: list[str] = []
+    for path in folder.iterdir():
+        inside = path.name in _LOADED_FOLDERS and path.is_dir()
+        found += [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()] if inside else [path.name]
+    others = sorted(name for name in found if name not in own and not name.endswith(PARTIAL))
+    loaded = [name for name in others if name.partition("/")[0] in _LOADED_FOLDERS or matches(name, _LOADED)]
+    return loaded, [name for name in others if name not in loaded]
 
 
 def _check_list(folder: Path, record: dict[str, Any]) -> None:
