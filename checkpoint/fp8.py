@@ -162,14 +162,17 @@ def sixteen_bit(dtype: torch.dtype | None, config: Any, name: str) -> torch.dtyp
     """The dtype that fp8 weights are read into.
 
     Raises:
-        ModelError: config.json says float32, and nobody asked for a dtype.
+        ModelError: config.json says float32 and nothing of fp8, and nobody asked for a dtype.
     """
     if dtype is not None:
         return dtype
     said = getattr(config, "dtype", None)
     if said in (torch.float32, torch.float64):
+        if quantization_method(config) is not None:
+            return said  # as transformers does
         raise ModelError(
-            f"{name} holds fp8 weights, which are read into 16 bit, and config.json says {str(said).removeprefix('torch.')}.",
+            f"{name} holds fp8 weights, which are read into 16 bit, and config.json says {str(said).removeprefix('torch.')} "
+            "and nothing of fp8.",
             "Say which: --dtype bfloat16 or --dtype float16 (or --dtype float32, four times the bytes).",
         )
     return said if said in (torch.bfloat16, torch.float16) else torch.bfloat16

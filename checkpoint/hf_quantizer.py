@@ -238,7 +238,7 @@ def require_loadable(
         AutoHfQuantizer.from_config(declared, pre_quantized=True).validate_environment(
             device_map=_placed(device)["device_map"], weights_only=True
         )
-    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (ImportError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _package_missing(location.name, config, error) from error
     return source
 

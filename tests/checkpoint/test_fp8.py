@@ -260,6 +260,8 @@ def test_float32_in_config_json_asks_for_a_dtype(tiny_checkpoints, tmp_path):
     result = run_lrc("plan", tmp_path / "fp8", "--ratio", 0.3)
     assert result.code == 2 and "--dtype bfloat16" in result.err
     assert "read with their scales into float16" in lrc_ok("plan", tmp_path / "fp8", "--ratio", 0.3, "--dtype", "float16")
+    write_fp8(original, tmp_path / "declared", **WAYS["per tensor, declared"])
+    assert Checkpoint(locate(str(tmp_path / "declared"))).dtype == torch.float32, "as from_pretrained"
 
 
 FOREIGN = {
