@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from commandline import lrc_ok, run_lrc
 from pipeline import IDS
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
 
 from lrc.checkpoint.location import Location, locate
 from lrc.checkpoint.streamed import Checkpoint
@@ -395,3 +397,34 @@ def skeleton_of(kind: type) -> Callable:
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_tied_flag_with_a_head_in_a_gguf_file(same, tmp_path):
+    """transformers sets the flag for BLOOM whether the file holds a head or not."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes, tie_word_embeddings=True))
+    tensors = dict(model.state_dict())
+    tensors[HEAD] = tensors["transformer.word_embeddings.weight"] if same else torch.randn(64, 32)
+    file = gguf.GGUFWriter(tmp_path / "bloom.gguf", "bloom")
+    file.add_context_length(64)
+    file.add_embedding_length(32)
+    file.add_feed_forward_length(128)
+    file.add_block_count(2)
+    file.add_head_count(4)
+    file.add_layer_norm_eps(1e-5)
+    file.add_vocab_size(64)
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list([f"t{number}" for number in range(64)])
+    names = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS["bloom"](config=model.config.to_dict()))
+    for stored, name in names.items():
+        file.add_tensor(stored, tensors[name].numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    view = Checkpoint(locate(str(tmp_path / "bloom.gguf")))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="bloom.gguf")
+    assert bool(view.untied) is not same and view.tied == theirs.all_tied_weights_keys
+    view.load_end()
+    assert torch.equal(view.model.lm_head.weight, theirs.lm_head.weight)
