@@ -24,6 +24,7 @@ from .location import declared_quantization, quantization_method
 from .weights import SafetensorsSource
 
 MODELOPT = "hf_quant_config.json"
+_MODELOPT_BYTES = 1 << 24
 ACTIVATION_SCALES = (
     "input_scale",
     "activation_scale",
@@ -79,9 +80,11 @@ def quantization_of(folder: Path, config: Any) -> Quantization | None:
     if not path.is_file():
         return None
     try:
+        if (size := path.stat().st_size) > _MODELOPT_BYTES:
+            raise ValueError(f"it has {size} bytes; {_MODELOPT_BYTES} are the most that lrc reads")
         held = json.loads(path.read_bytes())["quantization"]
         algorithm = held.get("quant_algo")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {one_line(error)}", "Get it again, or remove it.") from error
     return None if algorithm is None else _modelopt(algorithm)  # none: only the key-value cache is to be rounded
 

@@ -23,6 +23,7 @@ from .atomic import unique_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
+_ADAPTER_BYTES = 1 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")  # transformers' own pattern
@@ -301,8 +302,8 @@ def refuse_adapter(folder: Path, name: str = "") -> None:
     if not path.is_file():
         return
     held: Any = {}
-    with contextlib.suppress(ValueError, OSError, RecursionError):
-        held = json.loads(path.read_bytes())
+    with contextlib.suppress(ValueError, OSError, RecursionError), path.open("rb") as file:
+        held = json.loads(file.read(_ADAPTER_BYTES))  # whatever it says, the folder is refused
     described = held if isinstance(held, dict) else {}
     kind, base = (str(described.get(key) or "")[:200] for key in ("peft_type", "base_model_name_or_path"))
     what = f"a {kind.replace('LORA', 'LoRA')} adapter" if kind else "an adapter"

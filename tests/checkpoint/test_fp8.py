@@ -290,6 +290,31 @@ def test_other_quantized_checkpoints_are_refused_by_name(method, original, tmp_p
     assert "16-bit original" in result.err
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"quantization": 3}', "[" * 100_000, '{"quantization": {"quant_algo": [1]}}'])
+def test_a_damaged_hf_quant_config(text, original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "quantized")
+    (folder / "hf_quant_config.json").write_text(text)
+    result = run_lrc("plan", folder, "--ratio", 0.3)
+    assert result.code == 2 and result.err.count("\n") == 2, result.err
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"quant_method": "compressed-tensors", "config_groups": [1]},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": 1}, "sparsity_config": 3},
+        {"quant_method": "fp8", "weight_block_size": [-1, 0]},
+        {"quant_method": 7},
+        {"bits": 4},
+    ],
+)
+def test_a_damaged_declaration(declared, original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "quantized")
+    declare(folder, declared)
+    result = run_lrc("plan", folder, "--ratio", 0.3)
+    assert result.code == (0 if declared.get("quant_method") == "fp8" else 2), result.err
+
+
 def test_what_only_hf_quant_config_declares(original, tmp_path, text, no_forward):
     folder = shutil.copytree(original, tmp_path / "quantized")
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
