@@ -341,6 +341,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         record: dict[str, Any] = unique_json(text)
+        if not isinstance(record, dict):
+            raise TypeError("it is no JSON object")
         fits = own_digest_fits(text)
         if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
             raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",

@@ -89,13 +89,13 @@ def check_model(
         ModelError: a package is missing that reads its quantized weights, or it is not clear which files are the model.
     """
     config = location.config(trust_remote_code)
-    require_loadable(location, config, dtype, device)
     if request.texts:
         check_positions(config, request.settings.length)
-    if not (location.path / RECORD).is_file():
-        return []
-    provenance: list[dict] = read_record(location.path)["calibration"]["provenance"]
-    refuse_calibration_text(request, provenance, location.name)
+    provenance: list[dict] = []
+    if (location.path / RECORD).is_file():
+        provenance = read_record(location.path)["calibration"]["provenance"]
+        refuse_calibration_text(request, provenance, location.name)
+    require_loadable(location, config, dtype, device)
     return provenance
 
 
