@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -32,9 +33,11 @@ from .atomic import (
     checksum,
     clear_leftovers,
     locked,
+    own_digest_fits,
     remove,
     replacing,
     sha256_of,
+    signed_json,
     sync_file,
     sync_folder,
     writing,
@@ -46,13 +49,18 @@ from .untrusted.record import require_record
 
 JOURNAL = "lrc.journal.jsonl"
 RECORD = "lrc.json"
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 UNCHECKED = "config.json.unchecked"
 SCHEMA = 1
 SCRATCH = (".lrc-statistics", ".lrc-search")  # folders that a run keeps until its result is finished
-_LOCK = ".lrc.lock"
+LOCK = ".lrc.lock"
 _CHECK = "checksum"  # of a journal's line: sha256 of the line without it
-_ALWAYS = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", "README.md"}
+OWN = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
+# weights in any format, and adapters
+WEIGHTS = (
+    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
+)  # fmt: skip
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -103,12 +111,12 @@ class Artifact:
 
     def __enter__(self) -> Artifact:
         # a lock file is left by a running process or by one that was killed: taking the lock tells which
-        if not self._restart and not (self.folder / _LOCK).exists() and self._is_finished() and not leftovers(self.folder):
+        if not self._restart and not (self.folder / LOCK).exists() and self._is_finished() and not leftovers(self.folder):
             return self
         require_usable(self.folder)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self.folder / _LOCK)
+            self._lock = locked(self.folder / LOCK)
         with contextlib.ExitStack() as if_refused:
             if_refused.push(self.__exit__)
             self._open()
@@ -118,7 +126,7 @@ class Artifact:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             with contextlib.suppress(OSError):  # an unlocked lock file that is left over does no harm
-                (self.folder / _LOCK).unlink()
+                (self.folder / LOCK).unlink()
             self._lock.close()
 
     def _open(self) -> None:
@@ -154,7 +162,7 @@ class Artifact:
 
     def _clear(self) -> None:
         """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
-        own = _ALWAYS | set(SCRATCH) | _copied_files(self.folder)
+        own = OWN | set(SCRATCH) | _copied_files(self.folder)
         named = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
         mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)]
         last = (*SCRATCH, RECORD, JOURNAL)
@@ -323,6 +331,7 @@ class Artifact:
             "identity": self.identity,
             "files": sorted(files),
             "sha256": {name: hashlib.sha256(written[name]).hexdigest() for name in sorted(written)},
+            "card": hashlib.sha256(card.encode()).hexdigest(),
             "shards": {shard.file: {"sha256": shard.sha256, "nbytes": shard.nbytes} for shard in shards},
         }
         with writing(self.folder):
@@ -331,8 +340,8 @@ class Artifact:
             self._append({"files": sorted(files)})
             for name, content in files.items():
                 self._put(name, content)
-            self._put("README.md", card.encode())
-            self._put(RECORD, _json(whole))
+            self._put(CARD, card.encode())
+            self._put(RECORD, signed_json(whole))
         self.expose(config)
         check()
         with writing(self.folder):
@@ -390,13 +399,13 @@ def clear_finished(folder: Path) -> list[str]:
         return []
     gone = []
     with contextlib.suppress(OSError, RequestError):
-        lock = locked(folder / _LOCK)
+        lock = locked(folder / LOCK)
         try:
             for path in found:
                 remove(path)
                 gone.append(path.name)
         finally:
-            (folder / _LOCK).unlink()
+            (folder / LOCK).unlink()
             lock.close()
     return gone
 
@@ -422,10 +431,17 @@ def require_usable(folder: Path) -> None:
     with writing(folder):
         if folder.exists():
             names = {path.name for path in folder.iterdir()}
-            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {_LOCK})):
+            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {LOCK})):
                 raise RequestError(
                     f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
                     "Give an empty or new folder as --out.",
+                )
+            foreign = sorted(name for name in names - OWN if matches(name, WEIGHTS) and not _SHARD.fullmatch(name))
+            if foreign:
+                raise RequestError(
+                    f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "
+                    "read them.",
+                    "Move them to another folder, or give another --out.",
                 )
         standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
         if not standing.is_dir():
@@ -447,11 +463,20 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
     record = json_object(path, RECORD_BYTES)
+    fits = own_digest_fits(path.read_bytes())
+    if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
+        raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
+                              "Copy it again, or undo the change if it is not yours.")  # fmt: skip
     schema = record.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise CheckpointError(f"{path} has schema {brief(str(schema))}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
     require_record(record, path)
     return record
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the name of a file matches one of these shell patterns, upper or lower case."""
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
 def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,10 @@ from ..errors import CheckpointError, OutputError, RequestError, brief
 from .untrusted.files import size_of
 
 PARTIAL = ".lrc-partial"
+# A file that begins with its own digest: the sha256 of the file with 64 zeros in place of the digest. It shows accidents to any
+# byte; whoever forges the file can compute another one.
+_UNSIGNED = "0" * 64
+_DIGEST = re.compile(rb'\A\{\n  "digest": "([0-9a-f]{64})"')
 T = TypeVar("T")
 
 
@@ -247,6 +252,23 @@ def write_text(path: Path, text: str) -> None:
     with writing(path), replacing(path) as temporary:
         temporary.write_text(text)
         sync_file(temporary)
+
+
+def signed_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON text for people that begins with its own digest, under the key `digest`."""
+    text = (
+        json.dumps({"digest": _UNSIGNED} | {key: held for key, held in value.items() if key != "digest"}, indent=2) + "\n"
+    ).encode()
+    return text.replace(_UNSIGNED.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def own_digest_fits(text: bytes) -> bool | None:
+    """Whether a text of `signed_json` still has the digest that it begins with; None if it begins with none."""
+    found = _DIGEST.match(text)
+    if found is None:
+        return None
+    unsigned = text[: found.start(1)] + _UNSIGNED.encode() + text[found.end(1) :]
+    return hashlib.sha256(unsigned).hexdigest() == found[1].decode()
 
 
 def sync_file(path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
@@ -26,9 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
 from ..compress.install_forms import install_forms, multiply_out
-from ..errors import CheckpointError, ModelError, problem
-from .architecture import model_class
-from .location import Location, locate
+from ..errors import CheckpointError, ModelError, one_line, problem
+from .architecture import built, model_class
+from .fp8 import Fp8Source, open_weights, quantization_of, without_quantization
+from .location import Location, declared_quantization, locate, quantization_method
 from .untrusted.foreign import foreign
 from .untrusted.gguf_header import require_sound
 from .untrusted.json_text import dotted, walked
@@ -49,6 +51,17 @@ class Stored(BaseModel):
     modules: dict[str, Spec]
     format_version: int = Field(ge=1)
     lrc_version: str
+
+
+# Where lrc was not imported, transformers only warns of an unknown quantization and later fails on the shapes of the tensors;
+# neither says what to do. But it raises, with the text of this entry, if the entry names no safetensors file
+# (`_get_resolved_checkpoint_files`). Where lrc was imported, `update_attn_implementation` below takes the entry out before.
+WITHOUT_LRC = {
+    "transformers_weights": (
+        "this model is compressed by lrc, which is not imported here. Install lrc (pip install it from its repository; "
+        "lrc.json beside the weights says which version wrote them) and put `import lrc` before from_pretrained"
+    )
+}
 
 
 class LrcConfig(QuantizationConfigMixin):
@@ -103,6 +116,12 @@ class LrcQuantizer(HfQuantizer):
                 f"this lrc reads up to format {FORMAT_VERSION}.",
                 "Upgrade lrc.",
             )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called by transformers with the configuration before it looks for the files of the weights."""
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         return []  # tensors have the model's own names
@@ -165,36 +184,104 @@ def open_model(
         device: a torch device, several separated by commas to distribute the layers, or 'auto' for all GPUs.
 
     Raises:
-        ModelError: there is no such model, or the folder holds an unfinished run.
+        ModelError: there is no such model, the folder holds an unfinished run, or a package is missing that it needs.
         CheckpointError: weights are missing or damaged, or do not fit the model.
     """
 
     location = locate(model)
     config = location.config(trust_remote_code)
-    shards = None if location.gguf else SafetensorsSource(location.path)  # the error names a damaged shard
+    source = require_loadable(location, config, dtype, device)
     if not trust_remote_code:
-        _require_held(location, config, shards)
-    own = shards.dtype if shards else torch.float32
+        _require_held(location, config, source)
+    kind: Any = model_class(config)
+    settings: dict[str, Any] = {"use_safetensors": True}
+    if isinstance(source, Fp8Source):  # transformers would need the declaration, and another library for some of them
+        without_quantization(config)
+        with torch.device("meta"):
+            kind = type(built(config, torch.get_default_dtype(), trust_remote_code))
+        settings = {"state_dict": source.read(source.names()), "config": config}
+    elif location.gguf:
+        settings = {"gguf_file": location.gguf, "use_safetensors": None}
+    own = torch.float32 if source is None else source.dtype
     try:
         with foreign(CheckpointError, f"{model} cannot be loaded", "Get or write it again."):
-            found: Any = model_class(config).from_pretrained(
-                location.path,
-                gguf_file=location.gguf,
-                dtype=dtype or config.dtype or own,
+            found: Any = kind.from_pretrained(
+                None if isinstance(source, Fp8Source) else location.path,
+                dtype=dtype or (own if isinstance(source, Fp8Source) else config.dtype or own),
                 **_placed(device),
+                **settings,
                 trust_remote_code=trust_remote_code,
-                use_safetensors=None if location.gguf else True,
                 ignore_mismatched_sizes=True,  # refused below, with the tensor's name
                 output_loading_info=True,
             )
     except CheckpointError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise _package_missing(model, config, error.__cause__) from error
         if not isinstance(error.__cause__, OSError):
             raise
         raise ModelError(error.what, "Give a folder with safetensors.") from error
     loaded, info = found
     _require_whole(model, loaded, info)
     require_finite_tables(loaded, model)
+    if isinstance(source, Fp8Source):
+        _adopt(loaded, location)
     return loaded.eval(), location.tokenizer(trust_remote_code)
+
+
+def require_loadable(
+    location: Location, config: Any, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> SafetensorsSource | None:
+    """Refuse a checkpoint that `open_model` cannot load, from its files' headers; returns its weights (None for GGUF).
+
+    Raises:
+        ModelError: a package is missing that reads its quantized weights, transformers does not know that quantization, or it
+            is not clear which files are the model.
+        CheckpointError: a file is missing or damaged.
+    """
+    if location.gguf:
+        return None
+    said = quantization_of(location.path, config)
+    if said is None or said.fp8:
+        return open_weights(location.path, config, location.name, dtype)
+    source = SafetensorsSource(location.path, config)
+    declared = declared_quantization(config)
+    if not declared or not AutoHfQuantizer.supports_quant_method(declared):
+        raise ModelError(f"{location.name} is quantized by {said.method}, which transformers does not load.",
+                         "Give the 16-bit original, or a copy in a format that transformers loads.")  # fmt: skip
+    try:
+        AutoHfQuantizer.from_config(declared, pre_quantized=True).validate_environment(
+            device_map=_placed(device)["device_map"], weights_only=True
+        )
+    except (ImportError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _package_missing(location.name, config, error) from error
+    return source
+
+
+# quantization -> the pip package that transformers reads it with
+_PACKAGES = {
+    "awq": "gptqmodel", "gptq": "optimum gptqmodel", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
+    "aqlm": "aqlm", "quanto": "optimum-quanto", "hqq": "hqq", "eetq": "eetq", "torchao": "torchao", "vptq": "vptq",
+    "spqr": "spqr_quant", "auto-round": "auto-round", "quark": "amd-quark", "mxfp4": "kernels", "fp_quant": "fp_quant",
+}  # fmt: skip
+
+
+def _package_missing(name: str, config: Any, error: Exception) -> ModelError:
+    """What `from_pretrained` says where it cannot read quantized weights, with the package's name."""
+    method = quantization_method(config)
+    package = _PACKAGES.get(str(method))
+    remedy = "Give the 16-bit original instead."
+    if package is not None and isinstance(error, ImportError):
+        remedy = f"pip install {package}, or give the 16-bit original instead."
+    return ModelError(f"{name} is quantized by {method}, and transformers cannot read it here: {one_line(error)}", remedy)
+
+
+def _adopt(loaded: Any, location: Location) -> None:
+    """Give a model that was loaded from tensors what transformers takes from its folder: its name and generation settings."""
+    from transformers import GenerationConfig
+
+    loaded.config.name_or_path = loaded.name_or_path = str(location.path)
+    if (location.path / "generation_config.json").is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(location.path)
 
 
 def _require_held(location: Location, config: Any, shards: SafetensorsSource | None) -> None:

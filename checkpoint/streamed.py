@@ -19,6 +19,7 @@ from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError
 from .architecture import built, find_layers, keep_float32, require_sizes
 from .fingerprint import Tell, unread_bytes
+from .fp8 import Fp8Source, open_weights, require_numbers, without_quantization
 from .location import Location
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
 from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
@@ -49,9 +50,8 @@ class Checkpoint:
         self.location = location
         self.trust_remote_code = trust_remote_code
         self.config = location.config(trust_remote_code)
-        if prepare is None:
-            _refuse(self.config, location.name)
-        shards = None if location.gguf else SafetensorsSource(location.path)
+        _refuse(self.config, location.name)
+        shards = None if location.gguf else self._shards(dtype, original=prepare is None)
         self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
         self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name)
@@ -63,9 +63,84 @@ class Checkpoint:
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
         self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
         renamed, self.unused = _renamed(self.model, self.source)
-        self._sources = group_by_prefix(renamed, self.layer_names)
         self._renamed = renamed
+        self._standing_for: dict[str, str] = {}
+        self.untied = self._settle_ties()
+        self._sources = group_by_prefix(renamed, self.layer_names)
         self._check_headers()
+        if prepare is None:  # forms store bits under the names of the weights that they stand for
+            state = self.model.state_dict()
+            floating = [name for name, target in self._renamed.items() if state[target].is_floating_point()]
+            require_numbers(self.source, floating, location.name)
+
+    def _shards(self, dtype: torch.dtype | None, original: bool) -> SafetensorsSource:
+        """The weights; of an original also in fp8, which leaves no trace in the configuration."""
+        if not original:
+            return SafetensorsSource(self.location.path, self.config)
+        source = open_weights(self.location.path, self.config, self.location.name, dtype)
+        without_quantization(self.config)
+        if isinstance(source, Fp8Source):
+            self.config.dtype = source.dtype
+        return source
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the weights before they are used."""
+        found = []
+        if isinstance(self.source, Fp8Source):
+            left = set(self.source.activation_scales) & set(self.unused)
+            into = str(self.source.dtype).removeprefix("torch.")
+            found.append(
+                f"{len(self.source.fp8)} fp8 tensors are read with their scales into {into}, "
+                "of which all bytes here are counted"
+                + (f"; {len(left)} scales of activations and of the key-value cache are left out" if left else "")
+            )
+        found += [
+            f"'{one}' and '{other}' are tied in config.json and differ in the file: both are kept, as from_pretrained does"
+            for one, other in self.untied.items()
+        ]
+        if unread := self.source.unread:
+            found.append(f"not read, as from_pretrained does not: {', '.join(unread[:5])}{', …' if unread[5:] else ''}")
+        return tuple(found)
+
+    def tie(self) -> None:
+        """Tie what is tied; `tie_weights` alone would tie again what differs in the files."""
+        self.model.tie_weights(recompute_mapping=False)
+
+    def _settle_ties(self) -> dict[str, str]:
+        """Decide for every tied pair what `tie_weights` of `from_pretrained` decides (transformers 5.23).
+
+        If both are in the files with other values, they are not tied. If only the copy is there, it stands for the other.
+
+        Returns:
+            Parameter -> the parameter that it is not tied to, although the configuration says so.
+        """
+        held: dict[str, list[str]] = {}
+        for name, target in self._renamed.items():
+            held.setdefault(target, []).append(name)
+        untied = {}
+        for copy, owner in list(self.tied.items()):
+            if copy in held and owner not in held:
+                held[owner] = held.pop(copy)
+                for name in held[owner]:
+                    self._renamed[name] = self._standing_for[name] = owner
+            elif copy in held and not self._same(held[copy], held[owner]):
+                untied[copy] = owner
+                self.model.all_tied_weights_keys.pop(copy)
+                parent, _, leaf = copy.rpartition(".")
+                own = self.model.get_parameter(copy)
+                setattr(self.model.get_submodule(parent), leaf, nn.Parameter(torch.empty_like(own), requires_grad=False))
+        if untied and not self.tied:  # another loader would go by the flag
+            for part in (self.config, self.config.get_text_config(), self.model.config, self.model.config.get_text_config()):
+                part.tie_word_embeddings = False
+        return untied
+
+    def _same(self, first: list[str], second: list[str]) -> bool:
+        """Whether two parameters are equal, each made of these tensors of the checkpoint."""
+        return len(first) == len(second) and all(
+            self.source.shape(one) == self.source.shape(other) and self.source.equal(one, other, self.dtype)
+            for one, other in zip(first, second, strict=True)
+        )
 
     def identity(self, tell: Tell = lambda done, total: None) -> dict[str, str]:
         """sha256 of everything in the checkpoint that a result depends on, by kind.
@@ -209,7 +284,7 @@ class Checkpoint:
         embedding = self.model.get_input_embeddings().weight
         unread = set() if self.untied_head is None else {n for n, p in self.model.named_parameters() if p is embedding}
         self._materialise([name for name in self._sources[""] if self._renamed[name] not in unread])
-        self.model.tie_weights()
+        self.tie()
 
     def unload(self, prefix: str = "") -> None:
         """Move weights back to the meta device: those of one layer (its path), or all outside the layers ('')."""
@@ -236,6 +311,7 @@ class Checkpoint:
                     f"{self.location.name}: {bad} of {tensor.numel()} values of '{name}' are NaN or infinite.",
                     "The checkpoint is damaged; get it again.",
                 )
+        tensors = {self._standing_for.get(name, name): tensor for name, tensor in tensors.items()}
         mapping: Any = [] if self.location.gguf else get_model_conversion_mapping(self.model)
         settings = LoadStateDictConfig(dtype=self.dtype, device_map={"": "cpu"}, weight_mapping=mapping)
         info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
@@ -281,13 +357,8 @@ def _refuse(config: Any, name: str) -> None:
     """Refuse models that cannot be compressed.
 
     Raises:
-        ModelError: the model is compressed already, or an encoder-decoder.
+        ModelError: the model is an encoder-decoder.
     """
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "?")
-        remedy = "Compress the original model instead." if method == "lrc" else "Compress the 16-bit original instead."
-        raise ModelError(f"{name} is compressed already (quant_method: {method}).", remedy)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
 

@@ -20,15 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ModelError
 from .fingerprint import Tell, fingerprint
-from .untrusted.files import INDEX as INDEX_BYTES
-from .untrusted.files import require_path, size_of
+from .location import WeightFiles, weight_files
+from .untrusted.files import size_of
 from .untrusted.foreign import foreign
 from .untrusted.gguf_header import require_sound
-from .untrusted.json_text import json_object
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ROWS = 1 << 22  # numbers of each of two tensors that are compared at a time
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -37,6 +34,7 @@ class WeightSource(ABC):
 
     files: tuple[Path, ...]
     _fingerprint: str | None = None
+    unread: tuple[str, ...] = ()  # other weight files beside these
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -53,6 +51,15 @@ class WeightSource(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape in the file's header; None if the file stores the tensor in another layout (GGUF)."""
+
+    def stored_dtype(self, name: str) -> str | None:
+        """The dtype in the file's header, in safetensors' spelling; None if the file has another layout (GGUF)."""
+        return None
+
+    def equal(self, first: str, second: str, dtype: torch.dtype) -> bool:
+        """Whether two tensors of the checkpoint hold the same numbers once they are in this dtype."""
+        held = self.read([first, second])
+        return torch.equal(held[first].to(dtype), held[second].to(dtype))
 
     @property
     @abstractmethod
@@ -79,33 +86,38 @@ class WeightSource(ABC):
 
 
 class SafetensorsSource(WeightSource):
-    """One or many safetensors shards in a folder."""
+    """The safetensors files of a folder that `weight_files` finds.
 
-    def __init__(self, folder: Path) -> None:
-        self._where = _locate_shards(folder)
-        self.files = tuple(sorted({folder / file for file in self._where.values()}))
-        self._folder = folder
-        headers = {name: entry for file in self.files for name, entry in _header(file).items()}
-        self._shapes = {name: shape for name, (shape, _) in headers.items()}
-        self._dtypes = {name: dtype for name, (_, dtype) in headers.items()}
-        lost = sorted(set(self._where) - set(self._shapes))
-        if lost:
-            raise CheckpointError(
-                f"{folder / INDEX} promises {len(lost)} tensors that no shard holds, '{lost[0]}' first "
-                f"(it should be in {self._where[lost[0]]}).",
-                "Download or copy the checkpoint again.",
-            )
+    Args:
+        folder: the checkpoint.
+        config: its transformers configuration; None where it is not known.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index and the files disagree.
+        ModelError: it is not clear which files are the model, or none are.
+    """
+
+    def __init__(self, folder: Path, config: Any = None) -> None:
+        found = weight_files(folder, config)
+        headers = {file: _header(file) for file in found.files}
+        self._where = _places(found, headers)
+        self.files = tuple(sorted(found.files))
+        self.unread, self._index = found.unread, found.index
+        self._shapes = {name: headers[file][name][0] for name, file in self._where.items()}
+        self._dtypes = {name: headers[file][name][1] for name, file in self._where.items()}
 
     @property
     def fingerprinted(self) -> tuple[Path, ...]:
-        index = self._folder / INDEX
-        return (*self.files, index) if index.is_file() else self.files
+        return self.files if self._index is None else (*self.files, self._index)
 
     def names(self) -> list[str]:
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self._shapes[name]
+
+    def stored_dtype(self, name: str) -> str | None:
+        return self._dtypes[name]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,12 +129,11 @@ class SafetensorsSource(WeightSource):
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors; each shard is opened once."""
-        by_file: dict[str, list[str]] = defaultdict(list)
+        by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._where[name]].append(name)
         tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            path = self._folder / file
+        for path, wanted in by_file.items():
             try:
                 with safe_open(path, framework="pt", device="cpu") as shard:
                     tensors.update({name: shard.get_tensor(name).clone() for name in wanted})
@@ -132,53 +143,56 @@ class SafetensorsSource(WeightSource):
                 ) from error
         return tensors
 
+    def equal(self, first: str, second: str, dtype: torch.dtype) -> bool:
+        return _same_values((self._where[first], first), (self._where[second], second), dtype)
 
-def _locate_shards(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or the single file.
 
-    Raises:
-        CheckpointError: the index is damaged, or shards are missing.
-        ModelError: the folder holds no safetensors.
-    """
-    index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        where = read_index(index)
-        outside = sorted({file for file in where.values() if Path(file).name != file or file == ".."})
-        if outside:
-            raise CheckpointError(f"{index} points outside its folder: '{outside[0]}'.", "Do not use this checkpoint.")
-        missing = sorted({file for file in where.values() if not (folder / file).is_file()})
-        if missing:
-            total = len(set(where.values()))
-            raise CheckpointError(
-                f"{folder}: {len(missing)} of {total} shards are missing, {missing[0]} first.", "Finish the download."
-            )
-        return where
-    if single.is_file():
-        return dict.fromkeys(_header(single), single.name)
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"{folder} holds pickled weights ({pickled[0]}); unpickling can run code, so lrc does not read them.",
-            "Convert it first: load it where you trust it and save_pretrained() it as safetensors.",
+def _places(found: WeightFiles, headers: Mapping[Path, Mapping[str, Any]]) -> dict[str, Path]:
+    """Tensor -> the file that transformers takes it from: the last that holds it. The index must say the same."""
+    holders: dict[str, list[Path]] = defaultdict(list)
+    for file in found.files:
+        for name in headers[file]:
+            holders[name].append(file)
+    if found.index is None:
+        return {name: files[-1] for name, files in holders.items()}
+    if lost := sorted(set(found.listed) - set(holders)):
+        raise CheckpointError(
+            f"{found.index} promises {len(lost)} tensors that no shard holds, '{lost[0]}' first "
+            f"(it should be in {found.listed[lost[0]].name}).",
+            "Download or copy the checkpoint again.",
         )
-    raise ModelError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.", "Give a folder with safetensors shards.")
+    shards = set(found.listed.values())
+    if unlisted := sorted(name for name in set(holders) - set(found.listed) if holders[name][-1] in shards):
+        raise CheckpointError(
+            f"{found.index} does not list {len(unlisted)} tensors that its shards hold, '{unlisted[0]}' in "
+            f"{holders[unlisted[0]][-1].name} first; from_pretrained loads them.",
+            "Download both again, or load the model in transformers and save_pretrained() it.",
+        )
+    for name, says in found.listed.items():
+        takes = holders[name][-1]
+        if says in holders[name] and says != takes and not _same_values((says, name), (takes, name)):
+            raise CheckpointError(
+                f"'{name}' has other values in {says.name}, where {found.index.name} says it is, than in {takes.name}, from "
+                "which from_pretrained takes it.",
+                "Download both shards again.",
+            )
+    order = {**found.listed, **holders}  # the index's order
+    return {name: holders[name][-1] for name in order}
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, as an index of shards says.
-
-    Raises:
-        CheckpointError: it is damaged, or names a file that none can be called.
-    """
-    try:
-        where = json_object(path, INDEX_BYTES).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise CheckpointError("weight_map must give a file name for each tensor.")
-        for file in set(where.values()):
-            require_path(file, CheckpointError)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is not an index of shards: {error.what}", "Download it again.") from error
-    return where
+def _same_values(first: tuple[Path, str], second: tuple[Path, str], dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors (file, name) hold the same numbers, in `dtype` if it is given; some rows at a time are in memory."""
+    with safe_open(first[0], framework="pt") as one, safe_open(second[0], framework="pt") as other:
+        left, right = one.get_slice(first[1]), other.get_slice(second[1])
+        shape = left.get_shape()
+        if shape != right.get_shape():
+            return False
+        if dtype is None and left.get_dtype() != right.get_dtype():
+            return False
+        rows = max(1, _ROWS // max(1, math.prod(shape[1:])))
+        pieces = [slice(start, start + rows) for start in range(0, shape[0], rows)] if shape else [...]
+        pairs = ((left[piece], right[piece]) for piece in pieces)
+        return all(torch.equal(a.to(dtype or a.dtype), b.to(dtype or b.dtype)) for a, b in pairs)
 
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -67,7 +67,8 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
         locations = [check(located, name) for name in models]
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
-    provenance = [check_model(request, location, source.trust_remote_code) for location in locations]
+    how = (source.trust_remote_code, dtype, source.device.strip())
+    provenance = [check_model(request, location, *how) for location in locations]
     evaluations = [Evaluation(name) for name in models]
     with interruptible("what was measured is above"), reporting(evaluations, options.json_file):
         for evaluation, seen in zip(evaluations, provenance, strict=True):

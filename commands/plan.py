@@ -26,7 +26,8 @@ def plan(
 ) -> None:
     """Print what lrc compress would do.
 
-    Reads only the headers of the weight files, and one layer's weights where sub-layers may be pruned.
+    Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
+    weights where sub-layers may be pruned.
     """
     from .terminal import print_plan
 

@@ -198,6 +198,8 @@ def print_calibration(calibration: Calibration) -> None:
 
 
 def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
+    for note in plan.weight_notes:
+        console.print(f"weights: {note}")
     if plan.left_out:
         named = ", ".join(entry.name for entry in (plan.left_out if verbose else plan.left_out[:3]))
         console.print(

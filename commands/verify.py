@@ -14,10 +14,14 @@ from .options import Trust
 def verify(
     folder: Annotated[Path, typer.Argument(help="The --out folder of a finished lrc compress.")],
     trust_remote_code: Trust = False,
+    edited_card: Annotated[
+        bool, typer.Option("--edited-card", help="The model card (README.md) was edited on purpose: leave it out.")
+    ] = False,
 ) -> None:
     """Check that a compressed checkpoint is whole.
 
-    Checks the hashes of the files, the shapes of the tensors, and that the model gives finite logits.
+    Checks the hashes of the files, the shapes of the tensors, that no other file lies there which loading would read, and that
+    the model gives finite logits.
     """
     from ..checkpoint.artifact import clear_finished
     from ..checkpoint.opening import require_finished
@@ -27,9 +31,11 @@ def verify(
     require_finished(str(folder))
     for name in clear_finished(folder):
         print(f"note: {folder / name} was left by a run that was killed at its end; deleted.")
-    record = checks.verify(folder, trust_remote_code=trust_remote_code)
+    record = checks.verify(folder, trust_remote_code=trust_remote_code, edited_card=edited_card)
     held = record["bytes"]
     print(
         f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "
         "logits finite."
     )
+    for note in checks.not_covered(folder, record):
+        print(f"note: {note}.")

@@ -16,7 +16,7 @@ import torch
 
 from ..calibrate.data import same_text
 from ..checkpoint.artifact import RECORD, read_record
-from ..checkpoint.hf_quantizer import open_model
+from ..checkpoint.hf_quantizer import open_model, require_loadable
 from ..checkpoint.location import Location
 from ..checkpoint.opening import dtype_of, located
 from ..checkpoint.untrusted.files import size_of
@@ -67,27 +67,36 @@ def evaluate(
             raise TypeError("a model that is loaded already needs tokenizer=, too")
         return Evaluation(model.name_or_path or type(model).__name__, measure(model, tokenizer, request))
     location, number = located(str(model)), dtype_of(dtype)
-    provenance = check_model(request, location, trust_remote_code)
+    provenance = check_model(request, location, trust_remote_code, number, device)
     loaded, own_tokenizer = open_model(str(model), dtype=number, device=device, trust_remote_code=trust_remote_code)
     return Evaluation(str(model), measure(loaded, own_tokenizer, request, calibration_provenance=provenance))
 
 
-def check_model(request: Request, location: Location, trust_remote_code: bool = False) -> list[dict]:
-    """Refuse a model that cannot be evaluated so; reads no weights.
+def check_model(
+    request: Request,
+    location: Location,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> list[dict]:
+    """Refuse a model that cannot be evaluated so; reads no weights, only the headers of their files.
 
     Returns:
         The provenance of the calibration set that it was compressed with; empty where there is none.
 
     Raises:
         RequestError: windows longer than the model's positions, or a text that the model was calibrated on.
-        CheckpointError: the record of a compressed checkpoint is damaged.
+        CheckpointError: the record of a compressed checkpoint is damaged, or a file of its weights.
+        ModelError: a package is missing that reads its quantized weights, or it is not clear which files are the model.
     """
+    config = location.config(trust_remote_code)
     if request.texts:
-        check_positions(location.config(trust_remote_code), request.settings.length)
-    if size_of(location.path / RECORD) is None:
-        return []
-    provenance: list[dict] = read_record(location.path)["calibration"]["provenance"]
-    refuse_calibration_text(request, provenance, location.name)
+        check_positions(config, request.settings.length)
+    provenance: list[dict] = []
+    if size_of(location.path / RECORD) is not None:
+        provenance = read_record(location.path)["calibration"]["provenance"]
+        refuse_calibration_text(request, provenance, location.name)
+    require_loadable(location, config, dtype, device)
     return provenance
 
 

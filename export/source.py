@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.artifact import read_record
-from ..checkpoint.hf_quantizer import install_stored
+from ..checkpoint.hf_quantizer import WITHOUT_LRC, install_stored
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
 from ..compress.forms.shared import lenders
@@ -62,7 +62,7 @@ class Source:
 
     def plain_config(self) -> dict[str, Any]:
         """The result's config.json without the forms."""
-        return {key: value for key, value in self.stored_config.items() if key != "quantization_config"}
+        return {key: value for key, value in self.stored_config.items() if key not in ("quantization_config", *WITHOUT_LRC)}
 
     @cached_property
     def plain_model(self) -> Any:

@@ -151,7 +151,7 @@ def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
             del head.forward
         for module, name, parameter in outside:
             setattr(module, name, parameter)
-        model.tie_weights()
+        view.tie()
 
 
 def _ending(*_: Any, **__: Any) -> Any:

@@ -95,6 +95,7 @@ class Planned:
         dropped: indices of the dropped layers.
         dropped_beside: bytes of dropped tensors that are no targets, less the bytes that a repair adds.
         left_out: tensors of the checkpoint that the model does not use.
+        weight_notes: what a person should know about which weights are read, and how.
         units: units that the budget decides on.
         options: unit -> the options that the method offers and the limits allow, ascending in bytes.
         model_edit: dropped layers and sub-layers, and repairs.
@@ -120,6 +121,7 @@ class Planned:
     dropped: tuple[int, ...] = ()
     dropped_beside: int = 0
     left_out: tuple[Kept, ...] = ()
+    weight_notes: tuple[str, ...] = ()
     units: tuple[Unit, ...] = ()
     options: Mapping[str, Sequence[Option]] = field(default_factory=dict, repr=False)
     model_edit: ModelEdit = field(default_factory=ModelEdit)

@@ -111,6 +111,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         dropped=model_edit.dropped,
         dropped_beside=scope.dropped_extra_bytes,
         left_out=tuple(view.left_out),
+        weight_notes=view.notes,
         units=scope.units,
         options=scope.options,
         model_edit=model_edit,

@@ -146,7 +146,7 @@ def refine_artifact(
     for name in small.layer_names:
         small.load(name)
     small.load_outside(small.source_names(""))
-    small.model.tie_weights()
+    small.tie()
     small.model.to(devices[0])
     done = work.run(small.model, small.layers, notify)
     state = small.model.state_dict()

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..checkpoint.artifact import UNCHECKED
 from ..checkpoint.beside import files_beside
-from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD
+from ..checkpoint.fp8 import MODELOPT
+from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
@@ -55,11 +56,13 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
         specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
         modules |= renamed(specs | record["edits"], name, staying[name])
     config = json.loads(view.config.to_json_string()) if plan.shallower is None else dict(plan.shallower)
+    config.pop("transformers_weights", None)  # named a file of the original
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:
         config.pop("auto_map", None)  # names code that was not run and is not copied
     if modules:
+        config |= WITHOUT_LRC
         config["quantization_config"] = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -132,6 +135,7 @@ def _beside(view: ModelView) -> dict[str, bytes]:
     trusted = view.trust_remote_code
     if not view.location.gguf:
         files = {name: path.read_bytes() for name, path in view.location.beside(code=trusted).files.items()}
+        files.pop(MODELOPT, None)  # says that the weights are in fp8, which the result's are not
         return files if trusted else {name: _without_code(name, content) for name, content in files.items()}
     with tempfile.TemporaryDirectory() as folder:
         view.location.tokenizer().save_pretrained(folder)

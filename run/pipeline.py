@@ -78,7 +78,8 @@ def compress(
 def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) -> Draft:
     """Plan a compression from the recipe and the headers of the weight files.
 
-    Reads no weights, except those of one layer of each kind if the recipe prunes sub-layers.
+    Reads no weights, except scales of fp8 weights, tied weights that are in the files twice, and those of one layer of each
+    kind if the recipe prunes sub-layers.
 
     Args:
         model, recipe, **settings: as for `compress`.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.hf_quantizer import WITHOUT_LRC
 from ..compress.forms.base import Dense
 from ..compress.forms.pruned import Pruned
 
@@ -33,7 +34,7 @@ def as_plain(config: Mapping[str, Any], kind: type[Any], architecture: type[nn.M
     forms: dict[str, dict[str, Any]] = config.get("quantization_config", {}).get("modules", {})
     if not forms or any(spec["kind"] != Pruned.kind or spec["form"]["kind"] != Dense.kind for spec in forms.values()):
         return dict(config)
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key != "quantization_config" and key not in WITHOUT_LRC}
     whole = _built(plain, kind, architecture)
     modules = {path: module for path in forms if type(module := whole.get_submodule(path)) is nn.Linear}
     if len(modules) < len(forms):

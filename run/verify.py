@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.artifact import read_record
-from ..checkpoint.atomic import sha256_of
+from ..checkpoint.artifact import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
+from ..checkpoint.atomic import PARTIAL, sha256_of
 from ..checkpoint.hf_quantizer import install_stored
-from ..checkpoint.location import Location
+from ..checkpoint.location import Location, read_index
 from ..errors import CheckpointError, NonFiniteError
 from ..model.layerwise import layerwise
 from ..model.lockstep import run_calls
 from ..model.machine.host_memory import steady_memory
 from ..model.view import ModelView
 
+# Files that loading in transformers reads; in a finished artifact each of them must be one that lrc wrote.
+_LOADED = (
+    *WEIGHTS, "generation_config.json", "*processor_config.json", "*quant*config.json", "tokenizer*", "*.model", "vocab*",
+    "merges*", "special_tokens_map.json", "added_tokens.json", "spiece*", "*.tiktoken", "tekken.json", "*chat_template*",
+    "*.jinja", "*.py",
+)  # fmt: skip
+_LOADED_FOLDERS = ("additional_chat_templates", "custom_generate")
 _TOKENS = 8
 
 
 def verify(
-    folder: Path, hashes: bool = True, config_file: str = "config.json", trust_remote_code: bool = False
+    folder: Path,
+    hashes: bool = True,
+    config_file: str = "config.json",
+    trust_remote_code: bool = False,
+    edited_card: bool = False,
 ) -> dict[str, Any]:
     """Check an artifact and return its record (`lrc.json`).
 
     Args:
         folder: the artifact's folder.
-        hashes: whether to recompute the sha256 of every shard, of config.json and of the tokenizer's files, which reads every
-            byte; otherwise only the sizes of the shards are compared.
+        hashes: whether to recompute the sha256 of every shard, of config.json, of the model card and of the tokenizer's files,
+            which reads every byte; otherwise only the sizes of the shards are compared.
         config_file: name of the configuration file; it is not config.json while a run checks its own result.
         trust_remote_code: whether code in the folder may run.
+        edited_card: whether the model card (README.md) may have changed.
 
     Raises:
-        CheckpointError: a shard is missing, changed, or does not fit the model.
+        CheckpointError: a file is missing or changed, one that loading would read is not lrc's, or a shard does not fit the
+            model.
         NonFiniteError: the model's logits over a few tokens are not finite.
     """
     record = read_record(folder)
+    _check_list(folder, record)
     _check_files(folder, record, hashes)
     steady_memory()
     location = Location(str(folder), folder, config_file=config_file)
@@ -54,7 +69,57 @@ def verify(
             )
     _check_bytes(folder, record, view)
     _check_logits(folder, view)
+    if hashes and not edited_card:
+        _check_card(folder, record)
     return record
+
+
+def not_covered(folder: Path, record: dict[str, Any]) -> list[str]:
+    """What a person should know about a whole artifact: files that no hash covers, and those that are not lrc's."""
+    notes = []
+    if "card" not in record:
+        notes.append(f"{RECORD} and {CARD} are not covered by a hash: an older lrc wrote them")
+    if not record.get("sha256"):
+        notes.append("config.json and the tokenizer's files are not covered by a hash: an older lrc wrote them")
+    if others := other_files(folder, record)[1]:
+        notes.append(f"not written by lrc, and not read in loading: {', '.join(others[:5])}{', …' if others[5:] else ''}")
+    return notes
+
+
+def other_files(folder: Path, record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Files in an artifact that its record does not list: those that loading would read, and the rest.
+
+    Args:
+        folder: the artifact.
+        record: from `read_record`.
+    """
+    own = OWN | {LOCK} | set(record["shards"]) | set(record["files"]) | set(record.get("sha256", ()))
+    found: list[str] = []
+    for path in folder.iterdir():
+        inside = path.name in _LOADED_FOLDERS and path.is_dir()
+        found += [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()] if inside else [path.name]
+    others = sorted(name for name in found if name not in own and not name.endswith(PARTIAL))
+    loaded = [name for name in others if name.partition("/")[0] in _LOADED_FOLDERS or matches(name, _LOADED)]
+    return loaded, [name for name in others if name not in loaded]
+
+
+def _check_list(folder: Path, record: dict[str, Any]) -> None:
+    """Compare the record's list of shards with the index, and with what is in the folder."""
+    shards = set(record["shards"])
+    if not shards:
+        raise CheckpointError(f"{folder / RECORD} lists no shards.", "Copy it again, or write the artifact again.")
+    indexed = set(read_index(folder / INDEX).values()) if (folder / INDEX).is_file() else set()
+    if differing := sorted(shards ^ indexed):
+        raise CheckpointError(
+            f"{folder / INDEX} names {len(indexed)} shards, {RECORD} {len(shards)}; '{differing[0]}' is in one of them only.",
+            "Copy both again, or write the artifact again.",
+        )
+    if foreign := other_files(folder, record)[0]:
+        raise CheckpointError(
+            f"{folder} holds {len(foreign)} files that loading may read and lrc did not write: {', '.join(foreign[:3])}"
+            f"{', …' if foreign[3:] else ''}.",
+            "Move them to another folder.",
+        )
 
 
 def _check_files(folder: Path, record: dict[str, Any], hashes: bool) -> None:
@@ -75,6 +140,16 @@ def _check_files(folder: Path, record: dict[str, Any], hashes: bool) -> None:
             raise CheckpointError(
                 f"{path} has changed since it was written (sha256).", "Copy it again, or undo the change if it is not yours."
             )
+
+
+def _check_card(folder: Path, record: dict[str, Any]) -> None:
+    path, card = folder / CARD, record.get("card")
+    if card is not None and (not path.is_file() or sha256_of(path) != card):
+        state = "has changed since it was written (sha256)" if path.is_file() else "is missing"
+        raise CheckpointError(
+            f"{path}, the model card, {state}; everything else is as lrc wrote it, and the model runs.",
+            "If you edited it, add --edited-card, which leaves the card out of the check; if not, copy it again.",
+        )
 
 
 def _check_bytes(folder: Path, record: dict[str, Any], view: ModelView) -> None:

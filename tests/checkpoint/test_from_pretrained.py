@@ -99,3 +99,28 @@ def test_generating_with_the_cache_is_generating_without(family, compressed):
 def test_tied_embeddings_stay_tied(family, compressed):
     model = AutoModelForCausalLM.from_pretrained(compressed(family))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_without_lrc_the_exception_says_what_to_do(compressed):
+    done = stock_python(
+        """
+        import sys
+        from transformers import AutoModelForCausalLM, pipeline
+        for load in (AutoModelForCausalLM.from_pretrained, lambda folder: pipeline("text-generation", folder)):
+            try:
+                load(sys.argv[1])
+            except ValueError as error:
+                print("compressed by lrc" in str(error) and "`import lrc` before" in str(error))
+        assert "lrc" not in sys.modules
+        """,
+        compressed("llama"),
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_a_saved_copy_of_a_result_loads_again(compressed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(compressed("llama"))
+    assert not hasattr(model.config, "transformers_weights")
+    model.save_pretrained(tmp_path / "copy")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "copy")(IDS).logits, model(IDS).logits)
