@@ -104,7 +104,7 @@ def quick_settings(name: str) -> dict[str, Any]:
     if recipe.calibration.held_out:
         found["calibration.held_out"] = 1
     if name not in FIXED:
-        found["ratio"] = 0.75 if "+" in name and "linear" not in name and "prune" not in name else 0.5
+        found["ratio"] = {"svd-llm+gptq": 0.75, "svd+lqer": 0.75, "lems": 0.4, "streamline": 0.25}.get(name, 0.5)
     return found
 
 
