@@ -155,3 +155,11 @@ def test_sub_layers_are_found_whatever_the_weights_are(situation, tmp_path):
     wanted = {"ratio": 0.2, "depth.loss_samples": 1, "depth.loss_length": 16}
     result = run_request(Request(locate(str(model)), load_recipe("finercut", wanted | text)), tmp_path / "out")
     assert result.record["depth"]["removed"]
+
+
+@pytest.mark.parametrize("name", ["kfac", "finercut"])
+def test_layers_that_do_nothing_have_no_gradient_and_are_compressed_all_the_same(name, situation, tmp_path):
+    model, text = situation("zero")
+    result = run_request(Request(locate(str(model)), load_recipe(name, quick_settings(name) | text)), tmp_path / "out")
+    verify(tmp_path / "out")
+    assert result.ratio >= 0.5
