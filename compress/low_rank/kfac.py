@@ -27,7 +27,6 @@ from ..forms.base import LowRank
 from ..linalg import Eigen, OutputDirections, eigh
 from ..options import Choice
 
-
 _LEAST = 1e-60  # an eigenvalue next to nothing whose root, inverse root and squares are float64 numbers
 
 
