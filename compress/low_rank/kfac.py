@@ -27,6 +27,8 @@ from ..forms.base import LowRank
 from ..linalg import Eigen, OutputDirections, eigh
 from ..options import Choice
 
+_LEAST = 1e-60  # an eigenvalue next to nothing whose root, inverse root and squares are float64 numbers
+
 
 class KfacSettings(Settings):
     """Settings of `kfac`."""
@@ -51,6 +53,8 @@ class TwoSided(LowRankSolution):
     def form(self, choice: Choice) -> LowRank:
         basis = self.directions.basis(self.rank(choice))
         scale, vectors = self.gradients.values.sqrt(), self.gradients.vectors
+        if float(self.gradients.values[0]) <= _LEAST:  # no gradient was seen: a multiple of the metric has the same projection
+            scale = torch.ones_like(scale)
         # L is the symmetric root, so L = Lᵀ; it has an inverse because shrinking made every eigenvalue positive
         left = vectors @ ((vectors.T @ basis) / scale[:, None])
         right = ((basis.T @ vectors) * scale) @ (vectors.T @ self.weight.double())
@@ -70,10 +74,9 @@ def solve(weight: Tensor, stats: TargetStats, settings: KfacSettings) -> TwoSide
 
 
 def output_metric(grad_gram: Tensor, shrink: float) -> Eigen:
-    """Eigenpairs of the shrunk G (out, out); every eigenvalue is positive."""
+    """Eigenpairs of the shrunk G (out, out); every eigenvalue is positive, where no gradient was seen `_LEAST`."""
     found = eigh(shrunk(grad_gram, shrink), "gram of the output gradients")
-    tiny = torch.finfo(torch.float64).tiny
-    return Eigen(found.values.clamp_min(max(tiny, float(found.values[0]) * 1e-12)), found.vectors)
+    return Eigen(found.values.clamp_min(max(_LEAST, float(found.values[0]) * 1e-12)), found.vectors)
 
 
 def shrunk(gram: Tensor, part: float) -> Tensor:

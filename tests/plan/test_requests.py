@@ -16,6 +16,7 @@ from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe, shipped
 from lrc.plan.plan import Draft
 from lrc.plan.planner import make_draft
+from lrc.run import search
 
 GRAIN = 0.01  # of the targets' bytes: a larger difference needs a reason
 SHARES = (0.97, 0.45, 0.1)  # of the targets' bytes
@@ -151,7 +152,8 @@ def weights_on_disk(out: Path) -> int:
     return sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 
-def test_a_search_over_far_sizes_says_what_it_tried(tiny_checkpoints, tiny_text_file, tmp_path):
+def test_a_search_over_far_sizes_says_what_it_tried(tiny_checkpoints, tiny_text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(search._Search, "_trial", lambda self, ratio: 1e9)
     refused = run_lrc(
         "compress", tiny_checkpoints("llama"), "--recipe", "rtn", "--max-ppl-increase", "0.0001%", "--out", tmp_path / "out",
         "--calibration", f"text:{tiny_text_file}", "--samples", 2, "--length", 24,

@@ -104,29 +104,30 @@ def quick_settings(name: str) -> dict[str, Any]:
     if recipe.calibration.held_out:
         found["calibration.held_out"] = 1
     if name not in FIXED:
-        found["ratio"] = 0.75 if "+" in name and "linear" not in name and "prune" not in name else 0.5
+        found["ratio"] = {"svd-llm+gptq": 0.75, "svd+lqer": 0.75, "lems": 0.4, "streamline": 0.25}.get(name, 0.5)
     return found
 
 
-def finite(name: str, model: Path, text: dict[str, Any], out: Path) -> None:
-    """Compress; either the result is sound or the request is refused."""
+def finite(name: str, model: Path, text: dict[str, Any], out: Path) -> str:
+    """Compress: 'made', and the result is sound; or 'refused', and nothing looks finished."""
     try:
         request = Request(locate(str(model)), load_recipe(name, quick_settings(name) | text))
         result = run_request(request, out)
     except LrcError:
         assert not (out / "config.json").exists()
-        return
+        return "refused"
     verify(out)
     for target in result.targets:
         assert target.error is None or (math.isfinite(target.error) and target.error >= 0), target
         assert math.isfinite(target.damping), target
+    return "made"
 
 
 @pytest.mark.parametrize("name", ["svd-llm", "gptq", "nystrom", "qera", "compot", "block-influence"])
 @pytest.mark.parametrize("case", ["mixed", "one token again and again"])
 def test_what_is_degenerate_leaves_finite_results(name, case, situation, tmp_path):
     model, text = situation(case)
-    finite(name, model, text, tmp_path / "out")
+    assert finite(name, model, text, tmp_path / "out") == "made"
 
 
 @pytest.mark.slow
@@ -134,7 +135,8 @@ def test_what_is_degenerate_leaves_finite_results(name, case, situation, tmp_pat
 @pytest.mark.parametrize("case", SITUATIONS)
 def test_what_is_degenerate_leaves_finite_results_with_every_recipe(name, case, situation, tmp_path):
     model, text = situation(case)
-    finite(name, model, text, tmp_path / "out")
+    # a repair, a search and a refinement hold windows out, and there is one window of two tokens
+    assert finite(name, model, text, tmp_path / "out") in (("made", "refused") if case == "two tokens" else ("made",))
 
 
 def test_a_text_of_one_token_is_told_and_too_little_of_it_is_refused(situation, tmp_path):
@@ -155,3 +157,11 @@ def test_sub_layers_are_found_whatever_the_weights_are(situation, tmp_path):
     wanted = {"ratio": 0.2, "depth.loss_samples": 1, "depth.loss_length": 16}
     result = run_request(Request(locate(str(model)), load_recipe("finercut", wanted | text)), tmp_path / "out")
     assert result.record["depth"]["removed"]
+
+
+@pytest.mark.parametrize("name", ["kfac", "finercut"])
+def test_layers_that_do_nothing_have_no_gradient_and_are_compressed_all_the_same(name, situation, tmp_path):
+    model, text = situation("zero")
+    result = run_request(Request(locate(str(model)), load_recipe(name, quick_settings(name) | text)), tmp_path / "out")
+    verify(tmp_path / "out")
+    assert result.ratio >= 0.5
