@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .weights import SafetensorsSource
 
 METHOD = "lrc"
 FORMAT_VERSION = 1
+_NO_MODULES: Mapping[str, Spec] = MappingProxyType({})  # what is not given; null is no mapping
 _FEW = 1 << 24  # numbers
 _DEEPEST = 24  # levels of a spec; the deepest that lrc writes, a corrected factor of an expert, has 10
 
@@ -77,11 +79,15 @@ class LrcConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, modules: dict[str, Spec] | None = None, format_version: int = FORMAT_VERSION, lrc_version: str = "", **_: Any
+        self, modules: Any = _NO_MODULES, format_version: int = FORMAT_VERSION, lrc_version: str = "", **_: Any
     ) -> None:
         self.quant_method: Any = METHOD
         try:
-            stored = Stored(modules={} if modules is None else modules, format_version=format_version, lrc_version=lrc_version)
+            stored = Stored(
+                modules=dict(_NO_MODULES) if modules is _NO_MODULES else modules,
+                format_version=format_version,
+                lrc_version=lrc_version,
+            )
         except ValidationError as error:
             raise CheckpointError(
                 f"The checkpoint's quantization_config is none of lrc's: {problem(error)}.", "Its config.json was changed."

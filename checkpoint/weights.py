@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError, ModelError
 from .fingerprint import Tell, fingerprint
 from .location import WeightFiles, weight_files
-from .untrusted.files import size_of
 from .untrusted.foreign import foreign
 from .untrusted.gguf_header import require_sound
+from .untrusted.weights_header import require_short_header
 
 _ROWS = 1 << 22  # numbers of each of two tensors that are compared at a time
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -201,7 +201,7 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     Raises:
         CheckpointError: the file is truncated or corrupt.
     """
-    what = f"{path} ({size_of(path) or 0} bytes) is truncated or corrupt"
+    what = f"{path} ({require_short_header(path)} bytes) is truncated or corrupt"
     with foreign(CheckpointError, what, "Download or copy that shard again."), safe_open(path, framework="pt") as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

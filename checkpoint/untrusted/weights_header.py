@@ -1,14 +1,16 @@
-"""How many tensors the weight files of a folder hold, without any library that allocates by what a header says."""
+"""Headers of safetensors files, before a library reads them: their length, and how many tensors the files of a folder hold."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from ...errors import CheckpointError
-from .files import size_of
+from ...errors import CheckpointError, brief
+from .files import MB, size_of
 
-_LONGEST_HEADER = 100_000_000  # bytes, by the format
+# The format allows 100 MB. That many are 1.7 million tensors in one file, whose names alone take two gigabytes of memory and a
+# minute; a layer of the largest mixtures has some 6,000 tensors, 1 MB of header.
+_LONGEST_HEADER = 16 * MB
 
 
 def count_tensors(folder: Path) -> tuple[int, int]:
@@ -24,6 +26,28 @@ def count_tensors(folder: Path) -> tuple[int, int]:
             if isinstance(shape, list) and len(shape) == 3 and isinstance(shape[0], int):
                 longest = max(longest, shape[0])
     return tensors, longest
+
+
+def require_short_header(path: Path) -> int:
+    """Refuse a safetensors file with an absurd header; the file's size in bytes, 0 where there is none.
+
+    Raises:
+        CheckpointError: its header is longer than any model needs, or it is no regular file.
+    """
+    size = size_of(path) or 0
+    what, remedy = f"{brief(str(path))} ({size} bytes) is truncated or corrupt", "Download or copy that shard again."
+    try:
+        length = _length(path) if size else 0
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}.", remedy) from error
+    if length > _LONGEST_HEADER:
+        raise CheckpointError(f"{what}: its header has {length:,} bytes; no model needs more than {_LONGEST_HEADER:,}.", remedy)
+    return size
+
+
+def _length(path: Path) -> int:
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
 
 
 def _entries(path: Path) -> list[dict[str, object]]:
