@@ -1,7 +1,7 @@
 """What lrc does with every type of causal language model that the installed transformers has: writes docs/architectures.md.
 
 A tiny random model of each type goes through compress (which plans and checks its result), verify and from_pretrained, with
-four recipes (tests/architectures/survey.py). Each type runs in a worker process with a time limit, so that a crash ends one type.
+four recipes (tests/architectures/survey.py). Each type runs in a worker process with a time limit: a crash ends that type only.
 
     python benchmarks/architectures.py                      # every type; under half an hour on two free cores
     python benchmarks/architectures.py deepseek_v3 mamba    # some types; prints their rows

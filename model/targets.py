@@ -7,7 +7,7 @@ input is the same tensor object form a group, whatever the architecture calls th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +68,13 @@ def watch(view: Checkpoint) -> list[Target]:
     """
     layers, found = view.layers, list[Target]()
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps, _explained(view):
+        before = _versions(layers)
         steps.start([start])
+        if _versions(layers) != before:
+            raise ModelError(
+                f"{view.location.name}: the forward of {type(view.model).__name__} changes the weights of its layers.",
+                "This architecture cannot be compressed: stored weights would change too.",
+            )
         for index in range(len(layers)):
             _require_turn(view, steps, index)
             targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
@@ -78,6 +84,11 @@ def watch(view: Checkpoint) -> list[Target]:
         if not steps.ended:
             _require_turn(view, steps, len(layers))
     return found
+
+
+def _versions(layers: Sequence[nn.Module]) -> list[int]:
+    """How often each weight of the layers was changed in place."""
+    return [parameter._version for layer in layers for parameter in layer.parameters()]
 
 
 def _require_turn(view: Checkpoint, steps: Lockstep, index: int) -> None:

@@ -55,7 +55,9 @@ def config_of(plan: Plan, run: Run) -> dict[str, Any]:
         record = artifact.done[name].record
         specs = {path: _with_owner_renamed(spec, name, staying[name]) for path, spec in record["forms"].items()}
         modules |= renamed(specs | record["edits"], name, staying[name])
-    config: dict[str, Any] = json.loads(shallower(view.config, list(plan.renumbered)).to_json_string())
+    # unless layers leave, nothing is changed: some types count something else as layers (LongCat: two sub-layers each)
+    described = shallower(view.config, list(plan.renumbered)) if plan.dropped else view.config
+    config: dict[str, Any] = json.loads(described.to_json_string())
     config["dtype"] = str(plan.dtype).removeprefix("torch.")
     config["architectures"] = [type(view.model).__name__]
     if not view.trust_remote_code:

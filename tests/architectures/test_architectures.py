@@ -1,4 +1,4 @@
-"""Every architecture works or is refused by the plan, with a reason: a sample of it here, all of them in `make architectures`."""
+"""Every architecture works, or the plan refuses it with a reason: a sample here, all of them in `make architectures`."""
 
 from __future__ import annotations
 
