@@ -3,8 +3,8 @@
 A tiny random model of each type goes through compress (which plans and checks its result), verify and from_pretrained, with
 four recipes (tests/architectures/survey.py). Each type runs in a worker process with a time limit: a crash ends that type only.
 
-    python benchmarks/architectures.py                      # every type; under half an hour on two free cores
-    python benchmarks/architectures.py deepseek_v3 mamba    # some types; prints their rows
+    python benchmarks/every_architecture.py                      # every type; under half an hour on two free cores
+    python benchmarks/every_architecture.py deepseek_v3 mamba    # some types; prints their rows
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def page(found: Iterable[Outcome]) -> str:
     return "\n".join([
         "# Architectures",
         "",
-        "<!-- written by benchmarks/architectures.py: run make architectures -->",
+        "<!-- written by benchmarks/every_architecture.py: run make architectures -->",
         "",
         f"Every type that transformers {version('transformers')} has a causal language model for. A tiny model of it, with",
         "random weights, was compressed with four recipes; each result was checked and opened with `from_pretrained`, and its",
