@@ -64,7 +64,7 @@ types: $(STAMP)  ## mypy on the package
 	cd $(VENV)/types && $(abspath $(VENV))/bin/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir $(abspath $(VENV))/mypy_cache -p lrc
 
 architectures: $(STAMP)  ## every architecture that transformers knows, through the whole pipeline; writes docs/architectures.md
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/architectures.py --workers $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/every_architecture.py --workers $(WORKERS) $(ARGS)
 
 docs: $(STAMP)  ## write the pages of docs/methods anew from the methods' files
 	$(VENV)/bin/python docs/pages.py

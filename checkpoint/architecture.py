@@ -36,8 +36,8 @@ def model_class(config: Any) -> Any:
 
 def built(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A model of `model_class`, as transformers initialises it."""
-    kind = model_class(config)
-    if isinstance(kind, type) and issubclass(kind, nn.Module):
+    kind: Any = model_class(config)
+    if hasattr(kind, "_from_config"):
         return kind._from_config(config, dtype=dtype)
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
@@ -55,7 +55,7 @@ def keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
             for name, tensor in tensors.items():
                 found = None if tensor is None else pattern.search(f"{path}.{name}" if path else name)
                 if found is not None and tensor is not None and tensor.is_floating_point():
-                    held = tensor.to(plan[by_group[found.lastgroup]])
+                    held = tensor.to(plan[by_group[str(found.lastgroup)]])
                     tensors[name] = nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
 
 

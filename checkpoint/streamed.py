@@ -61,6 +61,7 @@ class Checkpoint:
         self.layers_path, layers = find_layers(self.model, location.name)
         self.layers: list[nn.Module] = layers
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
+        self._refuse_shared_layers()
         self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
         renamed, self.unused = _renamed(self.model, self.source)
         self._renamed = renamed
@@ -276,7 +277,9 @@ class Checkpoint:
         if names is None:
             head = self.untied_head
             unread = {name for name, p in self.model.named_parameters() if head is not None and p is head.weight}
-            names = [name for name in self._sources[""] if self._renamed[name] not in unread]
+            self._materialise([name for name in self._sources[""] if self._renamed[name] not in unread])
+            self.model.tie_weights()  # an embedding may be stored under another name only
+            return
         self._materialise(list(names))
 
     def load_end(self) -> None:
@@ -330,6 +333,22 @@ class Checkpoint:
                 "The checkpoint is incomplete; get it again.",
             )
         module.requires_grad_(False)
+
+    def _refuse_shared_layers(self) -> None:
+        """Refuse a model whose layers use one weight together.
+
+        Raises:
+            ModelError: they do.
+        """
+        homes = group_by_prefix({name: name for pair in self.tied.items() for name in pair}, self.layer_names)
+        home = {name: path for path, names in homes.items() for name in names}
+        apart = (pair for pair in self.tied.items() if home[pair[0]] != home[pair[1]])
+        if shared := next(apart, None):
+            raise ModelError(
+                f"{self.location.name}: {type(self.model).__name__} uses one weight in several layers ('{shared[0]}' is "
+                f"'{shared[1]}'); lrc compresses and stores each layer by itself.",
+                "This architecture cannot be compressed layer by layer.",
+            )
 
     def _check_headers(self) -> None:
         """Compare the headers with the model, so that missing and unfitting tensors are found before any work."""

@@ -174,7 +174,9 @@ def _zeros(tensor: Tensor) -> Tensor:
 @contextmanager
 def _replaced(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the context is open, the layer's parameters and buffers are what `change` makes of them."""
-    held = [(tensors, dict(tensors)) for module in layer.modules() for tensors in (module._parameters, module._buffers)]
+    held: list[tuple[Any, dict[str, Any]]] = [
+        (tensors, dict(tensors)) for module in layer.modules() for tensors in (module._parameters, module._buffers)
+    ]
     try:
         for tensors, before in held:
             for name, tensor in before.items():

@@ -7,7 +7,7 @@ input is the same tensor object form a group, whatever the architecture calls th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,16 +69,27 @@ def watch(view: Checkpoint) -> list[Target]:
     """
     layers, found = view.layers, list[Target]()
     with torch.no_grad(), standing_in(view) as start, Lockstep(view.model, layers) as steps, _explained(view):
+        before = _versions(layers)
         steps.start([start])
+        if _versions(layers) != before:
+            raise ModelError(
+                f"{view.location.name}: the forward of {type(view.model).__name__} changes the weights of its layers.",
+                "This architecture cannot be compressed: stored weights would change too.",
+            )
         for index in range(len(layers)):
             _require_turn(view, steps, index)
             targets, output = _watch_layer(layers[index], index, view.layer_names[index], steps.calls[0])
             found += targets
-            with nullcontext() if index == len(layers) - 1 else _nothing_outside(view):
+            with nullcontext() if index == len(layers) - 1 else _nothing_outside(view, index):
                 steps.answer([output])
         if not steps.ended:
             _require_turn(view, steps, len(layers))
     return found
+
+
+def _versions(layers: Sequence[nn.Module]) -> list[int]:
+    """How often each weight of the layers was changed in place."""
+    return [parameter._version for layer in layers for parameter in layer.parameters()]
 
 
 def _require_turn(view: Checkpoint, steps: Lockstep, index: int) -> None:
@@ -92,20 +103,24 @@ def _require_turn(view: Checkpoint, steps: Lockstep, index: int) -> None:
             "This architecture cannot be compressed layer by layer.",
         )
     if not steps.ended and steps.calls[0].hidden.is_meta:
-        raise _used_between(view)
+        raise _used_between(view, index - 1)
 
 
-def _used_between(view: Checkpoint) -> ModelError:
+def _used_between(view: Checkpoint, index: int) -> ModelError:
     return ModelError(
-        f"{view.location.name}: {type(view.model).__name__} computes with weights outside {view.layers_path} between one layer "
-        "and the next; lrc has those of one layer in memory at a time.",
+        f"{view.location.name}: after layer {index}, {type(view.model).__name__} computes with weights outside "
+        f"{view.layers_path} before it calls layer {index + 1}, or does not call that layer on text alone.",
         "This architecture cannot be compressed layer by layer.",
     )
 
 
 @contextmanager
-def _nothing_outside(view: Checkpoint) -> Iterator[None]:
-    """While the context is open, weights outside the layers are on the meta device, as they are during the layers of a run."""
+def _nothing_outside(view: Checkpoint, index: int) -> Iterator[None]:
+    """While the context is open, weights outside the layers are on the meta device, as they are during the layers of a run.
+
+    Args:
+        index: the layer that is answered meanwhile.
+    """
     held = [(module._parameters, dict(module._parameters)) for path, module in view.model.named_modules()
             if not path.startswith(view.layers_path + ".")]  # fmt: skip
     for parameters, before in held:
@@ -114,7 +129,7 @@ def _nothing_outside(view: Checkpoint) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's, about two devices
-        raise _used_between(view) from error
+        raise _used_between(view, index) from error
     finally:
         for parameters, before in held:
             parameters.update(before)

@@ -1,4 +1,4 @@
-"""Every architecture works or is refused by the plan, with a reason: a sample of it here, all of them in `make architectures`."""
+"""Every architecture works, or the plan refuses it with a reason: a sample here, all of them in `make architectures`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFUSED = {
     "blt": "has no hidden_size",
     "gemma4_assistant": "transformers cannot build",
     "hrm_text": "calls layer 0 after 4 calls",
-    "mllama": "its forward ends after 3 calls",
+    "mllama": "or does not call that layer on text alone",
     "musicgen": "is an encoder-decoder",
     "xlm": "computes with weights outside",
 }

@@ -1,10 +1,10 @@
 """What lrc does with every type of causal language model that the installed transformers has: writes docs/architectures.md.
 
 A tiny random model of each type goes through compress (which plans and checks its result), verify and from_pretrained, with
-four recipes (tests/architectures/survey.py). Each type runs in a worker process with a time limit, so that a crash ends one type.
+four recipes (tests/architectures/survey.py). Each type runs in a worker process with a time limit: a crash ends that type only.
 
-    python benchmarks/architectures.py                      # every type; under half an hour on two free cores
-    python benchmarks/architectures.py deepseek_v3 mamba    # some types; prints their rows
+    python benchmarks/every_architecture.py                      # every type; under half an hour on two free cores
+    python benchmarks/every_architecture.py deepseek_v3 mamba    # some types; prints their rows
 """
 
 from __future__ import annotations
@@ -110,12 +110,13 @@ def page(found: Iterable[Outcome]) -> str:
     return "\n".join([
         "# Architectures",
         "",
-        "<!-- written by benchmarks/architectures.py: run make architectures -->",
+        "<!-- written by benchmarks/every_architecture.py: run make architectures -->",
         "",
         f"Every type that transformers {version('transformers')} has a causal language model for. A tiny model of it, with",
         "random weights, was compressed with four recipes; each result was checked and opened with `from_pretrained`, and its",
         "logits were finite. At 8 bits they were also close to the original's, and every tensor that was not compressed was",
-        "equal. *refused*: `lrc plan` says so, with this reason, before any work.",
+        "equal. *refused*: `lrc plan` says so, with this reason, before any work. *not run*: that recipe was not",
+        "tried for this table.",
         "",
         "Of a checkpoint with other modalities (images, sound) the text model is compressed, on text; the rest is stored as it",
         "is, and the result opens as the class that its config.json names.",
