@@ -271,7 +271,12 @@ def _of_earlier_layout(manifest: Path) -> bool:
         held = json.loads(manifest.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(held, dict) and {"identity", "needs"} <= held.keys() and held.get("layout") in (None, 1, 2)
+    return (
+        isinstance(held, dict)
+        and {"identity", "needs"} <= held.keys()
+        and "sha256" not in held
+        and held.get("layout") in (None, 1, 2)
+    )
 
 
 def packed(matrix: Tensor) -> Tensor:
