@@ -39,22 +39,15 @@ class Attempt:
 
 @dataclass
 class Relevant:
-    """Entries of a configuration that the kinds of its layers depend on, as far as searches have found them.
+    """What searches in one configuration have learnt, for later ones.
 
     Args:
-        nearer: those of which another value made a shallower model more like the original.
-        others: others that concern some layers only.
-        looked_for: the kinds of layers that were wrong when entries were looked for.
+        entries: those of which another value made a shallower model more like the original.
+        looked_for: the kinds of layers that were wrong when such entries were looked for.
     """
 
-    nearer: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
+    entries: list[Path] = field(default_factory=list)
     looked_for: set[frozenset[int]] = field(default_factory=set)
-
-    @property
-    def all(self) -> list[Path]:
-        """All of them, those that helped first."""
-        return self.nearer + [path for path in self.others if path not in self.nearer]
 
 
 class Search:
@@ -67,7 +60,7 @@ class Search:
     """
 
     def __init__(self, original: Original, kept: Sequence[int], relevant: Relevant) -> None:
-        self._original, self._view, self._kept, self._entries = original, original.view, list(kept), relevant
+        self._original, self._view, self._kept, self._learnt = original, original.view, list(kept), relevant
         self._before = len(self._view.layers)
         self._dropped = frozenset(range(self._before)) - set(kept)
         self._text = self._view.config.get_text_config()
@@ -80,8 +73,8 @@ class Search:
             return base
         found = self._climbed(base)
         moved = frozenset(self._original.built[self._kept[place]] for place in base.wrong)
-        if found.distance != RIGHT and moved not in self._entries.looked_for:
-            self._entries.looked_for.add(moved)
+        if found.distance != RIGHT and moved not in self._learnt.looked_for:
+            self._learnt.looked_for.add(moved)
             self._look_for_entries(base)
             found = self._climbed(base)
         return found if found.distance == RIGHT else base
@@ -99,27 +92,19 @@ class Search:
 
     def _steps(self, edits: Edits, now: Attempt) -> Iterator[Edits]:
         """The edits with one more entry changed, until one of them is right."""
-        for path in self._entries.all:
+        for path in self._learnt.entries:
             for value in self._meanings(path, now):
                 yield {**edits, path: value}
                 if self._tried({**edits, path: value}).distance == RIGHT:
                     return
 
     def _look_for_entries(self, base: Attempt) -> None:
-        """Add the entries on which the kinds of layers depend: change each one and see what becomes of the layers."""
+        """Add the entries on which the kinds of layers depend: those of which another value helps."""
         for path, value in entries(self._text):
-            if path in self._entries.nearer or not (may_number(value, self._before) or may_be_list(self._text, path)):
-                continue
-            values = self._meanings(path, base)[:_PROBES]
-            if any(self._tried({path: each}).distance < base.distance for each in values):
-                self._entries.nearer.append(path)
-            elif path not in self._entries.others and any(self._moves_layers({path: each}, base) for each in values):
-                self._entries.others.append(path)
-
-    def _moves_layers(self, edits: Edits, base: Attempt) -> bool:
-        """Whether edits build some layers differently than the base does, but not all."""
-        tried = self._tried(edits)
-        return tried.distance[0] < _UNBUILT and tried.distance != base.distance and len(tried.wrong) < len(self._kept)
+            if path not in self._learnt.entries and (may_number(value, self._before) or may_be_list(self._text, path)):
+                values = self._meanings(path, base)[:_PROBES]
+                if any(self._tried({path: each}).distance < base.distance for each in values):
+                    self._learnt.entries.append(path)
 
     def _meanings(self, path: Path, now: Attempt) -> list[Any]:
         """What an entry could be in the result: numbers of layers, first or last ones counted, a period, an offset."""
