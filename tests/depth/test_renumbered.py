@@ -150,19 +150,19 @@ def test_only_whole_periods_go_where_a_period_says_what_layers_are(tmp_path, tin
     dropping(model, tmp_path / "out", tiny_text_file, silent, {"num_hidden_layers": 4})
 
 
+@pytest.mark.slow
 def test_a_set_that_leaves_the_period_is_not_chosen(tmp_path, tiny_text_file):
     model = written(tmp_path / "model", "jamba", [1, 2, 4, 6], **_JAMBA)  # the best four by themselves are no period
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, **{"depth.drop": 4})
     assert plan.dropped != (1, 2, 4, 6) and Shallower.of(ModelView(locate(str(model)))).possible(plan.dropped)
 
 
-@pytest.mark.parametrize("score", ["sleb", "angular", "last"])
+@pytest.mark.parametrize("score", ["sleb", pytest.param("angular", marks=pytest.mark.slow), "last"])
 def test_every_score_keeps_to_what_can_go(score, tmp_path, tiny_text_file):
     model = written(tmp_path / "model", "jamba", [3, 4, 5, 6], **_JAMBA)
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, **{"depth.drop": 4, "depth.score": score})
     assert len(plan.dropped) == 4
-    if score != "last":
-        assert plan.dropped == (3, 4, 5, 6)
+    assert plan.dropped == (3, 4, 5, 6)
 
 
 def test_a_choice_that_is_free_takes_few_comparisons(tiny_checkpoints, monkeypatch):
