@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from .original import Built, Original
 from .tracing import Skeleton, original_name, traced
 
 RIGHT = (0, 0)
+_PAIRS = 60  # pairs of changed entries that are tried at most
 _PROBES = 3  # values of an entry that are tried to see whether layers depend on it
 _UNBUILT = 10**6  # the distance of a configuration that no model can be built from
 
@@ -28,6 +30,7 @@ class Attempt:
         what: the first difference, in words.
         wrong: places of layers that differ.
         final: whether no other entry can mend it.
+        known: whether every layer is of a kind that the original has.
     """
 
     config: Any
@@ -35,6 +38,7 @@ class Attempt:
     what: str = ""
     wrong: frozenset[int] = field(default_factory=frozenset)
     final: bool = False
+    known: bool = False
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Relevant:
     """What searches in one configuration have learnt, for later ones.
 
     Args:
-        entries: those of which another value made a shallower model more like the original.
+        entries: those of which another value made a shallower model more like the original, or moved layers between kinds.
         looked_for: the kinds of layers that were wrong when such entries were looked for.
     """
 
@@ -80,13 +84,16 @@ class Search:
         return found if found.distance == RIGHT else base
 
     def _climbed(self, base: Attempt) -> Attempt:
-        """The nearest configuration that is reached by changing one entry after the other, each time to the best value."""
+        """The nearest configuration that is reached by changing one entry after the other, or two at once."""
         edits: Edits = {}
         best = base
         while best.distance != RIGHT:
-            found = min(self._steps(edits, best), key=lambda each: self._tried(each).distance, default=edits)
-            if self._tried(found).distance >= best.distance:
-                break
+            for more in (self._steps, self._pairs):
+                found = min(more(edits, best), key=lambda each: self._tried(each).distance, default=edits)
+                if self._tried(found).distance < best.distance:
+                    break
+            else:
+                return best
             edits, best = found, self._tried(found)
         return best
 
@@ -98,12 +105,27 @@ class Search:
                 if self._tried({**edits, path: value}).distance == RIGHT:
                     return
 
+    def _pairs(self, edits: Edits, now: Attempt) -> Iterator[Edits]:
+        """The edits with two more entries changed, until one of them is right; at most `_PAIRS`."""
+        left = _PAIRS
+        for one, other in itertools.combinations(self._learnt.entries, 2):
+            for first in self._meanings(one, now):
+                after = self._tried({**edits, one: first})
+                for second in self._meanings(other, after):
+                    left -= 1
+                    if left < 0:
+                        return
+                    yield {**edits, one: first, other: second}
+                    if self._tried({**edits, one: first, other: second}).distance == RIGHT:
+                        return
+
     def _look_for_entries(self, base: Attempt) -> None:
-        """Add the entries on which the kinds of layers depend: those of which another value helps."""
+        """Add the entries on which the kinds of layers depend: another value helps, or moves layers between kinds."""
         for path, value in entries(self._text):
             if path not in self._learnt.entries and (may_number(value, self._before) or may_be_list(self._text, path)):
                 values = self._meanings(path, base)[:_PROBES]
-                if any(self._tried({path: each}).distance < base.distance for each in values):
+                tried = [self._tried({path: each}) for each in values]
+                if any(each.distance < base.distance or (each.known and each.distance != base.distance) for each in tried):
                     self._learnt.entries.append(path)
 
     def _meanings(self, path: Path, now: Attempt) -> list[Any]:
@@ -118,8 +140,7 @@ class Search:
         held = list(value or ())
         places = {layer: place for place, layer in enumerate(kept)}
         moved = [places[layer] for layer in held if layer in places]
-        found = [moved, sorted({*moved, *now.wrong}), sorted(set(moved) - now.wrong), sorted(now.wrong)]
-        found += self._kinds_apart()
+        found = [moved, *self._kinds_apart(), sorted({*moved, *now.wrong}), sorted(set(moved) - now.wrong), sorted(now.wrong)]
         made = {json.dumps(each): each for each in found}
         return [tuple(each) if isinstance(value, tuple) else each for each in made.values() if each != held]
 
@@ -162,7 +183,8 @@ class Search:
                 what = what or f"layer {layer}, which would be layer {place}, {first}"
                 wrong.add(place)
                 count += different
-        return Attempt(config, (count, 0), what, frozenset(wrong)) if count else self._computed(config)
+        known = set(self._original.built).issuperset(found.layers)
+        return Attempt(config, (count, 0), what, frozenset(wrong), known=known) if count else self._computed(config)
 
     def _computed(self, config: Any) -> Attempt:
         view, kept = self._view, self._kept
