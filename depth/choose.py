@@ -55,7 +55,8 @@ def choose_removed(
         return ModelEdit.without([view.sublayers[number] for number in removed], trial.record)
     removable, record = Removable(view, spec), dict[str, Any]()
     if score.tries:
-        trial = _Trying(view, spec, tokens, devices[0], None, folder, notify, removable.may_go)
+        trial = _Trying(view, spec, tokens, devices[0], None, folder, notify)
+        trial.may_go = removable.may_go
         chosen = score.choose(trial, removable.open, lambda removed: len(removed) >= removable.count)
         record = trial.record
     else:
@@ -83,9 +84,9 @@ class _Trying:
         sublayers: Sequence[SubLayer] | None,
         folder: Path,
         notify: Notify,
-        may_go: MayGo = anything,
     ) -> None:
-        self._view, self._device, self._notify, self._may_go = view, device, notify, may_go
+        self._view, self._device, self._notify = view, device, notify
+        self.may_go: MayGo = anything  # which sets can go, alone or with others
         self._without = Ablation if sublayers is None else WithoutSubLayers(sublayers)
         self._tokens = spread(tokens, spec.loss_samples)[:, : spec.loss_length]
         self._looks = get_score(spec.score).looks
@@ -98,7 +99,7 @@ class _Trying:
     def __call__(self, sets: Sequence[frozenset[int]]) -> list[float]:
         started = time.perf_counter()
         keys = [",".join(map(str, sorted(removed))) for removed in sets]
-        open_sets = {key: removed for key, removed in zip(keys, sets, strict=True) if self._may_go(removed)}
+        open_sets = {key: removed for key, removed in zip(keys, sets, strict=True) if self.may_go(removed)}
         if not open_sets:
             return [math.inf] * len(sets)
         missing = {key: removed for key, removed in open_sets.items() if key not in self._known}

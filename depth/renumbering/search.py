@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from .original import Built, Original
 from .tracing import Skeleton, original_name, traced
 
 RIGHT = (0, 0)
+_PAIRS = 60  # pairs of changed entries that are tried at most
 _PROBES = 3  # values of an entry that are tried to see whether layers depend on it
 _UNBUILT = 10**6  # the distance of a configuration that no model can be built from
 
@@ -28,6 +30,7 @@ class Attempt:
         what: the first difference, in words.
         wrong: places of layers that differ.
         final: whether no other entry can mend it.
+        known: whether every layer is of a kind that the original has.
     """
 
     config: Any
@@ -35,26 +38,20 @@ class Attempt:
     what: str = ""
     wrong: frozenset[int] = field(default_factory=frozenset)
     final: bool = False
+    known: bool = False
 
 
 @dataclass
 class Relevant:
-    """Entries of a configuration that the kinds of its layers depend on, as far as searches have found them.
+    """What searches in one configuration have learnt, for later ones.
 
     Args:
-        nearer: those of which another value made a shallower model more like the original.
-        others: others that concern some layers only.
-        looked_for: the kinds of layers that were wrong when entries were looked for.
+        entries: those of which another value made a shallower model more like the original, or moved layers between kinds.
+        looked_for: the kinds of layers that were wrong when such entries were looked for.
     """
 
-    nearer: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
+    entries: list[Path] = field(default_factory=list)
     looked_for: set[frozenset[int]] = field(default_factory=set)
-
-    @property
-    def all(self) -> list[Path]:
-        """All of them, those that helped first."""
-        return self.nearer + [path for path in self.others if path not in self.nearer]
 
 
 class Search:
@@ -67,7 +64,7 @@ class Search:
     """
 
     def __init__(self, original: Original, kept: Sequence[int], relevant: Relevant) -> None:
-        self._original, self._view, self._kept, self._entries = original, original.view, list(kept), relevant
+        self._original, self._view, self._kept, self._learnt = original, original.view, list(kept), relevant
         self._before = len(self._view.layers)
         self._dropped = frozenset(range(self._before)) - set(kept)
         self._text = self._view.config.get_text_config()
@@ -80,46 +77,56 @@ class Search:
             return base
         found = self._climbed(base)
         moved = frozenset(self._original.built[self._kept[place]] for place in base.wrong)
-        if found.distance != RIGHT and moved not in self._entries.looked_for:
-            self._entries.looked_for.add(moved)
+        if found.distance != RIGHT and moved not in self._learnt.looked_for:
+            self._learnt.looked_for.add(moved)
             self._look_for_entries(base)
             found = self._climbed(base)
         return found if found.distance == RIGHT else base
 
     def _climbed(self, base: Attempt) -> Attempt:
-        """The nearest configuration that is reached by changing one entry after the other, each time to the best value."""
+        """The nearest configuration that is reached by changing one entry after the other, or two at once."""
         edits: Edits = {}
         best = base
         while best.distance != RIGHT:
-            found = min(self._steps(edits, best), key=lambda each: self._tried(each).distance, default=edits)
-            if self._tried(found).distance >= best.distance:
-                break
+            for more in (self._steps, self._pairs):
+                found = min(more(edits, best), key=lambda each: self._tried(each).distance, default=edits)
+                if self._tried(found).distance < best.distance:
+                    break
+            else:
+                return best
             edits, best = found, self._tried(found)
         return best
 
     def _steps(self, edits: Edits, now: Attempt) -> Iterator[Edits]:
         """The edits with one more entry changed, until one of them is right."""
-        for path in self._entries.all:
+        for path in self._learnt.entries:
             for value in self._meanings(path, now):
                 yield {**edits, path: value}
                 if self._tried({**edits, path: value}).distance == RIGHT:
                     return
 
-    def _look_for_entries(self, base: Attempt) -> None:
-        """Add the entries on which the kinds of layers depend: change each one and see what becomes of the layers."""
-        for path, value in entries(self._text):
-            if path in self._entries.nearer or not (may_number(value, self._before) or may_be_list(self._text, path)):
-                continue
-            values = self._meanings(path, base)[:_PROBES]
-            if any(self._tried({path: each}).distance < base.distance for each in values):
-                self._entries.nearer.append(path)
-            elif path not in self._entries.others and any(self._moves_layers({path: each}, base) for each in values):
-                self._entries.others.append(path)
+    def _pairs(self, edits: Edits, now: Attempt) -> Iterator[Edits]:
+        """The edits with two more entries changed, until one of them is right; at most `_PAIRS`."""
+        left = _PAIRS
+        for one, other in itertools.combinations(self._learnt.entries, 2):
+            for first in self._meanings(one, now):
+                after = self._tried({**edits, one: first})
+                for second in self._meanings(other, after):
+                    left -= 1
+                    if left < 0:
+                        return
+                    yield {**edits, one: first, other: second}
+                    if self._tried({**edits, one: first, other: second}).distance == RIGHT:
+                        return
 
-    def _moves_layers(self, edits: Edits, base: Attempt) -> bool:
-        """Whether edits build some layers differently than the base does, but not all."""
-        tried = self._tried(edits)
-        return tried.distance[0] < _UNBUILT and tried.distance != base.distance and len(tried.wrong) < len(self._kept)
+    def _look_for_entries(self, base: Attempt) -> None:
+        """Add the entries on which the kinds of layers depend: another value helps, or moves layers between kinds."""
+        for path, value in entries(self._text):
+            if path not in self._learnt.entries and (may_number(value, self._before) or may_be_list(self._text, path)):
+                values = self._meanings(path, base)[:_PROBES]
+                tried = [self._tried({path: each}) for each in values]
+                if any(each.distance < base.distance or (each.known and each.distance != base.distance) for each in tried):
+                    self._learnt.entries.append(path)
 
     def _meanings(self, path: Path, now: Attempt) -> list[Any]:
         """What an entry could be in the result: numbers of layers, first or last ones counted, a period, an offset."""
@@ -133,8 +140,7 @@ class Search:
         held = list(value or ())
         places = {layer: place for place, layer in enumerate(kept)}
         moved = [places[layer] for layer in held if layer in places]
-        found = [moved, sorted({*moved, *now.wrong}), sorted(set(moved) - now.wrong), sorted(now.wrong)]
-        found += self._kinds_apart()
+        found = [moved, *self._kinds_apart(), sorted({*moved, *now.wrong}), sorted(set(moved) - now.wrong), sorted(now.wrong)]
         made = {json.dumps(each): each for each in found}
         return [tuple(each) if isinstance(value, tuple) else each for each in made.values() if each != held]
 
@@ -177,7 +183,8 @@ class Search:
                 what = what or f"layer {layer}, which would be layer {place}, {first}"
                 wrong.add(place)
                 count += different
-        return Attempt(config, (count, 0), what, frozenset(wrong)) if count else self._computed(config)
+        known = set(self._original.built).issuperset(found.layers)
+        return Attempt(config, (count, 0), what, frozenset(wrong), known=known) if count else self._computed(config)
 
     def _computed(self, config: Any) -> Attempt:
         view, kept = self._view, self._kept

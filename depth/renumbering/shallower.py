@@ -90,7 +90,7 @@ class Shallower:
 
     def _settings(self) -> str:
         text = self._original.view.config.get_text_config()
-        named = [f"{'.'.join(path)} {entry(text, path)}" for path in self._relevant.nearer]
+        named = [f"{'.'.join(path)} {entry(text, path)}" for path in self._relevant.entries]
         return f" The kinds of layers follow from {', '.join(named)}." if named else ""
 
 

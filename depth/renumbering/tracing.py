@@ -259,6 +259,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _noted(recorder: _Recorder, layer: nn.Module, number: int, dropped: bool, kinds: dict[int, str]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
+        """Run the layer, or skip it, and note what its output is."""
         call = Call(args, kwargs)
         same, state = call.hidden, recorder.hash_of(call.hidden)
         recorder.call = _hashed("layer", number, state, kinds.get(number))

@@ -108,12 +108,11 @@ def answers(folder):
 
 
 def dropping(model, out, text, silent, config, **overrides):
-    """Drop the silent layers by block influence; the result must answer as the model does and say `config` of itself."""
+    """Drop the silent layers by block influence; by how much the answers change. The result must say `config` of itself."""
     plan, _ = compress(model, out, text, **{"depth.drop": len(silent)} | overrides)
     assert plan.dropped == tuple(silent)
     assert json.loads((out / "config.json").read_text()).items() >= config.items()
-    for mine, theirs in zip(answers(out), answers(model), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-4)
+    return max(float((mine - theirs).abs().max()) for mine, theirs in zip(answers(out), answers(model), strict=True))
 
 
 @pytest.mark.parametrize(("kind", "silent", "config", "says"), [
@@ -122,14 +121,16 @@ def dropping(model, out, text, silent, config, **overrides):
 ])  # fmt: skip
 def test_a_layer_that_adds_nothing_can_go(kind, silent, config, says, tiny_text_file, tmp_path):
     model = written(tmp_path / "model", kind, [silent], **config)
-    dropping(model, tmp_path / "out", tiny_text_file, [silent], says)
+    assert dropping(model, tmp_path / "out", tiny_text_file, [silent], says) < 1e-4
 
 
 def draft(model, **overrides):
     return make_draft(ModelView(locate(str(model))), load_recipe("block-influence", {"depth.drop": 1} | overrides))
 
 
-@pytest.mark.parametrize(("kind", "config", "why"), [pytest.param(*case, id=case[0]) for case in REFUSED])
+@pytest.mark.parametrize(("kind", "config", "why"), [
+    pytest.param(*case, id=case[0], marks=[pytest.mark.slow] if case[0] == "jamba" else []) for case in REFUSED
+])  # fmt: skip
 def test_what_no_configuration_describes_is_refused_in_the_plan(kind, config, why, tmp_path):
     model = written(tmp_path, kind, **config)
     with pytest.raises(ModelError, match=why) as refused:
@@ -139,30 +140,32 @@ def test_what_no_configuration_describes_is_refused_in_the_plan(kind, config, wh
 
 def test_without_its_last_layer_a_model_that_scales_by_the_layers_number_is_the_same(tmp_path, tiny_text_file):
     model = written(tmp_path / "model", "gpt2", [5], scale_attn_by_inverse_layer_idx=True)
-    dropping(model, tmp_path / "out", tiny_text_file, [5], {"n_layer": 5}, **{"depth.protect_last": 0})
+    assert dropping(model, tmp_path / "out", tiny_text_file, [5], {"n_layer": 5}, **{"depth.protect_last": 0}) < 1e-4
 
 
+@pytest.mark.slow
 def test_only_whole_periods_go_where_a_period_says_what_layers_are(tmp_path, tiny_text_file):
     silent = [2, 3, 4, 5]
     model = written(tmp_path / "model", "jamba", silent, **_JAMBA)
     plan = draft(model, **{"depth.drop": 4})
     assert any("not every layer can go" in note for note in plan.notes)
-    dropping(model, tmp_path / "out", tiny_text_file, silent, {"num_hidden_layers": 4})
+    assert dropping(model, tmp_path / "out", tiny_text_file, silent, {"num_hidden_layers": 4}) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_set_that_leaves_the_period_is_not_chosen(tmp_path, tiny_text_file):
     model = written(tmp_path / "model", "jamba", [1, 2, 4, 6], **_JAMBA)  # the best four by themselves are no period
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, **{"depth.drop": 4})
     assert plan.dropped != (1, 2, 4, 6) and Shallower.of(ModelView(locate(str(model)))).possible(plan.dropped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["sleb", "angular", "last"])
 def test_every_score_keeps_to_what_can_go(score, tmp_path, tiny_text_file):
     model = written(tmp_path / "model", "jamba", [3, 4, 5, 6], **_JAMBA)
     plan, _ = compress(model, tmp_path / "out", tiny_text_file, **{"depth.drop": 4, "depth.score": score})
     assert len(plan.dropped) == 4
-    if score != "last":
-        assert plan.dropped == (3, 4, 5, 6)
+    assert plan.dropped in [(1, 2, 3, 4), (2, 3, 4, 5), (3, 4, 5, 6)], "a whole period"
 
 
 def test_a_choice_that_is_free_takes_few_comparisons(tiny_checkpoints, monkeypatch):
