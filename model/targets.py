@@ -145,10 +145,11 @@ def _explained(view: Checkpoint) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
+def standing_in(view: Checkpoint, through_head: bool = False) -> Iterator[dict[str, Tensor]]:
     """While the context is open, weights outside the layers are zeros; gives the arguments of a forward that uses them.
 
-    The zeros take no memory: one number stands for a whole tensor. The forward ends where the output head is called.
+    The zeros take no memory: one number stands for a whole tensor. The forward ends where the output head is called, unless it
+    is to go through it.
     """
     model = view.model
     outside = [(m, n, p) for path, m in model.named_modules() if not path.startswith(view.layers_path + ".")
@@ -157,12 +158,13 @@ def standing_in(view: Checkpoint) -> Iterator[dict[str, Tensor]]:
     for module, name, parameter in outside:
         zeros = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
         setattr(module, name, nn.Parameter(zeros, requires_grad=False))
-    if head is not None:
+    stopped = head is not None and not through_head
+    if stopped:
         head.forward = _ending
     try:
         yield {"input_ids": torch.full((1, TINY), plain_token(view.config))}
     finally:
-        if head is not None:
+        if stopped:
             del head.forward
         for module, name, parameter in outside:
             setattr(module, name, parameter)

@@ -51,6 +51,10 @@ class Skeleton:
     layers_path: str
     layers: Sequence[nn.Module]
 
+    def tie(self) -> None:
+        """Tie what is tied, as a checkpoint does."""
+        self.model.tie_weights(recompute_mapping=False)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -76,7 +80,12 @@ def traced(skeleton: Any, numbers: Sequence[int], dropped: Collection[int] = ())
     recorder = _Recorder()
     kinds: dict[int, str] = {}
     layers, model = skeleton.layers, skeleton.model
-    with torch.no_grad(), standing_in(skeleton) as start, _plain_attention(model), recorder.naming(skeleton, numbers):
+    with (
+        torch.no_grad(),
+        standing_in(skeleton, through_head=True) as start,
+        _plain_attention(model),
+        recorder.naming(skeleton, numbers),
+    ):
         for place, layer in enumerate(layers):
             layer.forward = _noted(recorder, layer, numbers[place], place in dropped, kinds)
         try:
