@@ -30,13 +30,14 @@ from ..compress.forms.quantized import QuantizedLinear
 from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
-from .fp8 import Fp8Source, open_weights, quantization_of, without_quantization
-from .location import Location, declared_quantization, locate, quantization_method
+from .location import Location, locate
+from .reading.fp8 import Fp8Source, open_weights, quantization_of, without_quantization
+from .reading.weights import SafetensorsSource
+from .reading.which import declared_quantization, quantization_method
 from .untrusted.foreign import foreign
 from .untrusted.gguf_header import require_sound
 from .untrusted.json_text import dotted, walked
 from .untrusted.skeleton import require_affordable, require_finite_tables
-from .weights import SafetensorsSource
 
 METHOD = "lrc"
 FORMAT_VERSION = 1

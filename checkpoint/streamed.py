@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError
 from .architecture import built, find_layers, keep_float32, require_sizes
-from .fingerprint import Tell, unread_bytes
-from .fp8 import Fp8Source, open_weights, require_numbers, without_quantization
 from .location import Location
+from .reading.fingerprint import Tell, unread_bytes
+from .reading.fp8 import Fp8Source, open_weights, require_numbers, without_quantization
+from .reading.names import all_made, changes_shape, renamed_tensors
+from .reading.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
-from .weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
 
 
 class Checkpoint:
@@ -63,7 +64,7 @@ class Checkpoint:
         self.layer_names = [f"{self.layers_path}.{index}" for index in range(len(layers))]
         self._refuse_shared_layers()
         self.source: WeightSource = shards or GgufSource(location.path / str(location.gguf), self.model)
-        renamed, self.unused = _renamed(self.model, self.source)
+        renamed, self.unused = renamed_tensors(self.model, self.source)
         self._renamed = renamed
         self._standing_for: dict[str, str] = {}
         self.untied = self._settle_ties()
@@ -352,7 +353,7 @@ class Checkpoint:
 
     def _check_headers(self) -> None:
         """Compare the headers with the model, so that missing and unfitting tensors are found before any work."""
-        have = {name for targets in _all_made(self.model, self._renamed).values() for name in targets}
+        have = {name for targets in all_made(self.model, self._renamed).values() for name in targets}
         missing = [name for name, _ in self.model.named_parameters() if name not in have and name not in self.tied]
         if missing:
             raise CheckpointError(
@@ -362,7 +363,7 @@ class Checkpoint:
         state = self.model.state_dict()
         for name, target in self._renamed.items():
             got, expected = self.source.shape(name), tuple(state[target].shape)
-            if got is not None and got != expected and not _changes_shape(self.model, name):
+            if got is not None and got != expected and not changes_shape(self.model, name):
                 raise self._unfitting(name, got, expected)
 
     def _unfitting(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
@@ -402,55 +403,6 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: st
     model.eval()
     model.requires_grad_(False)
     return model
-
-
-def _renamed(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
-    """Name in the checkpoint -> name in the model, and the checkpoint's names that the model does not have."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    known = model.state_dict()
-    if source.names() and all(name in known for name in source.names()):
-        return {name: name for name in source.names()}, []
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    renamed, unused = {}, []
-    for name in source.names():
-        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if new not in known and name in known:
-            new = name
-        if new in known:
-            renamed[name] = new
-        else:
-            unused.append(name)
-    return renamed, unused
-
-
-def _all_made(model: Any, renamed: dict[str, str]) -> dict[str, list[str]]:
-    """Name in the checkpoint -> every name in the model that transformers makes of it: it splits some tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    splits = [entry.target_patterns for entry in get_model_conversion_mapping(model)
-              if isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1]  # fmt: skip
-    made = {name: [target] for name, target in renamed.items()}
-    for name, (target, *_) in made.items():
-        for first, *others in splits:
-            if name != target and first in target:
-                made[name] += [target.replace(first, other) for other in others]
-    return made
-
-
-def _changes_shape(model: Any, name: str) -> bool:
-    """Whether transformers fuses, splits or transposes this tensor of the checkpoint when it loads it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    return rename_source_key(name, renamings, converters)[1] is not None
 
 
 def _not_finite(tensor: Tensor) -> Tensor:

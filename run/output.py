@@ -14,8 +14,8 @@ from typing import Any
 
 from ..checkpoint.artifact import UNCHECKED
 from ..checkpoint.beside import files_beside
-from ..checkpoint.fp8 import MODELOPT
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
+from ..checkpoint.reading.fp8 import MODELOPT
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView

@@ -11,7 +11,8 @@ import torch
 from ..checkpoint.artifact import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
 from ..checkpoint.atomic import PARTIAL, sha256_of
 from ..checkpoint.hf_quantizer import install_stored
-from ..checkpoint.location import Location, read_index
+from ..checkpoint.location import Location
+from ..checkpoint.reading.which import read_index
 from ..errors import CheckpointError, NonFiniteError
 from ..model.layerwise import layerwise
 from ..model.lockstep import run_calls

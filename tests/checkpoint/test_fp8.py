@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrc.checkpoint.fp8 import descaled, scale_blocks
 from lrc.checkpoint.location import locate
+from lrc.checkpoint.reading.fp8 import descaled, scale_blocks
 from lrc.checkpoint.streamed import Checkpoint
 
 SINGLE = "model.safetensors"

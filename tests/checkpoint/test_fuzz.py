@@ -26,8 +26,8 @@ from lrc.checkpoint.artifact import read_record
 from lrc.checkpoint.atomic import read_json
 from lrc.checkpoint.hf_quantizer import install_stored
 from lrc.checkpoint.location import Location
+from lrc.checkpoint.reading.weights import SafetensorsSource
 from lrc.checkpoint.untrusted.gguf_header import require_sound
-from lrc.checkpoint.weights import SafetensorsSource
 from lrc.commands.sweep_rows import _Table
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe, shipped

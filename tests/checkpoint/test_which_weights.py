@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
 
 from lrc.checkpoint.location import Location, locate
+from lrc.checkpoint.reading.weights import SafetensorsSource
 from lrc.checkpoint.streamed import Checkpoint
-from lrc.checkpoint.weights import SafetensorsSource
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -14,7 +14,7 @@ import torch
 from commandline import contents, lrc_ok, run_lrc
 from safetensors import SafetensorError
 
-import lrc.checkpoint.weights
+import lrc.checkpoint.reading.weights
 from lrc.run import layer_loop
 
 
@@ -51,7 +51,7 @@ def test_no_memory_however_it_is_reported_is_one_message(refusal, model, request
 
 
 def test_a_file_that_cannot_be_mapped_for_want_of_memory_is_not_called_damaged(model, request_for, tmp_path, monkeypatch):
-    real, calls = lrc.checkpoint.weights.safe_open, []
+    real, calls = lrc.checkpoint.reading.weights.safe_open, []
 
     def full(*arguments: object, **more: object) -> object:
         calls.append(1)
@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_is_not_called_damaged(m
             raise SafetensorError("Error while reading: Cannot allocate memory (os error 12)")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(lrc.checkpoint.weights, "safe_open", full)
+    monkeypatch.setattr(lrc.checkpoint.reading.weights, "safe_open", full)
     result = run_lrc(*request_for(model, tmp_path / "out"))
     assert result.code == 1 and "Memory ran out" in result.err and "Download" not in result.err
 

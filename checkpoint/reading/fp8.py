@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ModelError, one_line
+from ...errors import CheckpointError, ModelError, one_line
 from .fingerprint import Tell
-from .location import declared_quantization, quantization_method
 from .weights import SafetensorsSource
+from .which import declared_quantization, quantization_method
 
 MODELOPT = "hf_quant_config.json"
 _MODELOPT_BYTES = 1 << 24

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, ModelError
+from ...errors import CheckpointError, ModelError
+from ..untrusted.foreign import foreign
+from ..untrusted.gguf_header import require_sound
+from ..untrusted.weights_header import require_short_header
 from .fingerprint import Tell, fingerprint
-from .location import WeightFiles, weight_files
-from .untrusted.foreign import foreign
-from .untrusted.gguf_header import require_sound
-from .untrusted.weights_header import require_short_header
+from .which import WeightFiles, weight_files
 
 _ROWS = 1 << 22  # numbers of each of two tensors that are compared at a time
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..errors import CheckpointError, LrcError
-from .atomic import read_json, sha256_of, write_json
+from ...errors import CheckpointError, LrcError
+from ..atomic import read_json, sha256_of, write_json
 
 Tell = Callable[[int, int], None]  # (files done, files in all)
 _SETTLED = 2.0  # seconds: clocks of file systems tick as slowly; a younger file could change again within one tick
