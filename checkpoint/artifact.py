@@ -11,14 +11,11 @@ lrc's files in it are those that `lrc.json` lists.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fnmatch
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,13 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError, RequestError, ResumeError, brief
+from ..errors import CheckpointError, OutputError, ResumeError
 from .atomic import (
     PARTIAL,
     checksum,
     clear_leftovers,
     locked,
-    own_digest_fits,
     remove,
     replacing,
     sha256_of,
@@ -42,26 +38,26 @@ from .atomic import (
     sync_folder,
     writing,
 )
-from .untrusted.files import RECORD as RECORD_BYTES
-from .untrusted.files import size_of
-from .untrusted.json_text import json_object
-from .untrusted.record import require_record
+from .folder import (
+    CARD,
+    INDEX,
+    JOURNAL,
+    LOCK,
+    OWN,
+    RECORD,
+    SCHEMA,
+    SCRATCH,
+    SHARD,
+    UNCHECKED,
+    copied_files,
+    folders_of,
+    leftovers,
+    parsed,
+    read_record,
+    require_usable,
+)
 
-JOURNAL = "lrc.journal.jsonl"
-RECORD = "lrc.json"
-CARD = "README.md"
-INDEX = "model.safetensors.index.json"
-UNCHECKED = "config.json.unchecked"
-SCHEMA = 1
-SCRATCH = (".lrc-statistics", ".lrc-search")  # folders that a run keeps until its result is finished
-LOCK = ".lrc.lock"
 _CHECK = "checksum"  # of a journal's line: sha256 of the line without it
-OWN = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
-# weights in any format, and adapters
-WEIGHTS = (
-    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
-)  # fmt: skip
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class Artifact:
                     self._compare(read_record(self.folder).get("identity", {}))
                 self._begin()
             # only now, because a run with another identity must not be changed
-            for folder in _folders(self.folder):
+            for folder in folders_of(self.folder):
                 clear_leftovers(folder)
 
     def _is_finished(self) -> bool:
@@ -162,9 +158,9 @@ class Artifact:
 
     def _clear(self) -> None:
         """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
-        own = OWN | set(SCRATCH) | _copied_files(self.folder)
+        own = OWN | set(SCRATCH) | copied_files(self.folder)
         named = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
-        mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or _SHARD.fullmatch(name)]
+        mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or SHARD.fullmatch(name)]
         last = (*SCRATCH, RECORD, JOURNAL)
         for path in sorted(mine, key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
             remove(path)
@@ -214,7 +210,7 @@ class Artifact:
             self._begin()
             return
         if entries[0] is None:
-            old = _parsed(lines[0])
+            old = parsed(lines[0])
             if isinstance(old, dict) and "identity" in old and _CHECK not in old:
                 self._compare(old["identity"])  # of an lrc that wrote no checksums
             raise CheckpointError(f"{path} is damaged: line 1 does not have its checksum.", "Start over with --restart.")
@@ -355,9 +351,9 @@ class Artifact:
     def _not_listed(self, files: Mapping[str, bytes]) -> list[str]:
         """Shards and copied files in the folder that the result does not list, as of a run whose journal was lost."""
         listed = {*files, *(shard.file for shard in self.done.values())}
-        copied = _copied_files(self.folder)
+        copied = copied_files(self.folder)
         names = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return [name for name in names if name not in listed and (name in copied or _SHARD.fullmatch(name))]
+        return [name for name in names if name not in listed and (name in copied or SHARD.fullmatch(name))]
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -367,116 +363,6 @@ class Artifact:
             sync_file(temporary)
         sync_folder(path.parent)
         sync_folder(self.folder)
-
-
-def _is_below(name: Any) -> bool:
-    """Whether a name that a file gives leads to a place below the folder, and not through it to another one."""
-    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-def _folders(folder: Path) -> set[Path]:
-    """The folder, and the folders in it that hold copied files."""
-    return {folder, *((folder / name).parent for name in _copied_files(folder))}
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """What a run keeps in its folder until it is finished, journal apart: scratch, temporary files, the unchecked config.
-
-    Shards are not among it: other programs give theirs the same names.
-    """
-    entries = [path for inner in _folders(folder) if inner.is_dir() for path in inner.iterdir()]
-    return [path for path in entries if path.name in (UNCHECKED, *SCRATCH) or path.name.endswith(PARTIAL)]
-
-
-def clear_finished(folder: Path) -> list[str]:
-    """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
-
-    Nothing is deleted where there is no finished result, while another process works in the folder, or where it may not be
-    written to.
-    """
-    finished = (folder / RECORD).is_file() and (folder / "config.json").is_file() and not (folder / JOURNAL).exists()
-    if not finished or not (found := leftovers(folder)):
-        return []
-    gone = []
-    with contextlib.suppress(OSError, RequestError):
-        lock = locked(folder / LOCK)
-        try:
-            for path in found:
-                remove(path)
-                gone.append(path.name)
-        finally:
-            (folder / LOCK).unlink()
-            lock.close()
-    return gone
-
-
-def _copied_files(folder: Path) -> set[str]:
-    """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
-    texts = [
-        *((folder / JOURNAL).read_bytes().splitlines() if (folder / JOURNAL).is_file() else []),
-        (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b"",
-    ]
-    entries = [entry for text in texts if isinstance(entry := _parsed(text), dict)]
-    listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
-    return {name for name in listed if _is_below(name)}
-
-
-def require_usable(folder: Path) -> None:
-    """Refuse, before any work, a folder that a run cannot be written into. Writes nothing.
-
-    Raises:
-        RequestError: it holds files that are not lrc's.
-        OutputError: it is not a folder, or it is not writable.
-    """
-    with writing(folder):
-        if folder.exists():
-            names = {path.name for path in folder.iterdir()}
-            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {LOCK})):
-                raise RequestError(
-                    f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
-                    "Give an empty or new folder as --out.",
-                )
-            foreign = sorted(name for name in names - OWN if matches(name, WEIGHTS) and not _SHARD.fullmatch(name))
-            if foreign:
-                raise RequestError(
-                    f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "
-                    "read them.",
-                    "Move them to another folder, or give another --out.",
-                )
-        standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-        if not standing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(standing))
-        if not os.access(standing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "Permission denied or read-only file system", str(standing))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """`lrc.json` of a finished artifact.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    path = folder / RECORD
-    if size_of(path) is None:
-        unfinished = (
-            " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
-        )
-        raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
-    record = json_object(path, RECORD_BYTES)
-    fits = own_digest_fits(path.read_bytes())
-    if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
-        raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
-                              "Copy it again, or undo the change if it is not yours.")  # fmt: skip
-    schema = record.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise CheckpointError(f"{path} has schema {brief(str(schema))}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
-    require_record(record, path)
-    return record
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether the name of a file matches one of these shell patterns, upper or lower case."""
-    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
 def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
@@ -491,14 +377,6 @@ def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder / shard.file} cannot be read: {error}", "Start over with --restart.") from error
 
 
-def _parsed(text: bytes) -> Any:
-    """The JSON value of a text, or None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _line(entry: Mapping[str, Any]) -> bytes:
     """A line of the journal: an entry with its checksum."""
     return json.dumps(dict(entry) | {_CHECK: checksum(json.dumps(entry))}).encode() + b"\n"
@@ -506,7 +384,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The entry of a whole line of the journal; None if it is damaged."""
-    entry = _parsed(line)
+    entry = parsed(line)
     if not line.endswith(b"\n") or not isinstance(entry, dict):
         return None
     return entry if entry.pop(_CHECK, None) == checksum(json.dumps(entry)) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import RequestError, did_you_mean
-from .artifact import JOURNAL
+from .folder import JOURNAL
 from .location import Location, locate
 from .untrusted.files import require_path
 

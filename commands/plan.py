@@ -45,7 +45,7 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
-    from ..checkpoint.artifact import require_usable
+    from ..checkpoint.folder import require_usable
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe
     from ..run.request import Request

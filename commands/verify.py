@@ -23,7 +23,7 @@ def verify(
     Checks the hashes of the files, the shapes of the tensors, that no other file lies there which loading would read, and that
     the model gives finite logits.
     """
-    from ..checkpoint.artifact import clear_finished
+    from ..checkpoint.folder import clear_finished
     from ..checkpoint.opening import require_finished
     from ..run import verify as checks
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..calibrate.data import same_text
-from ..checkpoint.artifact import RECORD, read_record
+from ..checkpoint.folder import RECORD, read_record
 from ..checkpoint.hf_quantizer import open_model, require_loadable
 from ..checkpoint.location import Location
 from ..checkpoint.opening import dtype_of, located

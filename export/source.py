@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.artifact import read_record
+from ..checkpoint.folder import read_record
 from ..checkpoint.hf_quantizer import WITHOUT_LRC, install_stored
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec

@@ -28,8 +28,9 @@ from torch import Tensor
 from ..calibrate.layerwise import run_batches
 from ..calibrate.packing import token_hash
 from ..checkpoint.architecture import without_head
-from ..checkpoint.artifact import UNCHECKED, Artifact
+from ..checkpoint.artifact import Artifact
 from ..checkpoint.atomic import checked_tensors, write_tensors, writing
+from ..checkpoint.folder import UNCHECKED
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import CheckpointError

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.artifact import UNCHECKED
 from ..checkpoint.beside import files_beside
+from ..checkpoint.folder import UNCHECKED
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
 from ..checkpoint.reading.fp8 import MODELOPT
 from ..compress.forms.base import Spec

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.artifact import require_usable
+from ..checkpoint.folder import require_usable
 from ..checkpoint.location import Location
 from ..checkpoint.opening import devices_of, dtype_of, located
 from ..errors import RequestError

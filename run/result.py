@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..checkpoint.artifact import read_record
+from ..checkpoint.folder import read_record
 from ..checkpoint.untrusted.record import problem
 from ..errors import CheckpointError
 from ..plan.plan import Plan

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..calibrate.data import Calibration
-from ..checkpoint.artifact import SCRATCH, Artifact
+from ..checkpoint.artifact import Artifact
+from ..checkpoint.folder import SCRATCH
 from ..model.events import Event, Notify, silent
 from ..model.view import ModelView
 from ..plan.plan import Planned

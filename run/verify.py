@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.artifact import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
 from ..checkpoint.atomic import PARTIAL, sha256_of
+from ..checkpoint.folder import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..checkpoint.reading.which import read_index

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from tiny import write_tiny
 from tiny_gguf import write_tiny_gguf
 
-from lrc.checkpoint.artifact import read_record
 from lrc.checkpoint.atomic import read_json
+from lrc.checkpoint.folder import read_record
 from lrc.checkpoint.hf_quantizer import install_stored
 from lrc.checkpoint.location import Location
 from lrc.checkpoint.reading.weights import SafetensorsSource

@@ -14,7 +14,8 @@ from commandline import contents, lrc_ok, run_lrc, untouched
 from safetensors.torch import load_file, save_file
 
 from lrc.calibrate.data import load_calibration
-from lrc.checkpoint.artifact import JOURNAL, Artifact
+from lrc.checkpoint.artifact import Artifact
+from lrc.checkpoint.folder import JOURNAL
 from lrc.checkpoint.location import locate
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lrc.checkpoint.artifact
-from lrc.checkpoint.artifact import JOURNAL
+from lrc.checkpoint.folder import JOURNAL
 from lrc.commands.terminal import Progress
 
 

@@ -17,8 +17,9 @@ from faults import killed_before
 from tiny import tiny_text
 
 from lrc.calibrate.store import StatsStore
-from lrc.checkpoint.artifact import JOURNAL, Artifact
+from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.atomic import read_json, replacing, write_json
+from lrc.checkpoint.folder import JOURNAL
 from lrc.commands.terminal import Progress
 
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ import pytest
 from commandline import contents, lrc_ok, run_lrc
 from faults import disk_full_before, killed_before
 
-from lrc.checkpoint.artifact import JOURNAL
+from lrc.checkpoint.folder import JOURNAL
 
 REFINED = 'refine={"end-to-end": {"lr": 1e-3, "steps": 4, "every": 2, "batch_tokens": 96}}'
 # Every kind of file that a run keeps: statistics, losses of options, gradients and spilled states, losses of ablations, a

@@ -1,0 +1,153 @@
+"""The folder of a result: the names of its files, its record, and what a killed run leaves in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, RequestError, brief
+from .atomic import PARTIAL, locked, own_digest_fits, remove, writing
+from .untrusted.files import RECORD as RECORD_BYTES
+from .untrusted.files import size_of
+from .untrusted.json_text import json_object
+from .untrusted.record import require_record
+
+JOURNAL = "lrc.journal.jsonl"
+RECORD = "lrc.json"
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+UNCHECKED = "config.json.unchecked"
+SCHEMA = 1
+SCRATCH = (".lrc-statistics", ".lrc-search")  # folders that a run keeps until its result is finished
+LOCK = ".lrc.lock"
+OWN = {JOURNAL, RECORD, INDEX, UNCHECKED, "config.json", CARD}
+# weights in any format, and adapters
+WEIGHTS = (
+    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
+)  # fmt: skip
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def is_below(name: Any) -> bool:
+    """Whether a name that a file gives leads to a place below the folder, and not through it to another one."""
+    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def folders_of(folder: Path) -> set[Path]:
+    """The folder, and the folders in it that hold copied files."""
+    return {folder, *((folder / name).parent for name in copied_files(folder))}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a run keeps in its folder until it is finished, journal apart: scratch, temporary files, the unchecked config.
+
+    Shards are not among it: other programs give theirs the same names.
+    """
+    entries = [path for inner in folders_of(folder) if inner.is_dir() for path in inner.iterdir()]
+    return [path for path in entries if path.name in (UNCHECKED, *SCRATCH) or path.name.endswith(PARTIAL)]
+
+
+def clear_finished(folder: Path) -> list[str]:
+    """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
+
+    Nothing is deleted where there is no finished result, while another process works in the folder, or where it may not be
+    written to.
+    """
+    finished = (folder / RECORD).is_file() and (folder / "config.json").is_file() and not (folder / JOURNAL).exists()
+    if not finished or not (found := leftovers(folder)):
+        return []
+    gone = []
+    with contextlib.suppress(OSError, RequestError):
+        lock = locked(folder / LOCK)
+        try:
+            for path in found:
+                remove(path)
+                gone.append(path.name)
+        finally:
+            (folder / LOCK).unlink()
+            lock.close()
+    return gone
+
+
+def copied_files(folder: Path) -> set[str]:
+    """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
+    texts = [
+        *((folder / JOURNAL).read_bytes().splitlines() if (folder / JOURNAL).is_file() else []),
+        (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b"",
+    ]
+    entries = [entry for text in texts if isinstance(entry := parsed(text), dict)]
+    listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
+    return {name for name in listed if is_below(name)}
+
+
+def require_usable(folder: Path) -> None:
+    """Refuse, before any work, a folder that a run cannot be written into. Writes nothing.
+
+    Raises:
+        RequestError: it holds files that are not lrc's.
+        OutputError: it is not a folder, or it is not writable.
+    """
+    with writing(folder):
+        if folder.exists():
+            names = {path.name for path in folder.iterdir()}
+            if not names & {JOURNAL, RECORD} and (foreign := sorted(names - {LOCK})):
+                raise RequestError(
+                    f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
+                    "Give an empty or new folder as --out.",
+                )
+            foreign = sorted(name for name in names - OWN if matches(name, WEIGHTS) and not SHARD.fullmatch(name))
+            if foreign:
+                raise RequestError(
+                    f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "
+                    "read them.",
+                    "Move them to another folder, or give another --out.",
+                )
+        standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+        if not standing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(standing))
+        if not os.access(standing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied or read-only file system", str(standing))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`lrc.json` of a finished artifact.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / RECORD
+    if size_of(path) is None:
+        unfinished = (
+            " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
+        )
+        raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
+    record = json_object(path, RECORD_BYTES)
+    fits = own_digest_fits(path.read_bytes())
+    if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
+        raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
+                              "Copy it again, or undo the change if it is not yours.")  # fmt: skip
+    schema = record.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise CheckpointError(f"{path} has schema {brief(str(schema))}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
+    require_record(record, path)
+    return record
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the name of a file matches one of these shell patterns, upper or lower case."""
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
+def parsed(text: bytes) -> Any:
+    """The JSON value of a text, or None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
