@@ -25,7 +25,7 @@ from lrc.calibrate.collect import collect, targets_by_layer
 from lrc.calibrate.data import CalibrationSpec, load_calibration
 from lrc.calibrate.gradients import GradientSettings
 from lrc.checkpoint.location import locate
-from lrc.commands.arguments import quiet
+from lrc.commands.common.arguments import quiet
 from lrc.compress.base import TargetStats, get_method
 from lrc.compress.options import Choice, break_even
 from lrc.model.layer_forms import target_weight

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import counts_of, quiet, require_writable
-from .options import Trust
+from .common.arguments import counts_of, quiet, require_writable
+from .common.options import Trust
 
 
 def bench(
@@ -33,7 +33,7 @@ def bench(
     """
     from ..checkpoint.opening import dtype_of, require_finished
     from ..evaluation.speed import SpeedSettings, measure_speed
-    from .terminal import print_speed
+    from .common.terminal import print_speed
 
     quiet()
     settings = SpeedSettings(counts_of(prefill, "--prefill"), counts_of(decode, "--decode"), rounds)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import interruptible
-from .options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.arguments import interruptible
+from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
 from .plan import drafted, note_calibration, requested
 
 
@@ -32,7 +32,7 @@ def compress(
     Prints the plan first, as lrc plan does.
     """
     from ..run.pipeline import run_request
-    from .terminal import Progress, print_plan
+    from .common.terminal import Progress, print_plan
 
     request = requested(recipe, calibration, source, out)
     if dry_run:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import interruptible, names_of, quiet, require_writable, together
-from .options import Activations, ModelOptions, grouped
+from .common.arguments import interruptible, names_of, quiet, require_writable, together
+from .common.options import Activations, ModelOptions, grouped
 
 if TYPE_CHECKING:
     from ..evaluation.request import Request
@@ -56,7 +56,7 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..evaluation.evaluate import check_model, measure
     from ..evaluation.results import Evaluation
-    from .eval_output import reporting
+    from .common.eval_output import reporting
 
     if options.json_file is not None:
         require_writable(options.json_file)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import quiet
-from .options import Trust
+from .common.arguments import quiet
+from .common.options import Trust
 
 
 def export(

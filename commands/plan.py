@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import CalibrationError
-from .arguments import quiet, together
-from .options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.arguments import quiet, together
+from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
 
 if TYPE_CHECKING:
     from ..model.view import ModelView
@@ -29,7 +29,7 @@ def plan(
     Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
     weights where sub-layers may be pruned.
     """
-    from .terminal import print_plan
+    from .common.terminal import print_plan
 
     view, draft = drafted(requested(recipe, calibration, source))
     print_plan(draft, verbose=verbose)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Set
+from .common.options import Set
 
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 

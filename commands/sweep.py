@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import (
+from .common.arguments import (
     names_of,
     quiet,
     ratio_of,
     require_folder,
     together,
 )
-from .options import Activations, CalibrationOptions, ModelOptions, grouped
+from .common.options import Activations, CalibrationOptions, ModelOptions, grouped
 
 if TYPE_CHECKING:
     from ..calibrate.data import Calibration, CalibrationSpec
@@ -59,8 +59,8 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     from ..checkpoint.opening import devices_of
     from ..evaluation.request import Settings, check_positions, prepare
     from ..run.pipeline import require_text_fits, shared_statistics
+    from .common.terminal import plain_or_terminal
     from .sweep_rows import Job, finished_rows, markdown, run_sweep
-    from .terminal import plain_or_terminal
 
     require_folder(options.out)
     view, jobs, plans = _planned_rows(options, calibration, source)

@@ -47,6 +47,11 @@ class CompressedTensors(Format):
         return bool(self.result.ranks()) or any(not each.grid.symmetric for each in self.result.coded.values())
 
     def draw(self) -> Drawing:
+        """Say what the export will be.
+
+        Raises:
+            RequestError: several kinds of codes, which transformers would decode by the first kind.
+        """
         grids = {each.grid for each in self.result.coded.values()}
         if self._decoded_at_load and len(grids) > 1:
             raise RequestError(
@@ -94,6 +99,7 @@ class CompressedTensors(Format):
         return {CONFIG: adapter_config(ranks)} if ranks else {}
 
     def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         by_grid: dict[Grid, list[str]] = {}
         for path, each in self.result.coded.items():
             by_grid.setdefault(each.grid, []).append(path)

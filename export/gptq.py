@@ -49,6 +49,7 @@ class Gptq(Format):
         return "gptq" if all(each.grid.symmetric for each in self.result.coded.values()) else "gptq_v2"
 
     def draw(self) -> Drawing:
+        """Say what the export will be."""
         coded, element = self.result.coded, self.dtype.itemsize
         nbytes = self.result.dense_nbytes(self.dtype)
         for each in coded.values():
@@ -85,6 +86,7 @@ class Gptq(Format):
         return {CONFIG: adapter_config(ranks)} if ranks else {}
 
     def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         coded = self.result.coded
         (usual, _), *_ = Counter(each.grid for each in coded.values()).most_common(1)
         linear = [name for name, module in self.result.multiplied.model.named_modules() if type(module) is torch.nn.Linear]

@@ -16,8 +16,8 @@ from ..compress.forms import stream_map
 from ..compress.forms.base import Dense, Spec, is_form_module, matrix_of
 from ..compress.forms.experts import FORMS, expert_parameters
 from ..compress.forms.pruned import Pruned
-from ..run.plain_export import as_plain
 from .base import Carried
+from .plain import as_plain
 from .source import Source
 
 

@@ -35,6 +35,11 @@ class SelfContained(Format):
     trusted: ClassVar[bool] = True
 
     def draw(self) -> Drawing:
+        """Say what the export will be.
+
+        Raises:
+            RequestError: the model is code of the checkpoint.
+        """
         view = self.source.view
         for cls in (type(view.config), type(view.model)):
             if not cls.__module__.startswith("transformers.models."):
@@ -58,6 +63,7 @@ class SelfContained(Format):
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         model_type, model_class = self.source.view.config.model_type, type(self.source.view.model).__name__
         auto = {"AutoConfig": f"{_CONFIGURATION}.Config", "AutoModelForCausalLM": f"{_MODELLING}.{model_class}"}
         return self.source.plain_config() | {
@@ -70,6 +76,7 @@ class SelfContained(Format):
         }
 
     def files(self) -> dict[str, bytes]:
+        """The code that transformers loads with the weights."""
         config, model = type(self.source.view.config), type(self.source.view.model)
         code = {f"{_PREFIX}{path.stem}.py": flattened(path) for path in _closure()}
         code[f"{_CONFIGURATION}.py"] = _CONFIG_FILE.format(

@@ -106,10 +106,8 @@ def export(
                 target.rmdir()
             partial.rename(target)
             sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(partial, ignore_errors=True)  # renamed where all went well
         Path(lock.name).unlink(missing_ok=True)
         lock.close()
     nbytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

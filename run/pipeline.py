@@ -20,6 +20,7 @@ from ..calibrate.generate import generator
 from ..calibrate.gradients import GradientSettings, backward_passes
 from ..checkpoint.artifact import Artifact
 from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
+from ..export.plain import as_plain
 from ..model.events import Event, Noted, Notify, silent
 from ..model.machine.host_memory import steady_memory
 from ..model.machine.precision import full_precision
@@ -32,7 +33,6 @@ from .depth_stage import model_edit_of
 from .layer_loop import compress_layers
 from .losses.curves import measure
 from .output import config_of, finish, shard_names, write_outside
-from .plain_export import as_plain
 from .request import Request
 from .result import Result
 from .run import CPU, PlanMade, Run, TextRead

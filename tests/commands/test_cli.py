@@ -21,7 +21,7 @@ from safetensors import safe_open
 import lrc
 from lrc.checkpoint.location import locate
 from lrc.cli import app
-from lrc.commands.terminal import size
+from lrc.commands.common.terminal import size
 from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
 from lrc.plan.planner import make_draft

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from ..errors import LrcError, OutputError, RequestError
+from ...errors import LrcError, OutputError, RequestError
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def require_folder(folder: Path) -> None:
     Raises:
         OutputError: it cannot be made.
     """
-    from ..checkpoint.atomic import writing
+    from ...checkpoint.atomic import writing
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import lrc.checkpoint.artifact
 from lrc.checkpoint.folder import JOURNAL
-from lrc.commands.terminal import Progress
+from lrc.commands.common.terminal import Progress
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from lrc.calibrate.store import StatsStore
 from lrc.checkpoint.artifact import Artifact
 from lrc.checkpoint.atomic import read_json, replacing, write_json
 from lrc.checkpoint.folder import JOURNAL
-from lrc.commands.terminal import Progress
+from lrc.commands.common.terminal import Progress
 
 INDEX = "model.safetensors.index.json"
 

@@ -10,7 +10,7 @@ from stock import refused_without_lrc, stock_python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lrc.checkpoint.hf_quantizer import open_model
-from lrc.run.plain_export import as_plain
+from lrc.export.plain import as_plain
 from lrc.run.verify import verify
 
 IDS = torch.arange(3, 15)[None]

@@ -13,18 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..depth.base import get_score
-from ..model.events import Event, Noted
-from ..model.machine.host_memory import peak_rss
-from ..plan.budget import readable as size
-from ..plan.plan import Draft, Planned, Step
-from ..run.layer_loop import LayerDone
-from ..run.run import PlanMade, TextRead
+from ...depth.base import get_score
+from ...model.events import Event, Noted
+from ...model.machine.host_memory import peak_rss
+from ...plan.budget import readable as size
+from ...plan.plan import Draft, Planned, Step
+from ...run.layer_loop import LayerDone
+from ...run.run import PlanMade, TextRead
 
 if TYPE_CHECKING:
-    from ..calibrate.data import Calibration
-    from ..evaluation.results import Evaluation
-    from ..evaluation.speed import SpeedReport
+    from ...calibrate.data import Calibration
+    from ...evaluation.results import Evaluation
+    from ...evaluation.speed import SpeedReport
 
 
 _FEW_TOKENS = 16
@@ -307,7 +307,7 @@ def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) ->
     Raises:
         EvaluationError: the two cannot be compared; nothing was printed.
     """
-    from ..evaluation.results import compare
+    from ...evaluation.results import compare
 
     console = plain_or_terminal()
     table = Table(box=None, pad_edge=False)

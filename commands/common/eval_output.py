@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from ..checkpoint.atomic import PARTIAL, remove, replacing
-from ..errors import EvaluationError, OutputError
-from ..evaluation.results import Evaluation, results_json
+from ...checkpoint.atomic import PARTIAL, remove, replacing
+from ...errors import EvaluationError, OutputError
+from ...evaluation.results import Evaluation, results_json
 from .terminal import print_results
 
 
