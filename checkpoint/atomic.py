@@ -81,9 +81,17 @@ def replacing(path: Path) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         temporary = folder / path.name
         yield temporary
+        follow_umask(temporary)
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that a new file has here; libraries write weights for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def clear_leftovers(folder: Path) -> None:

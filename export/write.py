@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.atomic import locked, sync_folder, writing
+from ..checkpoint.atomic import follow_umask, locked, sync_folder, writing
 from ..errors import CheckpointError, OutputError, RequestError, one_line
 from ..model.events import Event, Notify, silent
 from ..model.layerwise import layerwise
@@ -186,13 +185,6 @@ def write_shards(folder: Path, parts: Iterator[Tensors], most: int, notify: Noti
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in sorted(where.items())}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file the mode that a new file has here; libraries write weights for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _copied(source: Source) -> dict[str, bytes]:

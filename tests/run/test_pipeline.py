@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import textwrap
 
 import pytest
@@ -112,3 +114,13 @@ def test_a_method_is_two_files(tiny_checkpoints, tiny_text_file, tmp_path, monke
         assert "first-rows" in card and "import lrc" in card
     finally:
         base._METHODS.pop("first-rows", None)
+
+
+def test_files_have_the_mode_of_the_umask(tiny_checkpoints, tiny_text_file, tmp_path):
+    """A result is shared with others as any new file is; safetensors writes its files for the owner alone."""
+    before = os.umask(0o022)
+    try:
+        compress(tiny_checkpoints("llama"), tmp_path / "out", tiny_text_file, "svd", ratio=0.3)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o644}
