@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from .reading.fingerprint import Tell, unread_bytes
 from .reading.fp8 import Fp8Source, open_weights, require_numbers, without_quantization
 from .reading.names import all_made, changes_shape, renamed_tensors
 from .reading.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
+from .untrusted.gguf_header import require_sound
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
 
 
@@ -55,7 +57,7 @@ class Checkpoint:
         shards = None if location.gguf else self._shards(dtype, original=prepare is None)
         self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
-        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name)
+        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name, _numbers(location, shards))
         require_sizes(self.config, location.name)
         if prepare is not None:
             prepare(self.model)
@@ -383,7 +385,14 @@ def _refuse(config: Any, name: str) -> None:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
 
 
-def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: str) -> Any:
+def _numbers(location: Location, shards: SafetensorsSource | None) -> int:
+    """How many numbers the weight files hold, by their headers."""
+    if shards is None:
+        return sum(map(math.prod, require_sound(location.path / str(location.gguf)).tensors.values()))
+    return sum(math.prod(shards.shape(name) or ()) for name in shards.names())
+
+
+def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: str, held: int) -> Any:
     """The model with parameters on the meta device; buffers (rotary tables) are computed.
 
     Raises:
@@ -393,7 +402,7 @@ def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: st
 
     config._experts_implementation = IMPLEMENTATION
     if not trust_remote_code:  # code that comes with a checkpoint may not be made for the meta device
-        require_affordable(config, name)
+        require_affordable(config, name, held)
     with building(config), init_empty_weights(include_buffers=False):
         model = built(config, dtype, trust_remote_code)
     with building(config):

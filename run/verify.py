@@ -100,7 +100,7 @@ def other_files(folder: Path, record: Mapping[str, Any]) -> tuple[list[str], lis
         inside = path.name in _LOADED_FOLDERS and path.is_dir()
         found += [str(each.relative_to(folder)) for each in path.rglob("*") if each.is_file()] if inside else [path.name]
     others = sorted(name for name in found if name not in own and not name.endswith(PARTIAL))
-    loaded = [name for name in others if name.partition("/")[0] in _LOADED_FOLDERS or matches(name, _LOADED)]
+    loaded = [name for name in others if name.partition("/")[0] == "custom_generate" or matches(Path(name).name, _LOADED)]
     return loaded, [name for name in others if name not in loaded]
 
 

@@ -39,6 +39,8 @@ def require_usable_text(config: Any, name: str) -> None:
     Raises:
         ModelError: transformers finds no text model in it, or a number is none.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        return  # refused as such by whoever builds the model
     remedy = "It is damaged, or newer than this transformers."
     with foreign(ModelError, f"{name}: the configuration describes no text model", remedy):
         text = config.get_text_config()

@@ -14,19 +14,27 @@ from .foreign import foreign
 
 # Rotary tables take kilobytes, causal masks of old architectures up to 150 MB.
 _BUFFERS = 1 << 30  # bytes
+# A stored number stands for some weights (codes, factors of a low rank), hardly for a thousand. The loader compares tensors;
+# this keeps a forged size from asking for memory before.
+_PER_NUMBER, _FEW = 1000, 1 << 26
 
 
-def require_affordable(config: Any, name: str) -> Any:
+def require_affordable(config: Any, name: str, held: int | None = None) -> Any:
     """Build the model without memory, and refuse one whose tables would be made with gigabytes.
 
     Buffers (rotary tables, masks) are computed when a model is built; a forged number of positions makes them huge. The weights
     are compared with the files later, before any of them is in memory.
 
+    Args:
+        config: a transformers configuration.
+        name: of the model, for messages.
+        held: how many numbers the weight files hold; None where that is not known.
+
     Returns:
         The model on the meta device.
 
     Raises:
-        ModelError: transformers cannot build the model, or its buffers are too large.
+        ModelError: transformers cannot build the model, its buffers are too large, or it has far more weights than the files.
     """
     with building(config), torch.device("meta"):
         model = built(copy.deepcopy(config), torch.get_default_dtype())
@@ -35,6 +43,12 @@ def require_affordable(config: Any, name: str) -> Any:
         raise ModelError(
             f"{name}: the tables that config.json asks for take {nbytes:,} bytes; no known model needs {_BUFFERS:,}.",
             "Its numbers of positions or heads are damaged: get it again.",
+        )
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if held is not None and wanted > _PER_NUMBER * held + _FEW:
+        raise ModelError(
+            f"{name}: the model of config.json has {wanted:,} numbers, and the weight files hold {held:,}.",
+            "A size in config.json is damaged, or the checkpoint is incomplete: get it again.",
         )
     return model
 

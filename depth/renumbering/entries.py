@@ -59,7 +59,9 @@ def entries(config: Any) -> Iterator[tuple[Path, Any]]:
 
 def entry(config: Any, path: Path) -> Any:
     for key in path:
-        config = config[key] if isinstance(config, dict) else getattr(config, key)
+        # as it is held: a configuration may refuse to give a setting that its layers can have each for themselves (Gemma 4)
+        held = config if isinstance(config, dict) else vars(config)
+        config = held[key] if key in held else getattr(config, key)
     return config
 
 

@@ -321,9 +321,12 @@ def test_what_only_hf_quant_config_declares(original, tmp_path, text, no_forward
     for command in (["plan", folder, "--ratio", 0.3], ["eval", folder, "--tasks", text, "--length", 64]):
         result = run_lrc(*command)
         assert result.code == 2 and "ModelOpt NVFP4" in result.err
-    (folder / "hf_quant_config.json").write_text(
-        json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}})
-    )
+
+
+def test_a_cache_in_fp8_is_no_quantized_weight(original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "quantized")
+    declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(declared))
     lrc_ok("plan", folder, "--ratio", 0.3)
 
 

@@ -72,7 +72,7 @@ def test_loading_a_result_imports_forms_and_no_method(compressed):
     assert done.returncode == 0, done.stderr
     module, imported = done.stdout.splitlines()
     assert module == "ProductLinear" and "lrc.compress.forms.quantized" in imported.split()
-    needed_by_forms = {"lrc.compress.forms", "lrc.compress.options", "lrc.compress.registry"}
+    needed_by_forms = {"lrc.compress.forms", "lrc.compress.install_forms", "lrc.compress.options", "lrc.compress.registry"}
     rest = {name for name in imported.split() if not name.startswith("lrc.compress.forms.")}
     assert rest <= needed_by_forms
 

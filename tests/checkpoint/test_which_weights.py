@@ -195,7 +195,7 @@ def test_an_index_with_a_key_twice(single, text, tmp_path):
     (single / SINGLE).unlink()
     held = (single / INDEX).read_text()
     (single / INDEX).write_text(held.replace('"weight_map": {', f'"weight_map": {{"{UP}": "{files[0]}", ', 1))
-    assert f"'{UP}' stands there twice" in refusals(single, text, tmp_path / "out")[0]
+    assert f"'{UP}' is given twice" in refusals(single, text, tmp_path / "out")[0]
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "sub/model.safetensors"])
@@ -215,7 +215,7 @@ def test_the_hub_gives_the_files_that_the_index_names(single, tmp_path, monkeypa
         (single / file).rename(single / f"consolidated-{file}")
     cache = tmp_path / "cache"
 
-    def snapshot(_name: str, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+    def snapshot(_name: str, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None) -> str:
         patterns = shutil.ignore_patterns(*(ignore_patterns or []))
         shutil.copytree(single, cache, ignore=patterns if ignore_patterns else None, dirs_exist_ok=True)
         return str(cache)
@@ -384,7 +384,7 @@ def test_two_copies_of_which_one_is_tied(tied, monkeypatch):
 
 
 def skeleton_of(kind: type) -> Callable:
-    def skeleton(config, dtype, trust_remote_code):
+    def skeleton(config, *_):
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):

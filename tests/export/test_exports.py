@@ -12,7 +12,8 @@ import torch
 from commandline import run_lrc
 from pipeline import compress, logits
 from safetensors.torch import load_file, save_file
-from stock import refused_without_lrc, stock_python
+from stock import stock_python
+from transformers import AutoModelForCausalLM
 
 from lrc.errors import CheckpointError, RequestError
 from lrc.export.base import formats
@@ -96,7 +97,8 @@ def test_a_self_contained_export_carries_every_form(name, results, tmp_path):
     held = [load_file(file) for file in (done.folder / "model.safetensors", *sorted(results(name).glob("*.safetensors")))]
     own, *shards = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in held]
     assert own == sum(shards)
-    assert refused_without_lrc([done.folder]) == 1  # without trust_remote_code
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(done.folder, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", ["codes with zeros", "three bits", "codes and corrections", "powers of two"])

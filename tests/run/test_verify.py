@@ -91,7 +91,7 @@ def test_a_list_of_shards_that_is_there_twice(result):
     edit_record(result, as_older)
     text = (result / "lrc.json").read_text()
     (result / "lrc.json").write_text(text.replace('"shards": {', '"shards": {}, "shards": {', 1))
-    assert "'shards' stands there twice" in refused(result)
+    assert "'shards' is given twice" in refused(result)
 
 
 def test_an_index_that_names_another_place(result):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lrc.calibrate.data import load_calibration
 from lrc.checkpoint.artifact import Artifact
+from lrc.checkpoint.atomic import signed_json
 from lrc.checkpoint.folder import JOURNAL
 from lrc.checkpoint.location import locate
 from lrc.model.view import ModelView
@@ -91,7 +92,7 @@ def test_a_folder_of_an_lrc_that_compared_less_says_so(state, damaged, request_f
     if state == "finished":
         record = json.loads((out / "lrc.json").read_text())
         record["identity"].pop("version")
-        (out / "lrc.json").write_text(json.dumps(record))
+        (out / "lrc.json").write_bytes(signed_json(record))
     else:
         (out / "config.json").unlink()
         (out / JOURNAL).write_text(json.dumps({"identity": {"model": {"fingerprint": "0" * 64}}}) + "\n")
