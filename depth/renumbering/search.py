@@ -72,6 +72,10 @@ class Search:
 
     def best(self) -> Attempt:
         """The right configuration, or what one has that only cuts what has one entry per layer."""
+        try:
+            _ = self._cut
+        except NOT_BUILT as error:  # a configuration that does not say by `num_hidden_layers` how many layers it has
+            return Attempt(None, (_UNBUILT, 0), unbuilt(error), final=True)
         base = self._tried({})
         if base.distance == RIGHT or base.final:
             return base
