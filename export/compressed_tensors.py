@@ -8,7 +8,6 @@ Source: github.com/vllm-project/compressed-tensors, compressors/pack_quantized, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from ..compress.forms.grids import Grid, pack
 from ..compress.forms.quantized import QuantizedLinear
 from ..errors import RequestError
-from .adapter import CONFIG, adapter_config, adapter_nbytes, adapter_tensors
-from .base import Drawing, Format, Tensors, export_format
-from .quantized import QuantizedResult, codes_of, exact
-from .source import Source
+from .base import Drawing, Tensors, export_format
+from .quantized import CodedFormat, codes_of, exact
 
 _KERNELS = (4, 8)  # bits that vLLM has kernels for
 
@@ -30,13 +27,8 @@ _KERNELS = (4, 8)  # bits that vLLM has kernels for
     about="codes of 2 to 8 bits in the published format, corrections as a PEFT adapter",
     opened_by="transformers and vLLM",
 )
-class CompressedTensors(Format):
+class CompressedTensors(CodedFormat):
     """The `pack-quantized` format."""
-
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
-        self.result = QuantizedResult(source, self.name, _why_not)
-        self._factors: Tensors = {}
-        super().__init__(source, dtype)
 
     @property
     def _decoded_at_load(self) -> bool:
@@ -45,6 +37,12 @@ class CompressedTensors(Format):
         An adapter needs modules that PEFT knows; and transformers 5.23 expects unpacked zeros where it keeps codes packed.
         """
         return bool(self.result.ranks()) or any(not each.grid.symmetric for each in self.result.coded.values())
+
+    @staticmethod
+    def why_not(grid: Grid, rows: int, columns: int) -> str:
+        if columns % grid.width(columns):
+            return f"groups of {grid.width(columns)} do not divide {columns} inputs"
+        return ""
 
     def draw(self) -> Drawing:
         """Say what the export will be.
@@ -66,7 +64,7 @@ class CompressedTensors(Format):
             nbytes += 4 * each.rows * _words(each.columns, each.grid.bits) + each.rows * groups * element + 16
             nbytes += 0 if each.grid.symmetric else 4 * _words(each.rows, each.grid.bits) * groups
         ranks = self.result.ranks()
-        nbytes += adapter_nbytes(ranks, {path: (coded[path].rows, coded[path].columns) for path in ranks}, element)
+        nbytes += self.adapter_nbytes()
         unusual = sorted({each.grid.bits for each in coded.values()} - set(_KERNELS))
         lost = self.result.lost
         if unusual:
@@ -77,10 +75,7 @@ class CompressedTensors(Format):
             lost += (f"Steps that are powers of two take {element} bytes here instead of one.",)
         return Drawing(nbytes, lost, ("transformers", "compressed-tensors", *(["peft"] if ranks else [])))
 
-    def parts(self) -> Iterator[Tensors]:
-        yield from self.result.parts(self.dtype, self._encoded, self._factors)
-
-    def _encoded(self, path: str, module: QuantizedLinear) -> Tensors:
+    def encoded(self, path: str, module: QuantizedLinear) -> Tensors:
         grid, (codes, steps, zeros) = module.grid, codes_of(module)
         tensors = {
             "weight_packed": packed_words(codes, grid.bits),
@@ -90,13 +85,6 @@ class CompressedTensors(Format):
         if zeros is not None:
             tensors["weight_zero_point"] = packed_words(zeros.T.contiguous(), grid.bits).T.contiguous()
         return tensors
-
-    def beside(self) -> Tensors:
-        return adapter_tensors(self._factors)
-
-    def files(self) -> dict[str, bytes]:
-        ranks = self.result.ranks()
-        return {CONFIG: adapter_config(ranks)} if ranks else {}
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -116,12 +104,6 @@ class CompressedTensors(Format):
             quantization["dequantize"] = True
         config = self.result.multiplied.config
         return config | {"dtype": str(self.dtype).removeprefix("torch."), "quantization_config": quantization}
-
-
-def _why_not(grid: Grid, rows: int, columns: int) -> str:
-    if columns % grid.width(columns):
-        return f"groups of {grid.width(columns)} do not divide {columns} inputs"
-    return ""
 
 
 def _said(grid: Grid) -> str:

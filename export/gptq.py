@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from safetensors.torch import load_file
 
 from ..compress.forms.grids import Grid
 from ..compress.forms.quantized import QuantizedLinear
-from .adapter import CONFIG, WEIGHTS, adapter_config, adapter_nbytes, adapter_tensors
-from .base import Drawing, Format, Tensors, export_format
+from .adapter import WEIGHTS
+from .base import Drawing, Tensors, export_format
 from .compressed_tensors import packed_words
-from .quantized import QuantizedResult, codes_of, exact
-from .source import Source
+from .quantized import CodedFormat, codes_of, exact
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
@@ -36,17 +34,22 @@ _WORD = 32
     about="codes of 2, 3, 4 or 8 bits in GPTQ's format, corrections as a PEFT adapter",
     opened_by="GPTQModel, vLLM, SGLang, and transformers with GPTQModel",
 )
-class Gptq(Format):
+class Gptq(CodedFormat):
     """The GPTQ format, version 1 or 2."""
-
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
-        self.result = QuantizedResult(source, self.name, _why_not)
-        self._factors: Tensors = {}
-        super().__init__(source, dtype)
 
     @property
     def _version(self) -> str:
         return "gptq" if all(each.grid.symmetric for each in self.result.coded.values()) else "gptq_v2"
+
+    @staticmethod
+    def why_not(grid: Grid, rows: int, columns: int) -> str:
+        if grid.bits not in _BITS:
+            return f"{grid.bits} bits"
+        if rows % _WORD or columns % _WORD:
+            return f"a matrix of {rows} x {columns}, whose sides are no multiples of {_WORD}"
+        if columns % grid.width(columns):
+            return f"groups of {grid.width(columns)} do not divide {columns} inputs"
+        return ""
 
     def draw(self) -> Drawing:
         """Say what the export will be."""
@@ -57,16 +60,13 @@ class Gptq(Format):
             nbytes += each.numel * each.grid.bits // 8 + groups * each.rows * element
             nbytes += groups * each.rows * each.grid.bits // 8 + 4 * each.columns
         ranks = self.result.ranks()
-        nbytes += adapter_nbytes(ranks, {path: (coded[path].rows, coded[path].columns) for path in ranks}, element)
+        nbytes += self.adapter_nbytes()
         lost = self.result.lost
         if self._version == "gptq_v2":
             lost += ("The codes have zeros, so this is version 2 of the format; readers that know version 1 alone refuse it.",)
         return Drawing(nbytes, lost, ("transformers", "gptqmodel", "optimum", *(["peft"] if ranks else [])))
 
-    def parts(self) -> Iterator[Tensors]:
-        yield from self.result.parts(self.dtype, self._encoded, self._factors)
-
-    def _encoded(self, path: str, module: QuantizedLinear) -> Tensors:
+    def encoded(self, path: str, module: QuantizedLinear) -> Tensors:
         grid, (codes, steps, zeros) = module.grid, codes_of(module)
         if zeros is None:
             zeros = torch.full(steps.shape, grid.middle, dtype=torch.uint8)
@@ -77,13 +77,6 @@ class Gptq(Format):
             "scales": exact(path, steps, self.dtype).T.contiguous(),
             "g_idx": (torch.arange(codes.shape[1]) // grid.width(codes.shape[1])).int(),
         }
-
-    def beside(self) -> Tensors:
-        return adapter_tensors(self._factors)
-
-    def files(self) -> dict[str, bytes]:
-        ranks = self.result.ranks()
-        return {CONFIG: adapter_config(ranks)} if ranks else {}
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -148,16 +141,6 @@ class Gptq(Format):
 
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-def _why_not(grid: Grid, rows: int, columns: int) -> str:
-    if grid.bits not in _BITS:
-        return f"{grid.bits} bits"
-    if rows % _WORD or columns % _WORD:
-        return f"a matrix of {rows} x {columns}, whose sides are no multiples of {_WORD}"
-    if columns % grid.width(columns):
-        return f"groups of {grid.width(columns)} do not divide {columns} inputs"
-    return ""
 
 
 def _group(grid: Grid) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from ..compress.forms.grids import Grid, Scales
 from ..compress.forms.pruned import Pruned
 from ..compress.forms.quantized import Quantized, QuantizedLinear, QuantizedLowRank
 from ..errors import CheckpointError
-from .base import Carried
+from .adapter import CONFIG, adapter_config, adapter_nbytes, adapter_tensors
+from .base import Carried, Format, Tensors
 from .multiplied import Multiplied, tensors_of
 from .source import Source
 
@@ -173,3 +175,36 @@ def exact(path: str, steps: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rank(spec: Spec) -> int:
     return int(spec["correction"]["rank"]) if spec["kind"] == QuantizedLowRank.kind else 0
+
+
+class CodedFormat(Format):
+    """A format of codes with corrections as an adapter beside them."""
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self.result = QuantizedResult(source, self.name, self.why_not)
+        self._factors: Tensors = {}
+        super().__init__(source, dtype)
+
+    @staticmethod
+    @abstractmethod
+    def why_not(grid: Grid, rows: int, columns: int) -> str:
+        """Why the format cannot hold the codes of such a matrix; empty where it can."""
+
+    @abstractmethod
+    def encoded(self, path: str, module: QuantizedLinear) -> Tensors:
+        """The tensors of a matrix in codes, by the last part of their names."""
+
+    def adapter_nbytes(self) -> int:
+        """Bytes of the corrections."""
+        coded, ranks = self.result.coded, self.result.ranks()
+        return adapter_nbytes(ranks, {path: (coded[path].rows, coded[path].columns) for path in ranks}, self.dtype.itemsize)
+
+    def parts(self) -> Iterator[Tensors]:
+        yield from self.result.parts(self.dtype, self.encoded, self._factors)
+
+    def beside(self) -> Tensors:
+        return adapter_tensors(self._factors)
+
+    def files(self) -> dict[str, bytes]:
+        ranks = self.result.ranks()
+        return {CONFIG: adapter_config(ranks)} if ranks else {}
