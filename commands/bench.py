@@ -27,9 +27,9 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", show_default="not written", help="File for all figures.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure how fast a model answers: loading, memory, prefill, and decoding with a cache.
+    """Measure how fast a model answers.
 
-    With --baseline both models are in memory and take turns, so that the ratios hold on a busy machine too.
+    Measures loading, memory, prefill, and decoding with a cache. With --baseline both models are in memory and take turns, so that the ratios hold on a busy machine too.
     """
     from ..checkpoint.opening import dtype_of, require_finished
     from ..evaluation.speed import SpeedSettings, measure_speed

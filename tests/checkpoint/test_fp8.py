@@ -327,7 +327,7 @@ def test_a_cache_in_fp8_is_no_quantized_weight(original, tmp_path):
     folder = shutil.copytree(original, tmp_path / "quantized")
     declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(declared))
-    lrc_ok("plan", folder, "--ratio", 0.3)
+    assert "fp8 tensors" not in lrc_ok("plan", folder, "--ratio", 0.3)
 
 
 @pytest.mark.parametrize(
