@@ -29,7 +29,8 @@ def bench(
 ) -> None:
     """Measure how fast a model answers.
 
-    Measures loading, memory, prefill, and decoding with a cache. With --baseline both models are in memory and take turns, so that the ratios hold on a busy machine too.
+    Measures loading, memory, prefill, and decoding with a cache. With --baseline both models are in memory and take turns, so
+    that the ratios hold on a busy machine too.
     """
     from ..checkpoint.opening import dtype_of, require_finished
     from ..evaluation.speed import SpeedSettings, measure_speed
