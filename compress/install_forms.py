@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..errors import CheckpointError, ModelError, brief, problem
-from .forms.base import MODULES, Spec, build_module, linear_shape, matrix_of
+from .forms.base import MODULES, Spec, bias_of, build_module, linear_shape, matrix_of
 from .forms.experts import FORMS, IMPLEMENTATION, expert_parameters, register
 from .forms.experts import install as install_experts
 from .forms.shared import link
@@ -99,7 +99,7 @@ def multiply_out(model: Any, dtype: torch.dtype) -> None:
         )
     for path, module in found:
         rows, columns, kind = module.replaced
-        weight, bias = matrix_of(module, torch.float32).to(dtype), _bias(module)
+        weight, bias = matrix_of(module, torch.float32).to(dtype), bias_of(module)
         dense: Any = kind(rows, columns) if kind.__name__ == "Conv1D" else kind(columns, rows, bias is not None)
         dense.weight = nn.Parameter(weight.T.contiguous() if kind.__name__ == "Conv1D" else weight, requires_grad=False)
         dense.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
@@ -116,9 +116,3 @@ def multiply_out(model: Any, dtype: torch.dtype) -> None:
 
 def _shape(module: Any) -> tuple[int, int]:
     return module.out_features, module.in_features
-
-
-def _bias(module: Any) -> Any:
-    """The bias of a form's module; a product has it in its left factor."""
-    bias = getattr(module, "bias", None)
-    return getattr(module.left, "bias", None) if bias is None and isinstance(getattr(module, "left", None), nn.Module) else bias

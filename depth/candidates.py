@@ -132,9 +132,6 @@ class Removable:
         gone = self.dropped(chosen)
         return not gone or self._known.possible(gone)
 
-    def _gone(self, chosen: Collection[int]) -> list[int]:
-        return sorted(chosen)[self._replaced :]
-
 
 def enough_sublayers(sublayers: Sequence[SubLayer], spec: DepthSpec) -> Enough:
     """Tells of removed sub-layers whether they are `drop` or more, or hold `ratio` or more of all targets' weights."""

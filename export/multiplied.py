@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.forms import stream_map
-from ..compress.forms.base import Dense, Spec, is_form_module, matrix_of
+from ..compress.forms.base import Dense, Spec, bias_of, is_form_module, matrix_of
 from ..compress.forms.experts import FORMS, expert_parameters
 from ..compress.forms.pruned import Pruned
+from ..model.layerwise import in_memory
 from .base import Carried
 from .plain import as_plain
 from .source import Source
@@ -52,7 +53,7 @@ class Multiplied:
         """The tensors by their names in the model, one layer at a time and then those outside the layers."""
         view, tied = self.source.view, self.source.view.tied
         for name in view.layer_names:
-            with self.source.layer(name) as layer:
+            with in_memory(self.source.view, name) as layer:
                 found = {f"{name}.{path}": tensor for path, tensor in tensors_of(layer)}
                 yield {path: self.placed(path, tensor, dtype) for path, tensor in found.items() if path not in tied}
         for part in self.source.outside():
@@ -94,7 +95,7 @@ def tensors_of(layer: nn.Module, skip: Collection[str] = ()) -> Iterator[tuple[s
             continue
         if is_form_module(module):
             yield f"{inside}weight", matrix_of(module, torch.float32)
-            if (bias := _bias(module)) is not None:
+            if (bias := bias_of(module)) is not None:
                 yield f"{inside}bias", bias.detach()
         if inner == inside and inside:
             continue
@@ -111,15 +112,6 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield name, buffer
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    """The bias of a form's module; a product holds it with its left factor."""
-    left = getattr(module, "left", None)
-    bias = getattr(module, "bias", None)
-    if bias is None and isinstance(left, nn.Module):
-        bias = getattr(left, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
 
 
 def _require_a_place(source: Source, name: str) -> None:

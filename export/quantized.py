@@ -16,6 +16,7 @@ from ..compress.forms.grids import Grid, Scales
 from ..compress.forms.pruned import Pruned
 from ..compress.forms.quantized import Quantized, QuantizedLinear, QuantizedLowRank
 from ..errors import CheckpointError
+from ..model.layerwise import in_memory
 from .adapter import CONFIG, adapter_config, adapter_nbytes, adapter_tensors
 from .base import Carried, Format, Tensors
 from .multiplied import Multiplied, tensors_of
@@ -32,14 +33,12 @@ class Coded:
         grid: of its codes.
         rows, columns: of its matrix.
         rank: of the low-rank correction beside it; 0 where it has none.
-        bias: whether it has one.
     """
 
     grid: Grid
     rows: int
     columns: int
     rank: int
-    bias: bool
 
     @property
     def numel(self) -> int:
@@ -93,7 +92,7 @@ class QuantizedResult:
         grid = Grid(**inner["grid"])
         if reason := why_not(grid, rows, columns):
             return reason
-        self.coded[path] = Coded(grid, rows, columns, _rank(inner), bool(inner["bias"]))
+        self.coded[path] = Coded(grid, rows, columns, _rank(inner))
         return ""
 
     @property
@@ -123,7 +122,7 @@ class QuantizedResult:
             factors: receives the factors of corrections: path.left (out, rank) and path.right (rank, in).
         """
         for name in self.source.view.layer_names:
-            with self.source.layer(name) as layer:
+            with in_memory(self.source.view, name) as layer:
                 part: dict[str, Tensor] = {}
                 for path, tensor in tensors_of(layer, skip=self._skipped(name)):
                     part[f"{name}.{path}"] = self.multiplied.placed(f"{name}.{path}", tensor, dtype)

@@ -17,6 +17,7 @@ import torch
 
 from .. import compress
 from ..errors import RequestError
+from ..model.layerwise import in_memory
 from .base import Drawing, Format, Tensors, export_format
 
 _ROOT = Path(compress.__file__).resolve().parents[1]  # the folder of the package
@@ -54,7 +55,7 @@ class SelfContained(Format):
     def parts(self) -> Iterator[Tensors]:
         view, tied = self.source.view, self.source.view.tied
         for name in view.layer_names:
-            with self.source.layer(name) as layer:
+            with in_memory(self.source.view, name) as layer:
                 yield {f"{name}.{path}": self._cast(tensor) for path, tensor in layer.state_dict().items()}
         for part in self.source.outside():
             yield {name: self._cast(tensor) for name, tensor in part.items() if name not in tied}

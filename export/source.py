@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint.folder import read_record
 from ..checkpoint.hf_quantizer import WITHOUT_LRC, install_stored
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
-from ..compress.forms.shared import lenders
 from ..model.view import ModelView
 
 
@@ -73,19 +70,6 @@ class Source:
         """A model of the same architecture with another configuration, on the meta device."""
         with torch.device("meta"):
             return type(self.view.model)(type(self.view.config).from_dict(config))
-
-    @contextmanager
-    def layer(self, name: str) -> Iterator[nn.Module]:
-        """While the context is open, the weights of a layer are in memory, and those that it borrows from other layers."""
-        layer = self.view.load(name)
-        lent = lenders(layer, name)
-        for path in lent:
-            self.view.load_module(path)
-        try:
-            yield layer
-        finally:
-            for path in (name, *lent):
-                self.view.unload(path)
 
     def outside(self) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors outside the layers, part by part, by their names in the model."""

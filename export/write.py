@@ -12,17 +12,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..checkpoint.atomic import follow_umask, locked, sync_folder, writing
 from ..errors import CheckpointError, OutputError, RequestError, one_line
 from ..model.events import Event, Notify, silent
-from ..model.layerwise import layerwise
-from ..model.lockstep import run_calls
+from ..model.layerwise import logits
 from ..model.machine.host_memory import give_back
 from .base import Format, Tensors, get_format
 from .card import export_card
@@ -203,7 +200,7 @@ def _checked(form: Format, folder: Path) -> float:
     vocabulary = form.source.view.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
-    expected = _logits(form.source, ids)
+    expected = logits(form.source.widened().view, ids).float()
     try:
         model = form.open(str(folder))
         found = model.eval()(ids, use_cache=False).logits.float()
@@ -220,12 +217,3 @@ def _checked(form: Format, folder: Path) -> float:
             "Export with --dtype float32; if that fails too, this is a bug: report it.",
         )
     return difference
-
-
-def _logits(source: Source, ids: Tensor) -> Any:
-    """Logits of the result in float32, layer by layer."""
-    with layerwise(source.widened().view, [ids]) as forward:
-        for turn in forward:
-            with turn.loaded() as layer:
-                turn.answer(run_calls(layer, turn.name, turn.calls, ids.device))
-        return next(forward.results()).logits.float()

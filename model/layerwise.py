@@ -24,7 +24,7 @@ from ..checkpoint.architecture import without_head
 from ..checkpoint.streamed import Checkpoint
 from ..compress.forms.shared import lenders
 from .layer_edit import LayerEdit, edited
-from .lockstep import Call, Lockstep, passed_by, with_hidden
+from .lockstep import Call, Lockstep, passed_by, run_calls, with_hidden
 from .machine.host_memory import give_back
 
 _CPU = torch.device("cpu")
@@ -55,6 +55,44 @@ def layerwise(
             yield LayerwiseForward(view, steps)
         finally:
             view.unload()
+
+
+@contextmanager
+def in_memory(view: Checkpoint, name: str) -> Iterator[nn.Module]:
+    """While the context is open, the weights of a layer are in memory, and those that it borrows from other layers.
+
+    Args:
+        view: the model.
+        name: module path of the layer.
+
+    Raises:
+        CheckpointError, NonFiniteError: as for `Checkpoint.load`.
+    """
+    layer = view.load(name)
+    lent = lenders(layer, name)
+    for path in lent:
+        view.load_module(path)
+    try:
+        yield layer
+    finally:
+        for path in (name, *lent):
+            view.unload(path)
+        give_back()
+
+
+@torch.no_grad()
+def logits(view: Checkpoint, ids: Tensor) -> Tensor:
+    """The model's logits (samples, length, vocabulary) for token ids (samples, length), layer by layer on the CPU.
+
+    Raises:
+        CheckpointError, NonFiniteError: as for `Checkpoint.load`.
+    """
+    with layerwise(view, [ids]) as forward:
+        for turn in forward:
+            with turn.loaded() as layer:
+                turn.answer(run_calls(layer, turn.name, turn.calls, _CPU))
+        found: Tensor = next(forward.results()).logits
+    return found
 
 
 class LayerwiseForward:
@@ -114,17 +152,8 @@ class LayerTurn:
 
         Of a compressed model, the modules of other layers whose factors this layer shares are in memory too, on the CPU.
         """
-        layer = self._view.load(self.name)
-        lent = lenders(layer, self.name)
-        for path in lent:
-            self._view.load_module(path)
-        try:
-            with edited(layer.to(device), self.name, edit):
-                yield layer
-        finally:
-            for path in (self.name, *lent):
-                self._view.unload(path)
-            give_back()
+        with in_memory(self._view, self.name) as layer, edited(layer.to(device), self.name, edit):
+            yield layer
 
     def passed_by(self, calls: Sequence[Call] | None = None) -> list[Any]:
         """What the layer would put out for these calls (all by default) if it did nothing; not while it is loaded."""

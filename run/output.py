@@ -15,7 +15,6 @@ from typing import Any
 from ..checkpoint.beside import files_beside
 from ..checkpoint.folder import UNCHECKED
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
-from ..checkpoint.reading.fp8 import MODELOPT
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
@@ -135,7 +134,6 @@ def _beside(view: ModelView) -> dict[str, bytes]:
     trusted = view.trust_remote_code
     if not view.location.gguf:
         files = {name: path.read_bytes() for name, path in view.location.beside(code=trusted).files.items()}
-        files.pop(MODELOPT, None)  # says that the weights are in fp8, which the result's are not
         return files if trusted else {name: _without_code(name, content) for name, content in files.items()}
     with tempfile.TemporaryDirectory() as folder:
         view.location.tokenizer().save_pretrained(folder)

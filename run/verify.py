@@ -14,8 +14,7 @@ from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..checkpoint.reading.which import read_index
 from ..errors import CheckpointError, NonFiniteError
-from ..model.layerwise import layerwise
-from ..model.lockstep import run_calls
+from ..model.layerwise import logits
 from ..model.machine.host_memory import steady_memory
 from ..model.view import ModelView
 
@@ -160,16 +159,10 @@ def _check_bytes(folder: Path, record: dict[str, Any], view: ModelView) -> None:
         raise CheckpointError(f"{folder}: the model takes {held} bytes; the plan said {promised}.", "This is a bug: report it.")
 
 
-@torch.no_grad()
 def _check_logits(folder: Path, view: ModelView) -> None:
     vocabulary = view.config.get_text_config().vocab_size
     ids = torch.arange(1, _TOKENS + 1).remainder(vocabulary)[None]
-    with layerwise(view, [ids]) as forward:
-        for turn in forward:
-            with turn.loaded() as layer:
-                turn.answer(run_calls(layer, turn.name, turn.calls, ids.device))
-        logits = next(forward.results()).logits
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(logits(view, ids)).all():
         raise NonFiniteError(
             f"{folder}: the logits over {_TOKENS} tokens are not finite.", "Compress again with --dtype float32."
         )

@@ -240,6 +240,14 @@ def matrix_of(module: Any, dtype: torch.dtype) -> Tensor:
     return matrix
 
 
+def bias_of(module: Any) -> Tensor | None:
+    """The bias of a form's module, None where it has none; a product has it in its left factor."""
+    bias, left = getattr(module, "bias", None), getattr(module, "left", None)
+    if bias is None and isinstance(left, nn.Module):
+        bias = getattr(left, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of an `nn.Linear` or of transformers' `Conv1D` (GPT-2, weight stored as (in, out)); None for other modules."""
     if isinstance(module, nn.Linear):

@@ -48,11 +48,6 @@ class Packed:
     group: int
     middle: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.codes.nbytes + self.scales.nbytes
-
 
 def kernel_group(grid: Grid, in_features: int) -> int | None:
     """The group size for the kernel: the largest one that divides the grid's groups; None where there is none."""
