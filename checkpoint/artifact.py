@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError, ResumeError
+from ..errors import CheckpointError, ResumeError
 from .atomic import (
     PARTIAL,
     checksum,
@@ -32,6 +31,7 @@ from .atomic import (
     locked,
     remove,
     replacing,
+    require_space,
     sha256_of,
     signed_json,
     sync_file,
@@ -253,12 +253,7 @@ class Artifact:
         Raises:
             OutputError: there is too little free space.
         """
-        free = shutil.disk_usage(self.folder).free
-        if free < nbytes:
-            raise OutputError(
-                f"{self.folder} has {free / 1e6:,.1f} MB free; the result needs {nbytes / 1e6:,.1f} MB.",
-                "Free some space, or give an --out on another disk.",
-            )
+        require_space(self.folder, nbytes, "the result needs", "give an --out on another disk")
 
     def write(self, key: str, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Shard:
         """Commit one shard: temporary file, sync, rename, journal.

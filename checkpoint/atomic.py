@@ -87,6 +87,25 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def require_space(folder: Path, nbytes: int, what: str, remedy: str) -> None:
+    """Refuse, before any work, if the disk of a folder has no room for `nbytes` more.
+
+    Args:
+        folder: it exists, or a folder above it does.
+        nbytes: that are needed.
+        what: what needs them, with its verb: "the result needs".
+        remedy: besides freeing space.
+
+    Raises:
+        OutputError: there is too little free space.
+    """
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(standing).free) < nbytes:
+        raise OutputError(
+            f"{standing} has {free / 1e6:,.1f} MB free; {what} {nbytes / 1e6:,.1f} MB.", f"Free some space, or {remedy}."
+        )
+
+
 def follow_umask(path: Path) -> None:
     """Give a file the mode that a new file has here; libraries write weights for the owner alone."""
     mask = os.umask(0)

@@ -15,8 +15,8 @@ from typing import Any
 from ..errors import CheckpointError, RequestError, brief
 from .atomic import PARTIAL, locked, own_digest_fits, remove, writing
 from .untrusted.files import RECORD as RECORD_BYTES
-from .untrusted.files import size_of
-from .untrusted.json_text import json_object
+from .untrusted.files import read_bounded, size_of
+from .untrusted.json_text import parsed as json_of
 from .untrusted.record import require_record
 
 JOURNAL = "lrc.journal.jsonl"
@@ -128,8 +128,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
         )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
-    record = json_object(path, RECORD_BYTES)
-    fits = own_digest_fits(path.read_bytes())
+    data = read_bounded(path, RECORD_BYTES)
+    record = json_of(data, str(path))
+    fits = own_digest_fits(data)
     if fits is False or (fits is None and {"digest", "card"} & record.keys()):  # an lrc that wrote no digest wrote no card
         raise CheckpointError(f"{path} has changed since it was written (its own digest differs).",
                               "Copy it again, or undo the change if it is not yours.")  # fmt: skip

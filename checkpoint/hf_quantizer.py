@@ -7,7 +7,6 @@ saving). Tensor names in a compressed checkpoint are the model's own, so no rena
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -32,10 +31,9 @@ from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
 from .location import Location, locate
 from .reading.fp8 import Fp8Source, open_weights, quantization_of, without_quantization
-from .reading.weights import SafetensorsSource
+from .reading.weights import SafetensorsSource, numbers_held
 from .reading.which import declared_quantization, quantization_method
 from .untrusted.foreign import foreign
-from .untrusted.gguf_header import require_sound
 from .untrusted.json_text import dotted, walked
 from .untrusted.skeleton import require_affordable, require_finite_tables
 
@@ -194,7 +192,6 @@ def open_model(
         ModelError: there is no such model, the folder holds an unfinished run, or a package is missing that it needs.
         CheckpointError: weights are missing or damaged, or do not fit the model.
     """
-
     location = locate(model)
     config = location.config(trust_remote_code)
     source = require_loadable(location, config, dtype, device)
@@ -304,9 +301,7 @@ def _require_held(location: Location, config: Any, shards: SafetensorsSource | N
         install_stored(model)
     elif quantized:
         return  # packed by a library that counts its numbers in its own way
-    header = require_sound(location.path / str(location.gguf)).tensors if shards is None else {}
-    shapes = header.values() if shards is None else [shards.shape(name) or () for name in shards.names()]
-    held = sum(map(math.prod, shapes))
+    held = numbers_held(shards, location.path / (location.gguf or ""))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     wanted = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
     if wanted > 2 * held + _FEW:  # of fewer, the loader names the tensor that is missing or does not fit

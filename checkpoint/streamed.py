@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -22,9 +21,8 @@ from .architecture import built, find_layers, keep_float32, require_sizes
 from .location import Location
 from .reading.fingerprint import Tell, unread_bytes
 from .reading.fp8 import Fp8Source, open_weights, require_numbers, without_quantization
-from .reading.names import all_made, changes_shape, renamed_tensors
-from .reading.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix
-from .untrusted.gguf_header import require_sound
+from .reading.names import all_made, renamed_tensors, reshaped
+from .reading.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix, numbers_held
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
 
 
@@ -57,7 +55,8 @@ class Checkpoint:
         shards = None if location.gguf else self._shards(dtype, original=prepare is None)
         self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
         register()
-        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name, _numbers(location, shards))
+        held = numbers_held(shards, location.path / (location.gguf or ""))
+        self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name, held)
         require_sizes(self.config, location.name)
         if prepare is not None:
             prepare(self.model)
@@ -362,10 +361,10 @@ class Checkpoint:
                 f"{self.location.name}: {len(missing)} tensors of the model are in no file, '{missing[0]}' first.",
                 "The checkpoint is incomplete, or config.json describes another model.",
             )
-        state = self.model.state_dict()
+        state, changes = self.model.state_dict(), reshaped(self.model)
         for name, target in self._renamed.items():
             got, expected = self.source.shape(name), tuple(state[target].shape)
-            if got is not None and got != expected and not changes_shape(self.model, name):
+            if got is not None and got != expected and not changes(name):
                 raise self._unfitting(name, got, expected)
 
     def _unfitting(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
@@ -383,13 +382,6 @@ def _refuse(config: Any, name: str) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "lrc compresses decoder-only models.")
-
-
-def _numbers(location: Location, shards: SafetensorsSource | None) -> int:
-    """How many numbers the weight files hold, by their headers."""
-    if shards is None:
-        return sum(map(math.prod, require_sound(location.path / str(location.gguf)).tensors.values()))
-    return sum(math.prod(shards.shape(name) or ()) for name in shards.names())
 
 
 def _skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool, name: str, held: int) -> Any:

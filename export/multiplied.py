@@ -6,7 +6,7 @@ has one inner width. The width is then the largest that a layer keeps. Zero rows
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -46,20 +46,33 @@ class Multiplied:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors, tied ones counted once."""
-        tied = self.source.view.tied
-        return sum(t.numel() * _itemsize(t, dtype) for name, t in self.state.items() if name not in tied)
+        return self.source.nbytes(self.state, dtype)
 
-    def parts(self, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-        """The tensors by their names in the model, one layer at a time and then those outside the layers."""
+    def parts(
+        self, dtype: torch.dtype, apart: Collection[str] = (), encode: Callable[[str], dict[str, Tensor]] = lambda path: {}
+    ) -> Iterator[dict[str, Tensor]]:
+        """The tensors by their names in the model, one layer at a time and then those outside the layers.
+
+        Args:
+            dtype: of floating-point tensors.
+            apart: paths of modules that are not multiplied out.
+            encode: path of such a module, whose weights are in memory -> its tensors by their names in the export.
+        """
         view, tied = self.source.view, self.source.view.tied
         for name in view.layer_names:
-            with in_memory(self.source.view, name) as layer:
-                found = {f"{name}.{path}": tensor for path, tensor in tensors_of(layer)}
-                yield {path: self.placed(path, tensor, dtype) for path, tensor in found.items() if path not in tied}
+            inside = [path for path in apart if path.startswith(name + ".")]
+            with in_memory(view, name) as layer:
+                part = {}
+                for path, tensor in tensors_of(layer, {each.removeprefix(name + ".") for each in inside}):
+                    if f"{name}.{path}" not in tied:
+                        part[f"{name}.{path}"] = self._placed(f"{name}.{path}", tensor, dtype)
+                for path in inside:
+                    part |= encode(path)
+                yield part
         for part in self.source.outside():
-            yield {path: self.placed(path, tensor, dtype) for path, tensor in part.items()}
+            yield {path: self._placed(path, tensor, dtype) for path, tensor in part.items()}
 
-    def placed(self, path: str, held: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _placed(self, path: str, held: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor:
         """A tensor, or one matrix per expert, as the plain model stores it: transposed where it does so, and padded."""
         wanted = self.state[path].shape
         owner, _, last = path.rpartition(".")
@@ -174,12 +187,3 @@ def _is_fused(parent: nn.Module, rows: int) -> bool:
     if experts := expert_parameters(parent):
         return any(2 * columns == rows for _, _, columns in experts.values())
     return any(2 * module.in_features == rows for module in parent.children() if isinstance(module, nn.Linear))
-
-
-def _itemsize(tensor: Tensor, dtype: torch.dtype) -> int:
-    return dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
-
-
-def sizes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of these tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

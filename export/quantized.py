@@ -16,10 +16,9 @@ from ..compress.forms.grids import Grid, Scales
 from ..compress.forms.pruned import Pruned
 from ..compress.forms.quantized import Quantized, QuantizedLinear, QuantizedLowRank
 from ..errors import CheckpointError
-from ..model.layerwise import in_memory
 from .adapter import CONFIG, adapter_config, adapter_nbytes, adapter_tensors
 from .base import Carried, Format, Tensors
-from .multiplied import Multiplied, tensors_of
+from .multiplied import Multiplied
 from .source import Source
 
 KINDS = (Quantized.kind, QuantizedLowRank.kind)
@@ -121,25 +120,18 @@ class QuantizedResult:
             encode: path and module of a matrix in codes -> its tensors, by the last part of their names.
             factors: receives the factors of corrections: path.left (out, rank) and path.right (rank, in).
         """
-        for name in self.source.view.layer_names:
-            with in_memory(self.source.view, name) as layer:
-                part: dict[str, Tensor] = {}
-                for path, tensor in tensors_of(layer, skip=self._skipped(name)):
-                    part[f"{name}.{path}"] = self.multiplied.placed(f"{name}.{path}", tensor, dtype)
-                for path in (path for path in self.coded if path.startswith(name + ".")):
-                    module: Any = self.source.view.model.get_submodule(path)
-                    part |= {f"{path}.{last}": tensor for last, tensor in encode(path, module).items()}
-                    if module.bias is not None:
-                        part[f"{path}.bias"] = module.bias.detach().to(dtype)
-                    if self.coded[path].rank:
-                        left, right = factors_of(module.correction)
-                        factors[f"{path}.left"], factors[f"{path}.right"] = left.to(dtype), right.to(dtype)
-                yield part
-        for part in self.source.outside():
-            yield {path: self.multiplied.placed(path, tensor, dtype) for path, tensor in part.items()}
 
-    def _skipped(self, layer: str) -> set[str]:
-        return {path.removeprefix(layer + ".") for path in self.coded if path.startswith(layer + ".")}
+        def coded(path: str) -> dict[str, Tensor]:
+            module: Any = self.source.view.model.get_submodule(path)
+            part = {f"{path}.{last}": tensor for last, tensor in encode(path, module).items()}
+            if module.bias is not None:
+                part[f"{path}.bias"] = module.bias.detach().to(dtype)
+            if self.coded[path].rank:
+                left, right = factors_of(module.correction)
+                factors[f"{path}.left"], factors[f"{path}.right"] = left.to(dtype), right.to(dtype)
+            return part
+
+        return self.multiplied.parts(dtype, self.coded, coded)
 
 
 def factors_of(correction: Any) -> tuple[Tensor, Tensor]:
@@ -199,7 +191,7 @@ class CodedFormat(Format):
         return adapter_nbytes(ranks, {path: (coded[path].rows, coded[path].columns) for path in ranks}, self.dtype.itemsize)
 
     def parts(self) -> Iterator[Tensors]:
-        yield from self.result.parts(self.dtype, self.encoded, self._factors)
+        return self.result.parts(self.dtype, self.encoded, self._factors)
 
     def beside(self) -> Tensors:
         return adapter_tensors(self._factors)

@@ -48,9 +48,8 @@ class SelfContained(Format):
                     f"'{cls.__name__}' is code of the checkpoint, not of transformers, so a subclass of it cannot be written.",
                     "Load the result with lrc, or export it with --to dense.",
                 )
-        tensors = (tensor for name, tensor in view.model.state_dict().items() if name not in view.tied)
-        nbytes = sum(t.numel() * (self.dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors)
-        return Drawing(nbytes)
+        # the files of forms check their specs with pydantic
+        return Drawing(self.source.nbytes(view.model.state_dict(), self.dtype), needs=("transformers", "pydantic"))
 
     def parts(self) -> Iterator[Tensors]:
         view, tied = self.source.view, self.source.view.tied

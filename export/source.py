@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,11 @@ class Source:
         """A model of the same architecture with another configuration, on the meta device."""
         with torch.device("meta"):
             return type(self.view.model)(type(self.view.config).from_dict(config))
+
+    def nbytes(self, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
+        """Bytes of these tensors of a model with floating-point ones in `dtype`, tied ones counted once."""
+        counted = (tensor for name, tensor in state.items() if name not in self.view.tied)
+        return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in counted)
 
     def outside(self) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors outside the layers, part by part, by their names in the model."""

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint.atomic import follow_umask, locked, sync_folder, writing
-from ..errors import CheckpointError, OutputError, RequestError, one_line
+from ..checkpoint.atomic import follow_umask, locked, require_space, sync_folder, writing
+from ..errors import CheckpointError, RequestError, one_line
 from ..model.events import Event, Notify, silent
 from ..model.layerwise import logits
 from ..model.machine.host_memory import give_back
 from .base import Format, Tensors, get_format
 from .card import export_card
-from .multiplied import sizes
 from .source import Source
 
 _TOKENS = 32
@@ -65,7 +64,7 @@ def export(
 
     Args:
         result: the folder of a finished `lrc compress`.
-        to: the format: dense, self-contained, compressed-tensors, gptq, gguf.
+        to: the format: one of `formats()` in base.py.
         out: the folder for the export, new or empty; None: the result's folder with the format's name behind it.
         dtype: of the floating-point tensors; None takes the result's.
         max_shard_bytes: the largest weight file, in bytes.
@@ -84,7 +83,7 @@ def export(
     _require_new(target)
     source = Source.open(folder, trust_remote_code)
     form = chosen(source, dtype or source.view.dtype)
-    _require_space(target, form.drawing.nbytes)
+    require_space(target.absolute().parent, form.drawing.nbytes, "the export needs", "give an --out on another disk")
     if check:
         _require_packages(form)
     partial = target.with_name(f"{target.name}{_PARTIAL}")
@@ -124,15 +123,6 @@ def _require_packages(form: Format) -> None:
         )
 
 
-def _require_space(target: Path, nbytes: int) -> None:
-    standing = next(path for path in target.absolute().parents if path.exists())
-    if (free := shutil.disk_usage(standing).free) < nbytes:
-        raise OutputError(
-            f"{standing} has {free / 1e6:,.1f} MB free; the export needs {nbytes / 1e6:,.1f} MB.",
-            "Free some space, or give an --out on another disk.",
-        )
-
-
 def _write(form: Format, folder: Path, max_shard_bytes: int, notify: Notify) -> None:
     source = form.source
     write_shards(folder, form.parts(), max_shard_bytes, notify)
@@ -154,23 +144,23 @@ def write_shards(folder: Path, parts: Iterator[Tensors], most: int, notify: Noti
     """Write tensors into files of at most `most` bytes (one tensor may be larger), with an index where there are several."""
     where: dict[str, int] = {}
     held: Tensors = {}
-    total = shards = 0
+    total = waiting = shards = 0
 
     def flush() -> None:
-        nonlocal held, shards
+        nonlocal held, waiting, shards
         shards += 1
         save_file(held, folder / f"shard-{shards}", metadata={"format": "pt"})
         where.update(dict.fromkeys(held, shards))
-        held = {}
+        held, waiting = {}, 0
         give_back()
 
     for number, part in enumerate(parts, 1):
         for name, tensor in part.items():
-            size = tensor.numel() * tensor.element_size()
-            if held and sizes(held) + size > most:
+            if held and waiting + tensor.nbytes > most:
                 flush()
-            held[name] = tensor.clone()  # its own memory: the layer is unloaded before the shard is written
-            total += size
+            held[name] = tensor.clone()  # its own memory: safetensors stores no two tensors that share some
+            waiting += tensor.nbytes
+            total += tensor.nbytes
         notify(Event("export", done=number))
     if held:
         flush()

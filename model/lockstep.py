@@ -8,7 +8,7 @@ continue to layer i + 1 (layerwise.py). No architecture's loop is rewritten here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,11 +158,11 @@ def run_without_weights(layer: nn.Module, call: Call, again: Callable[[], object
         again: called before the second run.
     """
     try:
-        with _replaced(layer, lambda tensor: tensor.to("meta")):
+        with replaced(layer.modules(), lambda tensor: tensor.to("meta")):
             return run_layer(layer, call.to(torch.device("meta")))
     except (RuntimeError, ValueError):  # torch has no common error for "this needs values"
         again()
-        with _replaced(layer, _zeros):
+        with replaced(layer.modules(), _zeros):
             return run_layer(layer, call.to(torch.device("cpu")))
 
 
@@ -172,10 +172,10 @@ def _zeros(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the context is open, the layer's parameters and buffers are what `change` makes of them."""
+def replaced(modules: Iterable[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the context is open, the modules' own parameters and buffers are what `change` makes of them."""
     held: list[tuple[Any, dict[str, Any]]] = [
-        (tensors, dict(tensors)) for module in layer.modules() for tensors in (module._parameters, module._buffers)
+        (tensors, dict(tensors)) for module in modules for tensors in (module._parameters, module._buffers)
     ]
     try:
         for tensors, before in held:

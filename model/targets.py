@@ -21,7 +21,7 @@ from ..checkpoint.untrusted.foreign import foreign
 from ..compress.forms.base import linear_shape
 from ..compress.forms.experts import channels_are_free, expert_parameters
 from ..errors import ModelError
-from .lockstep import Lockstep, run_without_weights
+from .lockstep import Lockstep, replaced, run_without_weights
 
 TINY = 4  # tokens of the forward that finds the groups
 
@@ -121,18 +121,12 @@ def _nothing_outside(view: Checkpoint, index: int) -> Iterator[None]:
     Args:
         index: the layer that is answered meanwhile.
     """
-    held = [(module._parameters, dict(module._parameters)) for path, module in view.model.named_modules()
-            if not path.startswith(view.layers_path + ".")]  # fmt: skip
-    for parameters, before in held:
-        absent = {name: each.to("meta") for name, each in before.items() if each is not None}
-        parameters.update({name: nn.Parameter(each, requires_grad=False) for name, each in absent.items()})
+    outside = [module for path, module in view.model.named_modules() if not path.startswith(view.layers_path + ".")]
     try:
-        yield
+        with replaced(outside, lambda tensor: tensor.to("meta") if isinstance(tensor, nn.Parameter) else tensor):
+            yield
     except RuntimeError as error:  # torch's, about two devices
         raise _used_between(view, index) from error
-    finally:
-        for parameters, before in held:
-            parameters.update(before)
 
 
 def _explained(view: Checkpoint) -> AbstractContextManager[None]:

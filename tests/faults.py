@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from commandline import run_lrc
@@ -47,6 +47,24 @@ def disk_full_before(operation: int, folder: Path, arguments: list[object]) -> t
     return _in_child(operation, folder, arguments, full, full=True)
 
 
+def run_in_child(told: int, arguments: list[object], first: Callable[[], object]) -> NoReturn:
+    """Run a command in a forked process and end it: stderr, or the traceback of a bug (exit code 70), goes into a pipe.
+
+    Args:
+        told: the pipe.
+        arguments: of the command.
+        first: called before the command.
+    """
+    try:
+        first()
+        result = run_lrc(*arguments)
+        os.write(told, result.err.encode()[-8000:])
+        os._exit(result.code)
+    except BaseException:  # noqa: BLE001 (a child of pytest must never return into it)
+        os.write(told, traceback.format_exc().encode()[-8000:])
+        os._exit(70)
+
+
 def _in_child(
     operation: int, folder: Path, arguments: list[object], disturb: Callable[[], None], full: bool
 ) -> tuple[int, str]:
@@ -56,14 +74,7 @@ def _in_child(
     if child == 0:
         os.close(said)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        try:
-            _disturbed(operation, folder, disturb, full)
-            result = run_lrc(*arguments)
-            os.write(told, result.err.encode()[-8000:])
-            os._exit(result.code)
-        except BaseException:  # noqa: BLE001 (a child of pytest must never return into it)
-            os.write(told, traceback.format_exc().encode()[-8000:])
-            os._exit(70)
+        run_in_child(told, arguments, lambda: _disturbed(operation, folder, disturb, full))
     os.close(told)
     deadline = time.monotonic() + 300
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:

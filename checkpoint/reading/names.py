@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .weights import WeightSource
@@ -9,15 +10,12 @@ from .weights import WeightSource
 
 def renamed_tensors(model: Any, source: WeightSource) -> tuple[dict[str, str], list[str]]:
     """Name in the checkpoint -> name in the model, and the checkpoint's names that the model does not have."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     known = model.state_dict()
     if source.names() and all(name in known for name in source.names()):
         return {name: name for name in source.names()}, []
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    renamings, converters = _conversions(model)
     renamed, unused = {}, []
     for name in source.names():
         new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
@@ -32,11 +30,7 @@ def renamed_tensors(model: Any, source: WeightSource) -> tuple[dict[str, str], l
 
 def all_made(model: Any, renamed: dict[str, str]) -> dict[str, list[str]]:
     """Name in the checkpoint -> every name in the model that transformers makes of it: it splits some tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    splits = [entry.target_patterns for entry in get_model_conversion_mapping(model)
-              if isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1]  # fmt: skip
+    splits = [entry.target_patterns for entry in _conversions(model)[1] if len(entry.target_patterns) > 1]
     made = {name: [target] for name, target in renamed.items()}
     for name, (target, *_) in made.items():
         for first, *others in splits:
@@ -45,12 +39,19 @@ def all_made(model: Any, renamed: dict[str, str]) -> dict[str, list[str]]:
     return made
 
 
-def changes_shape(model: Any, name: str) -> bool:
-    """Whether transformers fuses, splits or transposes this tensor of the checkpoint when it loads it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+def reshaped(model: Any) -> Callable[[str], bool]:
+    """A function that says of a tensor of the checkpoint whether transformers fuses, splits or transposes it on loading."""
+    from transformers.core_model_loading import rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
-    converters: list[Any] = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    return rename_source_key(name, renamings, converters)[1] is not None
+    renamings, converters = _conversions(model)
+    return lambda name: rename_source_key(name, renamings, converters)[1] is not None
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """What transformers does to tensors when it loads this model: renamings, and conversions."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -279,6 +279,17 @@ class GgufSource(WeightSource):
         return tensors
 
 
+def numbers_held(shards: SafetensorsSource | None, gguf: Path) -> int:
+    """How many numbers weight files hold, by their headers.
+
+    Args:
+        shards: the safetensors; None for a GGUF file.
+        gguf: that file.
+    """
+    shapes = require_sound(gguf).tensors.values() if shards is None else [shards.shape(name) or () for name in shards.names()]
+    return sum(map(math.prod, shapes))
+
+
 def group_by_prefix(source_to_target: Mapping[str, str], prefixes: Iterable[str]) -> dict[str, list[str]]:
     """Module prefix -> the checkpoint's names of the tensors under it; '' -> all other names.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from commandline import contents, lrc_ok, run_lrc
+from faults import run_in_child
 from safetensors import SafetensorError
 
 import lrc.checkpoint.reading.weights
@@ -100,14 +100,7 @@ def at_once(*commands: list[object]) -> list[tuple[int, str]]:
         said, told = os.pipe()
         child = os.fork()
         if child == 0:
-            try:
-                os.read(ready, 1)
-                result = run_lrc(*command)
-                os.write(told, result.err.encode()[-8000:])
-                os._exit(result.code)
-            except BaseException:  # noqa: BLE001 (a child of pytest must never return into it)
-                os.write(told, traceback.format_exc().encode()[-8000:])
-                os._exit(70)
+            run_in_child(told, command, lambda: os.read(ready, 1))
         os.close(told)
         children.append((child, said))
     os.write(go, b"x" * len(commands))
