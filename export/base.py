@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..compress.registry import import_all
 from ..errors import RequestError, did_you_mean
+from ..model.events import Notify
 from .source import Source
 
 Tensors = dict[str, Tensor]
@@ -68,6 +70,10 @@ class Format(ABC):
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
 
+    def write(self, folder: Path, notify: Notify) -> bool:
+        """Write the weights in a way of the format's own; False where they are safetensors made of `parts`."""
+        return False
+
     def files(self) -> dict[str, bytes]:
         """Name -> content of other files that the format needs."""
         return {}
@@ -87,7 +93,36 @@ class Format(ABC):
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=self.trusted)
 
+    @torch.no_grad()
+    def difference(self, folder: Path, ids: Tensor, expected: Tensor) -> float:
+        """Of the export's logits from the result's, relative to them (root mean square).
+
+        Args:
+            folder: of the export.
+            ids: (1, tokens).
+            expected: (1, tokens, vocabulary) the result's logits in float32.
+        """
+        found = self.open(str(folder)).eval()(ids, use_cache=False).logits.float()
+        return float((found - expected).norm() / expected.norm())
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference of a right export."""
+        return self.tolerance[self.dtype]
+
+    def usage(self) -> str:
+        """How the export is opened, as Markdown for its card."""
+        trust = ", trust_remote_code=True" if self.trusted else ""
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+```
+"""
+
     trusted: ClassVar[bool] = False  # whether `open` runs code of the export; it is lrc's own
+    copies: ClassVar[bool] = True  # whether the files beside the weights, and config.json, belong to the export
 
 
 F = TypeVar("F", bound=type[Format])

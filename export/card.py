@@ -11,7 +11,6 @@ def export_card(form: Format) -> str:
     held = card.read_text() if card.is_file() else ""
     lost = "".join(f"* {sentence}\n" for sentence in form.drawing.lost)
     needs = " ".join(form.drawing.needs)
-    trust = ", trust_remote_code=True" if form.trusted else ""
     body = held.partition("```python")[0].rstrip()
     return f"""{body}
 
@@ -24,10 +23,4 @@ def export_card(form: Format) -> str:
 pip install {needs}
 ```
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
-```
-"""
+{form.usage()}"""

@@ -124,17 +124,18 @@ def _require_packages(form: Format) -> None:
 
 
 def _write(form: Format, folder: Path, max_shard_bytes: int, notify: Notify) -> None:
-    source = form.source
-    write_shards(folder, form.parts(), max_shard_bytes, notify)
+    if not form.write(folder, notify):
+        write_shards(folder, form.parts(), max_shard_bytes, notify)
     if beside := form.beside():
         save_file(beside, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    for name, content in _copied(source).items():
+    for name, content in _copied(form.source).items() if form.copies else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     for name, content in form.files().items():
         (folder / name).write_bytes(content)
     (folder / "README.md").write_text(export_card(form))
-    (folder / "config.json").write_text(json.dumps(form.config(), indent=2) + "\n")
+    if form.copies:
+        (folder / "config.json").write_text(json.dumps(form.config(), indent=2) + "\n")
     for path in folder.rglob("*"):
         if path.is_file():
             follow_umask(path)
@@ -192,18 +193,16 @@ def _checked(form: Format, folder: Path) -> float:
     ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
     expected = logits(form.source.widened().view, ids).float()
     try:
-        model = form.open(str(folder))
-        found = model.eval()(ids, use_cache=False).logits.float()
+        difference = form.difference(folder, ids, expected)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"The export does not open as its users would open it: {one_line(error)}",
             "Install what the message names, or export with --no-check.",
         ) from error
-    difference = float((found - expected).norm() / expected.norm())
-    if not difference <= form.tolerance[form.dtype]:
+    if not difference <= form.allowed:
         raise CheckpointError(
             f"The logits of the export differ from those of the result by {difference:.2%}; {form.name} in "
-            f"{str(form.dtype).removeprefix('torch.')} may differ by {form.tolerance[form.dtype]:.1%}.",
+            f"{str(form.dtype).removeprefix('torch.')} may differ by {form.allowed:.1%}.",
             "Export with --dtype float32; if that fails too, this is a bug: report it.",
         )
     return difference
