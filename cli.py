@@ -17,6 +17,7 @@ from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.plan import plan
 from .commands.recipe import recipe_app
+from .commands.report import report
 from .commands.sweep import sweep
 from .commands.verify import verify
 from .errors import LrcError, of_resources
@@ -35,6 +36,7 @@ app.command()(sweep)
 app.command()(verify)
 app.command()(export)
 app.command()(bench)
+app.command()(report)
 app.add_typer(recipe_app, name="recipe")
 
 

@@ -1,0 +1,30 @@
+"""The page: one HTML file that needs no network, with plotly's script in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .content import Report
+from .figures import figures
+
+
+def page(report: Report) -> str:
+    """The HTML of a report."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"size": _size, "percent": _percent}
+    drawn: Any = figures(report)
+    return environment.get_template("page.html").render(report=report, figures=drawn, plotly=get_plotlyjs())
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes:,} bytes"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
