@@ -173,13 +173,13 @@ def said(spec: Spec) -> tuple[str, int | None]:
     if kind == "quantized":
         return f"{spec['grid']['bits']}-bit codes, groups of {spec['grid']['group_size'] or 'a row'}", None
     if kind == "quantized-low-rank":
-        rank = int(spec["correction"]["rank"])
-        return f"{spec['grid']['bits']}-bit codes and a correction, rank {rank}", rank
+        corrected = int(spec["correction"]["rank"])
+        return f"{spec['grid']['bits']}-bit codes and a correction, rank {corrected}", corrected
     if kind == "pruned":
         inner, rank = said(spec["form"])
         return f"pruned to {spec['rows']} × {spec['columns']}, {inner}", rank
-    rank = spec.get("rank")
-    return kind.replace("-", " "), int(rank) if isinstance(rank, int) else None
+    held = spec.get("rank")
+    return kind.replace("-", " "), held if isinstance(held, int) else None
 
 
 def _parts(result: Result, targets: list[TargetLine]) -> list[Part]:

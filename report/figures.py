@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -112,6 +112,6 @@ def _bytes(report: Report) -> Figure:
     )
 
 
-def _spec(data: list[dict[str, object]], layout: dict[str, object]) -> str:
+def _spec(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
     common: dict[str, object] = {"margin": {"l": 8, "r": 8, "t": 24, "b": 48}, "autosize": True}
-    return json.dumps({"data": data, "layout": common | layout})
+    return json.dumps({"data": data, "layout": common | dict(layout)})
