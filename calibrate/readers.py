@@ -24,7 +24,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, one_line
 from .files.columns import Document, document, require_columns, value_of, without
 from .files.rows import LONGEST, json_line, of_row
 
@@ -243,6 +243,21 @@ def stdlib_docstrings() -> tuple[str, ...]:
     if not texts:
         raise CalibrationError(f"pydoc: {root} holds no Python sources.", "Take another source: text:PATH, or self.")
     return tuple(texts)
+
+
+def language_reference() -> list[str]:
+    """The topics of Python's help, which are chapters of its language reference: prose of some 460,000 characters.
+
+    Raises:
+        CalibrationError: this Python comes without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise CalibrationError(
+            f"This Python has no pydoc_data.topics ({one_line(error)}).", "Install Python's whole library, or name a text: text:PATH."
+        ) from error
+    return [topics[name] for name in sorted(topics)]
 
 
 def _docstrings_of(node: ast.AST) -> Iterator[str]:

@@ -54,6 +54,7 @@ SHAPES = {
     "parquet": "parquet:PATH[:COLUMN]",
 }
 PLAIN = (*NAMED, "self", "pydoc")
+TOPICS = "pydoc-topics"  # text to evaluate on that every machine with Python has; no part of it is a docstring
 STREAMS = ("text", "wikitext2", "ptb")
 """Kinds that are one long text; the others are made of documents (`self` is neither: it gives tokens)."""
 

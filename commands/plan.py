@@ -36,15 +36,33 @@ def plan(
     note_calibration(view, draft)
 
 
-def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None = None) -> Request:
+def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions) -> Request:
     """What the options ask for, checked from the cheapest part to the dearest.
-
-    Args:
-        out: the folder for the result, where there is to be one.
 
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
+    return _checked(recipe, calibration, source, None)
+
+
+def into_folder(
+    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None
+) -> tuple[Request, Path]:
+    """What the options ask for, and the folder of its result: `out`, or one that is named after the request.
+
+    Raises:
+        LrcError: something in the request is wrong, or the folder holds something else; all mistakes are reported together.
+    """
+    from .common.naming import default_folder
+
+    request = _checked(recipe, calibration, source, out)
+    if out is None:
+        out = default_folder(source.model, recipe.recipe, request.recipe)
+    request.require_folder(out)
+    return request, out
+
+
+def _checked(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None) -> Request:
     from ..checkpoint.folder import require_usable
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe
@@ -57,10 +75,7 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
         if out is not None:
             check(require_usable, out)
     quiet()
-    request = Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
-    if out is not None:
-        request.require_folder(out)
-    return request
+    return Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
 
 
 def drafted(request: Request) -> tuple[ModelView, Draft]:

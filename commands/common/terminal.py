@@ -30,17 +30,22 @@ if TYPE_CHECKING:
 _FEW_TOKENS = 16
 
 
-def plain_or_terminal() -> Console:
+def plain_or_terminal(stderr: bool = False) -> Console:
     """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
     if not console.is_terminal:
         console.width = 10_000
     return console
 
 
-def print_plan(plan: Planned, verbose: bool = False) -> None:
+def messages() -> Console:
+    """The same console on the error stream, for what is said about the work while the results go to the output."""
+    return plain_or_terminal(stderr=True)
+
+
+def print_plan(plan: Planned, verbose: bool = False, console: Console | None = None) -> None:
     """Print a plan: targets with ranks and bytes, the ratio in its three meanings, what is kept, cost and memory."""
-    console, calibration = plain_or_terminal(), plan.recipe.calibration
+    console, calibration = console or plain_or_terminal(), plan.recipe.calibration
     console.print(
         f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
         f"by {plan.recipe.compression[0].name}, "
@@ -184,15 +189,15 @@ def _span(numbers: Collection[int]) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def print_calibration(calibration: Calibration) -> None:
+def print_calibration(calibration: Calibration, console: Console) -> None:
     """Warn of a calibration text that is too short for the number of samples, or of next to no different tokens."""
     if 0 < (different := calibration.tokens.unique().numel()) < _FEW_TOKENS:
-        plain_or_terminal().print(
+        console.print(
             f"note: the calibration samples have {different} different tokens: their statistics say little about other text"
         )
     for part in calibration.provenance:
         if part.get("overlap"):
-            plain_or_terminal().print(
+            console.print(
                 f"note: {part['source']} is short for {part['samples']} samples: they share tokens and tell less"
             )
 
@@ -227,7 +232,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._console = plain_or_terminal()
+        self._console = messages()
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
@@ -247,10 +252,10 @@ class Progress:
         if isinstance(event, PlanMade):
             self._plan = event.plan
             self._bar.reset(self._task)
-            print_plan(event.plan)
+            print_plan(event.plan, console=self._console)
         elif isinstance(event, TextRead):
             if event.calibration.provenance:
-                print_calibration(event.calibration)
+                print_calibration(event.calibration, self._console)
             self._bar.start()
         elif isinstance(event, LayerDone):
             self._layer(event)
@@ -294,7 +299,8 @@ class Progress:
         if len(self._notes) > 10:
             self._console.print(f"note: … and {len(self._notes) - 10} more in {out / 'lrc.json'}")
         seconds = time.perf_counter() - self._started
-        self._console.print(
+        self._bar.stop()
+        plain_or_terminal().print(
             f"{out}: {size(self._plan.whole_bytes)} → {size(self._plan.whole_after)} in {seconds:.0f} s, "
             f"peak memory {size(peak_rss())} (predicted {size(self._plan.memory.peak)}). "
             "Checked: it loads, its logits are finite."
