@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pydantic
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, RequestError, did_you_mean
 from .files.columns import Document
@@ -38,6 +36,9 @@ from .sources import (
     parse_source,
     read_stream,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Generate = Callable[[int, int, int], torch.Tensor]
 WRITTEN_TOGETHER = 8  # samples that the model generates in one batch
@@ -319,7 +320,8 @@ def evaluation_text(name: str) -> EvaluationText:
         CalibrationError: it is not available, is damaged or is empty.
     """
     if name == TOPICS:
-        return _language_reference()
+        text, facts, how = language_reference()
+        return EvaluationText(text, f"{name}, {how}", ({"source": name, "split": None, **facts, "weight": 1.0},))
     kind = name.partition(":")[0]
     if kind not in HELD_OUT and (kind not in SHAPES or kind == name):
         if kind in (*NAMED, "self", "pydoc"):
@@ -340,14 +342,6 @@ def evaluation_text(name: str) -> EvaluationText:
         text, facts, how = _joined(source)
     split = f" {source.hub.split}" if source.hub else ""
     return EvaluationText(text, f"{source.text}{split}, {how}", ({**source.facts, **facts, "weight": 1.0},))
-
-
-def _language_reference() -> EvaluationText:
-    topics = language_reference()
-    text = "\n\n".join(topics)
-    how = f"{len(topics)} topics of the help of Python {platform.python_version()} joined by an empty line"
-    facts = {"source": TOPICS, "split": None, "sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": len(topics)}
-    return EvaluationText(text, f"{TOPICS}, {how}", ({**facts, "weight": 1.0},))
 
 
 def _joined(source: Source) -> tuple[str, dict[str, Any], str]:

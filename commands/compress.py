@@ -37,11 +37,11 @@ def compress(
 
     Prints the plan first, as lrc plan does.
     """
+    named = out
+    request, out = into_folder(recipe, calibration, source, named, hub=not dry_run)
     from ..run.pipeline import run_request
     from .common.terminal import Progress, messages, print_plan
 
-    named = out
-    request, out = into_folder(recipe, calibration, source, named)
     if dry_run:
         view, draft = drafted(request)
         print_plan(draft)

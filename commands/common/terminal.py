@@ -197,9 +197,7 @@ def print_calibration(calibration: Calibration, console: Console) -> None:
         )
     for part in calibration.provenance:
         if part.get("overlap"):
-            console.print(
-                f"note: {part['source']} is short for {part['samples']} samples: they share tokens and tell less"
-            )
+            console.print(f"note: {part['source']} is short for {part['samples']} samples: they share tokens and tell less")
 
 
 def _print_kept(console: Console, plan: Planned, verbose: bool) -> None:
