@@ -40,7 +40,9 @@ def compress(
     named = out
     request, out = into_folder(recipe, calibration, source, named, hub=not dry_run)
     from ..run.pipeline import run_request
-    from .common.terminal import Progress, messages, print_plan
+    from .common.console import messages
+    from .common.plan_output import print_plan
+    from .common.terminal import Progress
 
     if dry_run:
         view, draft = drafted(request)

@@ -95,7 +95,7 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
 
 def _prepared(options: EvalOptions, length: int) -> Request:
     from ..evaluation.request import QUICK_WINDOWS, Settings, prepare, usual_texts
-    from .common.terminal import messages
+    from .common.console import messages
 
     texts, windows = None, options.max_windows
     if options.tasks is None:

@@ -30,7 +30,7 @@ def plan(
     weights where sub-layers may be pruned.
     """
     view, draft = drafted(requested(recipe, calibration, source))
-    from .common.terminal import print_plan
+    from .common.plan_output import print_plan
 
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)

@@ -59,7 +59,7 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     from ..checkpoint.opening import devices_of
     from ..evaluation.request import Settings, check_positions, prepare
     from ..run.pipeline import require_text_fits, shared_statistics
-    from .common.terminal import plain_or_terminal
+    from .common.console import plain_or_terminal
     from .sweep_rows import Job, finished_rows, markdown, run_sweep
 
     require_folder(options.out)

@@ -254,7 +254,7 @@ class GgufSource(WeightSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        return torch.float32  # as they are read
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, dequantized to float32."""
@@ -280,6 +280,21 @@ class GgufSource(WeightSource):
                 )
                 tensors[name] = torch.tensor(done.weights)
         return tensors
+
+
+def dtype_of_gguf(path: Path) -> torch.dtype:
+    """The dtype for a model of a GGUF file: that of most of its numbers, and bfloat16 where those are quantized.
+
+    float32 would hold nothing more of a quantized matrix that a calculation in 16 bits could use, in twice the bytes.
+    """
+    header = require_sound(path)
+    numbers = Counter[int]()
+    for name, shape in header.tensors.items():
+        numbers[header.places[name][0]] += math.prod(shape)
+    from gguf import GGMLQuantizationType
+
+    most = GGMLQuantizationType(numbers.most_common(1)[0][0]).name if numbers else "F32"
+    return _FLOATING.get(most, torch.bfloat16)
 
 
 def _stored_as(shape: tuple[int, ...], kind: Any) -> tuple[tuple[int, ...], Any]:
