@@ -33,7 +33,8 @@ def lrc(*arguments: str) -> None:
 
 def measured(text: Path, model: str, json_file: Path) -> dict[str, Any]:
     """Token perplexity of a model on a text file: the entry of the results file."""
-    lrc("eval", model, "--tasks", f"text:{text}", "--length", "1024", "--max-windows", "16", "--json", str(json_file))
+    windows = ["--length", "1024", "--max-windows", "16", "--dtype", "float32"]
+    lrc("eval", model, "--tasks", f"text:{text}", *windows, "--json", str(json_file))
     results: dict[str, Any] = json.loads(json_file.read_text())["results"]
     return next(iter(results.values()))
 
@@ -46,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "python-reference.txt"
         text.write_text("\n\n".join(topics[name] for name in sorted(topics)))
-        calibration = ["--calibration", "pydoc", "--samples", "32", "--length", "1024"]
+        calibration = ["--calibration", "pydoc", "--samples", "32", "--length", "1024", "--dtype", "float32"]
         lrc("compress", MODEL, "--recipe", "svd-llm", "--ratio", arguments.ratio, *calibration, "--out", arguments.out)
         before = measured(text, MODEL, Path(scratch) / "before.json")
         after = measured(text, arguments.out, Path(scratch) / "after.json")

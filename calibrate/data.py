@@ -13,19 +13,32 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pydantic
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import CalibrationError, RequestError, did_you_mean
 from .files.columns import Document
 from .files.long_text import PIECE
 from .packing import derived_seed, divide, text_prefix, token_hash, token_ids, windows_of
-from .readers import drawn
-from .sources import HELD_OUT, NAMED, SHAPES, STREAMS, Source, open_documents, parse_mix, parse_source, read_stream
+from .readers import drawn, language_reference
+from .sources import (
+    HELD_OUT,
+    NAMED,
+    SHAPES,
+    STREAMS,
+    TOPICS,
+    Source,
+    open_documents,
+    parse_mix,
+    parse_source,
+    read_stream,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Generate = Callable[[int, int, int], torch.Tensor]
 WRITTEN_TOGETHER = 8  # samples that the model generates in one batch
@@ -299,18 +312,23 @@ def evaluation_text(name: str) -> EvaluationText:
     Args:
         name: `wikitext2` (raw, test, rows joined by an empty line), `ptb` (test, joined by a space), `c4` (first 1,100
             documents of the first validation shard, joined by a space), `text:PATH`, or `jsonl:`, `json:`, `csv:`,
-            `parquet:`, `hf:` (split test unless named; documents joined by an empty line, up to `EVALUATION_CHARACTERS`).
+            `parquet:`, `hf:` (split test unless named; documents joined by an empty line, up to `EVALUATION_CHARACTERS`);
+            or `pydoc-topics` (the language reference that comes with Python, joined by an empty line).
 
     Raises:
         RequestError: no such evaluation text.
         CalibrationError: it is not available, is damaged or is empty.
     """
+    if name == TOPICS:
+        text, facts, how = language_reference()
+        return EvaluationText(text, f"{name}, {how}", ({"source": name, "split": None, **facts, "weight": 1.0},))
     kind = name.partition(":")[0]
     if kind not in HELD_OUT and (kind not in SHAPES or kind == name):
         if kind in (*NAMED, "self", "pydoc"):
-            raise RequestError(f"'{name}' has no held-out text to evaluate on.", f"Known: {', '.join(HELD_OUT)}, text:PATH.")
+            known = ", ".join([*HELD_OUT, TOPICS])
+            raise RequestError(f"'{name}' has no held-out text to evaluate on.", f"Known: {known}, text:PATH.")
         raise RequestError(
-            f"No evaluation text is called '{name}'.", did_you_mean(name, [*HELD_OUT, *(f"{kind}:" for kind in SHAPES)])
+            f"No evaluation text is called '{name}'.", did_you_mean(name, [*HELD_OUT, TOPICS, *(f"{kind}:" for kind in SHAPES)])
         )
     source = parse_source(name, split="test")
     if kind in HELD_OUT:

@@ -6,13 +6,16 @@ import hashlib
 import random
 from collections.abc import Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import CalibrationError
 from .readers import drawn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 4_000_000  # characters of one call of the tokenizer, which takes some 330 bytes of memory per token
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import platform
 import random
 import sysconfig
 import warnings
@@ -24,7 +25,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, one_line
 from .files.columns import Document, document, require_columns, value_of, without
 from .files.rows import LONGEST, json_line, of_row
 
@@ -178,7 +179,7 @@ def hub_documents(hub: HubData, seed: int | None) -> Iterator[Document]:
     except ValueError as error:  # no such configuration or split; `datasets` lists those that exist
         what = f"Data set '{name}' ({hub.split}) cannot be read: {_one_line(error)}"
         remedy = "Write hf:NAME[:CONFIG][:SPLIT][:COLUMN]."
-    except (OSError, datasets.exceptions.DatasetsError, _TransportError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, TransportError) as error:
         reason = f"the hub does not answer ({silence}) and the cache has no copy" if silence else _one_line(error)
         what, remedy = f"Data set '{name}' ({hub.split}) is not available: {reason}.", OFFLINE
     else:
@@ -191,7 +192,7 @@ def _one_line(error: Exception) -> str:
 
 
 # The hub's client library changes (httpx, httpx2); what its errors derive from is the base of all transport errors.
-_TransportError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+TransportError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @contextmanager
@@ -211,7 +212,7 @@ def _hub_answering_or_offline(name: str) -> Iterator[str]:
             raise
         except HfHubHTTPError:
             pass  # it answers: gated, or busy. `datasets` says it better, or gets it from its cache
-        except (OSError, _TransportError) as error:
+        except (OSError, TransportError) as error:
             silence = _one_line(error) or type(error).__name__
             datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -243,6 +244,27 @@ def stdlib_docstrings() -> tuple[str, ...]:
     if not texts:
         raise CalibrationError(f"pydoc: {root} holds no Python sources.", "Take another source: text:PATH, or self.")
     return tuple(texts)
+
+
+def language_reference() -> tuple[str, dict[str, Any], str]:
+    """The topics of Python's help, which are chapters of its language reference: prose of some 460,000 characters.
+
+    Returns:
+        the text, the hash and number of its topics, and in words how it was put together.
+
+    Raises:
+        CalibrationError: this Python comes without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise CalibrationError(
+            f"This Python has no pydoc_data.topics ({one_line(error)}).",
+            "Install Python's whole library, or name a text: text:PATH.",
+        ) from error
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": len(topics)}
+    return text, facts, f"{len(topics)} topics of the help of Python {platform.python_version()} joined by an empty line"
 
 
 def _docstrings_of(node: ast.AST) -> Iterator[str]:

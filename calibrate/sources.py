@@ -54,6 +54,7 @@ SHAPES = {
     "parquet": "parquet:PATH[:COLUMN]",
 }
 PLAIN = (*NAMED, "self", "pydoc")
+TOPICS = "pydoc-topics"  # text to evaluate on that every machine with Python has; no part of it is a docstring
 STREAMS = ("text", "wikitext2", "ptb")
 """Kinds that are one long text; the others are made of documents (`self` is neither: it gives tokens)."""
 
@@ -171,7 +172,7 @@ def read_stream(source: Source, seed: int | None = None) -> tuple[str, dict[str,
         text = source.hub.joiner.join(str(row) for row in rows)
         facts = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "documents": len(rows)}
     else:
-        text, facts = long_text(_existing(source), lambda count: drawn(count, seed))
+        text, facts = long_text(existing(source), lambda count: drawn(count, seed))
     if not text.strip():
         raise CalibrationError(f"{source.text} holds no text ({len(text):,} characters, all blank).")
     return text, facts
@@ -199,9 +200,9 @@ def open_documents(source: Source, seed: int | None) -> tuple[Iterator[Document]
         facts = {"sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
         documents = (texts[i] for i in drawn(len(texts), seed))
     elif source.kind in ("jsonl", "json", "csv"):
-        documents, facts["sha256"] = _rows(_existing(source), source, seed)
+        documents, facts["sha256"] = _rows(existing(source), source, seed)
     else:
-        path = _existing(source)
+        path = existing(source)
         with path.open("rb") as file:
             facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         documents = parquet_rows(path, source.field, seed)
@@ -221,7 +222,12 @@ def _rows(path: Path, source: Source, seed: int | None) -> tuple[Iterator[Docume
     return Rows(path, kind, source.field).documents(None if seed is None else lambda count: drawn(count, seed))
 
 
-def _existing(source: Source) -> Path:
+def existing(source: Source) -> Path:
+    """The file of a source that is a file, which is there and may be read.
+
+    Raises:
+        CalibrationError: it is not; the message names the closest file.
+    """
     path = source.path
     assert path is not None
     if not os.path.isdir(path):

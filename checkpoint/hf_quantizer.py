@@ -31,7 +31,7 @@ from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
 from .location import Location, locate
 from .reading.fp8 import Fp8Source, open_weights, quantization_of, without_quantization
-from .reading.weights import SafetensorsSource, numbers_held
+from .reading.weights import SafetensorsSource, dtype_of_gguf, numbers_held
 from .reading.which import declared_quantization, quantization_method
 from .untrusted.foreign import foreign
 from .untrusted.json_text import dotted, walked
@@ -185,7 +185,7 @@ def open_model(
 
     Args:
         model: a hub id, folder, `.gguf` file, `pkg:PACKAGE/FILE`, or lrc's output folder.
-        dtype: None takes the checkpoint's own (float32 for GGUF).
+        dtype: None takes the checkpoint's own (bfloat16 for a quantized GGUF file).
         device: a torch device, several separated by commas to distribute the layers, or 'auto' for all GPUs.
 
     Raises:
@@ -206,7 +206,7 @@ def open_model(
         settings = {"state_dict": source.read(source.names()), "config": config}
     elif location.gguf:
         settings = {"gguf_file": location.gguf, "use_safetensors": None}
-    own = torch.float32 if source is None else source.dtype
+    own = dtype_of_gguf(location.path / str(location.gguf)) if source is None else source.dtype
     try:
         with foreign(CheckpointError, f"{model} cannot be loaded", "Get or write it again."):
             found: Any = kind.from_pretrained(

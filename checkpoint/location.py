@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import torch
 
 from ..errors import CheckpointError, ModelError, did_you_mean, one_line
 from .beside import Beside, files_beside, hub_leaves
+from .reading.gguf_lean import lean
 from .reading.which import named_weights, refuse_adapter
 from .untrusted.configuration import require_sound_config, require_usable_text
 from .untrusted.files import require_path, require_readable, size_of
 from .untrusted.foreign import foreign
 from .untrusted.gguf_header import require_sound
 
+_TOKENIZER = ("token", "vocab", "merges", "spiece", "sentencepiece", "bpe", ".model")  # in the names of a tokenizer's files
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
 
 
@@ -50,13 +52,27 @@ class Location:
 
         self._guard()
         other = {} if self.config_file == "config.json" else {"_configuration_file": self.config_file}
-        with self._reading_config():
-            config = AutoConfig.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code, **other)
+        with self._reading_config(), self._config_place() as (folder, gguf):
+            config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=trust_remote_code, **other)
+            config._name_or_path = str(self.path)
         require_usable_text(config, self.name)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ModelError(f"{self.name}: config.json has the dtype {config.dtype!r}, which torch does not know.",
                              "Write float32, bfloat16 or float16 there.")  # fmt: skip
         return config
+
+    def require_tokenizer(self) -> None:
+        """Refuse a folder without any file of a tokenizer; whether one can be read is seen when it is.
+
+        Raises:
+            ModelError: no file there has the name of one.
+        """
+        names = [] if self.gguf else [path.name.lower() for path in self.path.iterdir()]
+        if names and not any(part in name for name in names for part in _TOKENIZER):
+            raise ModelError(
+                f"{self.name} holds no tokenizer (no tokenizer.json, tokenizer.model, vocab.json or the like).",
+                "Copy the tokenizer's files beside the weights, from where the model came.",
+            )
 
     def tokenizer(self, trust_remote_code: bool = False) -> Any:
         """The model's tokenizer.
@@ -71,6 +87,10 @@ class Location:
         remedy = "Put the tokenizer files beside the weights; if they are there, they are damaged or newer than this library."
         with foreign(ModelError, what, remedy):
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf, trust_remote_code=trust_remote_code)
+
+    def _config_place(self) -> AbstractContextManager[tuple[Path, str | None]]:
+        """The folder that transformers reads the configuration from, and the GGUF file in it where there is one."""
+        return lean(self.path / self.gguf) if self.gguf else nullcontext((self.path, None))
 
     def _guard(self) -> None:
         """Bound what transformers would read, before it does."""
@@ -134,6 +154,20 @@ def locate(model: str) -> Location:
     if not _HUB_ID.match(model) or model.startswith("."):
         raise ModelError(f"There is no folder {model}.", _neighbours(path))
     return _from_hub(model)
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model that is named so may be downloaded from the hub."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    path = Path(model).expanduser()
+    return (
+        not HF_HUB_OFFLINE
+        and not model.startswith(("pkg:", "."))
+        and path.suffix != ".gguf"
+        and not path.exists()
+        and _HUB_ID.match(model) is not None
+    )
 
 
 def _packaged(model: str) -> Location:

@@ -22,7 +22,7 @@ from .location import Location
 from .reading.fingerprint import Tell, unread_bytes
 from .reading.fp8 import Fp8Source, open_weights, require_numbers, without_quantization
 from .reading.names import all_made, renamed_tensors, reshaped
-from .reading.weights import GgufSource, SafetensorsSource, WeightSource, group_by_prefix, numbers_held
+from .reading.weights import GgufSource, SafetensorsSource, WeightSource, dtype_of_gguf, group_by_prefix, numbers_held
 from .untrusted.skeleton import building, require_affordable, require_finite_tables
 
 
@@ -53,7 +53,9 @@ class Checkpoint:
         self.config = location.config(trust_remote_code)
         _refuse(self.config, location.name)
         shards = None if location.gguf else self._shards(dtype, original=prepare is None)
-        self.dtype = dtype or self.config.dtype or (shards.dtype if shards else torch.float32)
+        self.dtype = (
+            dtype or self.config.dtype or (shards.dtype if shards else dtype_of_gguf(location.path / str(location.gguf)))
+        )
         register()
         held = numbers_held(shards, location.path / (location.gguf or ""))
         self.model: Any = _skeleton(self.config, self.dtype, trust_remote_code, location.name, held)
@@ -172,6 +174,11 @@ class Checkpoint:
         config = json.loads(self.config.to_json_string())
         config.pop("transformers_version", None)
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files as they are on the disk."""
+        return sum(path.stat().st_size for path in self.source.files)
 
     @property
     def unread_bytes(self) -> int:

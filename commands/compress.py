@@ -9,15 +9,21 @@ import typer
 
 from .common.arguments import interruptible
 from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
-from .plan import drafted, note_calibration, requested
+from .plan import drafted, into_folder, note_calibration
 
 
 @grouped
 def compress(
-    out: Annotated[Path, typer.Option(help="Folder for the result. The same command continues an interrupted run.")],
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="MODEL-RECIPE-AMOUNT",
+            help="Folder for the result, new or empty. The same command continues an interrupted run.",
+        ),
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     statistics: Annotated[
@@ -31,15 +37,20 @@ def compress(
 
     Prints the plan first, as lrc plan does.
     """
+    named = out
+    request, out = into_folder(recipe, calibration, source, named, hub=not dry_run)
     from ..run.pipeline import run_request
-    from .common.terminal import Progress, print_plan
+    from .common.console import messages
+    from .common.plan_output import print_plan
+    from .common.terminal import Progress
 
-    request = requested(recipe, calibration, source, out)
     if dry_run:
         view, draft = drafted(request)
         print_plan(draft)
         note_calibration(view, draft)
         return
+    if named is None:
+        messages().print(f"The result goes into the folder {out} (--out names another).")
     with interruptible("the same command continues"), Progress() as progress:
         result = run_request(request, out, statistics, restart, progress)
     if not result.made:

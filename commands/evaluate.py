@@ -20,9 +20,15 @@ class EvalOptions:
     """What is measured, and how."""
 
     tasks: Annotated[
-        str, typer.Option(help="What to measure, separated by commas: wikitext2, ptb, c4, text:PATH, or any task of lm-eval.")
-    ]
-    length: Annotated[int, typer.Option(help="Tokens in each perplexity window.")] = 2048
+        str | None,
+        typer.Option(
+            show_default="pydoc-topics, wikitext2",
+            help="What to measure, separated by commas: wikitext2, ptb, c4, pydoc-topics, text:PATH, or any task of lm-eval.",
+        ),
+    ] = None
+    length: Annotated[
+        int | None, typer.Option(show_default="2048, or the model's positions", help="Tokens in each perplexity window.")
+    ] = None
     max_windows: Annotated[int | None, typer.Option(show_default="all", help="Use only the first N windows of each text.")] = (
         None
     )
@@ -54,7 +60,8 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
     """
     from ..checkpoint.hf_quantizer import open_model
     from ..checkpoint.opening import devices_of, dtype_of, located
-    from ..evaluation.evaluate import check_model, measure
+    from ..evaluation.evaluate import check_model, longest_window, measure
+    from ..evaluation.request import LENGTH
     from ..evaluation.results import Evaluation
     from .common.eval_output import reporting
 
@@ -63,10 +70,13 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
     quiet()
     models = [source.model] if options.baseline is None else [source.model, options.baseline]
     with together() as check:
-        request = check(_prepared, options)
         locations = [check(located, name) for name in models]
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
+        length = options.length
+        if length is None and None not in locations:
+            length = check(longest_window, locations, source.trust_remote_code)
+        request = check(_prepared, options, length or LENGTH)
     how = (source.trust_remote_code, dtype, source.device.strip())
     provenance = [check_model(request, location, *how) for location in locations]
     evaluations = [Evaluation(name) for name in models]
@@ -83,20 +93,27 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
             )
 
 
-def _prepared(options: EvalOptions) -> Request:
-    from ..evaluation.request import Settings, prepare
+def _prepared(options: EvalOptions, length: int) -> Request:
+    from ..evaluation.request import QUICK_WINDOWS, Settings, prepare, usual_texts
+    from .common.console import messages
 
+    texts, windows = None, options.max_windows
+    if options.tasks is None:
+        texts, said = usual_texts()
+        windows = windows or QUICK_WINDOWS
+        messages().print(f"No --tasks: perplexity on the first {windows} windows of {length} tokens of {said}.")
     return prepare(
         Settings(
-            names_of(options.tasks),
-            length=options.length,
+            list(texts or names_of(options.tasks or "")),
+            length=length,
             bos=options.bos,
-            max_windows=options.max_windows,
+            max_windows=windows,
             limit=options.limit,
             num_fewshot=options.num_fewshot,
             batch_size=options.batch_size,
             include_path=options.include_path,
             activations=options.activations,
             allow_calibration_text=options.allow_calibration_text,
-        )
+        ),
+        texts,
     )

@@ -29,26 +29,50 @@ def plan(
     Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
     weights where sub-layers may be pruned.
     """
-    from .common.terminal import print_plan
-
     view, draft = drafted(requested(recipe, calibration, source))
+    from .common.plan_output import print_plan
+
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)
 
 
-def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None = None) -> Request:
+def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions) -> Request:
     """What the options ask for, checked from the cheapest part to the dearest.
-
-    Args:
-        out: the folder for the result, where there is to be one.
 
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
+    return _checked(recipe, calibration, source, None, hub=False)
+
+
+def into_folder(
+    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool = True
+) -> tuple[Request, Path]:
+    """What the options ask for, and the folder of its result: `out`, or one that is named after the request.
+
+    Args:
+        hub: refuse calibration text on a hub that is out of reach.
+
+    Raises:
+        LrcError: something in the request is wrong, or the folder holds something else; all mistakes are reported together.
+    """
+    from .common.naming import default_folder
+
+    request = _checked(recipe, calibration, source, out, hub)
+    if out is None:
+        out = default_folder(source.model, recipe.recipe, request.recipe)
+    request.require_folder(out)
+    return request, out
+
+
+def _checked(
+    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool
+) -> Request:
     from ..checkpoint.folder import require_usable
+    from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe
-    from ..run.request import Request
+    from ..run.request import Request, require_possible
 
     with together() as check:
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
@@ -56,11 +80,12 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
         devices = check(devices_of, source.device)
         if out is not None:
             check(require_usable, out)
+        # a model of the hub is downloaded only for a request without mistakes
+        location = None if is_on_hub(source.model) else check(located, source.model)
+        if wanted is not None:
+            check(require_possible, wanted, location, hub)
     quiet()
-    request = Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
-    if out is not None:
-        request.require_folder(out)
-    return request
+    return Request(location or located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
 
 
 def drafted(request: Request) -> tuple[ModelView, Draft]:
@@ -73,9 +98,17 @@ def drafted(request: Request) -> tuple[ModelView, Draft]:
 
 def note_calibration(view: ModelView, draft: Draft) -> None:
     """Print with a plan that `lrc compress` would refuse its calibration set."""
-    from ..run.pipeline import require_text_fits
+    from ..calibrate.available import require_available
+    from ..model.view import require_positions
 
-    try:
-        require_text_fits(view, draft)
-    except CalibrationError as error:
-        print(f"note: {error.what} {error.remedy}")
+    if not draft.recipe.reads_text:
+        return
+    calibration = draft.recipe.calibration
+    for check in (
+        lambda: require_positions(view.config, calibration.length, "calibration.length"),
+        lambda: require_available(calibration),
+    ):
+        try:
+            check()
+        except CalibrationError as error:
+            print(f"note: {error.what} {error.remedy}")

@@ -59,7 +59,7 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     from ..checkpoint.opening import devices_of
     from ..evaluation.request import Settings, check_positions, prepare
     from ..run.pipeline import require_text_fits, shared_statistics
-    from .common.terminal import plain_or_terminal
+    from .common.console import plain_or_terminal
     from .sweep_rows import Job, finished_rows, markdown, run_sweep
 
     require_folder(options.out)
@@ -95,6 +95,7 @@ def _planned_rows(
     options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions
 ) -> tuple[ModelView, list[Job], list[Draft]]:
     """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
+    from ..calibrate.available import require_available
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe, shipped
 
@@ -104,6 +105,8 @@ def _planned_rows(
         recipes = {name: check(load_recipe, name, calibration.overrides, calibration.settings) for name in names}
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
+        if (first := recipes[names[0]]) is not None and first.reads_text:
+            check(require_available, first.calibration)
     quiet()
     from ..model.view import ModelView
     from .sweep_rows import planned_jobs

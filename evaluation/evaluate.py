@@ -26,7 +26,7 @@ from ..model.machine.precision import full_precision
 from . import lm_eval
 from .activation_rounding import rounded_activations
 from .perplexity import WindowedText, prepends_bos, token_perplexity, windowed
-from .request import Request, Settings, check_positions, prepare
+from .request import LENGTH, Request, Settings, check_positions, prepare
 from .results import Evaluation, TaskResult, circumstances
 
 if TYPE_CHECKING:
@@ -98,6 +98,17 @@ def check_model(
         refuse_calibration_text(request, provenance, location.name)
     require_loadable(location, config, dtype, device)
     return provenance
+
+
+def longest_window(locations: Sequence[Location], trust_remote_code: bool = False) -> int:
+    """The usual length of windows, or fewer tokens where one of the models has fewer positions.
+
+    Raises:
+        LrcError: a configuration cannot be read.
+    """
+    configs = [location.config(trust_remote_code).get_text_config() for location in locations]
+    positions = [getattr(config, "max_position_embeddings", None) or LENGTH for config in configs]
+    return min([LENGTH, *(each for each in positions if each > 1)])
 
 
 @full_precision

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..calibrate.data import EvaluationText, evaluation_text
-from ..errors import RequestError, did_you_mean
+from ..calibrate.sources import TOPICS
+from ..errors import CalibrationError, RequestError, did_you_mean
 from ..model.view import require_positions
 from . import lm_eval
 from .activation_rounding import ROUNDINGS
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedConfig
 
-PERPLEXITY_TASKS = ("wikitext2", "ptb", "c4")
+PERPLEXITY_TASKS = ("wikitext2", "ptb", "c4", TOPICS)
+QUICK_WINDOWS = 16  # of each text, where a person names no tasks
+LENGTH = 2048
 PERPLEXITY_SCHEMES = ("text:", "jsonl:", "parquet:", "hf:")
 BOS_CHOICES = ("auto", "always", "never")
 
@@ -30,8 +33,8 @@ class Settings:
     """What is measured, and how; the defaults are those of `lrc eval`.
 
     Attributes:
-        tasks: `wikitext2`, `ptb`, `c4`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`, `hf:NAME[:…]` for token
-            perplexity; any other name is a task, group, tag or YAML file of lm-eval.
+        tasks: `wikitext2`, `ptb`, `c4`, `pydoc-topics`, `text:PATH`, `jsonl:PATH[:FIELD]`, `parquet:PATH[:COLUMN]`,
+            `hf:NAME[:…]` for token perplexity; any other name is a task, group, tag or YAML file of lm-eval.
         length: tokens per window, BOS included.
         bos: `auto` prepends BOS to every window if the tokenizer itself puts it before texts; `always`; `never`.
         max_windows: use only the first so many windows of each text.
@@ -45,7 +48,7 @@ class Settings:
     """
 
     tasks: Sequence[str]
-    length: int = 2048
+    length: int = LENGTH
     bos: str = "auto"
     max_windows: int | None = None
     limit: int | float | None = None
@@ -75,8 +78,11 @@ class Request:
         return [task for task in self.settings.tasks if task not in self.texts]
 
 
-def prepare(settings: Settings) -> Request:
+def prepare(settings: Settings, texts: Mapping[str, EvaluationText] | None = None) -> Request:
     """Check a request and read its texts.
+
+    Args:
+        texts: task -> its text, where that was read before.
 
     Raises:
         RequestError: unknown task, wrong or useless option, two tasks that would be reported by one name.
@@ -88,7 +94,21 @@ def prepare(settings: Settings) -> Request:
     _check_useless_options(settings, own, others)
     manager = lm_eval.open_tasks(others, settings.include_path, known=PERPLEXITY_TASKS) if others else None
     _check_distinct(own, settings.length)
-    return Request(settings, {task: evaluation_text(task) for task in own}, manager)
+    read = texts or {}
+    return Request(settings, {task: read.get(task) or evaluation_text(task) for task in own}, manager)
+
+
+def usual_texts() -> tuple[dict[str, EvaluationText], str]:
+    """The texts to measure on where a person names no task, and a sentence about them.
+
+    One is on every machine; WikiText-2 is the other, where the hub or its cache gives it.
+    """
+    texts = {TOPICS: evaluation_text(TOPICS)}
+    try:
+        texts["wikitext2"] = evaluation_text("wikitext2")
+    except CalibrationError as error:
+        return texts, f"the language reference that comes with Python ({TOPICS}); wikitext2 is left out: {error.what}"
+    return texts, f"the language reference that comes with Python ({TOPICS}), and wikitext2"
 
 
 def is_perplexity_task(task: str) -> bool:

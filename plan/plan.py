@@ -105,6 +105,7 @@ class Planned:
         shallower: config.json of the model without the dropped layers; None if no layer is dropped.
         files_left_out: reason -> files and folders of the checkpoint that are not copied into the result.
         header_bytes: upper bound on the bytes of the files' headers.
+        file_bytes: bytes of the original's weight files on the disk; less than `whole_bytes` where they are quantized.
     """
 
     recipe: Recipe
@@ -131,6 +132,7 @@ class Planned:
     shallower: Mapping[str, Any] | None = field(default=None, repr=False)
     files_left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     header_bytes: int = 0
+    file_bytes: int = 0
 
     @property
     def request(self) -> str:
@@ -230,6 +232,11 @@ class Planned:
         return 1 - self.targets_after / self.targets_before
 
     @property
+    def expands(self) -> bool:
+        """Whether the original takes clearly fewer bytes on the disk than in the dtype of the result (GGUF, fp8)."""
+        return 0 < self.file_bytes < 0.95 * self.whole_bytes
+
+    @property
     def whole_after(self) -> int:
         return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
 
@@ -301,3 +308,21 @@ class Draft(Planned):
     def settled(self) -> Plan:
         """This draft as a plan, if nothing remains to be measured."""
         return Plan(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+
+def short_of_tokens(plan: Planned) -> dict[str, int]:
+    """Role -> dimensions of the second moment that its targets are solved by, where the calibration set has fewer tokens.
+
+    A gram of x has as many dimensions as a target has inputs; that of y = W x has at most as many as the smaller side. With
+    fewer tokens it is singular, and says nothing about some directions. Experts are left out: how many tokens reach one is
+    known only from the text.
+    """
+    tokens = plan.recipe.calibration.samples * plan.recipe.calibration.length
+    found: dict[str, int] = {}
+    for step in plan.steps:
+        target, needs = step.target, plan.needs.get(step.target.name, frozenset())
+        sizes = {"gram": target.in_features, "output_gram": min(target.in_features, target.out_features)}
+        widest = max((size for name, size in sizes.items() if name in needs), default=0)
+        if not step.choice.dense and target.expert is None and widest > tokens:
+            found[target.role] = widest
+    return found

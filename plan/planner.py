@@ -121,6 +121,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         shallower=described(view, model_edit.dropped),
         files_left_out=view.location.beside(code=view.trust_remote_code).left_out,
         header_bytes=footprint.headers,
+        file_bytes=view.file_bytes,
     )
     return replace(plan, memory=predict_memory(view, plan, devices))
 

@@ -33,7 +33,7 @@ from .depth_stage import model_edit_of
 from .layer_loop import compress_layers
 from .losses.curves import measure
 from .output import config_of, finish, shard_names, write_outside
-from .request import Request
+from .request import Request, require_possible
 from .result import Result
 from .run import CPU, PlanMade, Run, TextRead
 from .search import search
@@ -72,6 +72,7 @@ def compress(
         LrcError: a problem that the user can fix; finished work is kept, and the same call continues the run.
     """
     request = Request.of(model, recipe, **settings)
+    require_possible(request.recipe, request.location)
     return run_request(request, Path(out), None if statistics is None else Path(statistics), restart, notify)
 
 

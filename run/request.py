@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..calibrate.available import require_available
 from ..checkpoint.folder import require_usable
 from ..checkpoint.location import Location
 from ..checkpoint.opening import devices_of, dtype_of, located
-from ..errors import RequestError
+from ..errors import LrcError, RequestError
 from ..model.view import ModelView
+from ..plan.amount import require_amount
 from ..plan.load_recipe import load_recipe
 from ..plan.recipe import Recipe
 from .run import CPU
@@ -67,6 +69,33 @@ class Request:
     def view(self) -> ModelView:
         """The model, from its configuration and the headers of its files. It reads weights only when they are needed."""
         return ModelView(self.location, self.dtype, self.trust_remote_code)
+
+
+def require_possible(recipe: Recipe, location: Location | None = None, hub: bool = True) -> None:
+    """Refuse, before a model is read, a recipe without an amount, and calibration text that is not there.
+
+    Args:
+        location: of the model, if it is on this machine; one without a tokenizer is refused where text is read.
+        hub: refuse calibration text on a hub that is out of reach, too.
+
+    Raises:
+        RequestError: one of these mistakes, or all of them together.
+    """
+    problems: list[LrcError] = []
+    checks: list[Callable[[], None]] = [lambda: require_amount(recipe)]
+    if recipe.reads_text:
+        checks.append(lambda: require_available(recipe.calibration, hub))
+        if location is not None:
+            checks.append(location.require_tokenizer)
+    for check in checks:
+        try:
+            check()
+        except LrcError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise RequestError("\n".join(map(str, problems)))
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

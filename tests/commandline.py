@@ -15,16 +15,30 @@ from lrc.cli import main
 
 @dataclass(frozen=True)
 class Result:
-    """What a person sees of a finished command."""
+    """What a person sees of a finished command: its results, its messages, and both in the order in which they came."""
 
     code: int
     out: str
     err: str
+    printed: str
+
+
+class _Stream(io.StringIO):
+    """A stream that also writes into another one, which it shares with its twin."""
+
+    def __init__(self, both: io.StringIO) -> None:
+        super().__init__()
+        self._both = both
+
+    def write(self, text: str) -> int:
+        self._both.write(text)
+        return super().write(text)
 
 
 def run_lrc(*arguments: object) -> Result:
     """Run `lrc ARGUMENTS`; anything but a clean exit (a bug) is raised."""
-    out, err = io.StringIO(), io.StringIO()
+    both = io.StringIO()
+    out, err = _Stream(both), _Stream(both)
     code = 0
     with (
         mock.patch.object(sys, "argv", ["lrc", *map(str, arguments)]),
@@ -35,14 +49,14 @@ def run_lrc(*arguments: object) -> Result:
             main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    return Result(code, out.getvalue(), err.getvalue())
+    return Result(code, out.getvalue(), err.getvalue(), both.getvalue())
 
 
 def lrc_ok(*arguments: object) -> str:
-    """Run `lrc ARGUMENTS`, which must succeed; what it printed."""
+    """Run `lrc ARGUMENTS`, which must succeed; what it printed, results and messages."""
     result = run_lrc(*arguments)
     assert result.code == 0, result.err
-    return result.out
+    return result.printed
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from ..untrusted.foreign import foreign
 from ..untrusted.gguf_header import require_sound
 from ..untrusted.weights_header import require_short_header
 from .fingerprint import Tell, fingerprint
+from .gguf_lean import one_name_map
 from .which import WeightFiles, weight_files
 
 _ROWS = 1 << 22  # numbers of each of two tensors that are compared at a time
@@ -223,7 +224,7 @@ class GgufSource(WeightSource):
     """
 
     def __init__(self, path: Path, model: Any) -> None:
-        from gguf import GGUFReader
+        from gguf import GGMLQuantizationType
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
         self.files = (path,)
@@ -232,16 +233,18 @@ class GgufSource(WeightSource):
             raise ModelError(
                 f"{path.name}: experts of a mixture ({config['model_type']}) are not read from GGUF.", "Use safetensors."
             )
-        require_sound(path)
-        with foreign(CheckpointError, f"{path} cannot be read as GGUF", "Get the file again."):
-            reader = GGUFReader(path)
-            architecture = str(reader.fields["general.architecture"].contents())
-            self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+        header = require_sound(path)
+        with foreign(CheckpointError, f"{path} cannot be read as GGUF", "Get the file again."), one_name_map():
+            self._processor = TENSOR_PROCESSORS.get(header.scalars["general.architecture"], TensorProcessor)(config=config)
             self._map = get_gguf_hf_weights_map(model, self._processor)
-        # with offsets, later reads need neither the header (a whole vocabulary) nor a permanent mapping
-        known = {self._map[t.name]: t for t in reader.tensors if t.name in self._map}
-        self._layout = {name: (int(t.data_offset), t.data.shape, t.data.dtype) for name, t in known.items()}
-        self._types = {name: (t.name, t.tensor_type) for name, t in known.items()}
+        # with offsets, reads need neither the header (a whole vocabulary) nor a permanent mapping
+        self._layout: dict[str, tuple[int, tuple[int, ...], Any]] = {}
+        self._types: dict[str, tuple[str, Any]] = {}
+        for stored, shape in header.tensors.items():
+            if (name := self._map.get(stored)) is not None:
+                kind, offset = header.places[stored]
+                self._types[name] = (stored, GGMLQuantizationType(kind))
+                self._layout[name] = (offset, *_stored_as(tuple(reversed(shape)), GGMLQuantizationType(kind)))
 
     def names(self) -> list[str]:
         return list(self._layout)
@@ -251,7 +254,7 @@ class GgufSource(WeightSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        return torch.float32  # as they are read
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, dequantized to float32."""
@@ -277,6 +280,30 @@ class GgufSource(WeightSource):
                 )
                 tensors[name] = torch.tensor(done.weights)
         return tensors
+
+
+def dtype_of_gguf(path: Path) -> torch.dtype:
+    """The dtype for a model of a GGUF file: that of most of its numbers, and bfloat16 where those are quantized.
+
+    float32 would hold nothing more of a quantized matrix that a calculation in 16 bits could use, in twice the bytes.
+    """
+    header = require_sound(path)
+    numbers = Counter[int]()
+    for name, shape in header.tensors.items():
+        numbers[header.places[name][0]] += math.prod(shape)
+    from gguf import GGMLQuantizationType
+
+    most = GGMLQuantizationType(numbers.most_common(1)[0][0]).name if numbers else "F32"
+    return _FLOATING.get(most, torch.bfloat16)
+
+
+def _stored_as(shape: tuple[int, ...], kind: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of the array that `gguf.dequantize` wants of a tensor: numbers, or the bytes of its blocks."""
+    from gguf.quants import quant_shape_to_byte_shape
+
+    plain = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
+             "I64": np.int64}  # fmt: skip
+    return (shape, plain[kind.name]) if kind.name in plain else (quant_shape_to_byte_shape(shape, kind), np.uint8)
 
 
 def numbers_held(shards: SafetensorsSource | None, gguf: Path) -> int:

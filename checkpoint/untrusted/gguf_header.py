@@ -45,10 +45,16 @@ class GgufHeader:
     Args:
         scalars: key -> value, for settings that are one number or one text.
         tensors: name -> shape as stored, the fastest axis first.
+        places: name of a tensor -> (its type, the byte of the file at which its data begin).
+        spans: key -> the bytes of the file at which its entry begins (its name included) and ends.
+        counts: key -> number of elements, for settings that are arrays.
     """
 
     scalars: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
+    places: dict[str, tuple[int, int]]
+    spans: dict[str, tuple[int, int]]
+    counts: dict[str, int]
 
 
 def require_sound(path: Path) -> GgufHeader:
@@ -96,6 +102,8 @@ class _Walk:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.elements = data, len(_MAGIC), 0
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.counts: dict[str, int] = {}
 
     def header(self) -> GgufHeader:
         """The header, checked against the file's size."""
@@ -118,13 +126,15 @@ class _Walk:
             raise _DamagedError(f"general.alignment is {brief(str(alignment))}, not a power of two")
         start = -(-self.at // alignment) * alignment
         self.require_places(infos, start, alignment)
-        return GgufHeader(scalars, {name: shape for name, shape, _, _ in infos})
+        places = {name: (kind, start + offset) for name, _, kind, offset in infos}
+        return GgufHeader(scalars, {name: shape for name, shape, _, _ in infos}, places, self.spans, self.counts)
 
     def settings(self, count: int) -> dict[str, Any]:
         """Read the keys with their values; those of arrays are left out."""
         scalars: dict[str, Any] = {}
         seen: set[str] = set()
         for _ in range(count):
+            begin = self.at
             key = self.text(_LONGEST_KEY, "a key")
             if key in seen:
                 raise _DamagedError(f"the key '{brief(key)}' is given twice")
@@ -138,6 +148,7 @@ class _Walk:
                 scalars[key] = self.number(_SCALARS[kind])
             else:
                 raise _DamagedError(f"'{brief(key)}' has the unknown type {kind}")
+            self.spans[key] = (begin, self.at)
         if not isinstance(scalars.get("general.architecture"), str):
             raise _DamagedError("general.architecture is missing, or no text")
         return scalars
@@ -145,14 +156,16 @@ class _Walk:
     def array(self, key: str, depth: int) -> None:
         """Step over an array, with all its lengths checked."""
         kind, count = self.number("<I"), self.number("<Q")
+        self.counts.setdefault(key, count)
         self.elements += count
         if self.elements > _ELEMENTS:
             raise _DamagedError(f"with '{brief(key)}' its arrays hold more than {_ELEMENTS:,} elements")
         if kind in _SCALARS:
             self.step(count * struct.calcsize(_SCALARS[kind]), f"'{brief(key)}'")
         elif kind == _STRING:
+            shown = f"'{brief(key)}'"
             for _ in range(count):
-                self.step(self.number("<Q"), f"'{brief(key)}'")
+                self.step(self.number("<Q"), shown)
         elif kind == _ARRAY and depth < _NESTED:
             for _ in range(count):
                 self.array(key, depth + 1)

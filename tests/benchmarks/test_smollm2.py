@@ -47,10 +47,11 @@ def test_the_main_job_gives_a_checkpoint_that_generates(texts, tmp_path):
     out, results = tmp_path / "out", tmp_path / "results.json"
     lrc_ok(
         "compress", MODEL, "--recipe", "svd-llm", "--ratio", 0.2, "--out", out,
-        "--calibration", f"text:{texts[0]}", "--samples", 16, "--length", 512,
+        "--calibration", f"text:{texts[0]}", "--samples", 16, "--length", 512, "--dtype", "float32",
     )  # fmt: skip
     lrc_ok("verify", out)
-    lrc_ok("eval", out, "--tasks", f"text:{texts[1]}", "--max-windows", 2, "--baseline", MODEL, "--json", results)
+    lrc_ok("eval", out, "--tasks", f"text:{texts[1]}", "--max-windows", 2, "--baseline", MODEL, "--dtype", "float32", "--json",
+           results)  # fmt: skip
     whole = json.loads((out / "lrc.json").read_text())
     assert 0.2 <= whole["ratio"] < 0.21
     (row,) = json.loads(results.read_text())["differences"]

@@ -51,7 +51,7 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk, model, request_
     result = run_lrc(*request_for(model, out))
     assert result.code == 1
     assert "free; the result needs 0.2 MB" in result.err
-    assert "layer" not in result.out
+    assert "layer" not in result.err
     assert not (out / "config.json").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_read_only_disk(small_disk, model, request_for):
     result = run_lrc(*request_for(model, out))
     assert result.code == 1
     assert f"Cannot write {out}" in result.err and "may write to" in result.err
-    assert "layer" not in result.out
+    assert "layer" not in result.err
 
 
 def test_a_folder_without_permission(model, request_for, tmp_path):

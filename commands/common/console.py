@@ -1,0 +1,18 @@
+"""Where it is printed: results on the output, messages on the error stream; plain where there is no terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def plain_or_terminal(stderr: bool = False) -> Console:
+    """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def messages() -> Console:
+    """The same console on the error stream, for what is said about the work while the results go to the output."""
+    return plain_or_terminal(stderr=True)
