@@ -63,7 +63,7 @@ def test_a_large_matrix_is_decoded_in_parts(grid, rows, columns, monkeypatch):
         expected, whole = x @ module.matrix(torch.bfloat16).T + module.bias, module(x)
         for where in (cpu_int4, quantized):
             monkeypatch.setattr(where, "AT_ONCE", 2 * 64 * columns)
-        close = dict(rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}
         torch.testing.assert_close(module(x), whole, **close)  # codes in their own order
         torch.testing.assert_close(module.float()(x.float()), x.float() @ module.matrix(torch.float32).T + module.bias)
         assert module.bfloat16().pack()
