@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
+from ..compress.forms.stacked import stack_siblings
 from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
@@ -138,9 +139,11 @@ class LrcQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack()
+        stack_siblings(model)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        multiply_out(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # transformers gives the dtype of the configuration, which is a name after `save_pretrained`
+        multiply_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         return model
 
     def is_serializable(self) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .base import MODULES, SPECS, Form, FormSpec, LowRank, Spec, build_module, matrix_of
-from .cpu_int4 import DTYPES, Packed, available, decoded, kernel_group, multiply, pack_codes, unpack_codes
+from .cpu_int4 import AT_ONCE, DTYPES, Packed, available, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .product import Product
 
@@ -115,8 +115,8 @@ class QuantizedLowRank(Form):
 class QuantizedLinear(nn.Module):
     """`y = weight x + bias`, the weight unpacked from its codes at each call, or multiplied by a kernel that reads codes.
 
-    After `pack`, the codes are in memory in the kernel's layout alone (cpu_int4.py), and `weight` is empty. Whatever needs the
-    codes in their own order brings them back: saving, loading, moving to another device or dtype, and training.
+    After `pack`, codes and scales are in memory in the kernel's layout alone (cpu_int4.py); `weight` and `scales` are empty.
+    Whatever needs them in their own order brings them back: saving, loading, moving to another device or dtype, and training.
 
     Args:
         grid: of the codes.
@@ -130,6 +130,7 @@ class QuantizedLinear(nn.Module):
         self.grid, self.in_features, self.out_features = grid, in_features, out_features
         groups = grid.groups(in_features)
         self.weight = _bytes(out_features * packed_width(in_features, grid.bits))
+        self._made_for = dtype or torch.get_default_dtype()  # of the inputs, where no scales say it
         if grid.kind == "mxint":
             self.exponents = _bytes(out_features, groups)
         else:
@@ -141,10 +142,23 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
         if packed is None:
-            return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
+            return self._multiply_decoded(x)
         if x.dtype != packed.scales.dtype or (x.requires_grad and torch.is_grad_enabled()):  # the kernel has no gradient
-            return nn.functional.linear(x, decoded(packed, x.dtype), self.bias)
+            return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
         return multiply(x, packed, self.bias)
+
+    def _multiply_decoded(self, x: Tensor) -> Tensor:
+        """Decode the matrix and multiply; without gradients some rows at a time, so that they stay in the cache."""
+        at_once = max(1, AT_ONCE // self.in_features)
+        if at_once >= self.out_features or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nn.functional.linear(x, self._on_grid(x.dtype), self.bias)
+        codes, scales = self.weight.view(self.out_features, -1), self._scales()
+        parts = []
+        for rows in (slice(first, first + at_once) for first in range(0, self.out_features, at_once)):
+            own = Scales(scales.steps[rows], None if scales.zeros is None else scales.zeros[rows])
+            block = self.grid.decode(unpack(codes[rows], self.grid.bits, self.in_features), own, x.dtype)
+            parts.append(nn.functional.linear(x, block, None if self.bias is None else self.bias[rows]))
+        return torch.cat(parts, dim=-1)
 
     @property
     def _packed(self) -> Packed | None:
@@ -155,16 +169,19 @@ class QuantizedLinear(nn.Module):
         assert group is not None
         return Packed(codes, scales, self.out_features, group, self.grid.middle)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of inputs that a kernel can multiply."""
+        return self._made_for if self.grid.kind == "mxint" else self.scales.dtype
+
     def why_unpacked(self) -> str:
         """Why no kernel multiplies by these codes; empty where one does, or where `pack` would make one do so."""
         if self._packed is not None:
             return ""
         if self.weight.device.type != "cpu":
             return f"there is no kernel for {self.weight.device.type} yet"
-        if self.grid.bits > 4 or self.grid.kind != "int":
-            return f"torch has no kernel for {self.grid.bits} bits on a grid of kind {self.grid.kind}"
-        if self.scales.dtype not in DTYPES:
-            return f"torch's kernel for codes is slow in {str(self.scales.dtype).removeprefix('torch.')}; load with bfloat16"
+        if self._dtype not in DTYPES:
+            return f"torch's kernel for codes is slow in {str(self._dtype).removeprefix('torch.')}; load with bfloat16"
         if kernel_group(self.grid, self.in_features) is None:
             return f"torch has no kernel for groups of {self.grid.width(self.in_features)} of {self.in_features} inputs"
         return "" if available() else "torch has no kernel for codes on this processor"
@@ -173,21 +190,26 @@ class QuantizedLinear(nn.Module):
         """Keep the codes in the layout of the CPU's kernel from now on; False where there is no kernel for them."""
         if self._packed is not None or self.why_unpacked() or not self.weight.numel():
             return self._packed is not None
-        packed = pack_codes(self.grid, *self.unpacked(), self.scales.dtype)
+        packed = pack_codes(self.grid, *self.unpacked(), self._dtype)
         self.register_buffer("packed_codes", packed.codes, persistent=False)
         self.register_buffer("packed_scales", packed.scales, persistent=False)
         self.weight = _bytes(0)
+        if self.grid.kind == "int":
+            self.scales = nn.Parameter(self.scales.new_empty(0), requires_grad=self.scales.requires_grad)
         return True
 
     def unpack(self) -> None:
         """Bring the codes back into their own order; nothing happens where they are in it."""
         if (packed := self._packed) is None:
             return
-        self.weight = nn.Parameter(self._in_order(packed), requires_grad=False)
+        for name, tensor in self._in_order(packed).items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=getattr(self, name).requires_grad))
         del self.packed_codes, self.packed_scales
 
-    def _in_order(self, packed: Packed) -> Tensor:
-        return pack(unpack_codes(packed), self.grid.bits).flatten()
+    def _in_order(self, packed: Packed) -> dict[str, Tensor]:
+        """The tensors that `pack` emptied, as they were."""
+        named = {"weight": pack(unpack_codes(packed), self.grid.bits).flatten()}
+        return named if self.grid.kind == "mxint" else named | {"scales": packed.steps(self.grid.groups(self.in_features))}
 
     def train(self, mode: bool = True) -> QuantizedLinear:
         """As for every module; a kernel cannot be trained through, so training brings the codes back."""
@@ -206,7 +228,7 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (packed := self._packed) is not None:
-            destination[f"{prefix}weight"] = self._in_order(packed)
+            destination.update({prefix + name: tensor for name, tensor in self._in_order(packed).items()})
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""
@@ -214,12 +236,16 @@ class QuantizedLinear(nn.Module):
 
     def unpacked(self) -> tuple[Tensor, Scales]:
         """The codes (out, in) uint8, and the scales of their groups."""
-        grid = self.grid
-        steps = powers(self.exponents) if grid.kind == "mxint" else self.scales
-        zeros = None if grid.symmetric else self._unpacked(self.zeros, grid.groups(self.in_features))
         packed = self._packed
         codes = self._unpacked(self.weight, self.in_features) if packed is None else unpack_codes(packed)
-        return codes, Scales(steps, zeros)
+        return codes, self._scales()
+
+    def _scales(self) -> Scales:
+        grid, packed = self.grid, self._packed
+        if grid.kind == "mxint":
+            return Scales(powers(self.exponents))
+        zeros = None if grid.symmetric else self._unpacked(self.zeros, grid.groups(self.in_features))
+        return Scales(self.scales if packed is None else packed.steps(self.grid.groups(self.in_features)), zeros)
 
     def _on_grid(self, dtype: torch.dtype) -> Tensor:
         return self.grid.decode(*self.unpacked(), dtype)

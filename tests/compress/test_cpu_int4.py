@@ -9,6 +9,7 @@ import torch
 from pipeline import compress, logits
 from transformers import AutoModelForCausalLM
 
+from lrc.compress.forms import cpu_int4, quantized
 from lrc.compress.forms.base import build_module, fill_module
 from lrc.compress.forms.cpu_int4 import DENSE_FROM, available
 from lrc.compress.forms.grids import Grid
@@ -20,6 +21,12 @@ GRIDS = [
     (Grid(4, 32), 80, 96),  # rows that fill no block
     (Grid(3, 128, symmetric=False), 64, 256),
     (Grid(2, 0, symmetric=False), 65, 320),  # one group per row
+    (Grid(8, 64, symmetric=False), 80, 128),
+    (Grid(8, 32), 64, 96),
+    (Grid(6, 128, symmetric=False), 64, 256),
+    (Grid(5, 64), 70, 64),
+    (Grid(4, 32, "mxint"), 64, 64),
+    (Grid(8, 32, "mxint"), 96, 64),
 ]
 
 
@@ -33,7 +40,7 @@ def module_of(grid: Grid, rows: int, columns: int, bias: bool = True) -> Quantiz
 
 
 @pytest.mark.parametrize(("grid", "rows", "columns"), GRIDS)
-@pytest.mark.parametrize("tokens", [1, 3, DENSE_FROM - 1, DENSE_FROM, DENSE_FROM + 1])
+@pytest.mark.parametrize("tokens", [1, 3, DENSE_FROM[2], DENSE_FROM[1] - 1, DENSE_FROM[1], DENSE_FROM[1] + 1])
 def test_packed_products_are_those_of_the_matrix(grid, rows, columns, tokens):
     module = module_of(grid, rows, columns)
     matrix = module.matrix(torch.float64)
@@ -48,6 +55,21 @@ def test_packed_products_are_those_of_the_matrix(grid, rows, columns, tokens):
     assert module(x[:, :0]).shape == (2, 0, rows)
 
 
+@pytest.mark.parametrize(("grid", "rows", "columns"), [(Grid(4, 32, symmetric=False), 200, 64), (Grid(8, 64), 320, 64)])
+def test_a_large_matrix_is_decoded_in_parts(grid, rows, columns, monkeypatch):
+    module = module_of(grid, rows, columns)
+    x = torch.randn(3, 40, columns, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, whole = x @ module.matrix(torch.bfloat16).T + module.bias, module(x)
+        for where in (cpu_int4, quantized):
+            monkeypatch.setattr(where, "AT_ONCE", 2 * 64 * columns)
+        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}
+        torch.testing.assert_close(module(x), whole, **close)  # codes in their own order
+        torch.testing.assert_close(module.float()(x.float()), x.float() @ module.matrix(torch.float32).T + module.bias)
+        assert module.bfloat16().pack()
+        torch.testing.assert_close(module(x), expected, **close)
+
+
 @pytest.mark.parametrize(("grid", "rows", "columns"), GRIDS)
 def test_whatever_needs_the_codes_gets_them_in_their_order(grid, rows, columns):
     module = module_of(grid, rows, columns)
@@ -56,11 +78,15 @@ def test_whatever_needs_the_codes_gets_them_in_their_order(grid, rows, columns):
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, stored[name])
     assert module.weight.numel() == 0, "the codes are held once"
+    if grid.kind == "int":
+        assert module.scales.numel() == 0, "the steps are held once"
     again = copy.deepcopy(module)
     again.load_state_dict(stored)
     assert torch.equal(again.weight, stored["weight"])
     assert torch.equal(copy.deepcopy(module).train().weight, stored["weight"])
     assert torch.equal(module.to(torch.float64).weight, stored["weight"]) and not list(module.buffers())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor.to(stored[name].dtype), stored[name])
 
 
 def test_gradients_go_through_the_matrix():
@@ -74,7 +100,7 @@ def test_gradients_go_through_the_matrix():
 
 
 def test_no_kernel_no_packing():
-    for grid, columns in ((Grid(4, 20), 60), (Grid(8, 64), 64), (Grid(4, 32, "mxint"), 64)):
+    for grid, columns in ((Grid(4, 20), 60), (Grid(8, 48), 96), (Grid(4, 16, "mxint"), 64)):
         assert not module_of(grid, 64, columns).pack()
     assert not module_of(*GRIDS[0]).float().pack()  # torch's float32 kernel is a plain loop
 
