@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common.arguments import interruptible
-from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 from .plan import drafted, note_calibration, requested
 
 
@@ -26,6 +26,7 @@ def compress(
             show_default="not kept", help="Folder to keep the original model's statistics in, for use with other recipes."
         ),
     ] = None,
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Compress a model into a smaller checkpoint.
 
@@ -34,7 +35,7 @@ def compress(
     from ..run.pipeline import run_request
     from .common.terminal import Progress, print_plan
 
-    request = requested(recipe, calibration, source, out)
+    request = requested(recipe, calibration, source, out, max_shard_size)
     if dry_run:
         view, draft = drafted(request)
         print_plan(draft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from ..errors import CalibrationError
 from .common.arguments import quiet, together
-from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 
 if TYPE_CHECKING:
     from ..model.view import ModelView
@@ -23,6 +24,7 @@ def plan(
     calibration: CalibrationOptions,
     source: ModelOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Print what lrc compress would do.
 
@@ -31,16 +33,19 @@ def plan(
     """
     from .common.terminal import print_plan
 
-    view, draft = drafted(requested(recipe, calibration, source))
+    view, draft = drafted(requested(recipe, calibration, source, shards=max_shard_size))
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)
 
 
-def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None = None) -> Request:
+def requested(
+    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None = None, shards: str = "5GB"
+) -> Request:
     """What the options ask for, checked from the cheapest part to the dearest.
 
     Args:
         out: the folder for the result, where there is to be one.
+        shards: the largest weight file of the result.
 
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
@@ -48,16 +53,17 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
     from ..checkpoint.folder import require_usable
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe
-    from ..run.request import Request
+    from ..run.request import Request, shard_bytes
 
     with together() as check:
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
         dtype = check(dtype_of, source.dtype)
         devices = check(devices_of, source.device)
+        most = check(shard_bytes, shards)
         if out is not None:
             check(require_usable, out)
     quiet()
-    request = Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
+    request = Request(located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code, most)
     if out is not None:
         request.require_folder(out)
     return request
@@ -68,7 +74,8 @@ def drafted(request: Request) -> tuple[ModelView, Draft]:
     from ..plan.planner import make_draft
 
     view = request.view()
-    return view, make_draft(view, request.recipe, len(request.devices))
+    draft = make_draft(view, request.recipe, len(request.devices))
+    return view, replace(draft, max_shard_bytes=request.max_shard_bytes)
 
 
 def note_calibration(view: ModelView, draft: Draft) -> None:

@@ -11,9 +11,11 @@ import torch
 
 from ..checkpoint.folder import require_usable
 from ..checkpoint.location import Location
+from ..checkpoint.merging import SHARD_BYTES
 from ..checkpoint.opening import devices_of, dtype_of, located
 from ..errors import RequestError
 from ..model.view import ModelView
+from ..plan.budget import bytes_of
 from ..plan.load_recipe import load_recipe
 from ..plan.recipe import Recipe
 from .run import CPU
@@ -29,6 +31,7 @@ class Request:
         devices: the devices on which layers run.
         dtype: the dtype of the stored tensors; None for the checkpoint's own dtype.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        max_shard_bytes: the largest weight file of the result, in bytes; a single tensor may be larger.
     """
 
     location: Location
@@ -36,6 +39,7 @@ class Request:
     devices: tuple[torch.device, ...] = (CPU,)
     dtype: torch.dtype | None = None
     trust_remote_code: bool = False
+    max_shard_bytes: int = SHARD_BYTES
 
     @classmethod
     def of(cls, model: str | Path, recipe: str | Path, **settings: Any) -> Request:
@@ -43,15 +47,16 @@ class Request:
 
         Args:
             model, recipe: as for `compress`.
-            **settings: `device`, `dtype`, `trust_remote_code`, and keys of the recipe.
+            **settings: `device`, `dtype`, `trust_remote_code`, `max_shard_size`, and keys of the recipe.
 
         Raises:
             LrcError: an argument is wrong.
         """
         device, dtype = settings.pop("device", "cpu"), settings.pop("dtype", None)
         trusted = settings.pop("trust_remote_code", False)
+        most = shard_bytes(settings.pop("max_shard_size", None))
         loaded = load_recipe(str(recipe), flat(settings))
-        return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted)
+        return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted, most)
 
     def require_folder(self, out: Path) -> None:
         """Refuse a folder that the result cannot be written into, before any work.
@@ -67,6 +72,18 @@ class Request:
     def view(self) -> ModelView:
         """The model, from its configuration and the headers of its files. It reads weights only when they are needed."""
         return ModelView(self.location, self.dtype, self.trust_remote_code)
+
+
+def shard_bytes(size: str | None) -> int:
+    """The bytes of a `max_shard_size` such as '5GB'; None means the default.
+
+    Raises:
+        RequestError: the text is no size.
+    """
+    try:
+        return SHARD_BYTES if size is None else bytes_of(size)
+    except ValueError as error:
+        raise RequestError(f"--max-shard-size '{size}' {error}.") from error
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
