@@ -1,11 +1,14 @@
-"""The artifact on disk. It is written shard by shard, so that a run can be killed at any time and still never looks finished.
+"""The artifact on disk. It is written part by part, so that a run can be killed at any time and still never looks finished.
 
-During a run the folder holds the finished shards and a journal, but no config.json, so no tool takes it for a model. Each shard
-is written to a temporary file, synced and renamed; then a line is appended to the journal. config.json appears last, and only
-after the result was checked. The journal's first line is the identity of the run (recipe, model, calibration); a different
-request is refused, and the message lists the differences. Every line carries its own checksum. The journal is deleted when
-config.json is there; what else a run keeps in the folder goes after it. A folder with config.json and no journal is finished;
-lrc's files in it are those that `lrc.json` lists.
+During a run the folder holds the finished parts, one a layer, and a journal, but no config.json, so no tool takes it for a
+model. Each part is written to a temporary file, synced and renamed; then a line is appended to the journal. When all are there
+they are merged into shards by size (checkpoint/merging.py): a shard is written beside its parts, the journal gets its line, the
+shard its name, and only then the parts go. config.json appears last, and only after the result was checked.
+
+The journal's first line is the identity of the run (recipe, model, calibration); a different request is refused, and the
+message lists the differences. Every line carries its own checksum. The journal is deleted when config.json is there; what else
+a run keeps in the folder goes after it. A folder with config.json and no journal is finished; lrc's files in it are those that
+`lrc.json` lists.
 """
 
 from __future__ import annotations
@@ -14,19 +17,16 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, ResumeError
 from .atomic import (
     PARTIAL,
-    checksum,
     clear_leftovers,
     locked,
     remove,
@@ -44,6 +44,7 @@ from .folder import (
     JOURNAL,
     LOCK,
     OWN,
+    PART,
     RECORD,
     SCHEMA,
     SCRATCH,
@@ -52,23 +53,12 @@ from .folder import (
     copied_files,
     folders_of,
     leftovers,
-    parsed,
+    listed_shards,
     read_record,
     require_usable,
 )
-
-_CHECK = "checksum"  # of a journal's line: sha256 of the line without it
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A finished shard: its file, sha256, size in bytes, tensor names, and the run's record of it."""
-
-    file: str
-    sha256: str
-    nbytes: int
-    tensors: tuple[str, ...]
-    record: dict[str, Any] = field(default_factory=dict)
+from .journal import Shard, differences, identity_of, line, read_lines, recovered
+from .merging import SINGLE, Group, layout, merge, read_tensors, sizes
 
 
 class Artifact:
@@ -80,8 +70,9 @@ class Artifact:
         restart: delete the files of an earlier run in the folder; other files are kept.
         note: receives a sentence for everything that was damaged and is made anew, or could not be deleted.
 
-    Use as a context manager: it holds a lock on the folder. `done` maps keys to the shards that an earlier, interrupted run
-    finished. `finished` is True if the artifact is complete already; then no file is changed.
+    Use as a context manager: it holds a lock on the folder. `done` maps keys to the parts that an earlier, interrupted run
+    finished, whether they are merged or not. `merged` has the shards. `refinement` is what `merge` was given, {} before.
+    `finished` is True if the artifact is complete already; then no file is changed.
 
     Raises:
         ResumeError: the folder holds a run with another identity; the message lists the differences.
@@ -103,6 +94,8 @@ class Artifact:
         self._note = note
         self._lock: IO[str] | None = None
         self.done: dict[str, Shard] = {}
+        self.merged: dict[str, Shard] = {}
+        self.refinement: dict[str, Any] = {}
         self.finished = False
 
     def __enter__(self) -> Artifact:
@@ -158,9 +151,9 @@ class Artifact:
 
     def _clear(self) -> None:
         """Delete everything of lrc's. What it is about must not outlive a journal, and refined shards not their training."""
-        own = OWN | set(SCRATCH) | copied_files(self.folder)
+        own = OWN | set(SCRATCH) | copied_files(self.folder) | listed_shards(self.folder)
         named = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
-        mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or SHARD.fullmatch(name)]
+        mine = [path for name, path in named.items() if name in own or name.endswith(PARTIAL) or _is_weights(name)]
         last = (*SCRATCH, RECORD, JOURNAL)
         for path in sorted(mine, key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
             remove(path)
@@ -189,60 +182,30 @@ class Artifact:
             raise ResumeError(
                 str(self.folder), ["it was written by another version of lrc, which compares requests differently"]
             )
-        differences = list(_differences(other, self.identity))
-        if differences:
-            raise ResumeError(str(self.folder), differences)
+        if found := list(differences(other, self.identity)):
+            raise ResumeError(str(self.folder), found)
 
     def _read_journal(self) -> None:
-        """Fill `done` from the journal; a damaged line is dropped and its shard made anew, if it can come out the same.
+        """Fill `done` and `merged` from the journal; what is damaged is made anew, if it can come out the same.
 
         Raises:
-            CheckpointError: the first line is damaged, or a shard that was refined.
+            CheckpointError: the first line is damaged, or a part that was refined.
         """
         path = self.folder / JOURNAL
-        lines = path.read_bytes().splitlines(keepends=True)
-        entries = [_entry(line) for line in lines]
-        while entries and entries[-1] is None and (not lines[-1].endswith(b"\n") or not lines[-1].strip(b"\0\n")):
-            entries.pop()  # a killed run may leave half a line at the end, a power cut zeros
-            lines.pop()
+        lines, entries = read_lines(path)
         if not entries:
             path.unlink()
             self._begin()
             return
-        if entries[0] is None:
-            old = parsed(lines[0])
-            if isinstance(old, dict) and "identity" in old and _CHECK not in old:
-                self._compare(old["identity"])  # of an lrc that wrote no checksums
-            raise CheckpointError(f"{path} is damaged: line 1 does not have its checksum.", "Start over with --restart.")
-        self._compare(entries[0].get("identity", {}))
-        shards = [entry for entry in entries[1:] if entry is not None and "key" in entry]
-        for entry in shards:
-            shard = Shard(entry["file"], entry["sha256"], entry["nbytes"], tuple(entry["tensors"]), entry["record"])
-            file = self.folder / shard.file
-            if file.is_file() and file.stat().st_size == shard.nbytes and sha256_of(file) == shard.sha256:
-                self.done[entry["key"]] = shard
-        bad = [number for number, entry in enumerate(entries, 1) if entry is None]
-        lost = sorted({entry["file"] for entry in shards if entry["key"] not in self.done})
-        if (bad or lost) and len({entry["key"] for entry in shards}) < len(shards):
-            # a shard that is made anew follows from its unrefined neighbours, and these are gone
-            what = f"line {bad[0]} does not have its checksum" if bad else f"{lost[0]} has changed"
-            raise CheckpointError(f"{path}: {what}, after the refinement was written.", "Start over with --restart.")
-        for number in bad:
-            self._note(f"{path}: line {number} is damaged; the shard that it was about is made anew")
-        for file in lost:
-            self._note(f"{self.folder / file} is missing or has changed since it was written; it is made anew")
-        kept = (
-            line
-            for line, entry in zip(lines, entries, strict=True)
-            if entry is not None and ("key" not in entry or entry["key"] in self.done)
-        )
-        journal = b"".join(kept)
-        if journal != path.read_bytes():
-            self._put(JOURNAL, journal)
+        self._compare(identity_of(path, lines[0], entries[0]))
+        found = recovered(path, lines, entries, self._note)
+        self.done, self.merged, self.refinement = found.done, found.merged, found.refinement
+        if found.journal != path.read_bytes():
+            self._put(JOURNAL, found.journal)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with (self.folder / JOURNAL).open("ab") as journal:
-            journal.write(_line(entry))
+            journal.write(line(entry))
             journal.flush()
             os.fsync(journal.fileno())
         sync_folder(self.folder)
@@ -256,10 +219,10 @@ class Artifact:
         require_space(self.folder, nbytes, "the result needs", "give an --out on another disk")
 
     def write(self, key: str, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Shard:
-        """Commit one shard: temporary file, sync, rename, journal.
+        """Commit one part: temporary file, sync, rename, journal.
 
-        Where a shard is written a second time, the journal's line comes before the renaming. A line is valid if its hash is
-        that of the file. The shard is therefore finished at every moment, by the older line or by the newer one.
+        Where a part is written a second time, the journal's line comes before the renaming. A line is valid if its hash is
+        that of the file. The part is therefore finished at every moment, by the older line or by the newer one.
 
         Raises:
             OutputError: it cannot be written.
@@ -269,34 +232,93 @@ class Artifact:
             with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
                 sync_file(temporary)
-                # tensor names are sorted, so that the line does not depend on where the tensors come from
-                shard = Shard(file, sha256_of(temporary), temporary.stat().st_size, tuple(sorted(tensors)), dict(record))
-                line = {"key": key, "file": file, "sha256": shard.sha256, "nbytes": shard.nbytes,
-                        "tensors": shard.tensors, "record": shard.record}  # fmt: skip
+                part = Shard(file, sha256_of(temporary), temporary.stat().st_size, sizes(temporary), dict(record))
+                told = {"key": key, "file": file, "sha256": part.sha256, "nbytes": part.nbytes,
+                        "tensors": part.tensors, "record": part.record}  # fmt: skip
                 if again:
-                    self._append(line)
+                    self._append(told)
             sync_folder(self.folder)
             if not again:
-                self._append(line)
-        self.done[key] = shard
-        return shard
+                self._append(told)
+        self.done[key] = part
+        return part
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a finished shard."""
-        return read_shard(self.folder, self.done[key])
+        """The tensors of a finished part.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        part = self.done[key]
+        files = [shard.file for shard in self.merged.values() if part.tensors.keys() & shard.tensors.keys()]
+        return read_tensors(self.folder, files or [part.file], part.tensors)
+
+    def merge(self, most: int, refinement: Mapping[str, Any] | None) -> None:
+        """Make shards of the parts, all of which are done. A part goes when the journal has the shard that holds it.
+
+        A run that was begun by an lrc that wrote one shard a layer keeps them.
+
+        Args:
+            most: bytes of the tensors of one shard.
+            refinement: what a run that is killed from here on must know of its refinement, which needs the parts.
+
+        Raises:
+            OutputError: a shard cannot be written.
+        """
+        parts = dict(sorted(self.done.items(), key=lambda item: item[1].file))
+        if not all(PART.fullmatch(part.file) for part in parts.values()):
+            self.merged = {part.file: part for part in parts.values()}
+            return
+        groups = layout({key: part.tensors for key, part in parts.items()}, most)
+        with writing(self.folder):
+            if refinement and not self.refinement:
+                self._append({"refinement": dict(refinement)})
+                self.refinement = dict(refinement)
+            if not self.merged:
+                self._append({"shards": [group.file for group in groups]})
+            for group in groups:
+                if group.file not in self.merged:
+                    self._join(group)
+                for key in group.done:
+                    (self.folder / parts[key].file).unlink(missing_ok=True)
+            sync_folder(self.folder)
+
+    def _join(self, group: Group) -> None:
+        """Make one shard. Its line comes before its name: until the file has the line's hash, the parts count."""
+        path, parts = self.folder / group.file, [self.done[key] for key in group.parts]
+
+        def told(sha256: str, nbytes: int) -> None:
+            self.merged[group.file] = Shard(group.file, sha256, nbytes, group.tensors)
+            self._append({"merged": group.file, "sha256": sha256, "nbytes": nbytes, "tensors": group.tensors})
+
+        if group.renamed:
+            told(parts[0].sha256, parts[0].nbytes)
+            (self.folder / parts[0].file).replace(path)
+        else:
+            merge(path, [self.folder / part.file for part in parts], group.tensors, told)
+        sync_folder(self.folder)
 
     def expose(self, config: Mapping[str, Any]) -> None:
         """Write what is needed to read the unfinished result: its index, and its configuration under the name `UNCHECKED`."""
         with writing(self.folder):
-            self._put(INDEX, _json(self._index()))
+            for name, content in self._index().items():
+                self._put(name, content)
             self._put(UNCHECKED, _json(config))
 
-    def _index(self) -> dict[str, Any]:
-        shards = sorted(self.done.values(), key=lambda shard: shard.file)
-        return {
-            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
-            "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
+    def _files(self) -> list[Shard]:
+        """The files that hold the tensors: the shards, before merging the parts."""
+        return sorted((self.merged or self.done).values(), key=lambda shard: shard.file)
+
+    def _index(self) -> dict[str, bytes]:
+        """Name -> content of the index; empty where one file has the name that needs none."""
+        files = self._files()
+        if [shard.file for shard in files] == [SINGLE]:
+            return {}
+        index = {
+            "metadata": {"total_size": sum(sum(shard.tensors.values()) or shard.nbytes for shard in files)},
+            "weight_map": {name: shard.file for shard in files for name in sorted(shard.tensors)},
         }
+        return {INDEX: _json(index)}
 
     def finish(
         self,
@@ -315,8 +337,8 @@ class Artifact:
             files: path in the folder -> content of the tokenizer's and other files.
             check: raises if the result is not sound; then config.json is not created.
         """
-        shards = sorted(self.done.values(), key=lambda shard: shard.file)
-        written = dict(files) | {INDEX: _json(self._index()), "config.json": _json(config)}
+        shards = self._files()
+        written = dict(files) | self._index() | {"config.json": _json(config)}
         whole = dict(record) | {
             "schema": SCHEMA,
             "identity": self.identity,
@@ -345,10 +367,10 @@ class Artifact:
 
     def _not_listed(self, files: Mapping[str, bytes]) -> list[str]:
         """Shards and copied files in the folder that the result does not list, as of a run whose journal was lost."""
-        listed = {*files, *(shard.file for shard in self.done.values())}
-        copied = copied_files(self.folder)
+        listed = {*files, *(shard.file for shard in self._files())}
+        own = copied_files(self.folder) | listed_shards(self.folder) | (set() if self._index() else {INDEX})
         names = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        return [name for name in names if name not in listed and (name in copied or SHARD.fullmatch(name))]
+        return [name for name in names if name not in listed and (name in own or _is_weights(name))]
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -360,43 +382,9 @@ class Artifact:
         sync_folder(self.folder)
 
 
-def read_shard(folder: Path, shard: Shard) -> dict[str, Tensor]:
-    """All tensors of a shard, copied out of the file.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(folder / shard.file).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / shard.file} cannot be read: {error}", "Start over with --restart.") from error
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """A line of the journal: an entry with its checksum."""
-    return json.dumps(dict(entry) | {_CHECK: checksum(json.dumps(entry))}).encode() + b"\n"
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """The entry of a whole line of the journal; None if it is damaged."""
-    entry = parsed(line)
-    if not line.endswith(b"\n") or not isinstance(entry, dict):
-        return None
-    return entry if entry.pop(_CHECK, None) == checksum(json.dumps(entry)) else None
+def _is_weights(name: str) -> bool:
+    return SHARD.fullmatch(name) is not None or PART.fullmatch(name) is not None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: it has {_short(old)}, you asked for {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 160 else f"{text[:76]} … {text[-76:]}"  # paths differ at their ends

@@ -33,6 +33,7 @@ WEIGHTS = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "adapter_*",
 )  # fmt: skip
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PART = re.compile(r"lrc\.part-\d{5}-of-\d{5}\.safetensors")
 
 
 def is_below(name: Any) -> bool:
@@ -78,13 +79,23 @@ def clear_finished(folder: Path) -> list[str]:
 
 def copied_files(folder: Path) -> set[str]:
     """Paths in the folder of the tokenizer's and other files that an earlier run wrote here, or was about to write."""
+    return _listed(folder, "files")
+
+
+def listed_shards(folder: Path) -> set[str]:
+    """Names of the shards that an earlier run wrote here, or was about to write."""
+    return {name for name in _listed(folder, "shards") | _listed(folder, "merged") if "/" not in name}
+
+
+def _listed(folder: Path, key: str) -> set[str]:
+    """What the journal's lines and the record have under a key: names, or a mapping by names, or one name."""
     texts = [
         *((folder / JOURNAL).read_bytes().splitlines() if (folder / JOURNAL).is_file() else []),
         (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b"",
     ]
-    entries = [entry for text in texts if isinstance(entry := parsed(text), dict)]
-    listed = [name for entry in entries if isinstance(names := entry.get("files"), list) for name in names]
-    return {name for name in listed if is_below(name)}
+    held = [entry[key] for text in texts if isinstance(entry := parsed(text), dict) and key in entry]
+    names = [name for each in held for name in (each if isinstance(each, list | dict) else [each])]
+    return {name for name in names if is_below(name)}
 
 
 def require_usable(folder: Path) -> None:
@@ -102,7 +113,10 @@ def require_usable(folder: Path) -> None:
                     f"{folder} holds other files ({', '.join(foreign[:3])}); lrc would mix its own with them.",
                     "Give an empty or new folder as --out.",
                 )
-            foreign = sorted(name for name in names - OWN if matches(name, WEIGHTS) and not SHARD.fullmatch(name))
+            own = OWN | listed_shards(folder)
+            foreign = sorted(
+                name for name in names - own if matches(name, WEIGHTS) and not (SHARD.fullmatch(name) or PART.fullmatch(name))
+            )
             if foreign:
                 raise RequestError(
                     f"{folder} holds weights that lrc did not write ({', '.join(foreign[:3])}); whoever loads the result would "

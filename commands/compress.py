@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common.arguments import interruptible
-from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 from .plan import drafted, into_folder, note_calibration
 
 
@@ -32,13 +32,14 @@ def compress(
             show_default="not kept", help="Folder to keep the original model's statistics in, for use with other recipes."
         ),
     ] = None,
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Compress a model into a smaller checkpoint.
 
     Prints the plan first, as lrc plan does.
     """
     named = out
-    request, out = into_folder(recipe, calibration, source, named, hub=not dry_run)
+    request, out = into_folder(recipe, calibration, source, named, max_shard_size, hub=not dry_run)
     from ..run.pipeline import run_request
     from .common.console import messages
     from .common.plan_output import print_plan

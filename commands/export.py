@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common.arguments import quiet
-from .common.options import Trust
+from .common.options import MaxShardSize, Trust
 
 
 def export(
@@ -18,7 +18,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(show_default="the result's", help="Dtype of the export: float32, bfloat16 or float16.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     check: Annotated[bool, typer.Option(help="Compare the logits of the export with those of the result.")] = True,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -27,10 +27,9 @@ def export(
     Says what the format loses, and checks the export by its logits before it gets its name.
     """
     from ..checkpoint.opening import dtype_of, require_finished
-    from ..errors import RequestError
     from ..export.base import formats
     from ..export.write import export as written
-    from ..plan.budget import bytes_of
+    from ..run.request import shard_bytes
 
     quiet()
     if to is None:
@@ -38,16 +37,12 @@ def export(
             print(f"{form.name}: {form.about}; opened by {form.opened_by}")
         return
     require_finished(str(result))
-    try:
-        most = bytes_of(max_shard_size)
-    except ValueError as error:
-        raise RequestError(f"--max-shard-size '{max_shard_size}' {error}.") from error
     done = written(
         result,
         to,
         out=out,
         dtype=dtype_of(dtype),
-        max_shard_bytes=most,
+        max_shard_bytes=shard_bytes(max_shard_size),
         check=check,
         trust_remote_code=trust_remote_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from ..errors import CalibrationError
 from .common.arguments import quiet, together
-from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
+from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 
 if TYPE_CHECKING:
     from ..model.view import ModelView
@@ -23,34 +24,46 @@ def plan(
     calibration: CalibrationOptions,
     source: ModelOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Print what lrc compress would do.
 
     Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
     weights where sub-layers may be pruned.
     """
-    view, draft = drafted(requested(recipe, calibration, source))
+    view, draft = drafted(requested(recipe, calibration, source, max_shard_size))
     from .common.plan_output import print_plan
 
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)
 
 
-def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions) -> Request:
+def requested(
+    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, shards: str | None = None
+) -> Request:
     """What the options ask for, checked from the cheapest part to the dearest.
+
+    Args:
+        shards: the largest weight file of the result.
 
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
-    return _checked(recipe, calibration, source, None, hub=False)
+    return _checked(recipe, calibration, source, None, shards, hub=False)
 
 
 def into_folder(
-    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool = True
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    out: Path | None,
+    shards: str | None = None,
+    hub: bool = True,
 ) -> tuple[Request, Path]:
     """What the options ask for, and the folder of its result: `out`, or one that is named after the request.
 
     Args:
+        shards: the largest weight file of the result.
         hub: refuse calibration text on a hub that is out of reach.
 
     Raises:
@@ -58,7 +71,7 @@ def into_folder(
     """
     from .common.naming import default_folder
 
-    request = _checked(recipe, calibration, source, out, hub)
+    request = _checked(recipe, calibration, source, out, shards, hub)
     if out is None:
         out = default_folder(source.model, recipe.recipe, request.recipe)
     request.require_folder(out)
@@ -66,18 +79,24 @@ def into_folder(
 
 
 def _checked(
-    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    out: Path | None,
+    shards: str | None,
+    hub: bool,
 ) -> Request:
     from ..checkpoint.folder import require_usable
     from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe
-    from ..run.request import Request, require_possible
+    from ..run.request import Request, require_possible, shard_bytes
 
     with together() as check:
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
         dtype = check(dtype_of, source.dtype)
         devices = check(devices_of, source.device)
+        most = check(shard_bytes, shards)
         if out is not None:
             check(require_usable, out)
         # a model of the hub is downloaded only for a request without mistakes
@@ -85,7 +104,7 @@ def _checked(
         if wanted is not None:
             check(require_possible, wanted, location, hub)
     quiet()
-    return Request(location or located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code)
+    return Request(location or located(source.model), wanted, tuple(devices), dtype, source.trust_remote_code, most)
 
 
 def drafted(request: Request) -> tuple[ModelView, Draft]:
@@ -93,7 +112,8 @@ def drafted(request: Request) -> tuple[ModelView, Draft]:
     from ..plan.planner import make_draft
 
     view = request.view()
-    return view, make_draft(view, request.recipe, len(request.devices))
+    draft = make_draft(view, request.recipe, len(request.devices))
+    return view, replace(draft, max_shard_bytes=request.max_shard_bytes)
 
 
 def note_calibration(view: ModelView, draft: Draft) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..checkpoint.atomic import follow_umask, locked, require_space, sync_folder, writing
+from ..checkpoint.merging import SHARD_BYTES, layout, merge, sizes
 from ..errors import CheckpointError, RequestError, one_line
 from ..model.events import Event, Notify, silent
 from ..model.layerwise import logits
@@ -27,7 +28,6 @@ from .source import Source
 
 _TOKENS = 32
 _PARTIAL = ".lrc-export"
-GIGA = 10**9
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def export(
     *,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * GIGA,
+    max_shard_bytes: int = SHARD_BYTES,
     check: bool = True,
     trust_remote_code: bool = False,
     notify: Notify = silent,
@@ -83,7 +83,9 @@ def export(
     _require_new(target)
     source = Source.open(folder, trust_remote_code)
     form = chosen(source, dtype or source.view.dtype)
-    require_space(target.absolute().parent, form.drawing.nbytes, "the export needs", "give an --out on another disk")
+    # while the parts are merged a shard is there twice
+    needed = form.drawing.nbytes + min(form.drawing.nbytes, max_shard_bytes)
+    require_space(target.absolute().parent, needed, "the export needs", "give an --out on another disk")
     if check:
         _require_packages(form)
     partial = target.with_name(f"{target.name}{_PARTIAL}")
@@ -142,36 +144,32 @@ def _write(form: Format, folder: Path, max_shard_bytes: int, notify: Notify) -> 
 
 
 def write_shards(folder: Path, parts: Iterator[Tensors], most: int, notify: Notify) -> None:
-    """Write tensors into files of at most `most` bytes (one tensor may be larger), with an index where there are several."""
-    where: dict[str, int] = {}
-    held: Tensors = {}
-    total = waiting = shards = 0
+    """Write tensors into files of at most `most` bytes (one tensor may be larger), with an index where there are several.
 
-    def flush() -> None:
-        nonlocal held, waiting, shards
-        shards += 1
-        save_file(held, folder / f"shard-{shards}", metadata={"format": "pt"})
-        where.update(dict.fromkeys(held, shards))
-        held, waiting = {}, 0
-        give_back()
-
+    One part is in memory at a time: each becomes a file, and the files are merged.
+    """
+    files: dict[str, Path] = {}
     for number, part in enumerate(parts, 1):
-        for name, tensor in part.items():
-            if held and waiting + tensor.nbytes > most:
-                flush()
-            held[name] = tensor.clone()  # its own memory: safetensors stores no two tensors that share some
-            waiting += tensor.nbytes
-            total += tensor.nbytes
+        # clones: safetensors stores no two tensors that share memory
+        held = {name: tensor.clone() for name, tensor in part.items()}
+        files[str(number)] = folder / f"part-{number}"
+        save_file(held, files[str(number)], metadata={"format": "pt"})
+        give_back()
         notify(Event("export", done=number))
-    if held:
-        flush()
-    names = {number: f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)}
-    if shards == 1:
-        names = {1: "model.safetensors"}
-    for number, name in names.items():
-        (folder / f"shard-{number}").rename(folder / name)
-    if shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in sorted(where.items())}}
+    groups = layout({key: sizes(path) for key, path in files.items()}, most)
+    for group in groups:
+        if group.renamed:
+            files[group.parts[0]].rename(folder / group.file)
+        else:
+            merge(folder / group.file, [files[key] for key in group.parts], group.tensors)
+        for key in group.done:
+            files[key].unlink(missing_ok=True)
+    if len(groups) > 1:
+        total = sum(sum(group.tensors.values()) for group in groups)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: group.file for group in groups for name in group.tensors},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

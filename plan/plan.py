@@ -17,6 +17,7 @@ import torch
 from ..calibrate.data import Calibration
 from ..calibrate.packing import token_hash
 from ..calibrate.stats import Wanted, chunks_of, wanted
+from ..checkpoint.merging import SHARD_BYTES
 from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
@@ -106,6 +107,8 @@ class Planned:
         files_left_out: reason -> files and folders of the checkpoint that are not copied into the result.
         header_bytes: upper bound on the bytes of the files' headers.
         file_bytes: bytes of the original's weight files on the disk; less than `whole_bytes` where they are quantized.
+        largest_part: bytes of the original's largest layer, or part outside the layers.
+        max_shard_bytes: the largest weight file of the result; a single tensor may be larger.
     """
 
     recipe: Recipe
@@ -133,6 +136,8 @@ class Planned:
     files_left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     header_bytes: int = 0
     file_bytes: int = 0
+    largest_part: int = 0
+    max_shard_bytes: int = SHARD_BYTES
 
     @property
     def request(self) -> str:
@@ -241,6 +246,11 @@ class Planned:
         return self.whole_bytes - self.targets_before + self.targets_after - self.dropped_beside
 
     @property
+    def disk_bytes(self) -> int:
+        """Most bytes of disk that the weights take during the run: a shard, or those of one large part, are there twice."""
+        return self.whole_after + min(self.whole_after, max(self.max_shard_bytes, self.largest_part))
+
+    @property
     def whole_ratio(self) -> float:
         """Removed fraction of the whole model's bytes."""
         return 1 - self.whole_after / self.whole_bytes
@@ -285,13 +295,15 @@ class Planned:
         recipe["calibration"] |= {"tokens": calibration.hash}
         if len(calibration.held_out):
             recipe["calibration"] |= {"held_out_tokens": token_hash(calibration.held_out)}
-        return {
+        identity = {
             "version": IDENTITY,
             "recipe": recipe,
             "model": {"type": self.model["type"], **checkpoint},
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch": self.batch,
         }
+        # the default is left out: results of an lrc that had one shard a layer are the same request
+        return identity if self.max_shard_bytes == SHARD_BYTES else identity | {"max_shard_bytes": self.max_shard_bytes}
 
 
 class Plan(Planned):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..calibrate.layerwise import TOKENS_PER_BATCH
+from ..checkpoint.merging import SHARD_BYTES
 from ..compress.base import DENSE, Curve
 from ..compress.options import Choice, Option, Shape
 from ..depth.candidates import Removable, enough_sublayers, open_sublayers
@@ -66,7 +67,7 @@ def make_plan(
     Raises:
         BudgetError: the budget cannot be met.
     """
-    return _planned(Plan, view, draft.recipe, devices, _Known(curves, model_edit, draft.found))
+    return _planned(Plan, view, draft.recipe, devices, _Known(curves, model_edit, draft.found, draft.max_shard_bytes))
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class _Known:
     curves: Mapping[str, Curve] | None = None
     model_edit: ModelEdit | None = None
     found: Found | None = None
+    max_shard_bytes: int = SHARD_BYTES
 
 
 def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known: _Known) -> P:
@@ -122,6 +124,8 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         files_left_out=view.location.beside(code=view.trust_remote_code).left_out,
         header_bytes=footprint.headers,
         file_bytes=view.file_bytes,
+        largest_part=_largest_part(view),
+        max_shard_bytes=known.max_shard_bytes,
     )
     return replace(plan, memory=predict_memory(view, plan, devices))
 
@@ -251,6 +255,12 @@ def _steps(targets: Iterable[Target], scope: _Scope, options: Mapping[str, Optio
         return Step(target, option.choice, before, option.nbytes, why, target.name in scope.kept, option.halfway)
 
     return tuple(map(step, targets))
+
+
+def _largest_part(view: ModelView) -> int:
+    """Bytes of the largest layer, or part outside the layers."""
+    outside = (sum(tensor.nbytes for tensor in view.outside_tensors(part).values()) for part in view.outside_parts())
+    return max(*map(view.layer_nbytes, range(len(view.layers))), *outside)
 
 
 def described(view: ModelView, dropped: Sequence[int]) -> dict[str, Any] | None:

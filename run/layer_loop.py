@@ -122,20 +122,20 @@ class SolvedLayer:
 
 
 @torch.no_grad()
-def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
+def compress_layers(plan: Plan, run: Run, parts: Mapping[str, str], statistics: Statistics | None) -> None:
     """Compress every layer that is not pruned, and write it to the artifact.
 
     Args:
         plan: the final plan.
         run: the run; its artifact receives the layers.
-        shards: layer name -> name of its shard file.
+        parts: layer name -> name of its file.
         statistics: statistics of the original model that are on disk; None if they are collected here. With statistics on disk
             no activations are computed, unless the recipe propagates through compressed layers or refines blocks.
 
     Raises:
         LrcError: a problem that the user can fix; finished layers are kept.
     """
-    work = _Layers(plan, run, shards, statistics)
+    work = _Layers(plan, run, parts, statistics)
     if all(name in run.artifact.done for name in work.staying):
         return
     tokens, held_out = (each.split(plan.batch) for each in (run.calibration.tokens, run.calibration.held_out))
@@ -155,10 +155,10 @@ def compress_layers(plan: Plan, run: Run, shards: Mapping[str, str], statistics:
 class _Layers:
     """Operations on single layers of one run: collect statistics, solve, write and read shards."""
 
-    def __init__(self, plan: Plan, run: Run, shards: Mapping[str, str], statistics: Statistics | None) -> None:
+    def __init__(self, plan: Plan, run: Run, parts: Mapping[str, str], statistics: Statistics | None) -> None:
         self.plan, self.run, self.statistics = plan, run, statistics
         self.staying = staying_layers(run.view, plan)
-        self._shards = shards
+        self._parts = parts
         self._units = {target.name: unit for unit in plan.units for target in unit.targets}
         self._solver = UnitSolver(plan, run.view, run.devices[0], None if statistics is None else statistics.read)
         self._waiting: dict[str, SolvedTarget] = {}  # targets of later layers, solved with a unit that spans layers
@@ -236,7 +236,7 @@ class _Layers:
 
     def write(self, name: str, solved: SolvedLayer) -> None:
         """Write a layer to the artifact, under its number in the result."""
-        self.run.artifact.write(name, self._shards[name], renamed(solved.tensors, name, self.staying[name]), solved.record)
+        self.run.artifact.write(name, self._parts[name], renamed(solved.tensors, name, self.staying[name]), solved.record)
 
     def put_back(self, layer: nn.Module, name: str) -> None:
         """Load a finished layer's forms and other tensors from the artifact into the layer."""

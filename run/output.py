@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint.beside import files_beside
 from ..checkpoint.folder import UNCHECKED
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
+from ..checkpoint.merging import part_name
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
@@ -25,13 +26,13 @@ from .run import Run
 from .verify import verify
 
 
-def shard_names(plan: Plan, view: ModelView) -> dict[str, str]:
-    """Name of a layer that is not pruned, or of a part outside the layers -> name of its shard file."""
+def part_names(plan: Plan, view: ModelView) -> dict[str, str]:
+    """Name of a layer that is not pruned, or of a part outside the layers -> name of its file until it is merged."""
     keys = [*staying_layers(view, plan), *(f"outside.{number}" for number in range(len(view.outside_parts())))]
-    return {key: f"model-{number:05d}-of-{len(keys):05d}.safetensors" for number, key in enumerate(keys, 1)}
+    return {key: part_name(number, len(keys)) for number, key in enumerate(keys, 1)}
 
 
-def write_outside(plan: Plan, run: Run, shards: Mapping[str, str]) -> None:
+def write_outside(plan: Plan, run: Run, parts: Mapping[str, str]) -> None:
     """Write the tensors outside the layers to the artifact, part by part."""
     view, artifact = run.view, run.artifact
     changed = plan.model_edit.outside_tensors()
@@ -40,7 +41,7 @@ def write_outside(plan: Plan, run: Run, shards: Mapping[str, str]) -> None:
         if key not in artifact.done:
             view.load_outside(part)
             held = view.outside_tensors(part)
-            artifact.write(key, shards[key], held | {n: t for n, t in changed.items() if n in held}, {})
+            artifact.write(key, parts[key], held | {n: t for n, t in changed.items() if n in held}, {})
             view.unload()
             give_back()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..refine.trainer import Windows
 from .depth_stage import model_edit_of
 from .layer_loop import compress_layers
 from .losses.curves import measure
-from .output import config_of, finish, shard_names, write_outside
+from .output import config_of, finish, part_names, write_outside
 from .request import Request, require_possible
 from .result import Result
 from .run import CPU, PlanMade, Run, TextRead
@@ -63,7 +64,8 @@ def compress(
         restart: delete an earlier run in `out` and start over.
         notify: receives an `Event` after each finished step.
         **settings: keys of the recipe, such as `ratio=0.4`, `keep=["*.v_proj"]` or `calibration={"source": "text:FILE"}`, and
-            `device` ("cpu", "cuda:0,cuda:1", "auto"), `dtype` ("bfloat16", "float32", "float16"), `trust_remote_code`.
+            `device` ("cpu", "cuda:0,cuda:1", "auto"), `dtype` ("bfloat16", "float32", "float16"), `trust_remote_code`,
+            `max_shard_size` ("5GB").
 
     Returns:
         The finished artifact in `out`: sizes, ratios, the record of each target, and the measurements.
@@ -92,7 +94,8 @@ def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) ->
         LrcError: a problem that the user can fix.
     """
     request = Request.of(model, recipe, **settings)
-    return make_draft(request.view(), request.recipe, len(request.devices))
+    draft = make_draft(request.view(), request.recipe, len(request.devices))
+    return replace(draft, max_shard_bytes=request.max_shard_bytes)
 
 
 def run_request(
@@ -101,7 +104,7 @@ def run_request(
     """Carry out a checked request; the arguments, the result and the errors are those of `compress`."""
     request.require_folder(out)
     view = request.view()
-    draft = make_draft(view, request.recipe, len(request.devices))
+    draft = replace(make_draft(view, request.recipe, len(request.devices)), max_shard_bytes=request.max_shard_bytes)
     notify(PlanMade("plan", plan=draft))
     require_text_fits(view, draft)
     calibration = text_for(draft, view, request.devices[0])
@@ -162,12 +165,13 @@ def carry_out(
         if draft.recipe.max_ppl_increase is not None:
             draft = search(draft, run, carry_out)
         final, statistics = settle(draft, run)
-        artifact.require_space(final.whole_after - sum(shard.nbytes for shard in artifact.done.values()))
-        shards = shard_names(final, view)
-        compress_layers(final, run, shards, statistics)
-        write_outside(final, run, shards)
+        artifact.require_space(final.disk_bytes - sum(part.nbytes for part in artifact.done.values()))
+        parts = part_names(final, view)
+        compress_layers(final, run, parts, statistics)
+        write_outside(final, run, parts)
         config = config_of(final, run)
-        refinement = _refine_whole(final, run, config)
+        refinement = artifact.refinement or _refine_whole(final, run, config)
+        artifact.merge(final.max_shard_bytes, refinement)
         finish(final, run, as_plain(config, type(view.config), type(view.model)), refinement)
     return Result.read(out, final)
 

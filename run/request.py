@@ -12,10 +12,12 @@ import torch
 from ..calibrate.available import require_available
 from ..checkpoint.folder import require_usable
 from ..checkpoint.location import Location
+from ..checkpoint.merging import SHARD_BYTES
 from ..checkpoint.opening import devices_of, dtype_of, located
 from ..errors import LrcError, RequestError
 from ..model.view import ModelView
 from ..plan.amount import require_amount
+from ..plan.budget import bytes_of
 from ..plan.load_recipe import load_recipe
 from ..plan.recipe import Recipe
 from .run import CPU
@@ -31,6 +33,7 @@ class Request:
         devices: the devices on which layers run.
         dtype: the dtype of the stored tensors; None for the checkpoint's own dtype.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        max_shard_bytes: the largest weight file of the result, in bytes; a single tensor may be larger.
     """
 
     location: Location
@@ -38,6 +41,7 @@ class Request:
     devices: tuple[torch.device, ...] = (CPU,)
     dtype: torch.dtype | None = None
     trust_remote_code: bool = False
+    max_shard_bytes: int = SHARD_BYTES
 
     @classmethod
     def of(cls, model: str | Path, recipe: str | Path, **settings: Any) -> Request:
@@ -45,15 +49,16 @@ class Request:
 
         Args:
             model, recipe: as for `compress`.
-            **settings: `device`, `dtype`, `trust_remote_code`, and keys of the recipe.
+            **settings: `device`, `dtype`, `trust_remote_code`, `max_shard_size`, and keys of the recipe.
 
         Raises:
             LrcError: an argument is wrong.
         """
         device, dtype = settings.pop("device", "cpu"), settings.pop("dtype", None)
         trusted = settings.pop("trust_remote_code", False)
+        most = shard_bytes(settings.pop("max_shard_size", None))
         loaded = load_recipe(str(recipe), flat(settings))
-        return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted)
+        return cls(located(str(model)), loaded, tuple(devices_of(str(device))), dtype_of(dtype), trusted, most)
 
     def require_folder(self, out: Path) -> None:
         """Refuse a folder that the result cannot be written into, before any work.
@@ -96,6 +101,18 @@ def require_possible(recipe: Recipe, location: Location | None = None, hub: bool
         raise problems[0]
     if problems:
         raise RequestError("\n".join(map(str, problems)))
+
+
+def shard_bytes(size: str | None) -> int:
+    """The bytes of a `max_shard_size` such as '5GB'; None means the default.
+
+    Raises:
+        RequestError: the text is no size.
+    """
+    try:
+        return SHARD_BYTES if size is None else bytes_of(size)
+    except ValueError as error:
+        raise RequestError(f"--max-shard-size '{size}' {error}.") from error
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
         )
     tokens = held_out.numel() - len(held_out)
     found = Found(low / STEPS, before, work.at(low), tokens, work.evaluations)
-    draft = make_draft(run.view, draft.recipe, len(run.devices), found)
+    sized = make_draft(run.view, draft.recipe, len(run.devices), found)
+    draft = replace(sized, max_shard_bytes=draft.max_shard_bytes)
     run.notify(PlanMade("plan", plan=draft))
     return draft
 

@@ -12,6 +12,7 @@ from ..checkpoint.atomic import PARTIAL, sha256_of
 from ..checkpoint.folder import CARD, INDEX, LOCK, OWN, RECORD, WEIGHTS, matches, read_record
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
+from ..checkpoint.merging import SINGLE
 from ..checkpoint.reading.which import read_index
 from ..errors import CheckpointError, NonFiniteError
 from ..model.layerwise import logits
@@ -108,7 +109,9 @@ def _check_list(folder: Path, record: dict[str, Any]) -> None:
     shards = set(record["shards"])
     if not shards:
         raise CheckpointError(f"{folder / RECORD} lists no shards.", "Copy it again, or write the artifact again.")
-    indexed = set(read_index(folder / INDEX).values()) if (folder / INDEX).is_file() else set()
+    indexed = {SINGLE} & shards
+    if (folder / INDEX).is_file() or not indexed:
+        indexed = set(read_index(folder / INDEX).values()) if (folder / INDEX).is_file() else set()
     if differing := sorted(shards ^ indexed):
         raise CheckpointError(
             f"{folder / INDEX} names {len(indexed)} shards, {RECORD} {len(shards)}; '{differing[0]}' is in one of them only.",

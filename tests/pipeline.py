@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from lrc.checkpoint.hf_quantizer import open_model
 from lrc.checkpoint.location import locate
@@ -47,6 +48,12 @@ def logits(folder: Path, dtype: torch.dtype | None = None) -> torch.Tensor:
     model, _ = open_model(str(folder), dtype=dtype)
     with torch.no_grad():
         return model(IDS).logits
+
+
+def stored(folder: Path, inside: str = "") -> dict[str, torch.Tensor]:
+    """Name -> tensor in the weight files of a checkpoint, of those whose names begin so."""
+    held = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    return {name: tensor for name, tensor in held.items() if name.startswith(inside)}
 
 
 def place_of(original: Any, name: str) -> tuple[str, torch.Tensor]:

@@ -25,6 +25,7 @@ Activations = Annotated[
         help="Round the inputs of the layers' matrices to int8 or mxint8 (also in the original or the baseline).",
     ),
 ]
+MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB; a single tensor may be larger.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
 
 

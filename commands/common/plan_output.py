@@ -74,6 +74,10 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     _print_kept(console, plan, verbose)
     _print_text(console, plan)
     _print_cost(console, plan)
+    console.print(
+        f"disk: {size(plan.whole_after)} of weights, and up to {size(plan.disk_bytes - plan.whole_after)} more while the parts "
+        f"are merged into files of at most {size(plan.max_shard_bytes)}"
+    )
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
 
 

@@ -48,7 +48,7 @@ def other_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model, tiny_text_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    lrc_ok(*compression(model, out, tiny_text_file))
+    lrc_ok(*compression(model, out, tiny_text_file, "--max-shard-size", "60kB"))
     return out
 
 

@@ -307,7 +307,7 @@ def test_verify_names_the_shard_that_changed(finished, tmp_path):
     out.mkdir()
     for path in finished[0].iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    shard = out / "model-00002-of-00004.safetensors"
+    shard = out / "model.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

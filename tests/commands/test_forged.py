@@ -54,7 +54,7 @@ def sound(tiny_checkpoints, tiny_text_file, tmp_path_factory) -> dict[str, Path]
 
 def compression(model: Path, out: Path, text: Path) -> tuple[object, ...]:
     told = ("--recipe", "svd-llm", "--ratio", 0.3, "--calibration", f"text:{text}", "--samples", 4, "--length", 48)
-    return ("compress", model, "--out", out, *told)
+    return ("compress", model, "--out", out, *told, "--max-shard-size", "60kB")
 
 
 def evaluation(model: Path, text: Path) -> tuple[object, ...]:

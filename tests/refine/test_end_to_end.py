@@ -146,7 +146,7 @@ def test_killed_between_two_shards_that_are_written_again(
         with pytest.raises(Killed):
             compress(model, tmp_path / "out", tiny_text_file, recipe, **options)
     compress(model, tmp_path / "out", tiny_text_file, recipe, **options)
-    for file in ("model.safetensors.index.json", "lrc.json", "config.json"):
+    for file in ("lrc.json", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 

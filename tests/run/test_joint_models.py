@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import contents, run_lrc
-from pipeline import IDS, compress, logits, place_of
+from pipeline import IDS, compress, logits, place_of, stored
 from safetensors.torch import load_file
 from stock import refused_without_lrc
 from tiny import CONFIGS
@@ -209,8 +209,8 @@ def test_sets_within_a_layer_go_with_compressed_inputs(compressed, tiny_checkpoi
     monkeypatch.undo()
     compress(*arguments, ratio=0.3, propagate="compressed")
     assert contents(tmp_path / "out") == contents(out)
-    first, second = (load_file(out / f"model-0000{n}-of-00004.safetensors") for n in (1, 2))
-    one_shot = [load_file(compressed("shared-input", "llama")[1] / f"model-0000{n}-of-00004.safetensors") for n in (1, 2)]
+    first, second = (stored(out, f"model.layers.{n}.") for n in (0, 1))
+    one_shot = [stored(compressed("shared-input", "llama")[1], f"model.layers.{n}.") for n in (0, 1)]
     assert all(torch.equal(first[key], one_shot[0][key]) for key in first)
     assert not torch.equal(second["model.layers.1.mlp.up_proj.weight"], one_shot[1]["model.layers.1.mlp.up_proj.weight"])
 
@@ -223,8 +223,7 @@ def test_shared_factors_are_trained_once(name, refine, compressed, tiny_checkpoi
                     calibration__held_out=2)  # fmt: skip
     record = verify(tmp_path / "out")
     assert record["bytes"]["model_after"] == plan.whole_after
-    plain, trained = (load_file(folder / "model-00001-of-00004.safetensors")
-                      for folder in (compressed(name, "llama")[1], tmp_path / "out"))  # fmt: skip
+    plain, trained = (stored(folder, "model.layers.0.") for folder in (compressed(name, "llama")[1], tmp_path / "out"))
     assert plain.keys() == trained.keys()
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
@@ -238,7 +237,7 @@ def test_only_what_is_shared_asks_for_the_dearer_statistics(compressed, tiny_che
     assert {group.rpartition(".")[2] for group, names in wanted.inputs.items() if "gram" in names} == {"q_proj", "gate_proj"}
     alone = tmp_path / "alone"
     compress(tiny_checkpoints("llama"), alone, tiny_text_file, "svd-llm", ratio=0.3)
-    one, two = (load_file(folder / "model-00002-of-00004.safetensors") for folder in (out, alone))
+    one, two = (stored(folder, "model.layers.1.") for folder in (out, alone))
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         assert torch.equal(one[f"model.layers.1.{name}.left"], two[f"model.layers.1.{name}.left"])
 
@@ -264,8 +263,7 @@ def test_devices_change_nothing_but_rounding(compressed, tiny_checkpoints, tiny_
 @pytest.mark.parametrize("name", ["basis-sharing", "lorap"])
 def test_sixteen_bit_checkpoints_stay_sixteen_bit(name, tiny_checkpoints, tiny_text_file, tmp_path):
     plan = compress(tiny_checkpoints("opt", dtype=torch.bfloat16), tmp_path / "out", tiny_text_file, name, ratio=0.3)
-    shard = load_file(tmp_path / "out" / "model-00001-of-00004.safetensors")
-    assert {tensor.dtype for tensor in shard.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {torch.bfloat16}
     assert verify(tmp_path / "out")["bytes"]["model_after"] == plan.whole_after
 
 

@@ -50,7 +50,7 @@ def test_too_small_a_disk_is_refused_before_any_work(small_disk, model, request_
     out = small_disk("size=64k") / "out"
     result = run_lrc(*request_for(model, out))
     assert result.code == 1
-    assert "free; the result needs 0.2 MB" in result.err
+    assert "free; the result needs 0.4 MB" in result.err
     assert "layer" not in result.err
     assert not (out / "config.json").exists()
 
@@ -73,9 +73,9 @@ def test_a_disk_that_fills_up_under_way(small_disk, model, request_for, uninterr
         patched.setattr(Progress, "_layer", fill)
         result = run_lrc(*request_for(model, out))
     assert result.code == 1
-    assert f"Cannot write {out / 'model-00002-of-00003.safetensors'}" in result.err
+    assert f"Cannot write {out / 'lrc.part-00002-of-00003.safetensors'}" in result.err
     assert "Free some space and run the same command again" in result.err
-    assert set(contents(out)) == {JOURNAL, "model-00001-of-00003.safetensors"}
+    assert set(contents(out)) == {JOURNAL, "lrc.part-00001-of-00003.safetensors"}
     ballast.unlink()
     assert "finished earlier, replayed" in lrc_ok(*request_for(model, out))
     assert contents(out) == uninterrupted()
@@ -113,8 +113,8 @@ def test_no_space_however_it_is_reported(refusal, model, request_for, uninterrup
         patched.setattr(lrc.checkpoint.artifact, "save_file", full)
         result = run_lrc(*request_for(model, tmp_path / "out"))
     assert result.code == 1
-    assert "model-00002-of-00003.safetensors" in result.err and "Free some space" in result.err
-    assert set(contents(tmp_path / "out")) == {JOURNAL, "model-00001-of-00003.safetensors"}
+    assert "lrc.part-00002-of-00003.safetensors" in result.err and "Free some space" in result.err
+    assert set(contents(tmp_path / "out")) == {JOURNAL, "lrc.part-00001-of-00003.safetensors"}
     lrc_ok(*request_for(model, tmp_path / "out"))
     assert contents(tmp_path / "out") == uninterrupted()
 

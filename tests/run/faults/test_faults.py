@@ -34,7 +34,7 @@ def model(tiny_checkpoints) -> Path:
 
 
 def journalled(folder: Path) -> list[str]:
-    """The shards whose line in the journal is complete."""
+    """The parts whose line in the journal is complete."""
     if not (folder / JOURNAL).is_file():
         return []
     lines = (folder / JOURNAL).read_bytes().split(b"\n")[:-1]
@@ -55,10 +55,9 @@ def test_killed_before_any_change_to_the_disk_it_continues_to_the_same_bytes(
         if (out / "config.json").exists():  # whatever looks finished is finished
             assert set(expected) <= set(contents(out))
         done = journalled(out)
-        before = untouched(out)
-        lrc_ok(*arguments)
+        printed = lrc_ok(*arguments)
         assert contents(out) == expected, f"killed before change {operation}"
-        assert {name: untouched(out)[name] for name in done} == {name: before[name] for name in done}
+        assert printed.count("relative error") == max(0, 2 - len(done)), "a finished layer was solved again"
         shutil.rmtree(out)
         operation += 2  # test_interrupted.py has every one
         if propagate == "compressed" and len(done) == 3:  # from here on there is nothing left to propagate
@@ -90,7 +89,7 @@ def test_sigkill_of_a_real_process(moment, propagate, request_for, tiny_checkpoi
         process.kill()
         _, errors = process.communicate()
     assert process.returncode in (-signal.SIGKILL, 0), errors.decode()
-    done, before = journalled(out), untouched(out)
+    done = journalled(out)
     if moment.startswith("layer"):
         assert process.returncode == -signal.SIGKILL
         assert 2 <= len(done) < 9
@@ -98,7 +97,6 @@ def test_sigkill_of_a_real_process(moment, propagate, request_for, tiny_checkpoi
     printed = lrc_ok(*arguments["killed"])
     lrc_ok(*arguments["whole"])
     assert contents(out) == contents(tmp_path / "whole")
-    assert {name: untouched(out)[name] for name in done} == {name: before[name] for name in done}
     if len(done) < 9 and moment.startswith("layer"):
         assert printed.count("finished earlier, replayed") == len(done)
 
@@ -119,18 +117,15 @@ def half_done(model, request_for, tmp_path) -> tuple[Path, list[object]]:
 def test_half_a_journal_line_and_half_a_shard_are_thrown_away(half_done, uninterrupted):
     out, arguments = half_done
     with (out / JOURNAL).open("ab") as journal:
-        journal.write(b'{"key": "model.layers.1", "file": "model-0000')
-    (out / "model-00002-of-00003.safetensors.lrc-partial").write_bytes(b"\0" * 100)
-    (out / "model-00002-of-00003.safetensors").write_bytes(b"\0" * 100)  # renamed, but never journalled
+        journal.write(b'{"key": "model.layers.1", "file": "lrc.part-0000')
+    (out / "lrc.part-00002-of-00003.safetensors.lrc-partial").write_bytes(b"\0" * 100)
+    (out / "lrc.part-00002-of-00003.safetensors").write_bytes(b"\0" * 100)  # renamed, but never journalled
     operation = 3
     while len(journalled(out)) != 2:  # killed once more: what came after the half line counts
         assert killed_before(operation, out, arguments)
         operation += 1
-    done = untouched(out)
-    lrc_ok(*arguments)
+    assert "relative error" not in lrc_ok(*arguments), "a finished layer was solved again"
     assert contents(out) == uninterrupted()
-    finished = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2)]
-    assert [untouched(out)[name] for name in finished] == [done[name] for name in finished]
 
 
 def test_zeros_that_a_power_cut_left_in_the_journal_are_thrown_away(half_done, uninterrupted):
@@ -228,7 +223,7 @@ def test_a_finished_result_is_left_alone(model, request_for, uninterrupted, tmp_
     assert result.code == 2
     assert "recipe.ratio: it has 0.3, you asked for 0.5" in result.err
     assert (untouched(out), out.stat().st_mtime_ns) == before
-    shard = out / "model-00002-of-00003.safetensors"
+    shard = out / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     result = run_lrc(*request_for(model, out))
     assert result.code == 1

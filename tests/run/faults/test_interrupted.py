@@ -134,18 +134,23 @@ def interrupted(
 @pytest.mark.parametrize(
     ("recipe", "marks", "count"),
     [
-        ("svd-llm", ("model-00001*.safetensors",), 3),
+        ("svd-llm", ("lrc.part-00001*.safetensors",), 3),
         *(
             pytest.param(recipe, marks, 4, marks=slow)
             for recipe, marks in {
-                "svd-llm": ("model-00002*.safetensors", "config.json"),
-                "sequential": ("model-00002*.safetensors", "lrc.json"),
-                "lrc-fast": ("statistics.json", "nats-*.json", "model-00002*.safetensors"),
-                "zero-sum": ("hidden-00001.safetensors", "gradient.safetensors", "*.curves-*.json", "model-00001*.safetensors"),
-                "sleb": ("trials/*.json", "model_edit.json", "model-00001*.safetensors"),
-                "repaired": ("model_edit.json", "model-00001*.safetensors"),
+                "svd-llm": ("lrc.part-00002*.safetensors", "model.safetensors", "config.json"),
+                "sequential": ("lrc.part-00002*.safetensors", "lrc.json"),
+                "lrc-fast": ("statistics.json", "nats-*.json", "lrc.part-00002*.safetensors"),
+                "zero-sum": (
+                    "hidden-00001.safetensors",
+                    "gradient.safetensors",
+                    "*.curves-*.json",
+                    "lrc.part-00001*.safetensors",
+                ),
+                "sleb": ("trials/*.json", "model_edit.json", "lrc.part-00001*.safetensors"),
+                "repaired": ("model_edit.json", "lrc.part-00001*.safetensors"),
                 "refined": ("teacher.safetensors", "state.safetensors", "lrc.json"),
-                "searched": ("perplexities-*.json", "model-00002*.safetensors"),
+                "searched": ("perplexities-*.json", "lrc.part-00002*.safetensors"),
             }.items()
         ),
     ],
@@ -193,7 +198,7 @@ def test_a_disk_that_is_full_at_any_change(recipe, step, asked, undisturbed, tmp
 
 def test_a_damaged_journal_names_its_line_and_the_shard_is_made_anew(asked, undisturbed, tmp_path):
     out = tmp_path / "out"
-    (kept,) = interrupted("svd-llm", out, asked, ("model-00003*.safetensors",), 6)
+    (kept,) = interrupted("svd-llm", out, asked, ("lrc.part-00003*.safetensors",), 6)
     journal = kept / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([lines[0], lines[1].replace(b'"nbytes": ', b'"nbytes": 1'), *lines[2:]]))
