@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..compress.base import FORWARD_NEEDS, GroupStats, TargetStats
 from ..compress.forms import experts
 from ..compress.forms.base import linear_weight
+from ..cuda.dispatch import GRAM_FROM, why_not
 from ..errors import NonFiniteError
 from ..model.targets import Target
 
@@ -44,11 +45,22 @@ class MeanOuter:
         self._edges = list(range(0, width, step))
 
     def add(self, x: Tensor) -> None:
-        """Add (tokens, n) activations."""
+        """Add (tokens, n) activations of any floating dtype; sums are float32 sums of exact products."""
         total = self.tokens + len(x)
+        if self._by_kernel(x):
+            from ..cuda.gram import gram_
+
+            gram_(self.value, x, self.tokens / total, 1 / total)
+            self.tokens = total
+            return
+        x = x.float()
         for start, end in zip(self._edges, [*self._edges[1:], len(self.value)], strict=True):
             self.value[start:end, start:].addmm_(x[:, start:end].T, x[:, start:], beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
+
+    def _by_kernel(self, x: Tensor) -> bool:
+        least = GRAM_FROM["float32" if x.dtype == torch.float32 else "16 bit"]
+        return least is not None and len(self.value) >= least and len(x) > 0 and not why_not(x, self.value)
 
     def result(self) -> Tensor:
         """The symmetric mean (the lower triangle is mirrored from the upper one)."""
@@ -238,7 +250,7 @@ class LayerCollector:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             # subtracting a large bias from the output would leave little but rounding errors
             y = output if getattr(module, "bias", None) is None else nn.functional.linear(args[0], linear_weight(module))
-            self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]).float())
+            self._means[name, "output_gram"].add(y.reshape(-1, y.shape[-1]))
 
         return hook
 
@@ -248,9 +260,11 @@ class LayerCollector:
             self._add(target.name, x)
 
     def _add(self, group: str, x: Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1]).float()
+        flat = x.reshape(-1, x.shape[-1])
+        wide = flat.float()
         for name in self._what.inputs[group]:
-            self._means[group, name].add(self._by_sample(x) if name == "peak_abs_mean" else flat)
+            mean = self._means[group, name]
+            mean.add(self._by_sample(x) if name == "peak_abs_mean" else flat if isinstance(mean, MeanOuter) else wide)
 
     def _by_sample(self, x: Tensor) -> Tensor:
         """The activations as (samples, tokens, n), also where the model flattens them to (samples · tokens, n).

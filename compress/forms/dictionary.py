@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..options import Shape
 from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
+from .kernels import sparse
 
 Pattern = Literal["free", "2:4"]
 # inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measures where that is faster
@@ -147,6 +148,7 @@ class DictionaryLinear(nn.Module):
         support = torch.empty(support_nbytes(out_features, self.atoms), dtype=torch.uint8)
         self.support = nn.Parameter(support, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
+        self._starts: Tensor | None = None  # first value of each row (out,), int32
         self._index: tuple[Tensor, Tensor] | None = None  # columns (nonzeros,) and first value of each row (out,), int32
 
     def mask(self) -> Tensor:
@@ -154,7 +156,12 @@ class DictionaryLinear(nn.Module):
         return unpack(self.support, self.out_features, self.atoms, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.weight)
+        return self.times_codes(nn.functional.linear(x, self.weight))
+
+    def times_codes(self, z: Tensor) -> Tensor:
+        """codes z + bias for (..., k) coefficients."""
+        if (y := sparse(self, z)) is not None:
+            return y
         return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
     def multiply(self, z: Tensor) -> Tensor:
@@ -177,6 +184,19 @@ class DictionaryLinear(nn.Module):
             counts = mask.sum(1)
             self._index = mask.nonzero()[:, 1].int(), (counts.cumsum(0) - counts).int()
         return self._index
+
+    def starts(self) -> Tensor | None:
+        """(out,) int32: the number of values before each row; None while code is compiled that has not been run before."""
+        if self._starts is None or self._starts.device != self.support.device:
+            if torch.compiler.is_compiling():  # a tensor made there must not outlive the call
+                return None
+            counts = self.mask().sum(1)
+            self._starts = (counts.cumsum(0) - counts).int()
+        return self._starts
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._starts = self._index = None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .base import MODULES, SPECS, Form, FormSpec, LowRank, Spec, build_module, matrix_of
 from .cpu_int4 import AT_ONCE, DTYPES, Packed, available, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
+from .kernels import coded, why_not_coded
 from .product import Product
 
 
@@ -141,6 +142,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
+        if packed is None and (y := coded(self, x)) is not None:
+            return y
         if packed is None:
             return self._multiply_decoded(x)
         if x.dtype != packed.scales.dtype or (x.requires_grad and torch.is_grad_enabled()):  # the kernel has no gradient
@@ -179,7 +182,7 @@ class QuantizedLinear(nn.Module):
         if self._packed is not None:
             return ""
         if self.weight.device.type != "cpu":
-            return f"there is no kernel for {self.weight.device.type} yet"
+            return why_not_coded(self)
         if self._dtype not in DTYPES:
             return f"torch's kernel for codes is slow in {str(self._dtype).removeprefix('torch.')}; load with bfloat16"
         if kernel_group(self.grid, self.in_features) is None:
@@ -188,7 +191,7 @@ class QuantizedLinear(nn.Module):
 
     def pack(self) -> bool:
         """Keep the codes in the layout of the CPU's kernel from now on; False where there is no kernel for them."""
-        if self._packed is not None or self.why_unpacked() or not self.weight.numel():
+        if self._packed is not None or self.weight.device.type != "cpu" or self.why_unpacked() or not self.weight.numel():
             return self._packed is not None
         packed = pack_codes(self.grid, *self.unpacked(), self._dtype)
         self.register_buffer("packed_codes", packed.codes, persistent=False)
@@ -270,8 +273,10 @@ class QuantizedLowRankLinear(QuantizedLinear):
         self.correction = build_module(spec["correction"], in_features, out_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x) + self.correction(x)
-        return y
+        if self._packed is None and (y := coded(self, x, self.correction)) is not None:
+            return y
+        total: Tensor = super().forward(x) + self.correction(x)
+        return total
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
-from .dictionary import GATHER_UP_TO, Dictionary, DictionaryLinear, DictionarySpec, Pattern, expand, support_nbytes
+from .dictionary import Dictionary, DictionaryLinear, DictionarySpec, Pattern, expand, support_nbytes
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         if self.owner is None:
             self.dictionary = nn.Parameter(torch.empty(self.atoms, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
-        self._index = None
+        self._starts = self._index = None
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
@@ -190,8 +190,7 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.shared(x.device))
-        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+        return self.times_codes(nn.functional.linear(x, self.shared(x.device)))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""
