@@ -56,7 +56,7 @@ def _search(bits: int) -> Callable[..., None]:
     @numba.njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
     def step(x: Any, table: Any, least: Any, found: Any, oldest: Any) -> None:
         """The least cost by the bits that the next state keeps, and which oldest bits it came from."""
-        count = found.shape[1]
+        count = len(least) // branches
         for newest in range(branches):
             values, chosen = table[newest], oldest[newest]
             for rest in range(count):
@@ -69,14 +69,14 @@ def _search(bits: int) -> Callable[..., None]:
                     best = cost if less else best
                     number = np.int32(old) if less else number
                 chosen[rest] = number
-                found[newest, rest] = best
+                found[newest * count + rest] = best
 
     @numba.njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
     def search(values: Any, table: Any, ring: Any, states: Any) -> None:
         tiles, steps = values.shape
         low = table.shape[1]
         count = low // branches
-        least, found = np.empty(low, np.float32), np.empty((branches, count), np.float32)
+        least, found = np.empty(low, np.float32), np.empty(low, np.float32)
         oldest = np.empty((steps, branches, count), np.uint8)
         for tile in range(tiles):
             least[:] = 0.0 if ring[tile] < 0 else _FORBIDDEN
@@ -86,7 +86,7 @@ def _search(bits: int) -> Callable[..., None]:
                 step(values[tile, at], table, least, found, oldest[at])
                 for rest in range(count):
                     for newest in range(branches):
-                        least[rest * branches + newest] = found[newest, rest]
+                        least[rest * branches + newest] = found[newest * count + rest]
             kept = np.argmin(least) if ring[tile] < 0 else ring[tile]
             for at in range(steps - 1, -1, -1):
                 state = oldest[at, kept & (branches - 1), kept >> bits] * low + kept

@@ -18,7 +18,7 @@ from ...forms.codes.code import SIDE, Code, from_tiles, to_tiles
 from .nearest import encode_lattice, encode_scalar
 from .viterbi import encode_trellis
 
-_ENCODERS = {"trellis": encode_trellis, "e8": encode_lattice, "scalar": encode_scalar}
+ENCODERS = {"trellis": encode_trellis, "e8": encode_lattice, "scalar": encode_scalar}
 
 
 def encode_columns(weight: Tensor, factor: Tensor | None, code: Code) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def encode_columns(weight: Tensor, factor: Tensor | None, code: Code) -> tuple[T
             wanted = wanted + torch.linalg.solve_triangular(factor[own, own], carried, upper=True, left=False)
         scale = wanted.square().mean().sqrt().to(torch.bfloat16).double()
         tiles = to_tiles(wanted / scale if scale > 0 else wanted)
-        packed = _ENCODERS[code.kind](tiles.flatten(0, 1), code)
+        packed = ENCODERS[code.kind](tiles.flatten(0, 1), code)
         found = from_tiles(code.values(packed).double().view(tiles.shape)) * scale
         errors[:, own] = weight[:, own] - found[: len(weight), : wanted.shape[1]]
         codes.append(packed)
