@@ -137,7 +137,7 @@ class {base}(original.{base}):
 def _forms() -> list[Path]:
     """The files of forms that register modules."""
     folder = _ROOT / "compress" / "forms"
-    return sorted(path for path in folder.glob("*.py") if "\nMODULES[" in path.read_text())
+    return sorted(path for path in folder.rglob("*.py") if "\nMODULES[" in path.read_text())
 
 
 def _closure() -> list[Path]:

@@ -48,7 +48,7 @@ IDS = torch.arange(3, 40)[None]
 RATIO = 0.3
 ALONE = sorted(name for name, each in methods().items() if not getattr(each, "joint", None))
 # less work where a method repeats something; open sizes where its settings would fix one
-QUICK = {"iterations": 2, "rounds": 1, "inner_rounds": 1, "refits": 1, "power_iterations": 2}
+QUICK = {"iterations": 2, "rounds": 1, "inner_rounds": 1, "refits": 1, "power_iterations": 2, "state_bits": 8}
 OPEN: dict[str, Any] = {"rank": None, "bits": None}
 
 

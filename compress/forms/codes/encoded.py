@@ -1,0 +1,152 @@
+"""The encoded form: a matrix in a trellis or lattice code, rotated on both sides, with one scale for 16 columns.
+
+The rotated matrix is cut into tiles of 16 x 16 (code.py); rows and columns are filled up to whole tiles. A weight costs its
+bits and, for the scales, 1/out of a number of the checkpoint's dtype for 16 of them: 2.002 bits at out = 576. Signs of the
+rotation come from a seed in the spec. Codes are packed in memory as on disk; a product reads back some rows of tiles at a
+time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..base import MODULES, SPECS, Form, FormSpec, Spec
+from .code import SIDE, Code, Kind, from_tiles
+from .rotation import rotate, rotate_back, rotate_both_back
+
+_AT_ONCE = 1 << 21  # values that a product reads back at a time
+
+
+@dataclass(frozen=True)
+class Encoded(Form):
+    """A matrix in a code.
+
+    Args:
+        code: of the tiles.
+        codes: (rows of tiles, columns of tiles, bytes of a tile) uint8.
+        scales: (columns of tiles,) floating point; what the code's values are multiplied by.
+        shape: (out, in) of the matrix.
+        seed: of the rotations' signs; None: the matrix is not rotated.
+        bias: (out,) or None.
+        dtype: in which `dense` returns the matrix.
+    """
+
+    kind: ClassVar[str] = "encoded"
+    code: Code
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+    seed: int | None
+    bias: Tensor | None = None
+    dtype: torch.dtype = torch.float64
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"weight": self.codes.flatten(), "scales": self.scales.contiguous()}
+        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+
+    def dense(self) -> Tensor:
+        matrix = from_tiles(_values(self.code, self.codes)).double()
+        matrix = (matrix * _by_column(self.scales.double()))[: self.shape[0], : self.shape[1]]
+        return (matrix if self.seed is None else rotate_both_back(matrix, self.seed)).to(self.dtype)
+
+    def spec(self) -> Spec:
+        return {"kind": self.kind, "code": self.code.spec(), "seed": self.seed, "bias": self.bias is not None}
+
+    def with_bias(self, bias: Tensor | None) -> Encoded:
+        if bias is None:
+            return self
+        return replace(self, bias=bias.to(self.dtype) if self.bias is None else self.bias + bias.to(self.bias))
+
+    def stored(self, dtype: torch.dtype) -> Encoded:
+        """The same form on the CPU for a checkpoint in `dtype`, which represents the scales exactly where it has their range.
+
+        A scale below the normal range of float16 is rounded to the smallest one in it.
+        """
+        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        scales = self.scales.cpu()
+        rounded = torch.where(scales > 0, scales.to(dtype).clamp_min(torch.finfo(dtype).smallest_normal), 0).to(dtype)
+        return Encoded(self.code, self.codes.cpu(), rounded, self.shape, self.seed, bias, dtype)
+
+
+class EncodedLinear(nn.Module):
+    """`y = Q_outᵀ (codes · (Q_in x)) + bias`; the rotated matrix is read back some rows at a time.
+
+    Args:
+        spec: of the form.
+        in_features, out_features: of the matrix.
+        dtype: of scales and bias; the product is done in the dtype of the input, the rotations in float32 or better.
+    """
+
+    def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.code, self.seed = Code(**spec["code"]), spec["seed"]
+        self.in_features, self.out_features = in_features, out_features
+        self._tiles = -(-out_features // SIDE), -(-in_features // SIDE)
+        # a parameter, because loaders place parameters on devices and in shards; they do not cast uint8
+        count = self._tiles[0] * self._tiles[1] * self.code.nbytes
+        self.weight = nn.Parameter(torch.empty(count, dtype=torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(self._tiles[1], dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inner = x.to(wide) if self.seed is None else rotate(x.to(wide), self.seed)
+        inner = inner * _by_column(self.scales.to(wide))[: self.in_features]
+        inner = nn.functional.pad(inner, (0, self._tiles[1] * SIDE - self.in_features)).to(x.dtype)
+        step = max(1, _AT_ONCE // (self._tiles[1] * SIDE * SIDE))
+        parts = [
+            nn.functional.linear(inner, from_tiles(_values(self.code, rows)).to(x.dtype)) for rows in self._codes().split(step)
+        ]
+        y = torch.cat(parts, dim=-1)[..., : self.out_features]
+        if self.seed is not None:
+            y = rotate_back(y.to(wide), self.seed + 1).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The (out, in) matrix that this module multiplies by, in `dtype`; computed in float32 or better."""
+        wide = torch.promote_types(dtype, torch.float32)
+        matrix = from_tiles(_values(self.code, self._codes())).to(wide) * _by_column(self.scales.to(wide))
+        matrix = matrix[: self.out_features, : self.in_features]
+        return (matrix if self.seed is None else rotate_both_back(matrix, self.seed)).to(dtype)
+
+    def _codes(self) -> Tensor:
+        return self.weight.view(*self._tiles, self.code.nbytes)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.code}, bias={self.bias is not None}"
+
+
+def _values(code: Code, codes: Tensor) -> Tensor:
+    """Values (rows of tiles, columns of tiles, 256) of codes (rows, columns, bytes)."""
+    return code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
+
+
+def _by_column(scales: Tensor) -> Tensor:
+    return scales.repeat_interleave(SIDE)
+
+
+class CodeSpec(BaseModel):
+    """Spec of a code; `Code` itself checks that its numbers fit together."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Kind
+    bits: int
+    state_bits: int
+
+
+class EncodedSpec(FormSpec):
+    """Spec of a matrix in a code."""
+
+    code: CodeSpec
+    seed: int | None = Field(ge=0, lt=1 << 31)
+    bias: bool
+
+
+SPECS[Encoded.kind] = EncodedSpec
+MODULES[Encoded.kind] = EncodedLinear
