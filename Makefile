@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu architectures lint format types docs bench constraints clean
+.PHONY: help venv demo test test-slow test-gpu architectures lint format types docs site bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
@@ -66,8 +66,12 @@ types: $(STAMP)  ## mypy on the package
 architectures: $(STAMP)  ## every architecture that transformers knows, through the whole pipeline; writes docs/architectures.md
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/every_architecture.py --workers $(WORKERS) $(ARGS)
 
-docs: $(STAMP)  ## write the pages of docs/methods anew from the methods' files
+docs: $(STAMP)  ## write the pages of docs/methods anew from the methods' files, and that of the errors
 	$(VENV)/bin/python docs/pages.py
+	$(VENV)/bin/python docs/error_list.py
+
+site: $(STAMP)  ## the documentation as a site, in the folder site; a broken link is an error
+	$(VENV)/bin/zensical build --strict --clean --config-file mkdocs.yml
 
 bench:  ## the list of benchmarks
 	@for file in benchmarks/*.py; do \

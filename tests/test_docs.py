@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from lrc.compress.base import methods
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
-assert spec is not None and spec.loader is not None
-pages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pages)
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pages = script("pages")
 
 ORDER = [
     "What it does", "When to use it", "Settings", "Statistics", "Cost", "How to run it", "Recipe", "Source",
@@ -65,3 +77,20 @@ def test_every_file_that_the_guides_name_is_there():
     for guide in ("README.md", "CONTRIBUTING.md", "docs/allocation.md", "docs/table.md"):
         named = set(re.findall(r"\b((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|md|yaml))\b", (root / guide).read_text()))
         assert not [name for name in sorted(named) if not (root / name).is_file()], guide
+
+
+def test_the_page_of_errors_is_that_of_the_code():
+    assert (DOCS / "errors.md").read_text() == script("error_list").page(), "run make docs"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_site_has_no_broken_link(broken, tmp_path):
+    """`make site` passes, and it would not with a link to a page that is not there."""
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(DOCS.parent / "mkdocs.yml", tmp_path)
+    if broken:
+        (tmp_path / "docs" / "speed.md").write_text("[gone](gone.md)\n")
+    command = [Path(sys.executable).with_name("zensical"), "build", "--strict", "--config-file", tmp_path / "mkdocs.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode != 0) == broken, done.stdout + done.stderr
+    assert broken or "LOG" not in {path.name for path in (tmp_path / "site").iterdir()}
