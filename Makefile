@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu architectures lint format types docs site bench constraints clean
+.PHONY: help venv demo test test-slow test-gpu test-kernels architectures lint format types docs site bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
@@ -48,6 +48,15 @@ test-slow: $(STAMP)  ## the tests on SmolLM2 and those that take longer
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device, the slow ones too
 	$(PYTEST) -m gpu $(ARGS)
+
+# Triton takes a gigabyte, so it is in no environment, but in a folder beside it. Its version is the one that the tests were run with.
+TRITON := 3.9.0
+$(VENV)/triton: $(STAMP)
+	$(VENV)/bin/pip install --quiet --no-deps --target $@ triton==$(TRITON)
+	@touch $@
+
+test-kernels: $(VENV)/triton  ## the kernels of cuda/ in Triton's interpreter, and compiled for GPUs; installs Triton in $(VENV)/triton
+	PYTHONPATH=$(abspath $(VENV)/triton) TRITON_INTERPRET=1 $(PYTEST) tests/cuda tests/benchmarks/test_gpu.py $(ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(VENV)/bin/ruff check .

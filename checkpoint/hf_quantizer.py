@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.forms.base import Spec
+from ..compress.forms.dictionary import DictionaryLinear
 from ..compress.forms.quantized import QuantizedLinear
 from ..compress.forms.stacked import stack_siblings
 from ..compress.install_forms import install_forms, multiply_out
@@ -139,6 +140,8 @@ class LrcQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack()
+            elif isinstance(module, DictionaryLinear) and module.support.is_cuda:
+                module.starts()  # compiled code cannot make them
         stack_siblings(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -47,7 +47,7 @@ def why_not(x: Tensor, *others: Tensor | None) -> str:
     """
     if not FOUND:
         return "Triton is not installed (pip install 'lrc[triton]')"
-    if not INTERPRETED and (missing := _why_not_device(x.device)):
+    if not (INTERPRETED and x.device.type == "cpu") and (missing := _why_not_device(x.device)):
         return missing
     if x.dtype not in DTYPES:
         return f"kernels do not compute in {str(x.dtype).removeprefix('torch.')}"

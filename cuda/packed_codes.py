@@ -265,15 +265,15 @@ def _words(codes: Codes) -> tuple[Tensor, int, dict[str, int]]:
 
 def tiles(count: int, codes: Codes, per: int, dtype: torch.dtype) -> dict[str, int]:
     """Sizes of a program's tile, its warps and its stages for `count` rows of input; estimates, as `UP_TO` is."""
-    if count <= FEW:
-        words = max(1, min(128 // count, 1024 // per, power_of_two(-(-codes.inputs // per))))
-        return {"BM": power_of_two(count), "BN": 16 if codes.outputs >= 2048 else 4, "BW": words, "BR": 32, "STAGES": 3,
-                "num_warps": 4}  # fmt: skip
+    if count <= FEW:  # a thread holds 32 codes; with four times as many ptxas spills registers
+        words = max(1, min(64 if count == 1 else 32, power_of_two(-(-codes.inputs // per))))
+        lines = 8 if codes.outputs >= 2048 else 4
+        return {"BM": power_of_two(count), "BN": lines, "BW": words, "BR": 32, "STAGES": 3, "num_warps": 4}
     one = codes.group >= codes.inputs or codes.group % 64 == 0
-    wide = 64 if one and codes.group % 128 and codes.group < codes.inputs else 128
-    wide = wide if dtype != torch.float32 else 64
-    return {"ONE_GROUP": int(one), "BM": min(64, max(16, power_of_two(count))), "BN": 32 if count <= 32 else 64,
-            "BW": max(1, wide // per), "BR": 32, "STAGES": 3, "num_warps": 4}  # fmt: skip
+    wide = 64 if dtype == torch.float32 or (one and codes.group % 128 and codes.group < codes.inputs) else 128
+    across, warps = (32, 4) if count <= 32 else (64, 8)
+    rows, words = min(64, max(16, power_of_two(count))), max(1, wide // per)
+    return {"ONE_GROUP": int(one), "BM": rows, "BN": across, "BW": words, "BR": 32, "STAGES": 3, "num_warps": warps}
 
 
 def _fake(

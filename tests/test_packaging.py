@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-HEAVY = ("torch", "transformers", "datasets", "lm_eval", "scipy", "numpy")
+HEAVY = ("torch", "triton", "transformers", "datasets", "lm_eval", "scipy", "numpy")
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "build", "dist"}
 
 
