@@ -5,6 +5,7 @@
     draft = lrc.plan("MODEL", "lrc-fast", ratio=0.4)                    # as `lrc plan`
     metrics = lrc.evaluate("OUT", "wikitext2")                          # as `lrc eval`
     exported = lrc.export("OUT", "dense")                               # as `lrc export`
+    config = lrc.lora_config(LoraConfig(...))                           # an adapter of PEFT on compressed modules
 
 Importing this package is cheap: it loads neither torch nor transformers. When transformers imports its registry of quantizers,
 an import hook registers lrc's quantizer there. A plain `from_pretrained` therefore needs nothing but `import lrc`.
@@ -21,7 +22,7 @@ __version__ = version("lrc")
 
 # public function -> the module that defines it
 _FUNCTIONS = {"compress": "run.pipeline", "plan": "run.pipeline", "evaluate": "evaluation.evaluate",
-              "export": "export.write"}  # fmt: skip
+              "export": "export.write", "lora_config": "model.adapters"}  # fmt: skip
 
 
 class _Callable(ModuleType):

@@ -43,6 +43,7 @@ METHOD = "lrc"
 FORMAT_VERSION = 1
 _NO_MODULES: Mapping[str, Spec] = MappingProxyType({})  # what is not given; null is no mapping
 _FEW = 1 << 24  # numbers
+_SPLIT = frozenset({"low-rank", "dense", "pruned"})  # forms that tensor parallelism can divide
 _DEEPEST = 24  # levels of a spec; the deepest that lrc writes, a corrected factor of an expert, has 10
 
 
@@ -134,6 +135,7 @@ class LrcQuantizer(HfQuantizer):
         return []  # tensors have the model's own names
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _require_no_split(self.quantization_config.modules, getattr(model.config, "distributed_config", None))
         install_forms(model, self.quantization_config.modules, kwargs.get("dtype") or model.dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -154,7 +156,34 @@ class LrcQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """Whether an adapter can be trained: `lora_config` of model/adapters.py tells PEFT about the modules."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the stored tensors can be trained themselves: codes cannot."""
+        return not any(path[-1:] == ("grid",) for path, _ in walked(self.quantization_config.modules))
+
+
+def _require_no_split(modules: Mapping[str, Spec], distributed: Any) -> None:
+    """Refuse to split forms over devices inside a matrix, except those for which that was compared with the whole model.
+
+    transformers divides the tensors that its plan finds under a module's name. Of two factors torch then divides the product as
+    well (DTensor); a fused parameter of experts has other names in a compressed model, and would be divided by half.
+
+    Raises:
+        ModelError: the model has a form that cannot be split.
+    """
+    sizes = (getattr(distributed, name, None) or 1 for name in ("tp_size", "ep_size"))
+    if distributed is None or (all(size == 1 for size in sizes) and not getattr(distributed, "tp_plan", None)):
+        return
+    kinds = {str(each) for path, each in walked(modules) if path[-1:] == ("kind",)}
+    if whole := sorted(kinds - _SPLIT):
+        raise ModelError(
+            f"Tensor parallelism divides matrices over devices, and this model has forms that cannot be divided so: "
+            f"{', '.join(whole)}.",
+            "Give device_map='auto', which puts whole layers on devices; or export it: lrc export OUT --to dense.",
+        )
 
 
 def install_stored(model: Any) -> None:
