@@ -154,8 +154,13 @@ class DictionaryLinear(nn.Module):
         return unpack(self.support, self.out_features, self.atoms, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.weight)
-        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+        return self.of_coefficients(nn.functional.linear(x, self.weight))
+
+    def of_coefficients(self, z: Tensor) -> Tensor:
+        """codes z + bias for (..., k) coefficients, in the faster way."""
+        # a compiler cannot trace how the index is found, whose size depends on the codes
+        known = self._index is not None or not torch.compiler.is_compiling()
+        return self.gather(z) if known and z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
     def multiply(self, z: Tensor) -> Tensor:
         """codes z + bias for (..., k) coefficients, by a dense multiplication."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
-from .dictionary import GATHER_UP_TO, Dictionary, DictionaryLinear, DictionarySpec, Pattern, expand, support_nbytes
+from .dictionary import Dictionary, DictionaryLinear, DictionarySpec, Pattern, expand, support_nbytes
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.shared(x.device))
-        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+        return self.of_coefficients(nn.functional.linear(x, self.shared(x.device)))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""
