@@ -17,7 +17,9 @@ import psutil
 import torch
 
 from ..checkpoint.hf_quantizer import open_model
+from ..checkpoint.location import locate
 from ..compress.forms.base import is_form_module
+from ..compress.forms.cpu_int4 import DENSE_FROM
 from ..compress.forms.quantized import QuantizedLinear
 from ..model.events import Event, Notify, silent
 
@@ -52,17 +54,23 @@ class Speed:
         load_seconds: from the call to a model in memory.
         resident_bytes: growth of the process's resident memory while it was loaded.
         tensor_bytes: bytes of its parameters and buffers.
+        file_bytes: of the files of its weights; 0 where that is not known.
+        read_bytes: of the tensors that a decoded token reads: all but an input embedding that is not the output head too.
         seconds: workload -> seconds of each round. Workloads are `prefill N` (one prompt of N tokens), `first token` (a prompt
             of 32 tokens) and `decode B` (one token for each of B sequences).
         notes: what makes it slower than it could be.
+        forms: how its matrices are multiplied, for `SpeedReport.why_slower`.
     """
 
     model: str
     load_seconds: float = 0.0
     resident_bytes: int = 0
     tensor_bytes: int = 0
+    file_bytes: int = 0
+    read_bytes: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    forms: dict[str, int] = field(default_factory=dict)
 
     def median(self, workload: str) -> float:
         """Seconds of a workload, the median of the rounds."""
@@ -105,13 +113,22 @@ class SpeedReport:
         if len(self.speeds) == 2:
             own, base = self.speeds
             found["times_as_fast"] = {workload: own.times_as_fast_as(base, workload) for workload in own.seconds}
+            found["why_slower"] = self.why_slower()
         return found
 
     def share(self, speed: Speed) -> float | None:
-        """Which fraction of the time of a decoded token is needed to read all tensors once; None where none was decoded."""
+        """Which fraction of the time of a decoded token is needed to read its tensors once; None where none was decoded."""
         if "decode 1" not in speed.seconds:
             return None
-        return speed.tensor_bytes / self.bandwidth / speed.median("decode 1")
+        return speed.read_bytes / self.bandwidth / speed.median("decode 1")
+
+    def why_slower(self) -> dict[str, str]:
+        """Workload -> the reason, for those in which the first model is slower than its baseline."""
+        if len(self.speeds) != 2:
+            return {}
+        own, base = self.speeds
+        slower = [workload for workload in own.seconds if own.times_as_fast_as(base, workload) < 1]
+        return {workload: "; ".join(_reasons(own.forms, _rows(workload))) for workload in slower}
 
 
 @torch.no_grad()
@@ -142,6 +159,19 @@ def measure_speed(
         dtype = dtype or model.dtype
         speeds.append(speed)
         models.append(model)
+    return in_turns(speeds, models, settings, notify)
+
+
+@torch.no_grad()
+def in_turns(speeds: Sequence[Speed], models: Sequence[Any], settings: SpeedSettings, notify: Notify = silent) -> SpeedReport:
+    """Measure models that are in memory, one after the other in every round.
+
+    Args:
+        speeds: what is known of each model; the seconds are added.
+        models: of transformers, on one device and in one dtype.
+        settings: what is measured.
+        notify: receives an `Event` after each workload.
+    """
     longest = min(getattr(m.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for m in models)
     work: dict[str, Callable[[Any], float]] = {"first token": lambda model: _prefill(model, 1, _PROMPT)}
     work |= {f"prefill {n}": lambda model, n=n: _prefill(model, 1, n) for n in settings.prefill if n <= longest}  # type: ignore[misc]
@@ -154,10 +184,8 @@ def measure_speed(
             for speed, model in order if turn % 2 == 0 else reversed(order):
                 speed.seconds.setdefault(workload, []).append(run(model))
         notify(Event(workload, done=number, total=len(work)))
-    assert dtype is not None
-    return SpeedReport(
-        tuple(speeds), _bandwidth(torch.device(device)), torch.get_num_threads(), str(dtype).removeprefix("torch.")
-    )
+    held = models[0].dtype
+    return SpeedReport(tuple(speeds), _bandwidth(models[0].device), torch.get_num_threads(), str(held).removeprefix("torch."))
 
 
 def _loaded(name: str, dtype: torch.dtype | None, device: str, trust_remote_code: bool) -> tuple[Speed, Any]:
@@ -165,27 +193,74 @@ def _loaded(name: str, dtype: torch.dtype | None, device: str, trust_remote_code
     before, begun = process.memory_info().rss, time.perf_counter()
     model, _ = open_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     seconds = time.perf_counter() - begun
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    speed = Speed(name, seconds, process.memory_info().rss - before, sum(tensors.values()), notes=_slower(model))
+    location = locate(name)
+    files = [location.path / location.gguf] if location.gguf else list(location.path.glob("*.safetensors"))
+    speed = described(name, model)
+    speed.load_seconds, speed.resident_bytes = seconds, process.memory_info().rss - before
+    speed.file_bytes = sum(file.stat().st_size for file in files)
     return speed, model
 
 
-def _slower(model: Any) -> list[str]:
+def described(name: str, model: Any) -> Speed:
+    """What is known of a model in memory before it is timed."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    held = sum(tensors.values())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight.data_ptr() == table.weight.data_ptr()
+    return Speed(
+        name,
+        tensor_bytes=held,
+        read_bytes=held if tied else held - table.weight.nbytes,
+        notes=_notes(model),
+        forms=_forms(model),
+    )
+
+
+_TWO_PRODUCTS = {"LowRankLinear", "SharedLowRankLinear", "ProductLinear", "DictionaryLinear", "SharedDictionaryLinear"}
+
+
+def _forms(model: Any) -> dict[str, int]:
+    """How many matrices are multiplied in which way."""
+    found = {"packed": 0, "unpacked": 0, "two products": 0}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            found["unpacked" if module.why_unpacked() else "packed"] += 1
+        found["two products"] += is_form_module(module) and type(module).__name__ in _TWO_PRODUCTS
+    return found
+
+
+def _notes(model: Any) -> list[str]:
     """What makes a compressed model slower than its bytes allow."""
     notes = []
     coded = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     unpacked = Counter(reason for module in coded if (reason := module.why_unpacked()))
     for reason, count in unpacked.items():
         notes.append(f"{count} of {len(coded)} matrices in codes are decoded at every call: {reason}")
-    forms = Counter(type(module).__name__ for module in model.modules() if is_form_module(module))
-    if (
-        two := forms["LowRankLinear"]
-        + forms["SharedLowRankLinear"]
-        + forms["DictionaryLinear"]
-        + forms["SharedDictionaryLinear"]
-    ):
+    if two := _forms(model)["two products"]:
         notes.append(f"{two} matrices are two products each, which costs more than it saves where matrices are small")
     return notes
+
+
+def _rows(workload: str) -> int:
+    """Rows of input that a matrix is multiplied with."""
+    kind, _, number = workload.partition(" ")
+    return int(number) if kind in ("prefill", "decode") else _PROMPT
+
+
+def _reasons(forms: dict[str, int], rows: int) -> list[str]:
+    """Why products of so many rows are slower than dense ones."""
+    found, (unpacked, packed, two) = [], (forms.get(kind, 0) for kind in ("unpacked", "packed", "two products"))
+    if unpacked:
+        found.append(f"{unpacked} matrices are decoded at every call")
+    if packed:
+        found.append(
+            f"{packed} matrices are decoded for one dense product of all rows"
+            if rows >= min(DENSE_FROM.values())
+            else f"the kernel for the codes of {packed} matrices computes each row by itself"
+        )
+    if two:
+        found.append(f"{two} matrices are two products each, and small ones take longer to start than to compute")
+    return found or ["its matrices are multiplied as the baseline's are; the difference is noise, or in the architecture"]
 
 
 def _prefill(model: Any, batch: int, length: int) -> float:

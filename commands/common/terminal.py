@@ -176,8 +176,10 @@ def print_speed(report: SpeedReport) -> None:
         shown = [f"{1e3 * s.median(workload):,.1f} ms" if milliseconds else f"{s.rate(workload):,.1f} tokens/s" for s in speeds]
         table.add_row(workload, *shown, *([f"{speeds[0].times_as_fast_as(speeds[1], workload):.2f}"] if both else []))
     table.add_row("load", *(f"{speed.load_seconds:.1f} s" for speed in speeds))
+    table.add_row("files of weights", *(size(speed.file_bytes) for speed in speeds))
     table.add_row("tensors in memory", *(size(speed.tensor_bytes) for speed in speeds))
     table.add_row("resident memory", *(size(max(0, speed.resident_bytes)) for speed in speeds))
+    table.add_row("read for a token", *(size(speed.read_bytes) for speed in speeds))
     shares = [report.share(speed) for speed in speeds]
     if None not in shares:
         table.add_row("time that reading takes", *(f"{share:.0%} of a token" for share in shares))
@@ -189,3 +191,5 @@ def print_speed(report: SpeedReport) -> None:
     for speed in speeds:
         for note in speed.notes:
             console.print(f"note: {speed.model}: {note}")
+    for workload, reason in report.why_slower().items():
+        console.print(f"slower: {workload}: {reason}")

@@ -159,10 +159,12 @@ class DictionaryLinear(nn.Module):
         return self.times_codes(nn.functional.linear(x, self.weight))
 
     def times_codes(self, z: Tensor) -> Tensor:
-        """codes z + bias for (..., k) coefficients."""
+        """codes z + bias for (..., k) coefficients, in the fastest way."""
         if (y := sparse(self, z)) is not None:
             return y
-        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+        # a compiler cannot trace how the index is found, whose size depends on the codes
+        known = self._index is not None or not torch.compiler.is_compiling()
+        return self.gather(z) if known and z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
     def multiply(self, z: Tensor) -> Tensor:
         """codes z + bias for (..., k) coefficients, by a dense multiplication."""

@@ -8,12 +8,13 @@ import pytest
 import torch
 from commandline import run_lrc
 from pipeline import compress
+from transformers import AutoConfig
 
-from lrc.evaluation.speed import Speed
+from lrc.evaluation.speed import Speed, SpeedReport
 
 
 def test_a_result_is_measured_beside_its_original(tiny_checkpoints, tiny_text_file, tmp_path):
-    model = tiny_checkpoints("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)
+    model = tiny_checkpoints("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
     compress(model, tmp_path / "out", tiny_text_file, "rtn", settings__group_size=16)  # a group that no kernel knows
     options = ["--baseline", model, "--prefill", "16,100000", "--decode", "1,2", "--rounds", 2, "--json", tmp_path / "x.json"]
     done = run_lrc("bench", tmp_path / "out", *options)
@@ -24,6 +25,10 @@ def test_a_result_is_measured_beside_its_original(tiny_checkpoints, tiny_text_fi
     own, base = held["models"]
     assert set(held["times_as_fast"]) == {"first token", "prefill 16", "decode 1", "decode 2"}  # 100,000 tokens do not fit
     assert own["tensor_bytes"] < base["tensor_bytes"] and held["dtype"] == "bfloat16" and held["bandwidth"] > 0
+    files = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert own["file_bytes"] == files and "files of weights" in done.out
+    table = 64 * AutoConfig.from_pretrained(model).vocab_size * 2
+    assert own["tensor_bytes"] - own["read_bytes"] == table, "one row of the input embedding is read for a token"
     assert all(len(seconds) == 2 for seconds in own["seconds"].values())
 
 
@@ -32,6 +37,18 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     slow = Speed("b", seconds={"decode 2": [2.0, 8.0, 18.0]})
     assert fast.times_as_fast_as(slow, "decode 2") == 2.0
     assert fast.rate("decode 2") == 1.0 and fast.median("decode 2") == 2.0
+
+
+def test_where_it_is_slower_it_says_why():
+    slow = Speed("a", seconds={"prefill 512": [2.0], "decode 8": [2.0], "decode 1": [1.0]}, forms={"packed": 7})
+    report = SpeedReport((slow, Speed("b", seconds={workload: [1.5] for workload in slow.seconds})), 1e9, 2, "bfloat16")
+    why = report.why_slower()
+    assert set(why) == {"prefill 512", "decode 8"}
+    assert "7 matrices are decoded for one dense product" in why["prefill 512"] and "each row by itself" in why["decode 8"]
+    slow.forms = {"two products": 3}
+    assert "3 matrices are two products each" in report.as_json()["why_slower"]["decode 8"]
+    slow.forms = {}
+    assert "noise, or in the architecture" in report.why_slower()["decode 8"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--prefill", "many"), ("--decode", "0"), ("--decode", "")])

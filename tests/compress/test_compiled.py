@@ -1,0 +1,98 @@
+"""torch.compile of every form: one graph without breaks, and none more for another length of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lrc.compress.forms.base import Form, LowRank, build_module, fill_module
+from lrc.compress.forms.dictionary import Dictionary
+from lrc.compress.forms.grids import Grid
+from lrc.compress.forms.product import Product
+from lrc.compress.forms.quantized import Quantized, QuantizedLinear, QuantizedLowRank
+from lrc.compress.forms.shared import SharedDictionary, SharedLowRank
+from lrc.compress.forms.stacked import Stack, stack_siblings
+
+IN, OUT = 128, 64
+WEIGHT = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+
+
+def coded(bits: int, group: int = 64, **how: object) -> Quantized:
+    return Quantized.nearest(WEIGHT, Grid(bits, group, **how))
+
+
+def dictionary() -> Dictionary:
+    mask = WEIGHT[:, :32] > 0.5
+    return Dictionary.of(WEIGHT[:, :32] * mask, mask, WEIGHT[:32])
+
+
+LOW_RANK = LowRank(WEIGHT[:, :16].clone(), WEIGHT[:16].clone())
+# the form, and the graphs that it may take: for one row, for several, and for many where these are multiplied differently
+FORMS: dict[str, tuple[Callable[[], Form], int]] = {
+    "low-rank": (lambda: LOW_RANK, 2),
+    "shared-low-rank": (lambda: SharedLowRank(LOW_RANK.left, LOW_RANK.right, lends=True), 2),
+    "4 bits": (lambda: coded(4, symmetric=False), 3),
+    "8 bits": (lambda: coded(8), 3),
+    "4 bits, no kernel": (lambda: coded(4, 20), 2),
+    "mxint": (lambda: coded(4, 32, kind="mxint"), 3),
+    "4 bits + low rank": (lambda: QuantizedLowRank(coded(4), LOW_RANK), 3),
+    "product": (lambda: Product(Quantized.nearest(WEIGHT[:, :32], Grid(8, 0)), Quantized.nearest(WEIGHT[:32], Grid(8)), 32), 3),
+    "dictionary": (dictionary, 3),
+    "shared-dictionary": (lambda: SharedDictionary(dictionary(), lends=True), 3),
+}
+
+
+def graphs_of(module: nn.Module, lengths: list[int]) -> int:
+    """How many graphs are compiled for inputs of these lengths; each answers as the module does."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=compiler)
+    dtype = torch.bfloat16
+    with torch.no_grad():
+        for length in lengths:
+            x = torch.randn(1, length, IN, dtype=dtype)
+            expected = module(x).float()
+            torch.testing.assert_close(compiled(x).float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    return len(graphs)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_is_one_graph_for_all_lengths(name):
+    make, most = FORMS[name]
+    form = make().stored(torch.bfloat16)
+    module = fill_module(build_module(form.spec(), IN, OUT, torch.bfloat16), form.tensors()).eval()
+    for part in module.modules():
+        if isinstance(part, QuantizedLinear):
+            part.pack()
+    assert graphs_of(module, [7, 9, 1, 30, 70, 90, 130, 1, 600, 700]) <= most
+
+
+class Siblings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q", "k"):
+            form = LOW_RANK.stored(torch.bfloat16)
+            self.add_module(name, fill_module(build_module(form.spec(), IN, OUT, torch.bfloat16), form.tensors()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.k(x)
+
+
+def test_stacked_factors_are_compiled_too():
+    module = Siblings()
+    stack_siblings(module)
+    assert graphs_of(module, [7, 1]) == 2, "before the stack is found"
+    with torch.no_grad():
+        for _ in range(2):
+            module(torch.ones(1, 1, IN, dtype=torch.bfloat16))
+    assert isinstance(module.q.together, Stack)
+    assert graphs_of(module, [7, 9, 1, 30]) == 2
