@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common.arguments import quiet
+from .common.json_output import Json, answered, require_json
 from .common.options import Trust
 
 
@@ -21,6 +22,7 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")] = "5GB",
     check: Annotated[bool, typer.Option(help="Compare the logits of the export with those of the result.")] = True,
     trust_remote_code: Trust = False,
+    json_file: Json = None,
 ) -> None:
     """Write a finished result in a format that other tools open.
 
@@ -32,8 +34,12 @@ def export(
     from ..export.write import export as written
     from ..plan.budget import bytes_of
 
+    require_json(json_file)
     quiet()
     if to is None:
+        listed = {form.name: {"about": form.about, "opened_by": form.opened_by} for form in formats().values()}
+        if answered(json_file, listed):
+            return
         for form in formats().values():
             print(f"{form.name}: {form.about}; opened by {form.opened_by}")
         return
@@ -51,6 +57,9 @@ def export(
         check=check,
         trust_remote_code=trust_remote_code,
     )
+    answer = {"folder": str(done.folder), "format": done.format, "bytes": done.nbytes, "difference": done.difference}
+    if answered(json_file, answer | {"lost": list(done.lost)}):
+        return
     for sentence in done.lost:
         print(f"note: {sentence}")
     checked = "not checked" if done.difference is None else f"logits within {done.difference:.2g} of the result's"

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import CalibrationError
 from .common.arguments import quiet, together
+from .common.json_output import Json, answered, require_json
 from .common.options import CalibrationOptions, ModelOptions, RecipeOptions, grouped
 
 if TYPE_CHECKING:
@@ -23,15 +24,19 @@ def plan(
     calibration: CalibrationOptions,
     source: ModelOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Print what lrc compress would do.
 
     Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
     weights where sub-layers may be pruned.
     """
+    require_json(json_file)
     view, draft = drafted(requested(recipe, calibration, source))
-    from .common.plan_output import print_plan
+    from .common.plan_output import plan_json, print_plan
 
+    if answered(json_file, plan_json(draft)):
+        return
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)
 
@@ -71,12 +76,12 @@ def _checked(
     from ..checkpoint.folder import require_usable
     from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
-    from ..plan.load_recipe import load_recipe
+    from ..plan.load_recipe import load_recipe, recorded_dtype
     from ..run.request import Request, require_possible
 
     with together() as check:
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
-        dtype = check(dtype_of, source.dtype)
+        dtype = check(dtype_of, source.dtype) or check(recorded_dtype, recipe.recipe)
         devices = check(devices_of, source.device)
         if out is not None:
             check(require_usable, out)
