@@ -17,6 +17,9 @@ from .commands.common.help import Command, Group
 from .commands.compress import compress
 from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.look.compare import compare
+from .commands.look.doctor import doctor
+from .commands.look.generate import generate
 from .commands.plan import plan
 from .commands.recipe.app import recipe_app
 from .commands.sweep import sweep
@@ -33,6 +36,7 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress, "plan": plan, "eval": evaluate, "sweep": sweep, "verify": verify, "export": export, "bench": bench,
+    "compare": compare, "generate": generate, "doctor": doctor,
 }  # fmt: skip
 for name, command in _COMMANDS.items():
     app.command(name, cls=Command)(command)

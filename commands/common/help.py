@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": ("lrc eval OUT", "lrc eval OUT --tasks text:FILE --baseline MODEL --json eval.json"),
     "sweep": (
         "lrc sweep MODEL --recipes svd,rtn --ratios 0.2 --tasks text:FILE --out DIR",
-        "lrc sweep MODEL --recipes svd-llm --tasks pydoc-topics --out SWEEP",
+        "lrc sweep MODEL --recipes svd-llm --tasks text:FILE --out SWEEP",
     ),
     "verify": ("lrc verify OUT", "lrc verify OUT --json -"),
     "export": ("lrc export OUT", "lrc export OUT --to dense --out DENSE"),
@@ -38,8 +38,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'lrc generate OUT --prompt "Once" --tokens 8 --json -',
     ),
     "compare": ("lrc compare MODEL OUT", "lrc compare MODEL OUT --text FILE --windows 4 --json -"),
-    "inspect": ("lrc inspect MODEL", "lrc inspect MODEL --ratio 0.4 --json -"),
-    "advise": ("lrc advise MODEL --size 60%", "lrc advise MODEL --size 2GB --json -"),
 }
 
 

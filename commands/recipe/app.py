@@ -17,8 +17,8 @@ recipe_app = typer.Typer(help="List, show, write, check and compare recipes.", n
 def recipe_list(json_file: Json = None) -> None:
     """List the shipped recipes by family, with what each needs."""
     require_json(json_file)
-    from ...plan.describe import START, family, needs
     from ...plan.load_recipe import load_recipe, shipped, summary
+    from ...plan.recipes.describe import START, family, needs
 
     recipes = {name: (load_recipe(name), summary(text)) for name, text in shipped().items()}
     families: dict[str, list[str]] = {}

@@ -40,7 +40,7 @@ def recipe_new(
 ) -> None:
     """Write a commented recipe with every key that you may want."""
     from ...plan.load_recipe import load_recipe
-    from ...plan.new_recipe import new_recipe
+    from ...plan.recipes.new_recipe import new_recipe
 
     if file.exists():
         raise RequestError(f"{file} exists.", "Name a new file.")
@@ -89,7 +89,7 @@ def recipe_diff(first: Named, second: Named, json_file: Json = None) -> None:
 
 def recipe_schema() -> None:
     """Print the JSON Schema of a recipe file, for editors."""
-    from ...plan.new_recipe import schema
+    from ...plan.recipes.new_recipe import schema
 
     print(json.dumps(schema(), indent=2))
 

@@ -12,8 +12,8 @@ from commandline import contents, lrc_ok, run_lrc
 
 from lrc.commands.common.options import recipe_names
 from lrc.plan.load_recipe import SCHEMA_FILE, SCHEMA_LINE, load_recipe, shipped
-from lrc.plan.new_recipe import documented, new_recipe, schema
 from lrc.plan.recipe import Recipe
+from lrc.plan.recipes.new_recipe import documented, new_recipe, schema
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

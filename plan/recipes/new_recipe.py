@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from ..compress.base import methods
-from .load_recipe import SCHEMA_FILE, SCHEMA_LINE, read_recipe
-from .recipe import SOLVED, Recipe
-from .rules.base import rules
+from ...compress.base import methods
+from ..load_recipe import SCHEMA_FILE, SCHEMA_LINE, read_recipe
+from ..recipe import SOLVED, Recipe
+from ..rules.base import rules
 
 _BASIS = """\
 # My recipe: say here in one line what it is for.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..compress.base import BACKWARD_NEEDS, get_method
-from .recipe import Recipe
+from ...compress.base import BACKWARD_NEEDS, get_method
+from ..recipe import Recipe
 
 # recipe -> for whom it is; the first ones to try
 START = {
