@@ -38,7 +38,7 @@ def compress(
     Prints the plan first, as lrc plan does.
     """
     named = out
-    request, out = into_folder(recipe, calibration, source, named, hub=not dry_run)
+    request, out = into_folder(recipe, calibration, source, named, statistics, hub=not dry_run)
     from ..run.pipeline import run_request
     from .common.console import messages
     from .common.plan_output import print_plan

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import quiet
+from .common.arguments import quiet, together
 from .common.json_output import Json, answered, require_json
 from .common.options import Trust
 
@@ -28,13 +28,17 @@ def export(
 
     Says what the format loses, and checks the export by its logits before it gets its name.
     """
-    from ..checkpoint.opening import dtype_of, require_finished
-    from ..errors import RequestError
-    from ..export.base import formats
-    from ..export.write import export as written
-    from ..plan.budget import bytes_of
+    from ..checkpoint.folder import require_result
+    from ..checkpoint.opening import dtype_of
+    from ..export.base import formats, get_format
 
-    require_json(json_file)
+    with together() as checking:
+        checking(require_json, json_file)
+        checking(require_result, result)
+        most = checking(_bytes_of_shards, max_shard_size)
+        number = checking(dtype_of, dtype)
+        if to is not None:
+            checking(get_format, to)
     quiet()
     if to is None:
         listed = {form.name: {"about": form.about, "opened_by": form.opened_by} for form in formats().values()}
@@ -43,16 +47,13 @@ def export(
         for form in formats().values():
             print(f"{form.name}: {form.about}; opened by {form.opened_by}")
         return
-    require_finished(str(result))
-    try:
-        most = bytes_of(max_shard_size)
-    except ValueError as error:
-        raise RequestError(f"--max-shard-size '{max_shard_size}' {error}.") from error
+    from ..export.write import export as written
+
     done = written(
         result,
         to,
         out=out,
-        dtype=dtype_of(dtype),
+        dtype=number,
         max_shard_bytes=most,
         check=check,
         trust_remote_code=trust_remote_code,
@@ -64,3 +65,13 @@ def export(
         print(f"note: {sentence}")
     checked = "not checked" if done.difference is None else f"logits within {done.difference:.2g} of the result's"
     print(f"{done.folder}: {done.format}, {done.nbytes:,} bytes, {checked}.")
+
+
+def _bytes_of_shards(text: str) -> int:
+    from ..errors import RequestError
+    from ..plan.budget import bytes_of
+
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise RequestError(f"--max-shard-size '{text}' {error}.") from error

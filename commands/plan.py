@@ -47,15 +47,21 @@ def requested(recipe: RecipeOptions, calibration: CalibrationOptions, source: Mo
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
-    return _checked(recipe, calibration, source, None, hub=False)
+    return _checked(recipe, calibration, source, (None, None), hub=False)
 
 
 def into_folder(
-    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool = True
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    out: Path | None,
+    statistics: Path | None = None,
+    hub: bool = True,
 ) -> tuple[Request, Path]:
     """What the options ask for, and the folder of its result: `out`, or one that is named after the request.
 
     Args:
+        statistics: a folder for statistics, where one is given.
         hub: refuse calibration text on a hub that is out of reach.
 
     Raises:
@@ -63,7 +69,7 @@ def into_folder(
     """
     from .common.naming import default_folder
 
-    request = _checked(recipe, calibration, source, out, hub)
+    request = _checked(recipe, calibration, source, (out, statistics), hub)
     if out is None:
         out = default_folder(source.model, recipe.recipe, request.recipe)
     request.require_folder(out)
@@ -71,8 +77,13 @@ def into_folder(
 
 
 def _checked(
-    recipe: RecipeOptions, calibration: CalibrationOptions, source: ModelOptions, out: Path | None, hub: bool
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions,
+    source: ModelOptions,
+    folders: tuple[Path | None, Path | None],
+    hub: bool,
 ) -> Request:
+    from ..calibrate.store import require_for_statistics
     from ..checkpoint.folder import require_usable
     from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
@@ -83,8 +94,9 @@ def _checked(
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
         dtype = check(dtype_of, source.dtype) or check(recorded_dtype, recipe.recipe)
         devices = check(devices_of, source.device)
-        if out is not None:
-            check(require_usable, out)
+        for folder, require in zip(folders, (require_usable, require_for_statistics), strict=True):
+            if folder is not None:
+                check(require, folder)
         # a model of the hub is downloaded only for a request without mistakes
         location = None if is_on_hub(source.model) else check(located, source.model)
         if wanted is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import quiet
+from .common.arguments import quiet, together
 from .common.json_output import Json, answered, require_json
 from .common.options import Trust
 
@@ -26,13 +26,14 @@ def verify(
     Checks the hashes of the files, the shapes of the tensors, that no other file lies there which loading would read, and that
     the model gives finite logits.
     """
-    from ..checkpoint.folder import clear_finished
-    from ..checkpoint.opening import require_finished
+    from ..checkpoint.folder import clear_finished, require_result
+
+    with together() as check:
+        check(require_json, json_file)
+        check(require_result, folder)
+    quiet()
     from ..run import verify as checks
 
-    require_json(json_file)
-    quiet()
-    require_finished(str(folder))
     for name in clear_finished(folder):
         print(f"note: {folder / name} was left by a run that was killed at its end; deleted.", file=sys.stderr)
     record = checks.verify(folder, trust_remote_code=trust_remote_code, edited_card=edited_card)
