@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from .commands.bench import bench
+from .commands.common.help import Command, Group
 from .commands.compress import compress
 from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.look.compare import compare
+from .commands.look.doctor import doctor
+from .commands.look.generate import generate
+from .commands.look.report import report
 from .commands.plan import plan
-from .commands.recipe import recipe_app
-from .commands.report import report
+from .commands.recipe.app import recipe_app
 from .commands.sweep import sweep
 from .commands.verify import verify
 from .errors import LrcError, of_resources
@@ -25,18 +30,17 @@ from .errors import LrcError, of_resources
 app = typer.Typer(
     help="Compress language models after training, and measure what that costs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command()(compress)
-app.command()(plan)
-app.command("eval")(evaluate)
-app.command()(sweep)
-app.command()(verify)
-app.command()(export)
-app.command()(bench)
-app.command()(report)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "compress": compress, "plan": plan, "eval": evaluate, "sweep": sweep, "verify": verify, "export": export, "bench": bench,
+    "report": report, "compare": compare, "generate": generate, "doctor": doctor,
+}  # fmt: skip
+for name, command in _COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(recipe_app, name="recipe")
 
 

@@ -96,7 +96,9 @@ def printed(report: SpeedReport) -> None:
     """One line per workload."""
     own, base = report.speeds
     share = own.tensor_bytes / base.tensor_bytes
-    print(f"{own.model}: {share:.0%} of the dense model's bytes in memory, {report.threads} threads, {report.dtype}", flush=True)
+    print(
+        f"{own.model}: {share:.0%} of the dense model's bytes in memory, {report.threads} threads, {report.dtype}", flush=True
+    )
     for workload in own.seconds:
         times = own.times_as_fast_as(base, workload)
         milliseconds = [f"{1000 * each.median(workload):9.1f}" for each in (base, own)]

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import CalibrationError, LrcError, RequestError
@@ -82,7 +83,7 @@ def _require_reachable(hub: HubData) -> None:
     if Path(hub.name).is_dir() or _has_cached(hub.name):
         return
     name = ":".join(filter(None, (hub.name, hub.config)))
-    silence = "offline mode is set" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+    silence = "offline mode is set" if constants.HF_HUB_OFFLINE else ""
     if not silence:
         try:
             huggingface_hub.HfApi().dataset_info(hub.name, timeout=_PATIENCE)
@@ -105,7 +106,6 @@ def _require_reachable(hub: HubData) -> None:
 
 def _has_cached(name: str) -> bool:
     """Whether the hub's cache, or that of `datasets`, knows the data set."""
-    constants = huggingface_hub.constants
     hub = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     return hub.is_dir() or any(

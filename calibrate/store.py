@@ -44,6 +44,21 @@ _GROUP = ("gram", "mean", "abs_mean", "mean_square", "peak_abs_mean")
 _TARGET = ("output_gram", "grad_gram", "fisher_in", "weight_grad")
 
 
+def require_for_statistics(folder: Path) -> None:
+    """Refuse a folder that holds other things than statistics.
+
+    Raises:
+        RequestError: it does, or it is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"--statistics {folder} is not a folder.", "Give an empty or new folder.")
+    if _manifest(folder) is None and folder.is_dir() and (foreign := _foreign(folder)):
+        raise RequestError(
+            f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
+            "Give --statistics an empty or new folder.",
+        )
+
+
 class StatsStore:
     """A folder of statistics. While this object exists, no other process can empty the folder or collect into it.
 
@@ -61,11 +76,7 @@ class StatsStore:
         self.folder = folder
         asked = {name: sorted(each) for name, each in needs.items()}
         wanted = {"layout": LAYOUT, "identity": json.loads(json.dumps(identity)), "needs": asked}
-        if _manifest(folder) is None and folder.is_dir() and (foreign := _foreign(folder)):
-            raise RequestError(
-                f"{folder} holds other files ({', '.join(foreign[:3])}); statistics need a folder of their own.",
-                "Give --statistics an empty or new folder.",
-            )
+        require_for_statistics(folder)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / _LOCK).open("a")

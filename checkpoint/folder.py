@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CheckpointError, RequestError, brief
 from .atomic import PARTIAL, locked, own_digest_fits, remove, writing
 from .untrusted.files import RECORD as RECORD_BYTES
-from .untrusted.files import read_bounded, size_of
+from .untrusted.files import read_bounded, require_path, size_of
 from .untrusted.json_text import parsed as json_of
 from .untrusted.record import require_record
 
@@ -128,6 +128,22 @@ def require_usable(folder: Path) -> None:
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(standing))
         if not os.access(standing, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied or read-only file system", str(standing))
+
+
+def require_result(folder: Path) -> None:
+    """Refuse a folder that holds no finished result, before anything in it is read.
+
+    Raises:
+        RequestError: there is no such folder, or no finished result in it.
+    """
+    require_path(str(folder))
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise RequestError(f"{brief(str(folder))} {what}.", "Give the --out folder of a finished `lrc compress`.")
+    if (folder / JOURNAL).is_file() and not (folder / "config.json").is_file():
+        raise RequestError(f"{folder} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
+    if size_of(folder / RECORD) is None:
+        raise RequestError(f"{folder} holds no {RECORD}.", "Give the --out folder of a finished `lrc compress`.")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

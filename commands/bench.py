@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import counts_of, quiet, require_writable
+from .common.arguments import counts_of, quiet, require_writable, together
 from .common.options import Trust
 
 
@@ -32,18 +32,21 @@ def bench(
     Measures loading, memory, prefill, and decoding with a cache. With --baseline both models are in memory and take turns, so
     that the ratios hold on a busy machine too.
     """
-    from ..checkpoint.opening import dtype_of, require_finished
+    from ..checkpoint.opening import devices_of, dtype_of, located
     from ..evaluation.speed import SpeedSettings, measure_speed
     from .common.terminal import print_speed
 
-    quiet()
-    settings = SpeedSettings(counts_of(prefill, "--prefill"), counts_of(decode, "--decode"), rounds)
-    chosen = dtype_of(dtype)
-    if json_file is not None:
-        require_writable(json_file)
     names = [model] if baseline is None else [model, baseline]
-    for name in names:
-        require_finished(name)
+    with together() as check:
+        lengths, batches = check(counts_of, prefill, "--prefill"), check(counts_of, decode, "--decode")
+        chosen = check(dtype_of, dtype)
+        check(devices_of, device)
+        if json_file is not None:
+            check(require_writable, json_file)
+        for name in names:
+            check(located, name)
+    quiet()
+    settings = SpeedSettings(lengths, batches, rounds)
     report = measure_speed(names, settings, chosen, device, trust_remote_code)
     print_speed(report)
     if json_file is not None:

@@ -9,7 +9,7 @@ import typer
 
 from .common.arguments import interruptible
 from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
-from .plan import drafted, into_folder, note_calibration
+from .plan import Output, drafted, into_folder, note_calibration
 
 
 @grouped
@@ -39,7 +39,7 @@ def compress(
     Prints the plan first, as lrc plan does.
     """
     named = out
-    request, out = into_folder(recipe, calibration, source, named, max_shard_size, hub=not dry_run)
+    request, out = into_folder(recipe, calibration, source, Output(named, statistics, max_shard_size), hub=not dry_run)
     from ..run.pipeline import run_request
     from .common.console import messages
     from .common.plan_output import print_plan

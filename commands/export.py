@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import quiet
+from .common.arguments import quiet, together
+from .common.json_output import Json, answered, require_json
 from .common.options import MaxShardSize, Trust
 
 
@@ -21,31 +22,46 @@ def export(
     max_shard_size: MaxShardSize = "5GB",
     check: Annotated[bool, typer.Option(help="Compare the logits of the export with those of the result.")] = True,
     trust_remote_code: Trust = False,
+    json_file: Json = None,
 ) -> None:
     """Write a finished result in a format that other tools open.
 
     Says what the format loses, and checks the export by its logits before it gets its name.
     """
-    from ..checkpoint.opening import dtype_of, require_finished
-    from ..export.base import formats
-    from ..export.write import export as written
+    from ..checkpoint.folder import require_result
+    from ..checkpoint.opening import dtype_of
+    from ..export.base import formats, get_format
     from ..run.request import shard_bytes
 
+    with together() as checking:
+        checking(require_json, json_file)
+        checking(require_result, result)
+        most = checking(shard_bytes, max_shard_size)
+        number = checking(dtype_of, dtype)
+        if to is not None:
+            checking(get_format, to)
     quiet()
     if to is None:
+        listed = {form.name: {"about": form.about, "opened_by": form.opened_by} for form in formats().values()}
+        if answered(json_file, listed):
+            return
         for form in formats().values():
             print(f"{form.name}: {form.about}; opened by {form.opened_by}")
         return
-    require_finished(str(result))
+    from ..export.write import export as written
+
     done = written(
         result,
         to,
         out=out,
-        dtype=dtype_of(dtype),
-        max_shard_bytes=shard_bytes(max_shard_size),
+        dtype=number,
+        max_shard_bytes=most,
         check=check,
         trust_remote_code=trust_remote_code,
     )
+    answer = {"folder": str(done.folder), "format": done.format, "bytes": done.nbytes, "difference": done.difference}
+    if answered(json_file, answer | {"lost": list(done.lost)}):
+        return
     for sentence in done.lost:
         print(f"note: {sentence}")
     checked = "not checked" if done.difference is None else f"logits within {done.difference:.2g} of the result's"

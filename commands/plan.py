@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,28 @@ import typer
 
 from ..errors import CalibrationError
 from .common.arguments import quiet, together
+from .common.json_output import Json, answered, require_json
 from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 
 if TYPE_CHECKING:
     from ..model.view import ModelView
     from ..plan.plan import Draft
     from ..run.request import Request
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a result is written to.
+
+    Args:
+        folder: for the result; None names it after the request.
+        statistics: a folder that keeps the statistics, where one is given.
+        shards: the largest weight file, as on the command line; None is the default.
+    """
+
+    folder: Path | None = None
+    statistics: Path | None = None
+    shards: str | None = None
 
 
 @grouped
@@ -25,15 +41,19 @@ def plan(
     source: ModelOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
     max_shard_size: MaxShardSize = "5GB",
+    json_file: Json = None,
 ) -> None:
     """Print what lrc compress would do.
 
     Reads the headers of the weight files, the scales of fp8 weights, tied weights that are in the files twice, and one layer's
     weights where sub-layers may be pruned.
     """
+    require_json(json_file)
     view, draft = drafted(requested(recipe, calibration, source, max_shard_size))
-    from .common.plan_output import print_plan
+    from .common.plan_output import plan_json, print_plan
 
+    if answered(json_file, plan_json(draft)):
+        return
     print_plan(draft, verbose=verbose)
     note_calibration(view, draft)
 
@@ -49,21 +69,20 @@ def requested(
     Raises:
         LrcError: something in the request is wrong; several mistakes are reported together.
     """
-    return _checked(recipe, calibration, source, None, shards, hub=False)
+    return _checked(recipe, calibration, source, Output(shards=shards), hub=False)
 
 
 def into_folder(
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
-    out: Path | None,
-    shards: str | None = None,
+    output: Output,
     hub: bool = True,
 ) -> tuple[Request, Path]:
-    """What the options ask for, and the folder of its result: `out`, or one that is named after the request.
+    """What the options ask for, and the folder of its result: the one in `output`, or one that is named after the request.
 
     Args:
-        shards: the largest weight file of the result.
+        output: what the result is written to.
         hub: refuse calibration text on a hub that is out of reach.
 
     Raises:
@@ -71,7 +90,8 @@ def into_folder(
     """
     from .common.naming import default_folder
 
-    request = _checked(recipe, calibration, source, out, shards, hub)
+    request = _checked(recipe, calibration, source, output, hub)
+    out = output.folder
     if out is None:
         out = default_folder(source.model, recipe.recipe, request.recipe)
     request.require_folder(out)
@@ -82,23 +102,24 @@ def _checked(
     recipe: RecipeOptions,
     calibration: CalibrationOptions,
     source: ModelOptions,
-    out: Path | None,
-    shards: str | None,
+    output: Output,
     hub: bool,
 ) -> Request:
+    from ..calibrate.store import require_for_statistics
     from ..checkpoint.folder import require_usable
     from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
-    from ..plan.load_recipe import load_recipe
+    from ..plan.load_recipe import load_recipe, recorded_dtype
     from ..run.request import Request, require_possible, shard_bytes
 
     with together() as check:
         wanted = check(load_recipe, recipe.recipe, recipe.overrides | calibration.overrides, calibration.settings)
-        dtype = check(dtype_of, source.dtype)
+        dtype = check(dtype_of, source.dtype) or check(recorded_dtype, recipe.recipe)
         devices = check(devices_of, source.device)
-        most = check(shard_bytes, shards)
-        if out is not None:
-            check(require_usable, out)
+        most = check(shard_bytes, output.shards)
+        for folder, require in ((output.folder, require_usable), (output.statistics, require_for_statistics)):
+            if folder is not None:
+                check(require, folder)
         # a model of the hub is downloaded only for a request without mistakes
         location = None if is_on_hub(source.model) else check(located, source.model)
         if wanted is not None:

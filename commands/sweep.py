@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import RequestError
 from .common.arguments import (
     names_of,
     quiet,
     ratio_of,
-    require_folder,
+    require_own,
     together,
 )
 from .common.options import Activations, CalibrationOptions, ModelOptions, grouped
@@ -57,22 +58,13 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     from ..calibrate.data import load_calibration
     from ..checkpoint.atomic import write_text
     from ..checkpoint.opening import devices_of
-    from ..evaluation.request import Settings, check_positions, prepare
+    from ..evaluation.request import check_positions
     from ..run.pipeline import require_text_fits, shared_statistics
     from .common.console import plain_or_terminal
     from .sweep_rows import Job, finished_rows, markdown, run_sweep
 
-    require_folder(options.out)
-    view, jobs, plans = _planned_rows(options, calibration, source)
+    view, jobs, plans, request = _planned_rows(options, calibration, source)
     check_positions(view.config, options.eval_length, "--eval-length")
-    request = prepare(
-        Settings(
-            names_of(options.tasks),
-            length=options.eval_length,
-            max_windows=options.max_windows,
-            activations=options.activations,
-        )
-    )
     for plan in plans:
         require_text_fits(view, plan)
     spec = _shared_calibration(plans)
@@ -93,9 +85,10 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
 
 def _planned_rows(
     options: SweepOptions, calibration: CalibrationOptions, source: ModelOptions
-) -> tuple[ModelView, list[Job], list[Draft]]:
-    """The rows of a sweep, each planned before anything runs: (view, jobs, plans)."""
+) -> tuple[ModelView, list[Job], list[Draft], Request]:
+    """The rows of a sweep, each planned before anything runs, and what is measured: (view, jobs, plans, request)."""
     from ..calibrate.available import require_available
+    from ..checkpoint.location import is_on_hub
     from ..checkpoint.opening import devices_of, dtype_of, located
     from ..plan.load_recipe import load_recipe, shipped
 
@@ -105,14 +98,33 @@ def _planned_rows(
         recipes = {name: check(load_recipe, name, calibration.overrides, calibration.settings) for name in names}
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
+        check(require_own, options.out)
+        request = check(_prepared, options)
+        location = None if is_on_hub(source.model) else check(located, source.model)
         if (first := recipes[names[0]]) is not None and first.reads_text:
             check(require_available, first.calibration)
     quiet()
     from ..model.view import ModelView
     from .sweep_rows import planned_jobs
 
-    view = ModelView(located(source.model), dtype, source.trust_remote_code)
-    return view, *planned_jobs(view, recipes, ratios)
+    view = ModelView(location or located(source.model), dtype, source.trust_remote_code)
+    return view, *planned_jobs(view, recipes, ratios), request
+
+
+def _prepared(options: SweepOptions) -> Request:
+    """What is measured of every row, its texts read."""
+    from ..evaluation.request import Settings, prepare
+
+    if options.eval_length < 2:
+        raise RequestError(f"--eval-length {options.eval_length}: a window needs 2 tokens at least.", "Papers use 2048.")
+    return prepare(
+        Settings(
+            names_of(options.tasks),
+            length=options.eval_length,
+            max_windows=options.max_windows,
+            activations=options.activations,
+        )
+    )
 
 
 def _shared_calibration(plans: list[Draft]) -> CalibrationSpec:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common.arguments import quiet
+from .common.arguments import quiet, together
+from .common.json_output import Json, answered, require_json
 from .common.options import Trust
 
 
@@ -17,25 +19,33 @@ def verify(
     edited_card: Annotated[
         bool, typer.Option("--edited-card", help="The model card (README.md) was edited on purpose: leave it out.")
     ] = False,
+    json_file: Json = None,
 ) -> None:
     """Check that a compressed checkpoint is whole.
 
     Checks the hashes of the files, the shapes of the tensors, that no other file lies there which loading would read, and that
     the model gives finite logits.
     """
-    from ..checkpoint.folder import clear_finished
-    from ..checkpoint.opening import require_finished
+    from ..checkpoint.folder import clear_finished, require_result
+
+    with together() as check:
+        check(require_json, json_file)
+        check(require_result, folder)
+    quiet()
     from ..run import verify as checks
 
-    quiet()
-    require_finished(str(folder))
     for name in clear_finished(folder):
-        print(f"note: {folder / name} was left by a run that was killed at its end; deleted.")
+        print(f"note: {folder / name} was left by a run that was killed at its end; deleted.", file=sys.stderr)
     record = checks.verify(folder, trust_remote_code=trust_remote_code, edited_card=edited_card)
     held = record["bytes"]
+    notes = checks.not_covered(folder, record)
+    if answered(
+        json_file, {"folder": str(folder), "whole": True, "shards": len(record["shards"]), "bytes": held, "notes": notes}
+    ):
+        return
     print(
         f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "
         "logits finite."
     )
-    for note in checks.not_covered(folder, record):
+    for note in notes:
         print(f"note: {note}.")

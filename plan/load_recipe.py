@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.resources
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 
+from ..checkpoint.folder import RECORD as RECORD_NAME
+from ..checkpoint.folder import read_record
 from ..checkpoint.untrusted.files import RECIPE, read_bounded, require_path, size_of
 from ..compress.base import get_method, methods
 from ..compress.forms.grids import BITS
@@ -21,6 +24,9 @@ from ..errors import CheckpointError, ModelError, RecipeError, brief, did_you_me
 from . import budget
 from .recipe import Recipe
 from .recipe_errors import problems_of
+
+SCHEMA_LINE = "# yaml-language-server: $schema="
+SCHEMA_FILE = "recipe.schema.json"  # beside the shipped recipes
 
 
 def shipped() -> dict[str, str]:
@@ -31,9 +37,9 @@ def shipped() -> dict[str, str]:
 
 
 def summary(text: str) -> str:
-    """The summary of a recipe: its first comment line."""
-    first = text.lstrip().splitlines()[0] if text.strip() else ""
-    return first.lstrip("# ").strip()
+    """The summary of a recipe: its first comment line, apart from the one for editors."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(SCHEMA_LINE)]
+    return lines[0].lstrip("# ").strip() if lines else ""
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> Recipe:
@@ -49,6 +55,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     """
     where, text = read_recipe(name)
     data = _parse(where, text)
+    asked = {item.partition("=")[0] for item in settings} | {
+        key for key, value in (overrides or {}).items() if value is not None
+    }
+    place = placing("" if name in shipped() else where, text, asked)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     problems: list[str] = []
     for item in settings:
@@ -64,7 +74,6 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
         problems += _put(data, key, parsed)
     for key, value in given.items():
         problems += _put(data, key, value)
-    asked = {item.partition("=")[0] for item in settings} | set(given)
     if asked & set(budget.KEYS):  # a budget on the command line replaces the file's budget, whichever key holds that
         for key in set(budget.KEYS) - asked:
             data.pop(key, None)
@@ -72,7 +81,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, settings:
     try:
         recipe = Recipe(**data)
     except ValidationError as error:
-        raise RecipeError(where, problems + problems_of(error, Recipe)) from None
+        raise RecipeError(where, problems + problems_of(error, Recipe, place=place)) from None
     except TypeError:
         raise RecipeError(where, [*problems, "keys must be words"]) from None
     if problems:
@@ -113,11 +122,35 @@ def read_recipe(name: str) -> tuple[str, str]:
     try:
         require_path(name)
         path = Path(name).expanduser()
+        if path.is_dir():
+            inside = (
+                f"{path / RECORD_NAME} repeats the run that made it." if (path / RECORD_NAME).is_file() else "Name a YAML file."
+            )
+            raise RecipeError(str(path), ["it is a folder, not a recipe"], inside)
         if size_of(path) is None:
             raise RecipeError(name, ["there is no shipped recipe and no file of that name"], did_you_mean(name, known))
+        if path.name == RECORD_NAME:
+            return str(path), recipe_of_record(path)
         return str(path), read_bounded(path, RECIPE).decode()
     except (CheckpointError, ModelError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: no home for ~NAME
         raise RecipeError(brief(name), [f"cannot be read: {error}"]) from error
+
+
+def recipe_of_record(path: Path) -> str:
+    """The resolved recipe of a finished result, from its lrc.json, as YAML.
+
+    Raises:
+        CheckpointError: the record is missing or damaged.
+    """
+    return yaml.safe_dump(read_record(path.parent)["recipe"], sort_keys=False)
+
+
+def recorded_dtype(name: str) -> torch.dtype | None:
+    """The dtype of the run whose lrc.json is given as a recipe; None for other recipes."""
+    path = Path(name).expanduser()
+    if path.name != RECORD_NAME or not path.is_file():
+        return None
+    return getattr(torch, str(read_record(path.parent)["identity"]["dtype"]))
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # examples: a date with month 13, `0x_`, a thousand nested brackets
@@ -181,11 +214,43 @@ def _inner_nodes(node: Any) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
 
 
+def placing(file: str, text: str, asked: Collection[str]) -> Callable[[Sequence[int | str]], str]:
+    """A function (path of a key) -> 'FILE:LINE:COLUMN: ' of that key, or of what should hold it.
+
+    Args:
+        file: empty for a text that no person wrote.
+        asked: dotted keys of the command line; they are in no file.
+    """
+    root = yaml.compose(text, _Loader) if file else None
+
+    def place(path: Sequence[int | str]) -> str:
+        """The place of the last part of a path that the file holds."""
+        if root is None or any(".".join(map(str, path[: end + 1])) in asked for end in range(len(path))):
+            return ""
+        at, mark = root, root.start_mark
+        for part in path:
+            if isinstance(at, yaml.MappingNode):
+                entry = next((pair for pair in at.value if pair[0].value == str(part)), None)
+                if entry is None:
+                    break
+                mark, at = entry[0].start_mark, entry[1]
+            elif isinstance(at, yaml.SequenceNode) and isinstance(part, int) and part < len(at.value):
+                at = at.value[part]
+                mark = at.start_mark
+            else:
+                break
+        return f"{file}:{mark.line + 1}:{mark.column + 1}: "
+
+    return place
+
+
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, _Loader)
     except _NOT_YAML as error:
-        raise RecipeError(where, [f"not YAML: {' '.join(str(error).split())}"]) from error
+        mark = getattr(error, "problem_mark", None)
+        at = "" if mark is None else f"{where}:{mark.line + 1}:{mark.column + 1}: "
+        raise RecipeError(where, [f"{at}not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(data, dict):
         raise RecipeError(where, ["a recipe is a mapping of keys to values, such as 'method: svd-llm'"])
     return data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -10,32 +11,43 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import LrcError, brief, did_you_mean
 
+Place = Callable[[Sequence[int | str]], str]  # path of a key -> where it is in the file, such as 'my.yaml:3:5: '
 
-def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "", place: Place = lambda path: "") -> list[str]:
     """One line per mistake.
 
     Args:
         error: pydantic's error.
         model: the class that was validated, for suggestions of keys.
         prefix: prefix of the keys in the lines, such as 'settings.'.
+        place: what a line begins with, by the path of its key.
     """
-    lines = []
+    lines: list[str] = []
     for item in error.errors():
         path = _named(model, item["loc"])
         key = prefix + ".".join(map(str, path))
         if item["type"] == "extra_forbidden":
             gone = _gone(model, path)
-            lines.append(gone or f"unknown key '{key}'. {_nearest(model, path)}".rstrip())
+            lines.append(place(path) + (gone or f"unknown key '{key}'. {_nearest(model, path)}".rstrip()))
         elif item["type"] == "settings":
-            lines += item["ctx"]["problems"]
+            lines += [_placed(line, path, place) for line in item["ctx"]["problems"]]
         elif item["type"] == "missing":
-            lines.append(f"'{key}' is missing")
+            lines.append(f"{place(path)}'{key}' is missing")
         else:
             shown = f" (got {_shown(item['input'])})" if key and not isinstance(item["input"], dict) else ""
             cause = item.get("ctx", {}).get("error")
             message = str(cause) if isinstance(cause, LrcError | ValueError) else item["msg"]
-            lines.append(f"{key}: {message}{shown}" if key else message)
+            lines.append(place(path) + (f"{key}: {message}{shown}" if key else message))
     return lines
+
+
+def _placed(line: str, path: Sequence[int | str], place: Place) -> str:
+    """A line about settings, with the whole path of its key: those of a method do not know which alternative they are of."""
+    before = "".join(f"{part}." for part in path[:-1])
+    found = re.search(r"settings\.([\w.]+)", line)
+    inner = [int(part) if part.isdecimal() else part for part in found[1].rstrip(".").split(".")] if found else []
+    return place([*path, *inner]) + (line.replace(found[0], before + found[0], 1) if found else line)
 
 
 def _shown(value: Any) -> str:

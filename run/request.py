@@ -16,10 +16,10 @@ from ..checkpoint.merging import SHARD_BYTES
 from ..checkpoint.opening import devices_of, dtype_of, located
 from ..errors import LrcError, RequestError
 from ..model.view import ModelView
-from ..plan.amount import require_amount
 from ..plan.budget import bytes_of
 from ..plan.load_recipe import load_recipe
 from ..plan.recipe import Recipe
+from ..plan.recipes.amount import require_amount
 from .run import CPU
 
 

@@ -69,16 +69,25 @@ def require_writable(file: Path) -> None:
         raise OutputError(f"Cannot write --json {file}: permission denied, or a read-only disk.", "Give another file.")
 
 
-def require_folder(folder: Path) -> None:
-    """Make a folder if it does not exist.
+def require_own(folder: Path) -> None:
+    """Refuse, without making it, a folder for a sweep that cannot be made or holds other things.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: it is a file, or it may not be written to.
+        RequestError: it holds files, and none of a sweep's.
     """
-    from ...checkpoint.atomic import writing
-
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"Cannot write {folder}: {standing} {'may not be written to' if standing.is_dir() else 'is not a folder'}.",
+            "Give another --out.",
+        )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & {"sweep.json", "statistics", ".lrc.lock"}:
+        raise RequestError(
+            f"{folder} holds other files ({', '.join(sorted(names)[:3])}); a sweep would mix its own with them.",
+            "Give an empty or new folder as --out.",
+        )
 
 
 def names_of(text: str, option: str = "--tasks") -> list[str]:
@@ -89,7 +98,8 @@ def names_of(text: str, option: str = "--tasks") -> list[str]:
     """
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
-        raise RequestError(f"{option} is empty.", "Name at least one, such as --tasks wikitext2 or --recipes svd-llm.")
+        such = {"--tasks": "wikitext2", "--recipes": "svd-llm", "--ratios": "0.2"}.get(option, "NAME")
+        raise RequestError(f"{option} is empty.", f"Name at least one, such as {option} {such}.")
     return names
 
 

@@ -81,6 +81,33 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
 
 
+def plan_json(plan: Planned) -> dict[str, Any]:
+    """What a plan says, as data; sizes in bytes."""
+    return {
+        "model": plan.model | {"dtype": str(plan.dtype).removeprefix("torch."), "layers": plan.layers},
+        "recipe": plan.recipe.resolved(),
+        "request": plan.request,
+        "ratio": plan.ratio,
+        "ratio_of_whole_model": plan.whole_ratio,
+        "bits_per_weight": plan.bits,
+        "bytes": {
+            "file": plan.file_bytes, "model_before": plan.whole_bytes, "model_after": plan.whole_after,
+            "targets_before": plan.targets_before, "targets_after": plan.targets_after,
+        },
+        "memory": {"peak": plan.memory.peak, "process": plan.memory.process, "moments": dict(plan.memory.moments)},
+        "too_few_tokens": short_of_tokens(plan) if plan.recipe.reads_text else {},
+        "targets": [
+            {
+                "name": step.target.name, "shape": [step.target.out_features, step.target.in_features],
+                "bytes_before": step.bytes_before, "bytes_after": step.bytes_after, "why_dense": step.why_dense,
+                "choice": {key: value for key, value in vars(step.choice).items() if value is not None},
+            }
+            for step in plan.steps
+        ],
+        "kept": [{"name": kept.name, "parameters": kept.numel, "reason": kept.reason} for kept in plan.kept],
+    }  # fmt: skip
+
+
 def _print_file(console: Console, plan: Planned) -> None:
     """Print what a quantized file takes as it is, and warn of a result that is larger."""
     dtype = str(plan.dtype).removeprefix("torch.")

@@ -316,7 +316,7 @@ def test_verify_names_the_shard_that_changed(finished, tmp_path):
     assert str(shard) in result.err and "sha256" in result.err
     shard.unlink()
     assert f"{shard} is missing" in run_lrc("verify", out).err
-    assert run_lrc("verify", tmp_path).code == 1
+    assert run_lrc("verify", tmp_path).code == 2
 
 
 def test_eval_puts_a_baseline_beside_and_writes_json(finished, model, tiny_text_file, tmp_path):

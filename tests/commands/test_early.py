@@ -13,9 +13,9 @@ from commandline import lrc_ok, run_lrc
 from lrc.checkpoint.location import Location
 from lrc.errors import BudgetError, LrcError
 from lrc.model.view import ModelView
-from lrc.plan.amount import require_amount
 from lrc.plan.load_recipe import load_recipe, shipped
 from lrc.plan.planner import make_draft
+from lrc.plan.recipes.amount import require_amount
 
 
 @pytest.fixture

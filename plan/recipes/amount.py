@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import BudgetError
-from ..model.targets import Target
-from .budget import ASK
-from .recipe import Recipe
-from .units import options_of, units_of
+from ...errors import BudgetError
+from ...model.targets import Target
+from ..budget import ASK
+from ..recipe import Recipe
+from ..units import options_of, units_of
 
 _LAYERS = 3
 _WIDTH, _INNER = 256, 512

@@ -22,11 +22,11 @@ def report(
 
     Writes report.html, which needs no network, and report.json with the same numbers.
     """
-    from ..checkpoint.atomic import write_text, writing
-    from ..checkpoint.opening import require_finished
-    from ..report.content import gather
-    from ..report.page import page
-    from ..run.result import Result
+    from ...checkpoint.atomic import write_text, writing
+    from ...checkpoint.opening import require_finished
+    from ...report.content import gather
+    from ...report.page import page
+    from ...run.result import Result
 
     require_finished(str(result))
     content = gather(Result.read(result), evaluation or [])

@@ -1,0 +1,29 @@
+"""`lrc doctor`: what this machine offers, and what to do where something is missing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..common.json_output import Json, answered, require_json
+
+
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where results would be written.")] = Path(),
+    json_file: Json = None,
+) -> None:
+    """Look at versions, devices, memory, disks and the hub, with remedies."""
+    require_json(json_file)
+    from ...model.machine.health import examined
+
+    findings = examined(folder)
+    if answered(json_file, [asdict(finding) for finding in findings]):
+        return
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{'!' if finding.remedy else ' '} {finding.topic:<{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"  {'':<{width}}  → {finding.remedy}")

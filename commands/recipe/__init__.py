@@ -1,0 +1,1 @@
+"""`lrc recipe`: list, show, write, check and compare recipes."""

@@ -1,0 +1,110 @@
+"""What nobody should lose by a slip at sweep, verify, export, bench and others: one message, the remedy, nothing changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commandline import contents, run_lrc
+from tiny import tiny_text
+
+from lrc.checkpoint.location import Location
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_checkpoints, tmp_path_factory) -> Path:
+    """A folder with a model, a result, a text, and things that are none of these."""
+    here = tmp_path_factory.mktemp("prepared")
+    (here / "model").symlink_to(tiny_checkpoints("llama", num_hidden_layers=2))
+    (here / "text.txt").write_text(tiny_text(3000))
+    (here / "binary.txt").write_bytes(bytes(range(256)) * 400)
+    (here / "file").write_text("method: svd")
+    (here / "empty").mkdir()
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.tex").write_text("years of work")
+    assert run_lrc("compress", here / "model", "--recipe", "svd", "--ratio", 0.3, "--out", here / "result").code == 0
+    return here
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(prepared, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--out", "new"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # sweep: several at once, before a model is read
+        (["sweep", "model", "--recipes", "svd-lm,rtn", "--tasks", "text:none.txt", "--out", "new"], ["'svd-llm'", "none.txt"]),
+        ([*SWEEP, "--ratios", "2"], ["must lie in [0, 1)"]),
+        ([*SWEEP, "--ratios", ""], ["--ratios is empty", "--ratios 0.2"]),
+        ([*SWEEP, "--eval-length", "1"], ["--eval-length 1"]),
+        ([*SWEEP, "--eval-length", "4096"], ["--eval-length 4096 is more than the 256 positions"]),
+        ([*SWEEP, "--dtype", "int3", "--device", "gpu"], ["'int3'", "'gpu'"]),
+        (["sweep", "model", "--recipes", "svd-llm", "--calibration", "text:binary.txt", *SWEEP[4:]], ["is no text"]),
+        (["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--out", "thesis"], ["chapter.tex"]),
+        (["sweep", "./gone", *SWEEP[2:]], ["There is no folder ./gone"]),
+        # what is no result
+        (["verify", "gone"], ["gone does not exist", "finished `lrc compress`"]),
+        (["verify", "empty"], ["holds no lrc.json"]),
+        (["verify", "file"], ["file is a file"]),
+        (["verify", "model"], ["holds no lrc.json"]),
+        (["export", "gone"], ["gone does not exist"]),
+        (["export", "model", "--to", "dens", "--dtype", "int7"], ["holds no lrc.json", "'dense'", "'int7'"]),
+        (["export", "result", "--to", "dense", "--out", "thesis"], ["thesis exists"]),
+        (["export", "result", "--to", "dense", "--max-shard-size", "5 GX"], ["unknown unit 'GX'"]),
+        # bench, generate, compare, doctor
+        (["bench", "./gone", "--device", "gpu", "--dtype", "flota16"], ["./gone", "'gpu'", "'float16'"]),
+        (["bench", "result", "--decode", "0", "--json", "no/x.json"], ["--decode '0'", "no/x.json"]),
+        (["generate", "./gone", "--prompt", "x", "--dtype", "int7"], ["./gone", "'int7'"]),
+        (["generate", "model", "--prompt", ""], ["The prompt has no token"]),
+        (["compare", "model"], ["one model"]),
+        (["compare", "model", "./gone", "--text", "none.txt"], ["./gone", "none.txt"]),
+        (["doctor", "--json", "no/x.json"], ["no/x.json"]),
+        # recipes and statistics
+        (["recipe", "check", "empty"], ["it is a folder"]),
+        (["recipe", "new", "no/x.yaml"], ["The folder of no/x.yaml"]),
+        (["recipe", "new", "file"], ["file exists"]),
+        (["compress", "model", "--recipe", "result", "--out", "new"], ["result/lrc.json repeats"]),
+        (
+            ["compress", "model", "--ratio", 0.3, "--calibration", "text:text.txt", "--statistics", "thesis", "--out", "new"],
+            ["chapter.tex", "--statistics"],
+        ),
+        (["compress", "model", "--ratio", 0.3, "--calibration", "text:binary.txt", "--out", "new"], ["is no text"]),
+        (["eval", "model", "--tasks", "text:binary.txt"], ["is no text"]),
+    ],
+)
+def test_a_slip_is_one_message_with_its_remedy_and_changes_nothing(words, said, here):
+    before = contents(here)
+    result = run_lrc(*words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("lrc: ") and "Traceback" not in result.err
+    for each in said:
+        assert each in result.err, result.err
+    assert contents(here) == before
+    assert not (here / "new").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_it_is_read(here, monkeypatch):
+    bare = here / "bare"
+    shutil.copytree((here / "model").resolve(), bare, ignore=shutil.ignore_patterns("*token*"))
+    monkeypatch.setattr(Location, "config", lambda *_: pytest.fail("a model was read"))
+    result = run_lrc("compress", "bare", "--recipe", "svd-llm", "--ratio", 0.3, "--calibration", "text:text.txt")
+    assert result.code == 2 and "bare holds no tokenizer" in result.err and "Copy the tokenizer's files" in result.err
+
+
+def test_a_run_continued_from_another_working_directory_says_where_paths_start(here, monkeypatch):
+    request = ["--recipe", "svd-llm", "--ratio", 0.3, "--samples", 4, "--length", 48, "--calibration", "text:text.txt"]
+    assert run_lrc("compress", "model", *request, "--out", "out").code == 0
+    before = contents(here)
+    (here.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(here.parent / "elsewhere")
+    result = run_lrc("compress", here / "model", *request, "--out", here / "out")
+    assert result.code == 2 and f"Relative paths start at {here.parent / 'elsewhere'}" in result.err
+    assert contents(here) == before and list(Path().iterdir()) == []
