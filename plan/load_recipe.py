@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ..checkpoint.folder import RECORD as RECORD_NAME
 from ..checkpoint.folder import read_record
 from ..checkpoint.untrusted.files import RECIPE, read_bounded, require_path, size_of
-from ..compress.base import get_method, methods
+from ..compress.base import Settings, get_method, methods
 from ..compress.forms.grids import BITS
 from ..errors import CheckpointError, ModelError, RecipeError, brief, did_you_mean, one_line
 from . import budget
@@ -101,13 +101,23 @@ def _leave_size_open(data: dict[str, Any], asked: Collection[str]) -> None:
     name, settings = data.get("method"), data.get("settings") or {}
     if not isinstance(name, str) or name not in methods() or not isinstance(settings, dict):
         return  # the check of the recipe says what is wrong
-    key = get_method(name).settings.sized_by
+    known = get_method(name).settings
+    key = known.sized_by
     if not key or {"settings", f"settings.{key}"} & set(asked):
         return
     bits = data.get("bits")
-    codes = next((each for each in BITS if each == bits), None)
+    codes = next((each for each in BITS if each == bits and _takes(known, settings | {key: each})), None)
     shared = any(data.get(other) for other in ("keep", "limits", "depth")) or data.get("allocation", "uniform") != "uniform"
     data["settings"] = settings | {key: codes if key == "bits" and not shared else None}
+
+
+def _takes(known: type[Settings], settings: dict[str, Any]) -> bool:
+    """Whether a method has these settings, such as codes of so many bits."""
+    try:
+        known(**settings)
+    except ValidationError:
+        return False
+    return True
 
 
 def read_recipe(name: str) -> tuple[str, str]:

@@ -34,6 +34,7 @@ RESULTS: dict[str, tuple[str, str, dict, dict]] = {
     "codes and corrections": (
         "llama", "qera", {"settings__group_size": 16, "settings__rank": 4, "settings__factor_bits": 8}, EVEN
     ),
+    "trellis": ("llama", "trellis", {"settings__state_bits": 8, "propagate": "original"}, {}),
     "powers of two": ("llama", "rtn", {"settings__grid": "mxint", "settings__group_size": 16, "settings__bits": 8}, EVEN),
 }  # fmt: skip
 
@@ -89,7 +90,8 @@ def test_a_dense_export_opens_everywhere(name, results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["narrow experts", "factors shared across layers", "dictionary", "dropped sub-layers", "codes and corrections"]
+    "name",
+    ["narrow experts", "factors shared across layers", "dictionary", "dropped sub-layers", "codes and corrections", "trellis"],
 )
 def test_a_self_contained_export_carries_every_form(name, results, tmp_path):
     done = export(results(name), "self-contained", out=tmp_path / "own")

@@ -71,7 +71,7 @@ def test_a_request_is_followed_or_both_numbers_are_said_or_it_is_refused(name, v
         missed = draft.targets_after - asked_bytes(budget, draft)
         assert said.endswith(")") == (abs(missed) > GRAIN * draft.targets_before), (budget, said)
         # a budget is the most that there may be, but for a ratio beside targets that stay, and for bits of codes
-        codes = budget in WHOLE and name in ("rtn", "gptq")
+        codes = budget in WHOLE and name in ("rtn", "gptq", "trellis")
         assert missed <= 0.5 or codes or ("ratio" in budget and any(step.kept for step in draft.steps)), (budget, said)
     decides_itself = name in ("energy", "utilized-rank", "welore")
     assert followed if not decides_itself else not followed
@@ -87,6 +87,15 @@ def test_rounding_takes_the_bits_that_were_asked_for(name, bits, codes, tiny_che
     draft = make_draft(ModelView(locate(str(tiny_checkpoints("llama", **wide)))), load_recipe(name, {"bits": bits}))
     assert {step.choice.bits for step in draft.steps} == {codes}
     assert codes < draft.bits <= codes + 0.51
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(2, 2), (3, 3), (3.9, 3), (4.1, 4), (6, 5), (8, 5)])
+def test_codes_without_scales_take_the_bits_that_were_asked_for(bits, codes, tiny_checkpoints):
+    """There is no code of 6 or 8 bits: the largest that fits is taken."""
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "dtype": torch.bfloat16}
+    draft = make_draft(ModelView(locate(str(tiny_checkpoints("llama", **wide)))), load_recipe("trellis", {"bits": bits}))
+    assert {step.choice.bits for step in draft.steps} == {codes}
+    assert codes < draft.bits < codes + 0.04
 
 
 def test_the_command_line_replaces_the_size_in_a_file_and_not_what_it_sets_itself(view, tmp_path):

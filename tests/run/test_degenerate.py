@@ -23,7 +23,7 @@ from lrc.run.verify import verify
 
 FIXED = {"energy", "laser", "utilized-rank", "welore"}  # whose settings decide the size
 # less work where a method or a recipe repeats something
-FEW = {"iterations": 1, "rounds": 1, "inner_rounds": 1, "refits": 1, "power_iterations": 1}
+FEW = {"iterations": 1, "rounds": 1, "inner_rounds": 1, "refits": 1, "power_iterations": 1, "state_bits": 8}
 TRAINING = {"steps": 2, "every": 1, "batch_tokens": 48, "length": 24}
 
 

@@ -94,6 +94,7 @@ class EncodedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """`y` (..., out) of an input (..., in), in its dtype; scales multiply the input, which costs less than the weight."""
         wide = torch.promote_types(x.dtype, torch.float32)
         inner = x.to(wide) if self.seed is None else rotate(x.to(wide), self.seed)
         inner = inner * _by_column(self.scales.to(wide))[: self.in_features]

@@ -53,7 +53,7 @@ def _search(bits: int) -> Callable[..., None]:
     numba: Any = import_module("numba")
     branches = 1 << bits  # a constant for the compiler, which unrolls the loops over it
 
-    @numba.njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, fastmath=True)
     def step(x: Any, table: Any, least: Any, found: Any, oldest: Any) -> None:
         """The least cost by the bits that the next state keeps, and which oldest bits it came from."""
         count = len(least) // branches
@@ -71,8 +71,9 @@ def _search(bits: int) -> Callable[..., None]:
                 chosen[rest] = number
                 found[newest * count + rest] = best
 
-    @numba.njit(nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, fastmath=True)
     def search(values: Any, table: Any, ring: Any, states: Any) -> None:
+        """Every tile's steps forwards, then the way back."""
         tiles, steps = values.shape
         low = table.shape[1]
         count = low // branches
@@ -93,4 +94,4 @@ def _search(bits: int) -> Callable[..., None]:
                 states[tile, at] = state
                 kept = state >> bits
 
-    return search  # type: ignore[no-any-return]
+    return search
