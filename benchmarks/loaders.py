@@ -1,6 +1,7 @@
 """The table of docs/loaders.md: every kind of result and of export in every way of loading it, on tiny models.
 
-    python benchmarks/loaders.py                          # prints the table and writes docs/loaders.md
+    python benchmarks/loaders.py                          # prints the cells and writes the table into docs/loaders.md
+    python benchmarks/loaders.py --results FILE.json      # keeps the cells there, and goes on with those that are missing
     python benchmarks/loaders.py --kind codes --loader plain   # cells by name, printed only
 
 "works" means that logits, greedy tokens or log-likelihoods were compared with those of the result as lrc opens it. "refused" is
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -32,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "loaders.md"
-LIMIT = 600  # seconds of one cell
+LIMIT = 180  # seconds of one cell
 IDS = torch.arange(3, 40)[None]
 PROMPT = torch.arange(3, 12)[None]
 EXACT = 1e-4
@@ -275,7 +277,7 @@ def parallel(case: Case) -> None:
     script, held = case.scratch / "parallel.py", case.scratch / "expected.pt"
     script.write_text(_PARALLEL)
     torch.save(case.expected, held)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*torchrun, script, case.folder, held, "lrc" in sys.modules, case.trusted]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd="/", timeout=LIMIT)
     found = [line.split() for line in done.stdout.splitlines() if line.startswith("DIFFERENCE")]
@@ -393,9 +395,9 @@ def _line(error: BaseException) -> str:
     return text if len(text) < 240 else text[:240] + " …"
 
 
-def cells(kinds: list[str], loaders: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(Kind, loader, answer), as they are ready."""
-    for name in kinds:
+def cells(asked: dict[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    """(Kind, loader, answer), as they are ready; `asked` has the loaders of each kind."""
+    for name, loaders in asked.items():
         with tempfile.TemporaryDirectory(prefix="lrc-loaders-") as place:
             folder, kind = Path(place), KINDS[name]
             said = in_child(lambda: prepared(kind, folder), with_lrc=True)  # noqa: B023 (called at once)
@@ -418,10 +420,10 @@ def cells(kinds: list[str], loaders: list[str]) -> Iterator[tuple[str, str, str]
 
 def table(found: dict[tuple[str, str], str]) -> str:
     """The table, and the refusals below it."""
-    loaders = list(dict.fromkeys(loader for _, loader in found))
+    loaders = [loader for loader in LOADERS if any(loader == each for _, each in found)]
     notes: dict[str, int] = {}
     lines = ["| | " + " | ".join(loaders) + " |", "|---" * (len(loaders) + 1) + "|"]
-    for kind in dict.fromkeys(kind for kind, _ in found):
+    for kind in (kind for kind in KINDS if any(kind == each for each, _ in found)):
         row = []
         for loader in loaders:
             answer = found.get((kind, loader), "")
@@ -435,13 +437,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; may be repeated")
     parser.add_argument("--loader", action="append", choices=list(LOADERS), help="only this way; may be repeated")
+    parser.add_argument("--results", type=Path, help="file of finished cells, read and written")
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     found: dict[tuple[str, str], str] = {}
+    if asked.results and asked.results.exists():
+        found = {(kind, loader): answer for kind, loader, answer in json.loads(asked.results.read_text())}
     started = time.perf_counter()
-    for kind, loader, answer in cells(asked.kind or list(KINDS), asked.loader or list(LOADERS)):
+    loaders = asked.loader or list(LOADERS)
+    missing = {kind: [loader for loader in loaders if (kind, loader) not in found] for kind in asked.kind or KINDS}
+    for kind, loader, answer in cells({kind: left for kind, left in missing.items() if left}):
         print(f"{time.perf_counter() - started:6.0f} s  {kind} | {loader or 'made'} | {answer}", flush=True)
         found[kind, loader] = answer
+        if asked.results:
+            asked.results.write_text(json.dumps([[*key, answer] for key, answer in found.items()], indent=1))
     if not (asked.kind or asked.loader):
         with contextlib.suppress(FileNotFoundError):
             head = PAGE.read_text().partition("<!-- table -->")[0]

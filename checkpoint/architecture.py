@@ -34,6 +34,17 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def auto_class(model: Any) -> str:
+    """Name of the class of transformers that opens a checkpoint as this model: an auto class where one does."""
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "AutoModelForMultimodalLM"):
+        found = getattr(transformers, name)._model_mapping.get(type(model.config), None)
+        if type(model) in (found if isinstance(found, tuple) else (found,)):
+            return name
+    return type(model).__name__ if hasattr(transformers, type(model).__name__) else "AutoModelForCausalLM"
+
+
 def built(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A model of `model_class`, as transformers initialises it."""
     kind: Any = model_class(config)

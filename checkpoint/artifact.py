@@ -57,7 +57,7 @@ from .folder import (
     read_record,
     require_usable,
 )
-from .journal import Shard, differences, identity_of, line, read_lines, recovered
+from .journal import Shard, differences, identity_of, line, read_lines, recovered, without_paths
 from .merging import SINGLE, Group, layout, merge, read_tensors, sizes
 
 
@@ -182,7 +182,7 @@ class Artifact:
             raise ResumeError(
                 str(self.folder), ["it was written by another version of lrc, which compares requests differently"]
             )
-        if found := list(differences(other, self.identity)):
+        if found := list(differences(without_paths(dict(other)), without_paths(self.identity))):
             raise ResumeError(str(self.folder), found)
 
     def _read_journal(self) -> None:
@@ -341,7 +341,7 @@ class Artifact:
         written = dict(files) | self._index() | {"config.json": _json(config)}
         whole = dict(record) | {
             "schema": SCHEMA,
-            "identity": self.identity,
+            "identity": without_paths(self.identity),
             "files": sorted(files),
             "sha256": {name: hashlib.sha256(written[name]).hexdigest() for name in sorted(written)},
             "card": hashlib.sha256(card.encode()).hexdigest(),

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, RequestError, brief
 from .atomic import PARTIAL, locked, own_digest_fits, remove, writing
+from .untrusted.files import CONFIG as CONFIG_BYTES
 from .untrusted.files import RECORD as RECORD_BYTES
 from .untrusted.files import read_bounded, require_path, size_of
 from .untrusted.json_text import parsed as json_of
@@ -157,6 +158,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         unfinished = (
             " (a run was interrupted here: the same `lrc compress` command continues it)" if (folder / JOURNAL).exists() else ""
         )
+        if saved_by_transformers(folder):
+            raise CheckpointError(
+                f"{folder} is a compressed model that save_pretrained wrote: it has no record ({RECORD}) of what lrc wrote.",
+                "Give the --out folder of `lrc compress`. `lrc eval`, `bench` and `export` take this one, too.",
+            )
         raise CheckpointError(f"{folder} holds no {RECORD}{unfinished}.", "Give the --out folder of a finished `lrc compress`.")
     data = read_bounded(path, RECORD_BYTES)
     record = json_of(data, str(path))
@@ -169,6 +175,15 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has schema {brief(str(schema))}; this lrc reads up to {SCHEMA}.", "Upgrade lrc.")
     require_record(record, path)
     return record
+
+
+def saved_by_transformers(folder: Path) -> bool:
+    """Whether transformers saved a compressed model here, which it does without lrc's record."""
+    held = None
+    with contextlib.suppress(OSError), (folder / "config.json").open("rb") as file:
+        held = parsed(file.read(CONFIG_BYTES))
+    stored = held.get("quantization_config") if isinstance(held, dict) else None
+    return isinstance(stored, dict) and stored.get("quant_method") == "lrc" and not (folder / RECORD).exists()
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

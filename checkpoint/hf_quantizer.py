@@ -7,6 +7,7 @@ saving). Tensor names in a compressed checkpoint are the model's own, so no rena
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +35,7 @@ from .architecture import built, model_class
 from .location import Location, locate
 from .reading.fp8 import Fp8Source, open_weights, quantization_of, without_quantization
 from .reading.weights import SafetensorsSource, dtype_of_gguf, numbers_held
-from .reading.which import declared_quantization, quantization_method
+from .reading.which import declared_quantization, is_embedded, quantization_method
 from .untrusted.foreign import foreign
 from .untrusted.json_text import dotted, walked
 from .untrusted.skeleton import require_affordable, require_finite_tables
@@ -261,6 +262,8 @@ def open_model(
         raise ModelError(error.what, "Give a folder with safetensors.") from error
     loaded, info = found
     _require_whole(model, loaded, info)
+    if is_embedded(location.path) and not getattr(loaded, "_hf_peft_config_loaded", False):
+        raise CheckpointError(f"{model}: transformers did not load its adapter.", "Give it to another version of transformers.")
     require_finite_tables(loaded, model)
     if isinstance(source, Fp8Source):
         _adopt(loaded, location)
@@ -283,6 +286,8 @@ def require_loadable(
     if said is None or said.fp8:
         return open_weights(location.path, config, location.name, dtype)
     source = SafetensorsSource(location.path, config)
+    if is_embedded(location.path) and importlib.util.find_spec("peft") is None:
+        raise ModelError(f"{location.name} has corrections in an adapter of PEFT, which is not installed.", "pip install peft")
     declared = declared_quantization(config)
     if not declared or not AutoHfQuantizer.supports_quant_method(declared):
         raise ModelError(f"{location.name} is quantized by {said.method}, which transformers does not load.",

@@ -7,6 +7,7 @@ shards (`shards`), a line for each shard (`merged`), the record of a refinement 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..errors import CheckpointError
 from .atomic import checksum, sha256_of
 from .folder import parsed
 
+# the folders in the path of a source: text:PATH, csv:PATH:COLUMN, hf:FOLDER, alone or in a mixture
+_FOLDERS = re.compile(r"((?:^|(?<=\+))\s*(?:(?:text|json|jsonl|csv|parquet):|hf:(?=[./~])))[^+]*/")
 CHECK = "checksum"  # of a line: sha256 of the line without it
 
 
@@ -134,6 +137,18 @@ def _part(entry: Mapping[str, Any]) -> Shard:
 def _holders(part: Shard, gone: Mapping[str, Shard]) -> set[str]:
     """The files that are lost with a part: the shards that held it, or its own."""
     return {file for file, shard in gone.items() if part.tensors.keys() & shard.tensors.keys()} or {part.file}
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON value with the files of calibration sources named without their folders: it may be published.
+
+    What a source holds is identified by its hash, so nothing that is compared gets lost.
+    """
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(each) for each in value]
+    return _FOLDERS.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from ..checkpoint.reading.which import ADAPTER, ADAPTER_WEIGHTS, EMBEDDED
+
+CONFIG, WEIGHTS = ADAPTER, ADAPTER_WEIGHTS
 
 
 def adapter_config(ranks: Mapping[str, int]) -> bytes:
@@ -21,20 +23,8 @@ def adapter_config(ranks: Mapping[str, int]) -> bytes:
     """
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: rank for path, rank in ranks.items() if rank != usual}
-    content = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": usual,
-        "lora_alpha": usual,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": others,
-    }
+    sizes = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+    content = dict(EMBEDDED) | sizes | {"target_modules": sorted(ranks)}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

@@ -15,12 +15,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..checkpoint.architecture import auto_class
 from ..compress.registry import import_all
 from ..errors import RequestError, did_you_mean
 from ..model.events import Notify
 from .source import Source
 
 Tensors = dict[str, Tensor]
+LOADING = "## Load"  # the heading of the section about loading
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,14 @@ class Format(ABC):
 
     def open(self, folder: str) -> Any:
         """The export as its consumer loads it: a model of transformers in float32."""
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=self.trusted)
+        kind = getattr(transformers, auto_class(self.source.view.model))
+        return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=self.trusted)
+
+    def loading(self) -> str:
+        """The section of the model card about loading."""
+        return loading(self.source.view.model, trusted=self.trusted)
 
     @torch.no_grad()
     def difference(self, folder: Path, ids: Tensor, expected: Tensor) -> float:
@@ -110,19 +117,29 @@ class Format(ABC):
         """The largest difference of a right export."""
         return self.tolerance[self.dtype]
 
-    def usage(self) -> str:
-        """How the export is opened, as Markdown for its card."""
-        trust = ", trust_remote_code=True" if self.trusted else ""
-        return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
-```
-"""
-
     trusted: ClassVar[bool] = False  # whether `open` runs code of the export; it is lrc's own
     copies: ClassVar[bool] = True  # whether the files beside the weights, and config.json, belong to the export
+
+
+def loading(model: Any, before: str = "", trusted: bool = False) -> str:
+    """The section about loading: the model by its class, and the tokenizer or processor.
+
+    Args:
+        model: of the architecture that is loaded.
+        before: a line of code that goes first; '' for none.
+        trusted: whether code of the checkpoint must run.
+    """
+    kind, more = auto_class(model), ", trust_remote_code=True" if trusted else ""
+    reader = "AutoTokenizer" if model.config.get_text_config() is model.config else "AutoProcessor"
+    name = "tokenizer" if reader == "AutoTokenizer" else "processor"
+    return f"""{LOADING}
+
+```python
+{before + chr(10) if before else ""}from transformers import {", ".join(sorted((kind, reader)))}
+
+model = {kind}.from_pretrained("PATH"{more})
+{name} = {reader}.from_pretrained("PATH"{more})
+```"""
 
 
 F = TypeVar("F", bound=type[Format])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from .base import Format
+import re
+
+from .base import LOADING, Format
 
 
 def export_card(form: Format) -> str:
-    """The text of README.md: the result's own card, and what this export is."""
+    """The text of README.md: the result's own card, with another section about loading, and what this export is."""
     card = form.source.folder / "README.md"
     held = card.read_text() if card.is_file() else ""
+    before, found, after = held.partition(LOADING)
+    if not found:  # a card of an older lrc: everything up to its code
+        before, after = held.partition("```python")[0], ""
+    rest = re.search(r"^## (?!Load)", after, re.MULTILINE)
     lost = "".join(f"* {sentence}\n" for sentence in form.drawing.lost)
-    needs = " ".join(form.drawing.needs)
-    body = held.partition("```python")[0].rstrip()
-    return f"""{body}
+    return (
+        f"""{before.rstrip()}
 
 ## This export
 
@@ -20,7 +25,11 @@ def export_card(form: Format) -> str:
 
 {lost}
 ```
-pip install {needs}
+pip install {" ".join(form.drawing.needs)}
 ```
 
-{form.usage()}"""
+{form.loading()}
+
+{after[rest.start() :] if rest else ""}""".rstrip()
+        + "\n"
+    )

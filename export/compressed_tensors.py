@@ -8,6 +8,7 @@ Source: github.com/vllm-project/compressed-tensors, compressors/pack_quantized, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class CompressedTensors(CodedFormat):
         """Say what the export will be.
 
         Raises:
-            RequestError: several kinds of codes, which transformers would decode by the first kind.
+            RequestError: several kinds of codes, which transformers would decode by the first kind; or a module that
+                transformers builds otherwise where it reads this format.
         """
+        _require_no_other_modules(self.result.multiplied.model)
         grids = {each.grid for each in self.result.coded.values()}
         if self._decoded_at_load and len(grids) > 1:
             raise RequestError(
@@ -104,6 +107,24 @@ class CompressedTensors(CodedFormat):
             quantization["dequantize"] = True
         config = self.result.multiplied.config
         return config | {"dtype": str(self.dtype).removeprefix("torch."), "quantization_config": quantization}
+
+
+def _require_no_other_modules(model: Any) -> None:
+    """Refuse a model whose modules transformers replaces by others for this format: they store their tensors otherwise."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    table: Mapping[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+    patched = {
+        name
+        for name, patch in table.items()
+        if "compressed-tensors" in {str(getattr(method, "value", method)) for method in patch["quantization_methods"]}
+    }
+    if found := [path for path, module in model.named_modules() if type(module).__name__ in patched]:
+        raise RequestError(
+            f"The format 'compressed-tensors' cannot carry this model: transformers replaces {len(found)} modules where it "
+            f"reads that format, {found[0]} ({type(model.get_submodule(found[0])).__name__}) first.",
+            "The formats 'dense', 'self-contained' and 'gptq' carry it.",
+        )
 
 
 def _said(grid: Grid) -> str:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import compress
+from ..checkpoint.architecture import auto_class
 from ..errors import RequestError
 from ..model.layerwise import in_memory
 from .base import Drawing, Format, Tensors, export_format
@@ -65,7 +66,10 @@ class SelfContained(Format):
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
         model_type, model_class = self.source.view.config.model_type, type(self.source.view.model).__name__
-        auto = {"AutoConfig": f"{_CONFIGURATION}.Config", "AutoModelForCausalLM": f"{_MODELLING}.{model_class}"}
+        opener = auto_class(self.source.view.model)
+        if not opener.startswith("Auto"):  # of a class that no mapping knows
+            opener = "AutoModelForCausalLM"
+        auto = {"AutoConfig": f"{_CONFIGURATION}.Config", opener: f"{_MODELLING}.{model_class}"}
         return self.source.plain_config() | {
             "model_type": f"{_PREFIX}{model_type}",
             "architectures": [model_class],

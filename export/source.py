@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.folder import read_record
+from ..checkpoint.folder import read_record, saved_by_transformers
 from ..checkpoint.hf_quantizer import WITHOUT_LRC, install_stored
 from ..checkpoint.location import Location
 from ..compress.forms.base import Spec
@@ -24,7 +24,7 @@ class Source:
 
     Args:
         folder: its folder.
-        record: the content of lrc.json.
+        record: the content of lrc.json; empty for a copy that save_pretrained wrote.
         view: the compressed model; weights are loaded layer by layer.
     """
 
@@ -39,7 +39,8 @@ class Source:
         Raises:
             CheckpointError: the folder holds none, or it is damaged.
         """
-        return cls(folder, read_record(folder), _opened(folder, None, trust_remote_code))
+        record = {} if saved_by_transformers(folder) else read_record(folder)
+        return cls(folder, record, _opened(folder, None, trust_remote_code))
 
     def widened(self) -> Source:
         """The same result, its weights held in float32."""

@@ -59,6 +59,9 @@ def _wrapper() -> type[nn.Module]:
     class LoraForm(Linear):  # type: ignore[misc, valid-type, unused-ignore]
         """A compressed module and an adapter beside it."""
 
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            return module.in_features, module.out_features
+
         @property
         def lora_variants(self) -> dict[tuple[str, ...], None]:
             return {(): None}  # DoRA and its like scale by the norms of the dense matrix

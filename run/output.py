@@ -15,13 +15,14 @@ from typing import Any
 from ..checkpoint.beside import files_beside
 from ..checkpoint.folder import UNCHECKED
 from ..checkpoint.hf_quantizer import FORMAT_VERSION, METHOD, WITHOUT_LRC
+from ..checkpoint.journal import without_paths
 from ..checkpoint.merging import part_name
 from ..compress.forms.base import Spec
 from ..model.machine.host_memory import give_back
 from ..model.view import ModelView
 from ..plan.plan import Plan
 from .layer_loop import renamed, staying_layers
-from .model_card import model_card
+from .model_card import Origin, model_card
 from .run import Run
 from .verify import verify
 
@@ -86,13 +87,14 @@ def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str
         OutputError: a file cannot be written.
     """
     view, artifact, calibration = run.view, run.artifact, run.calibration
+    origin = Origin.of(view.location)
     records = [artifact.done[name].record for name in staying_layers(view, plan)]
     record = {
         "versions": {name: version(name) for name in ("lrc", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
-        "model": plan.model | artifact.identity["model"],
-        "recipe": plan.recipe.resolved(),
-        "calibration": {"hash": calibration.hash, "provenance": calibration.provenance},
+        "model": plan.model | {"name": origin.name} | artifact.identity["model"],
+        "recipe": without_paths(plan.recipe.resolved()),
+        "calibration": {"hash": calibration.hash, "provenance": without_paths(calibration.provenance)},
         "bytes": {
             "targets_before": plan.targets_before,
             "targets_after": plan.targets_after,
@@ -117,7 +119,8 @@ def finish(plan: Plan, run: Run, config: Mapping[str, Any], refinement: dict[str
     check = functools.partial(
         verify, artifact.folder, hashes=False, config_file=UNCHECKED, trust_remote_code=view.trust_remote_code
     )
-    artifact.finish(config, record, model_card(plan, plain="quantization_config" not in config), _beside(view), check)
+    card = model_card(plan, view.model, record, origin, plain="quantization_config" not in config)
+    artifact.finish(config, record, card, _beside(view), check)
 
 
 def _with_owner_renamed(spec: Spec, old: str, new: str) -> Spec:

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ModelError
+from ..untrusted.files import CONFIG as CONFIG_BYTES
 from ..untrusted.files import INDEX as INDEX_BYTES
 from ..untrusted.files import require_path
 from ..untrusted.json_text import json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# the content of adapter_config.json in an export; ... stands for a value of the export's own
+EMBEDDED: Mapping[str, Any] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": ...,
+    "lora_alpha": ..., "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "target_modules": ..., "rank_pattern": ...,
+    "alpha_pattern": ...,
+}  # fmt: skip
 _ADAPTER_BYTES = 1 << 20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -122,6 +129,8 @@ def declared_quantization(config: Any) -> dict[str, Any]:
 def refuse_adapter(folder: Path, name: str = "") -> None:
     """Refuse a folder with adapter_config.json: `from_pretrained` loads the base model and adds the adapter to it.
 
+    An adapter that is part of an export of lrc's is let through, see `is_embedded`.
+
     Args:
         folder: where to look.
         name: what the user calls it; '' for its path.
@@ -130,7 +139,7 @@ def refuse_adapter(folder: Path, name: str = "") -> None:
         ModelError: the message names the adapter's kind and its base model, and says how to merge.
     """
     path, name = folder / ADAPTER, name or str(folder)
-    if not path.is_file():
+    if not path.is_file() or is_embedded(folder):
         return
     held: Any = {}
     with contextlib.suppress(ValueError, OSError, RecursionError), path.open("rb") as file:
@@ -159,6 +168,24 @@ def refuse_adapter(folder: Path, name: str = "") -> None:
         f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; {model}.merge_and_unload()"
         f".save_pretrained('MERGED'); T.from_pretrained('{origin}').save_pretrained('MERGED')\"." + aside,
     )
+
+
+def is_embedded(folder: Path) -> bool:
+    """Whether a folder holds codes and their corrections as a LoRA adapter of PEFT, as `lrc export` writes them.
+
+    Such a model is opened as a whole, for evaluation; its codes cannot be compressed, so no command leaves the adapter out. The
+    adapter may hold nothing but what lrc writes: another key may name code or another model, and weights are never pickled.
+    """
+    try:
+        with (folder / ADAPTER).open("rb") as file:
+            held = json.loads(file.read(_ADAPTER_BYTES))
+        with (folder / "config.json").open("rb") as file:
+            method = json.loads(file.read(CONFIG_BYTES))["quantization_config"]["quant_method"]
+        plain = held.keys() == EMBEDDED.keys() and all(held[key] == value for key, value in EMBEDDED.items() if value != ...)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+    files = [path.name for path in folder.iterdir() if fnmatch.fnmatch(path.name.lower(), "adapter_model*")]
+    return bool(plain and method in ("compressed-tensors", "gptq") and files == [ADAPTER_WEIGHTS])
 
 
 def _explicit(folder: Path, named: str) -> WeightFiles:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...compress.forms.grids import Grid
 from ...errors import CheckpointError, RequestError
 from ...model.events import Event, Notify
-from ..base import Carried, Drawing, Format, Tensors, export_format
+from ..base import LOADING, Carried, Drawing, Format, Tensors, export_format
 from ..multiplied import Multiplied
 from ..quantized import QuantizedResult, codes_of, factors_of
 from ..source import Source
@@ -222,10 +222,10 @@ class Gguf(Format):
             for name, tensor in self._factors.items():
                 placed.put(name, tensor.numpy())
 
-    def usage(self) -> str:
-        """How llama.cpp runs the export."""
+    def loading(self) -> str:
+        """The section of the model card about loading: how llama.cpp runs the export."""
         lora = f" --lora {self.lora_file}" if self.coded and self.coded.ranks() else ""
-        return f"```\nllama-cli -m {self.file}{lora}\n```\n"
+        return f"{LOADING}\n\n```\nllama-cli -m {self.file}{lora}\n```"
 
     def difference(self, folder: Path, ids: Tensor, expected: Tensor) -> float:
         """Of log probabilities after several prompts, as llama.cpp computes them; tokens of texts are compared too.
