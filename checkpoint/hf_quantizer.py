@@ -26,7 +26,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.forms.base import Spec
 from ..compress.forms.quantized import QuantizedLinear
-from ..compress.forms.stacked import stack_siblings
 from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
@@ -139,7 +138,6 @@ class LrcQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack()
-        stack_siblings(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # transformers gives the dtype of the configuration, which is a name after `save_pretrained`
