@@ -1,7 +1,8 @@
 """How fast compressed models answer, beside the dense one, at the layer shapes of a model of any size.
 
     python benchmarks/serving_shapes.py [--shapes llama-7b] [--kinds low-rank,narrow,4bit] [--layers 4] [--vocabulary 2048]
-                                        [--dtype bfloat16] [--prefill 128,512] [--decode 1,8] [--rounds 5] [--json FILE]
+                                        [--dtype bfloat16]
+                                        [--prefill 128,512] [--decode 1,8] [--rounds 5] [--busy] [--json FILE]
 
 Nothing is calibrated: factors, codes and weights are random, because time depends on shapes alone. The model has a few layers
 and a small vocabulary, so that the layers' share of a token is what it is in the whole model. Kinds:
@@ -11,13 +12,16 @@ and a small vocabulary, so that the layers' share of a token is what it is in th
 * `mixed`: factored attention, feed-forwards with 60 % of their channels (lrc-fast at 0.4 without its measured sizes)
 * `4bit`, `8bit`, `3bit` and so on: codes in groups of 64 with zeros (gptq, rtn)
 
-Every kind takes turns with the dense model as in `lrc bench`, in one process; the dense model and one other are in memory.
+With --busy one thread computes and its own CPU time is taken: on a machine that others use, wall time with several threads is
+mostly waiting. Every kind takes turns with the dense model as in `lrc bench`, in one process; the dense model and one other are
+in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lrc.compress.forms.base import build_module
 from lrc.compress.forms.quantized import QuantizedLinear
-from lrc.compress.forms.stacked import stack_siblings
 from lrc.evaluation.speed import SpeedReport, SpeedSettings, described, in_turns
 
 KEPT = 0.6  # of the bytes of the targets
@@ -69,7 +72,6 @@ def compressed(kind: str, shape: tuple[int, int, int, int], layers: int, vocabul
             for name, module in list(part.named_children()):
                 if isinstance(module, nn.Linear) and not (kind == "narrow" or (kind == "mixed" and part is layer.mlp)):
                     setattr(part, name, form(kind, module, dtype))
-    stack_siblings(model)
     return model
 
 
@@ -96,9 +98,7 @@ def printed(report: SpeedReport) -> None:
     """One line per workload."""
     own, base = report.speeds
     share = own.tensor_bytes / base.tensor_bytes
-    print(
-        f"{own.model}: {share:.0%} of the dense model's bytes in memory, {report.threads} threads, {report.dtype}", flush=True
-    )
+    print(f"{own.model}: {share:.0%} of the dense model's bytes, {report.threads} threads, {report.dtype}", flush=True)
     for workload in own.seconds:
         times = own.times_as_fast_as(base, workload)
         milliseconds = [f"{1000 * each.median(workload):9.1f}" for each in (base, own)]
@@ -118,10 +118,13 @@ def main() -> None:
     parser.add_argument("--prefill", default="128,512")
     parser.add_argument("--decode", default="1,8")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--busy", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     prefill, decode = ([int(part) for part in text.split(",") if part] for text in (options.prefill, options.decode))
-    settings = SpeedSettings(prefill, decode, options.rounds)
+    settings = SpeedSettings(prefill, decode, options.rounds, time.thread_time if options.busy else time.perf_counter)
+    if options.busy:
+        torch.set_num_threads(1)
     size = (SHAPES[options.shapes], options.layers, options.vocabulary, DTYPES[options.dtype])
     base, reports = dense(*size), {}
     for kind in options.kinds.split(","):

@@ -28,7 +28,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.forms.base import Spec
 from ..compress.forms.dictionary import DictionaryLinear
 from ..compress.forms.quantized import QuantizedLinear
-from ..compress.forms.stacked import stack_siblings
 from ..compress.install_forms import install_forms, multiply_out
 from ..errors import CheckpointError, ModelError, one_line, problem
 from .architecture import built, model_class
@@ -145,7 +144,6 @@ class LrcQuantizer(HfQuantizer):
                 module.pack()
             elif isinstance(module, DictionaryLinear) and module.support.is_cuda:
                 module.starts()  # compiled code cannot make them
-        stack_siblings(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # transformers gives the dtype of the configuration, which is a name after `save_pretrained`

@@ -38,11 +38,13 @@ class SpeedSettings:
         prefill: lengths of prompts, in tokens.
         decode: batch sizes.
         rounds: how often each workload is repeated.
+        clock: in seconds. `time.thread_time`, with one thread on a CPU, leaves out what other programs take.
     """
 
     prefill: Sequence[int] = PREFILL
     decode: Sequence[int] = DECODE
     rounds: int = 5
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass
@@ -173,9 +175,10 @@ def in_turns(speeds: Sequence[Speed], models: Sequence[Any], settings: SpeedSett
         notify: receives an `Event` after each workload.
     """
     longest = min(getattr(m.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for m in models)
-    work: dict[str, Callable[[Any], float]] = {"first token": lambda model: _prefill(model, 1, _PROMPT)}
-    work |= {f"prefill {n}": lambda model, n=n: _prefill(model, 1, n) for n in settings.prefill if n <= longest}  # type: ignore[misc]
-    work |= {f"decode {n}": lambda model, n=n: _decode(model, n) for n in settings.decode}  # type: ignore[misc]
+    lengths, clock = [n for n in settings.prefill if n <= longest], settings.clock
+    work: dict[str, Callable[[Any], float]] = {"first token": lambda model: _prefill(model, _PROMPT, clock)}
+    work |= {f"prefill {n}": lambda model, n=n: _prefill(model, n, clock) for n in lengths}  # type: ignore[misc]
+    work |= {f"decode {n}": lambda model, n=n: _decode(model, n, clock) for n in settings.decode}  # type: ignore[misc]
     for number, (workload, run) in enumerate(work.items(), 1):
         for model in models:
             run(model)  # the first time allocates
@@ -236,6 +239,11 @@ def _notes(model: Any) -> list[str]:
     unpacked = Counter(reason for module in coded if (reason := module.why_unpacked()))
     for reason, count in unpacked.items():
         notes.append(f"{count} of {len(coded)} matrices in codes are decoded at every call: {reason}")
+    wider = Counter(module.grid.bits for module in coded if not module.why_unpacked() and module.grid.bits not in (4, 8))
+    for bits, count in sorted(wider.items()):
+        notes.append(
+            f"{count} matrices of {bits} bits take {4 if bits < 4 else 8} in memory, because the kernel knows 4-bit codes"
+        )
     if two := _forms(model)["two products"]:
         notes.append(f"{two} matrices are two products each, which costs more than it saves where matrices are small")
     return notes
@@ -263,24 +271,24 @@ def _reasons(forms: dict[str, int], rows: int) -> list[str]:
     return found or ["its matrices are multiplied as the baseline's are; the difference is noise, or in the architecture"]
 
 
-def _prefill(model: Any, batch: int, length: int) -> float:
-    ids = _tokens(model, batch, length)
-    begun = time.perf_counter()
+def _prefill(model: Any, length: int, clock: Callable[[], float]) -> float:
+    ids = _tokens(model, 1, length)
+    begun = clock()
     model(ids, use_cache=True, logits_to_keep=1)
     _wait(model)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
-def _decode(model: Any, batch: int) -> float:
+def _decode(model: Any, batch: int, clock: Callable[[], float]) -> float:
     """Seconds for one token of each sequence, the mean of some steps with the model's own cache."""
     out = model(_tokens(model, batch, _PROMPT), use_cache=True, logits_to_keep=1)
     last = _tokens(model, batch, 1)
     _wait(model)
-    begun = time.perf_counter()
+    begun = clock()
     for _ in range(_STEPS):
         out = model(last, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
     _wait(model)
-    return (time.perf_counter() - begun) / _STEPS
+    return (clock() - begun) / _STEPS
 
 
 def _tokens(model: Any, batch: int, length: int) -> torch.Tensor:

@@ -134,13 +134,11 @@ class LowRankLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
         self.left = nn.Parameter(torch.empty(out_features, rank, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
-        self.together: Any = None  # what multiplies by the right factors of all modules with this input (stacked.py)
 
     def forward(self, x: Tensor) -> Tensor:
         if (y := low_rank(self, x)) is not None:
             return y
-        z = nn.functional.linear(x, self.weight) if self.together is None else self.together.product(self, x)
-        return nn.functional.linear(z, self.left, self.bias)
+        return nn.functional.linear(nn.functional.linear(x, self.weight), self.left, self.bias)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""

@@ -34,6 +34,9 @@ def test_a_dense_model_answers_the_same_and_can_be_saved(family, recipe, setting
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits
     assert float((again - after).norm()) < 1e-4 * float(after.norm())
     if family == "gpt2":
+        compressed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        compressed.save_pretrained(tmp_path / "again")
+        assert compressed.dequantize().dtype == torch.float32, "saving leaves the dtype's name in the configuration"
         assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from commandline import run_lrc
 from pipeline import compress
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from lrc.evaluation.speed import Speed, SpeedReport
+from lrc.compress.forms.base import build_module
+from lrc.compress.forms.cpu_int4 import available
+from lrc.compress.forms.grids import Grid
+from lrc.evaluation.speed import Speed, SpeedReport, described
 
 
 def test_a_result_is_measured_beside_its_original(tiny_checkpoints, tiny_text_file, tmp_path):
@@ -37,6 +40,17 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     slow = Speed("b", seconds={"decode 2": [2.0, 8.0, 18.0]})
     assert fast.times_as_fast_as(slow, "decode 2") == 2.0
     assert fast.rate("decode 2") == 1.0 and fast.median("decode 2") == 2.0
+
+
+@pytest.mark.skipif(not available(), reason="torch has no 4-bit kernel for this processor, or another layout")
+@pytest.mark.parametrize(("bits", "held"), [(3, "take 4"), (4, None), (6, "take 8"), (8, None)])
+def test_it_says_where_memory_holds_more_bits_than_the_file(bits, held):
+    spec = {"kind": "quantized", "grid": Grid(bits, 32).spec(), "bias": False}
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=0, vocab_size=9, intermediate_size=64))
+    model.add_module("coded", build_module(spec, 64, 64, torch.bfloat16))
+    notes = described("a", model).notes
+    assert held is None or f"1 matrices of {bits} bits {held}" in notes[0]
+    assert bool(notes) == (held is not None)
 
 
 def test_where_it_is_slower_it_says_why():

@@ -14,7 +14,6 @@ from lrc.compress.forms.grids import Grid
 from lrc.compress.forms.product import Product
 from lrc.compress.forms.quantized import Quantized, QuantizedLinear, QuantizedLowRank
 from lrc.compress.forms.shared import SharedDictionary, SharedLowRank
-from lrc.compress.forms.stacked import Stack, stack_siblings
 
 IN, OUT = 128, 64
 WEIGHT = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
@@ -74,25 +73,3 @@ def test_a_form_is_one_graph_for_all_lengths(name):
         if isinstance(part, QuantizedLinear):
             part.pack()
     assert graphs_of(module, [7, 9, 1, 30, 70, 90, 130, 1, 600, 700]) <= most
-
-
-class Siblings(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("q", "k"):
-            form = LOW_RANK.stored(torch.bfloat16)
-            self.add_module(name, fill_module(build_module(form.spec(), IN, OUT, torch.bfloat16), form.tensors()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.q(x) + self.k(x)
-
-
-def test_stacked_factors_are_compiled_too():
-    module = Siblings()
-    stack_siblings(module)
-    assert graphs_of(module, [7, 1]) == 2, "before the stack is found"
-    with torch.no_grad():
-        for _ in range(2):
-            module(torch.ones(1, 1, IN, dtype=torch.bfloat16))
-    assert isinstance(module.q.together, Stack)
-    assert graphs_of(module, [7, 9, 1, 30]) == 2
