@@ -26,6 +26,9 @@ def compress(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run in --out and start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Measure a quick perplexity before and after, at the end.")
+    ] = True,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -58,3 +61,6 @@ def compress(
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return
     progress.finish(out)
+    if check:
+        with interruptible("the result is finished"):
+            progress.checked(out, request)

@@ -212,7 +212,18 @@ def _row(sweep: Sweep, job: Job) -> Row:
         row_process.run(evaluate[1:], log)
         return Row(job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings))
     ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
-    compress = ["lrc", "compress", sweep.model, "--recipe", job.recipe, *ratio, "--out", str(out), *sweep.compress]
+    compress = [
+        "lrc",
+        "compress",
+        sweep.model,
+        "--recipe",
+        job.recipe,
+        *ratio,
+        "--out",
+        str(out),
+        "--no-check",
+        *sweep.compress,
+    ]
     seconds, peak = row_process.run(compress[1:], log)
     row_process.run(evaluate[1:], log)
     record = (out / "lrc.json").read_text()

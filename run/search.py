@@ -15,32 +15,24 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..calibrate.layerwise import run_batches
 from ..checkpoint.atomic import clear_leftovers, discard, read_json, write_json
 from ..checkpoint.hf_quantizer import install_stored
 from ..checkpoint.location import Location
 from ..errors import BudgetError, NonFiniteError
 from ..model.events import Event
-from ..model.layerwise import layerwise
-from ..model.machine.host_memory import steady_memory
-from ..model.machine.precision import full_precision
 from ..model.view import ModelView
 from ..plan.budget import Found
 from ..plan.plan import Draft
 from ..plan.planner import make_draft
 from ..plan.recipe import Recipe
-from ..refine.end_to_end import from_hidden
+from .losses.held_out import perplexity
 from .run import SEARCHED, PlanMade, Run
 
 STEPS = 128  # ratios are multiples of 1 / STEPS: the found one is less than 1 / STEPS below the largest possible
-_AT_ONCE = 2**24  # number of logits that are computed at a time
 
 
 CarryOut = Callable[..., Any]  # pipeline.carry_out, which runs each trial
@@ -148,37 +140,3 @@ class _Search:
 
     def _perplexity(self, view: ModelView) -> float:
         return perplexity(view, self._run.calibration.held_out, self._run.devices)
-
-
-@full_precision
-def perplexity(view: ModelView, windows: Tensor, devices: Sequence[torch.device]) -> float:
-    """Token perplexity over windows, computed layer by layer; infinite if the logits are not finite.
-
-    Args:
-        view: any model that lrc reads, compressed or not.
-        windows: (windows, length) int64 token ids; every token except a window's first is predicted from the tokens before it.
-        devices: the devices on which layers run.
-    """
-    steady_memory()
-    batches = windows.split(1)
-    with torch.no_grad(), layerwise(view, batches, head=False) as forward:
-        for turn in forward:
-            with turn.loaded() as layer:
-                turn.answer(run_batches(layer, turn.name, turn.calls, devices)[0])
-        states = [result.last_hidden_state for result in forward.results()]
-        total = sum(_nll(view, ids, state) for ids, state in zip(batches, states, strict=True))
-    mean = total / (windows.numel() - len(windows))
-    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf
-
-
-def _nll(view: ModelView, ids: Tensor, states: Tensor) -> float:
-    """Sum of the cross-entropies of one window in nats; ids are (1, length), states (1, length, hidden)."""
-    length = ids.shape[1]
-    count = max(1, _AT_ONCE // view.config.get_text_config().vocab_size)
-    total = 0.0
-    for start in range(0, length - 1, count):
-        stop = min(start + count, length - 1)
-        logits = from_hidden(view.model, ids[:, start:stop], states[:, start:stop])[0].float()
-        lost = torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="none")
-        total += float(lost.double().sum())
-    return total

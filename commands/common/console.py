@@ -8,7 +8,9 @@ from rich.console import Console
 def plain_or_terminal(stderr: bool = False) -> Console:
     """A console that prints brackets and colons of names as they are, and wraps no line where there is no terminal."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
-    if not console.is_terminal:
+    if console.is_terminal:
+        console.soft_wrap = False  # lines break between words
+    else:
         console.width = 10_000
     return console
 

@@ -42,7 +42,7 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
             label, f"{shape[0]} × {shape[1]}", str(len(steps)), _form(steps),
             size(sum(s.bytes_before for s in steps)), size(sum(s.bytes_after for s in steps)),
         )  # fmt: skip
-    console.print(table)
+    console.print(table, soft_wrap=True)
     if plan.recipe.allocation != "uniform":
         shown = "the largest share of each target" if plan.recipe.allocation == "own" else "an even share"
         console.print(f"allocation {plan.recipe.allocation}: the shares are decided after calibration; the table shows {shown}")

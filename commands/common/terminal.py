@@ -11,17 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ...calibrate.data import NO_TEXT, Calibration
+from ...errors import LrcError
 from ...model.events import Event, Noted
 from ...model.machine.host_memory import peak_rss
 from ...plan.budget import readable as size
 from ...plan.plan import Planned
 from ...run.layer_loop import LayerDone
+from ...run.request import Request
 from ...run.run import PlanMade, TextRead
 from .console import messages, plain_or_terminal
 from .plan_output import print_plan
 
 if TYPE_CHECKING:
-    from ...calibrate.data import Calibration
     from ...evaluation.results import Evaluation
     from ...evaluation.speed import SpeedReport
 
@@ -48,12 +50,14 @@ class Progress:
         self._started = time.perf_counter()
         self._console = messages()
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("layers", total=None)
         self._plan: Planned | None = None
         self._notes: list[str] = []
+        self._calibration = NO_TEXT
 
     def __enter__(self) -> Progress:
         return self
@@ -68,6 +72,7 @@ class Progress:
             self._bar.reset(self._task)
             print_plan(event.plan, console=self._console)
         elif isinstance(event, TextRead):
+            self._calibration = event.calibration
             if event.calibration.provenance:
                 print_calibration(event.calibration, self._console)
             self._bar.start()
@@ -84,7 +89,8 @@ class Progress:
             place = f" {event.done:>3}/{event.total}" if event.done else ""
             self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {size(peak_rss())}")
         if event.done:
-            self._bar.update(self._task, completed=event.done, total=event.total)
+            stage = "layers" if isinstance(event, LayerDone) else event.stage
+            self._bar.update(self._task, description=stage, completed=event.done, total=event.total)
 
     def _layer(self, layer: LayerDone) -> None:
         solved = [record for record in layer.records if record.error is not None]
@@ -121,6 +127,20 @@ class Progress:
             "Checked: it loads, its logits are finite."
         )
 
+    def checked(self, out: Path, request: Request) -> None:
+        """Measure what a finished result lost, and print it with the command that measures more; it is finished in any case."""
+        from ...run.losses.held_out import quick_check
+
+        try:
+            found = quick_check(request.view(), out, self._calibration, request.devices)
+        except LrcError as error:
+            self._console.print(f"note: not checked by perplexity: {error.what}")
+            return
+        plain_or_terminal().print(
+            f"{out}: perplexity {found.before:.2f} → {found.after:.2f} over {found.tokens:,} tokens of {found.text}; "
+            f"more by: lrc eval {out} --baseline {request.location.name}"
+        )
+
 
 def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) -> None:
     """A table of metrics, with the baseline's and the differences beside them where there is one.
@@ -150,7 +170,7 @@ def print_results(evaluation: Evaluation, baseline: Evaluation | None = None) ->
                 row["metric"], f"{row['value']:.4f}", _error(metrics[row["metric"]].stderr), f"{row['baseline']:.4f}",
                 f"{row['difference']:+.4f}" + ("" if row["relative"] is None else f" ({row['relative']:+.1%})"),
             )  # fmt: skip
-    console.print(table)
+    console.print(table, soft_wrap=True)
     for result in evaluation.results:
         speed = result.protocol.get("tokens_per_second")
         if speed:
@@ -183,7 +203,7 @@ def print_speed(report: SpeedReport) -> None:
     shares = [report.share(speed) for speed in speeds]
     if None not in shares:
         table.add_row("time that reading takes", *(f"{share:.0%} of a token" for share in shares))
-    console.print(table)
+    console.print(table, soft_wrap=True)
     console.print(
         f"{report.dtype}, {report.threads} threads, memory read at {report.bandwidth / 1e9:.1f} GB/s; medians of "
         f"{len(next(iter(speeds[0].seconds.values())))} rounds"

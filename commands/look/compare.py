@@ -67,5 +67,5 @@ def compare(
             row["model"], readable(row["bytes"]), f"{row['bytes'] / rows[0]['bytes']:.1%}", f"{row['perplexity']:.3f}",
             "" if row is rows[0] else far, forms,
         )  # fmt: skip
-    console.print(table)
+    console.print(table, soft_wrap=True)
     console.print(f"{read.protocol}: the first {windows} windows of {length} tokens; divergence in nats per token")

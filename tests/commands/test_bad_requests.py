@@ -1,4 +1,4 @@
-"""What nobody should lose by a slip at sweep, verify, export, bench and others: one message, the remedy, nothing changed."""
+"""A slip at sweep, verify, export, bench and the others: one message with the remedy, and nothing is changed."""
 
 from __future__ import annotations
 

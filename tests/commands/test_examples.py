@@ -85,7 +85,8 @@ def in_this_process(words: list[str], log: Path, module: str = "lrc.cli") -> tup
     return 0.0, 1
 
 
-def run_as_printed(line: str, models: dict[str, Path], here: Path) -> None:
+def failure(line: str, models: dict[str, Path], here: Path) -> str:
+    """What is wrong with a command that was run as it is printed; empty where all went well."""
     words = shlex.split(line)[1:]
     target = Path(words[words.index(">") + 1]) if ">" in words else None
     words = words[: words.index(">")] if target else words
@@ -99,10 +100,9 @@ def run_as_printed(line: str, models: dict[str, Path], here: Path) -> None:
     given = {"eval": ["--length", "64", "--max-windows", "1"], "bench": ["--prefill", "8", "--decode", "1", "--rounds", "1"]}
     given |= {"sweep": ["--eval-length", "64", "--max-windows", "1"]}
     result = run_lrc(*small, *given.get(words[0], []))
-    assert result.code == 0, f"{line}\n{result.err}"
-    assert result.out or words[0] == "export", line
     if target:
         target.write_text(result.out)
+    return "" if result.code == 0 and result.out else f"{line}\n{result.printed}"
 
 
 def test_every_command_has_two_examples_in_its_help_which_wraps_and_cuts_nothing(monkeypatch):
@@ -121,7 +121,7 @@ def test_every_command_has_two_examples_in_its_help_which_wraps_and_cuts_nothing
 
 @pytest.mark.parametrize("line", sorted({line for lines in EXAMPLES.values() for line in lines}))
 def test_an_example_of_the_help_runs(line, models, here):
-    run_as_printed(line, models, here)
+    assert not failure(line, models, here)
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_the_examples_of_a_page_run(page, models, here):
                 (place / path.name).symlink_to(path)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
-            run_as_printed(line, models, place)
+            assert not failure(line, models, place)
 
 
 def test_results_are_plain_where_no_color_is_wanted(monkeypatch, here, models):

@@ -102,7 +102,8 @@ def test_a_killed_evaluation_leaves_the_old_results_or_the_new_ones_and_the_next
 def test_the_defaults_are_those_of_the_command():
     command = {field.name: field.default for field in fields(EvalOptions)}
     for field in fields(Settings):
-        assert field.default == command[field.name], field.name
+        if field.name not in ("tasks", "length"):  # which the command chooses by what is reachable, and by the model
+            assert field.default == command[field.name], field.name
 
 
 def test_a_compressed_model_by_name_is_not_measured_on_its_calibration_set(text, tiny_checkpoints, tmp_path):

@@ -15,7 +15,9 @@ from lrc.checkpoint.location import locate
 from lrc.model.likelihood import window_nll
 from lrc.model.view import ModelView
 from lrc.run import search
-from lrc.run.search import STEPS, perplexity
+from lrc.run.losses import held_out
+from lrc.run.losses.held_out import perplexity
+from lrc.run.search import STEPS
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def command(tiny_checkpoints, tiny_text_file, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_streamed_perplexity_is_that_of_the_model_held_whole(family, tiny_checkpoints, monkeypatch):
-    monkeypatch.setattr(search, "_AT_ONCE", 5 * 96)  # a few tokens' logits at a time
+    monkeypatch.setattr(held_out, "_AT_ONCE", 5 * 96)  # a few tokens' logits at a time
     folder = str(tiny_checkpoints(family))
     windows = torch.randint(3, 60, (3, 24), generator=torch.Generator().manual_seed(1))
     model, _ = open_model(folder)
