@@ -156,13 +156,15 @@ class DictionaryLinear(nn.Module):
         return unpack(self.support, self.out_features, self.atoms, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.times_codes(nn.functional.linear(x, self.weight))
+        return self.of_coefficients(nn.functional.linear(x, self.weight))
 
-    def times_codes(self, z: Tensor) -> Tensor:
-        """codes z + bias for (..., k) coefficients."""
+    def of_coefficients(self, z: Tensor) -> Tensor:
+        """codes z + bias for (..., k) coefficients, in the faster way."""
         if (y := sparse(self, z)) is not None:
             return y
-        return self.gather(z) if z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
+        # a compiler cannot trace how the index is found, whose size depends on the codes
+        known = self._index is not None or not torch.compiler.is_compiling()
+        return self.gather(z) if known and z.numel() <= GATHER_UP_TO * self.atoms else self.multiply(z)
 
     def multiply(self, z: Tensor) -> Tensor:
         """codes z + bias for (..., k) coefficients, by a dense multiplication."""
