@@ -156,9 +156,9 @@ class DictionaryLinear(nn.Module):
         return unpack(self.support, self.out_features, self.atoms, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.times_codes(nn.functional.linear(x, self.weight))
+        return self.of_coefficients(nn.functional.linear(x, self.weight))
 
-    def times_codes(self, z: Tensor) -> Tensor:
+    def of_coefficients(self, z: Tensor) -> Tensor:
         """codes z + bias for (..., k) coefficients, in the fastest way."""
         if (y := sparse(self, z)) is not None:
             return y

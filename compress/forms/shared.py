@@ -190,7 +190,7 @@ class SharedDictionaryLinear(Borrowing, DictionaryLinear):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.times_codes(nn.functional.linear(x, self.shared(x.device)))
+        return self.of_coefficients(nn.functional.linear(x, self.shared(x.device)))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`."""
