@@ -18,7 +18,7 @@ from typing import Any
 
 from lrc.compress.base import Method, methods
 from lrc.compress.options import Shape
-from lrc.plan.load_recipe import load_recipe, shipped, summary
+from lrc.plan.load_recipe import SCHEMA_FILE, SCHEMA_LINE, load_recipe, shipped, summary
 
 FOLDER = Path(__file__).resolve().parent / "methods"
 NEEDS = {
@@ -144,7 +144,7 @@ def recipes_of(method: Method) -> list[str]:
 def page(method: Method) -> str:
     """The Markdown of one method."""
     said, using = sections_of(method), recipes_of(method)
-    texts = shipped()
+    texts = {name: text.removeprefix(f"{SCHEMA_LINE}{SCHEMA_FILE}\n") for name, text in shipped().items()}
     if not using:
         raise LackingError(f"no shipped recipe uses the method {method.name}")
     commands = [match for name in using for match in _COMMAND.findall(texts[name])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def write(tmp_path):
 def problems(name: str, overrides: dict | None = None, settings: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         load_recipe(name, overrides, settings)
-    return caught.value.problems
+    return [re.sub(r"^\S+\.yaml:\d+:\d+: ", "", line) for line in caught.value.problems]
 
 
 @pytest.mark.parametrize("name", shipped())
