@@ -69,7 +69,7 @@ class CompressedTensors(CodedFormat):
         ranks = self.result.ranks()
         nbytes += self.adapter_nbytes()
         unusual = sorted({each.grid.bits for each in coded.values()} - set(_KERNELS))
-        lost = self.result.lost
+        lost = self.result.lost + self.replaced
         if unusual:
             lost += (f"vLLM has no kernels for {' and '.join(map(str, unusual))} bits; transformers opens them.",)
         if self._decoded_at_load:

@@ -61,7 +61,7 @@ class Gptq(CodedFormat):
             nbytes += groups * each.rows * each.grid.bits // 8 + 4 * each.columns
         ranks = self.result.ranks()
         nbytes += self.adapter_nbytes()
-        lost = self.result.lost
+        lost = self.result.lost + self.replaced
         if self._version == "gptq_v2":
             lost += ("The codes have zeros, so this is version 2 of the format; readers that know version 1 alone refuse it.",)
         return Drawing(nbytes, lost, ("transformers", "gptqmodel", "optimum", *(["peft"] if ranks else [])))

@@ -190,6 +190,12 @@ class CodedFormat(Format):
         coded, ranks = self.result.coded, self.result.ranks()
         return adapter_nbytes(ranks, {path: (coded[path].rows, coded[path].columns) for path in ranks}, self.dtype.itemsize)
 
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """What a person must know of corrections beside codes; empty where there are none."""
+        said = "A further adapter of PEFT takes the place of the corrections, without a word; train on the result itself."
+        return (said,) if self.result.ranks() else ()
+
     def parts(self) -> Iterator[Tensors]:
         return self.result.parts(self.dtype, self.encoded, self._factors)
 
