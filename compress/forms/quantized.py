@@ -196,9 +196,8 @@ class QuantizedLinear(nn.Module):
         packed = pack_codes(self.grid, *self.unpacked(), self._dtype)
         self.register_buffer("packed_codes", packed.codes, persistent=False)
         self.register_buffer("packed_scales", packed.scales, persistent=False)
-        self.weight = _bytes(0)
-        if self.grid.kind == "int":
-            self.scales = nn.Parameter(self.scales.new_empty(0), requires_grad=self.scales.requires_grad)
+        for parameter in [self.weight] if self.grid.kind == "mxint" else [self.weight, self.scales]:
+            parameter.data = parameter.data.new_empty(0)  # the same parameter: an optimizer may have it already
         return True
 
     def unpack(self) -> None:
@@ -206,7 +205,7 @@ class QuantizedLinear(nn.Module):
         if (packed := self._packed) is None:
             return
         for name, tensor in self._in_order(packed).items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=getattr(self, name).requires_grad))
+            self.get_parameter(name).data = tensor
         del self.packed_codes, self.packed_scales
 
     def _in_order(self, packed: Packed) -> dict[str, Tensor]:

@@ -84,6 +84,8 @@ def test_whatever_needs_the_codes_gets_them_in_their_order(grid, rows, columns):
     again.load_state_dict(stored)
     assert torch.equal(again.weight, stored["weight"])
     assert torch.equal(copy.deepcopy(module).train().weight, stored["weight"])
+    held = list(again.parameters())
+    assert again.pack() and all(one is two for one, two in zip(again.train().parameters(), held, strict=True))
     assert torch.equal(module.to(torch.float64).weight, stored["weight"]) and not list(module.buffers())
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor.to(stored[name].dtype), stored[name])
