@@ -395,7 +395,7 @@ def in_child(work: Callable[[], object], with_lrc: bool) -> str:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"\S*/lrc-loaders-\w+/", "", " ".join(str(error).split()))
     return text if len(text) < 240 else text[:240] + " …"
 
 
