@@ -3,6 +3,8 @@
     python benchmarks/codes.py gaussian [--states 10,12,14,16] [--fit]
     python benchmarks/codes.py model OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--bits 2,3,4]
                                          [--only trellis,gptq] [--samples 32] [--windows 16]
+    python benchmarks/codes.py errors MODEL --calibration text:PART1.txt --held-out text:PART2.txt [--layers 15] [--bits 2,3,4]
+                                            [--samples 8] [--length 1024]
 
 `gaussian`: mean squared error on draws of variance 1 beside the bound 4^-bits, and microseconds a weight; with --fit, the steps
 of the lattices' stages with the least error.
@@ -10,23 +12,39 @@ of the lattices' stages with the least error.
 `model`: perplexity on two texts by the protocol of benchmarks/table.py, on the model off its 4-bit grid (benchmarks/ungrid.py).
 Rows of ABLATION for each number of bits: rotation, code, feedback, propagation, each left out or added alone. OUT holds
 everything; the same command goes on where it was stopped.
+
+`errors`: output errors on text that calibration never saw, relative to the outputs, over the targets of some layers: the parts
+of a code each alone and together, one-shot, in minutes a layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 import yaml
+from output_error import held_out_error
 from table import HERE, run, second_text
 
+from lrc.calibrate.collect import collect
+from lrc.calibrate.data import CalibrationSpec, load_calibration
+from lrc.calibrate.gradients import GradientSettings
+from lrc.checkpoint.location import locate
+from lrc.commands.common.arguments import quiet
+from lrc.compress.base import get_method
 from lrc.compress.forms.codes import code as codes
 from lrc.compress.forms.codes.code import BITS, TILE, Code
 from lrc.compress.quantize.encoding.feedback import ENCODERS
+from lrc.model.layer_forms import target_weight
+from lrc.model.view import ModelView
 from lrc.plan.load_recipe import load_recipe
+from lrc.plan.units import shape_of
 
 # name -> (recipe, settings)
 ABLATION: dict[str, tuple[str, dict[str, object]]] = {
@@ -41,6 +59,24 @@ ABLATION: dict[str, tuple[str, dict[str, object]]] = {
     "gptq one-shot": ("gptq", {"propagate": "original"}),
     "gptq one-shot, no clip": ("gptq", {"propagate": "original", "settings.clip": False}),
     "gptq no clip": ("gptq", {"settings.clip": False}),
+}
+
+
+# name -> (method, settings): what `errors` compares
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn, groups of 64": ("rtn", {}),
+    "gptq, groups of 64": ("gptq", {}),
+    "gptq, groups of 64, clip": ("gptq", {"clip": True}),
+    "scalar": ("trellis", {"code": "scalar", "rotate": False, "feedback": False}),
+    "scalar, rotation": ("trellis", {"code": "scalar", "feedback": False}),
+    "scalar, feedback": ("trellis", {"code": "scalar", "rotate": False}),
+    "scalar, rotation, feedback": ("trellis", {"code": "scalar"}),
+    "e8, rotation, feedback": ("trellis", {"code": "e8"}),
+    "trellis 2^12": ("trellis", {"rotate": False, "feedback": False}),
+    "trellis 2^12, rotation": ("trellis", {"feedback": False}),
+    "trellis 2^12, feedback": ("trellis", {"rotate": False}),
+    "trellis 2^10, rotation, feedback": ("trellis", {"state_bits": 10}),
+    "trellis 2^12, rotation, feedback": ("trellis", {}),
 }
 
 
@@ -72,6 +108,37 @@ def gaussian(states: list[int], fit: bool) -> None:
         lost, each = measured(code, 512 if code.state_bits <= 12 else 64)
         name = code.kind + (f", 2^{code.state_bits} states" if code.state_bits else "")
         print(f"| {name} | {code.bits} | {lost:.5f} | {lost * 4**code.bits:.3f} | {each:.2f} |", flush=True)
+
+
+def errors(arguments: argparse.Namespace) -> None:
+    """Print held-out output errors of every combination of the parts of a code."""
+    quiet()
+    view, layers = ModelView(locate(arguments.model)), [int(each) for each in arguments.layers.split(",")]
+    targets = [target for target in view.targets if target.layer in layers]
+    with tempfile.TemporaryDirectory() as scratch:
+        stores = []
+        for part, source, asked in (("seen", arguments.calibration, {"gram"}), ("new", arguments.held_out, {"gram", "mean"})):
+            spec = CalibrationSpec(source=source, samples=arguments.samples, length=arguments.length)
+            tokens = load_calibration(spec, view.location.tokenizer())
+            every = {target.name: frozenset(asked) for target in targets}
+            stores.append(collect(view, tokens, every, Path(scratch) / part, [torch.device("cpu")], GradientSettings()))
+        print("| bits | code | bits stored | mean error | seconds |\n|---|---|---|---|---|")
+        for bits, (row, (name, given)) in product(map(int, arguments.bits.split(",")), PARTS.items()):
+            method, lost, stored, seconds = get_method(name), [], 0, 0.0
+            settings = method.settings(**given | {"bits": bits})
+            for target in targets:
+                layer = view.layer_names[target.layer]
+                weight = target_weight(view.load(layer), layer, target)[0].clone()
+                view.unload(layer)
+                seen, new = (store.read(layer, [target.name])[target.name] for store in stores)
+                (option,) = method.options(shape_of(target, 2), settings, 1)
+                start = time.process_time()
+                form = method.solve(weight, seen, settings).form(option.choice)
+                seconds += time.process_time() - start
+                lost.append(held_out_error(weight, form, new))
+                stored += option.nbytes
+            each = 8 * stored / sum(target.numel for target in targets)
+            print(f"| {bits} | {row} | {each:.3f} | {fmean(lost):.5f} | {seconds:.1f} |", flush=True)
 
 
 def on_model(arguments: argparse.Namespace) -> None:
@@ -110,9 +177,19 @@ def main() -> None:
     model.add_argument("--only")
     model.add_argument("--samples", type=int, default=32)
     model.add_argument("--windows", type=int, default=16)
+    parts_of = parts.add_parser("errors")
+    parts_of.add_argument("model")
+    parts_of.add_argument("--calibration", required=True)
+    parts_of.add_argument("--held-out", required=True)
+    parts_of.add_argument("--layers", default="15")
+    parts_of.add_argument("--bits", default="2,3,4")
+    parts_of.add_argument("--samples", type=int, default=8)
+    parts_of.add_argument("--length", type=int, default=1024)
     arguments = parser.parse_args()
     if arguments.what == "gaussian":
         gaussian([int(each) for each in arguments.states.split(",")], arguments.fit)
+    elif arguments.what == "errors":
+        errors(arguments)
     else:
         on_model(arguments)
 

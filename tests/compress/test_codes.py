@@ -178,9 +178,9 @@ def test_distortion_on_a_gaussian_is_the_published_one(code, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "expected"), [(2, 0.069), (3, 0.0173), (4, 0.0045)])
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.069), (3, 0.0178), (4, 0.0046)])
 def test_a_trellis_of_65536_states_comes_close_to_the_bound(bits, expected):
-    assert distortion(Code("trellis", bits, 16), 24) == pytest.approx(expected, rel=0.04)
+    assert distortion(Code("trellis", bits, 16), 60) == pytest.approx(expected, rel=0.04)
 
 
 def test_tiles_hold_every_value_and_zeros_beyond_the_edge():

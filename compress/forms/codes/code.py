@@ -8,7 +8,6 @@ vectors of eight neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -76,8 +75,11 @@ class Code:
         """The states (tiles, 256) int32 of a trellis, each a window of the ring of bits; the newest bits are the lowest."""
         ring = packed.int()
         words = ring | ring.roll(-1, 1) << 8 | ring.roll(-2, 1) << 16
-        at, shift = _windows(self.bits, packed.device)
-        return words.index_select(1, at) >> shift & ((1 << self.state_bits) - 1)
+        # eight values fill `bits` whole bytes; the last value of a tile has the lowest bits
+        eights = words.view(len(packed), TILE // 8, self.bits).flip(1)
+        places = [(place * self.bits // 8, place * self.bits % 8) for place in range(7, -1, -1)]
+        windows = torch.stack([eights[..., byte] >> shift for byte, shift in places], -1)
+        return windows.bitwise_and_((1 << self.state_bits) - 1).view(-1, TILE)
 
     def pack_symbols(self, symbols: Tensor) -> Tensor:
         """Symbols (tiles, 256) uint8 of a trellis, below 2^bits, in the order of the sequence, as bytes (tiles, nbytes)."""
@@ -86,13 +88,6 @@ class Code:
     def spec(self) -> dict[str, Any]:
         """What a loader must know, as JSON: the arguments of this class."""
         return {"kind": self.kind, "bits": self.bits, "state_bits": self.state_bits}
-
-
-@lru_cache(maxsize=16)
-def _windows(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each value of a tile the byte at which its window of bits begins, and the bit in that byte."""
-    start = (TILE - 1 - torch.arange(TILE)) * bits
-    return (start // 8).int().to(device), (start % 8).int().to(device)
 
 
 def to_tiles(matrix: Tensor) -> Tensor:

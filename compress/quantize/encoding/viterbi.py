@@ -24,7 +24,7 @@ from ...forms.codes.code import TILE, Code
 from ...forms.codes.tables import trellis_values
 from .compiled import available, viterbi_compiled
 
-_MOST_BYTES = 96 << 20  # of kept costs: tiles are worked on in parts that need no more
+_MOST_BYTES = 48 << 20  # of kept costs: tiles are worked on in parts that need no more
 _MEMORIES = 4  # values on each side of the seam, in lengths of the trellis' memory
 _FORBIDDEN = 1e9
 
