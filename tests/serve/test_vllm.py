@@ -45,7 +45,7 @@ RESULTS: dict[str, tuple[str, str, dict, dict]] = {
     "norms of heads": ("qwen3", "svd-llm", {"ratio": 0.3}, LLAMA),
     "fused in the checkpoint": ("phi3", "lrc-fast", {"ratio": 0.3}, WIDE),
 }  # fmt: skip
-COMPILED = "codes and corrections"  # in bfloat16, where the CPU's kernel for codes multiplies
+COMPILED = "codes and corrections"
 REFUSED = {
     "factors shared by q, k and v": ("llama", "shared-input", {"ratio": 0.3}, LLAMA, r"'shared-low-rank': \d+ modules"),
     "another type": ("gpt2", "svd-llm", {"ratio": 0.3}, {}, "type 'gpt2' were not tested"),
