@@ -19,13 +19,16 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 from vllm import LLM, SamplingParams
 
+from lrc.errors import LrcError
+
 
 def answered(job: dict[str, Any]) -> dict[str, Any]:
     """What the engine generates, or why it did not."""
     try:
         engine = LLM(job["model"], max_model_len=128, max_num_seqs=4, disable_log_stats=True, **job["options"])
-    except Exception as error:  # noqa: BLE001  # every reason is an answer
-        chain, text = error, []
+    except (LrcError, RuntimeError, ValueError) as error:
+        chain: BaseException | None = error
+        text = []
         while chain is not None:
             text.append(f"{type(chain).__name__}: {chain}")
             chain = chain.__cause__ or chain.__context__
