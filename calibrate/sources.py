@@ -245,4 +245,6 @@ def existing(source: Source) -> Path:
     beside = [entry.name for entry in islice(path.parent.iterdir(), 1000) if entry.is_file()]
     close = get_close_matches(path.name, beside, n=1)
     hint = f"Did you mean '{path.parent / close[0]}'?" if close else f"Relative paths start at {Path.cwd()}."
+    if path.parent == Path():  # as in lrc.json
+        hint += " A result's record names texts without their folder: give it with --calibration."
     raise CalibrationError(f"{source.text}: there is no file {path}.", hint)

@@ -132,7 +132,7 @@ def require_usable(folder: Path) -> None:
 
 
 def require_result(folder: Path) -> None:
-    """Refuse a folder that holds no finished result, before anything in it is read.
+    """Refuse a folder that holds no finished result, nor a copy of one by `save_pretrained`, before anything in it is read.
 
     Raises:
         RequestError: there is no such folder, or no finished result in it.
@@ -143,7 +143,7 @@ def require_result(folder: Path) -> None:
         raise RequestError(f"{brief(str(folder))} {what}.", "Give the --out folder of a finished `lrc compress`.")
     if (folder / JOURNAL).is_file() and not (folder / "config.json").is_file():
         raise RequestError(f"{folder} holds an interrupted run.", "The `lrc compress` command that began it continues it.")
-    if size_of(folder / RECORD) is None:
+    if size_of(folder / RECORD) is None and not saved_by_transformers(folder):
         raise RequestError(f"{folder} holds no {RECORD}.", "Give the --out folder of a finished `lrc compress`.")
 
 

@@ -22,6 +22,11 @@ class Result:
     err: str
     printed: str
 
+    @property
+    def told(self) -> str:
+        """What lrc said of the error itself, after the plan and the progress."""
+        return self.err[self.err.find("lrc: ") :] if self.err.startswith("lrc: ") else self.err[self.err.find("\nlrc: ") + 1 :]
+
 
 class _Stream(io.StringIO):
     """A stream that also writes into another one, which it shares with its twin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import signal
@@ -38,13 +39,20 @@ def killed_before(operation: int, folder: Path, arguments: list[object]) -> bool
     return code != 0
 
 
-def disk_full_before(operation: int, folder: Path, arguments: list[object]) -> tuple[int, str]:
-    """Run the command in a child for which the disk of `folder` is full from its n-th change on: (exit code, its stderr)."""
+def disk_full_before(operation: int, folder: Path, arguments: list[object]) -> tuple[int, str, bool]:
+    """Run the command in a child for which the disk of `folder` is full from its n-th change on.
+
+    Returns:
+        Its exit code, its stderr, and whether it came to that change.
+    """
+    met = mmap.mmap(-1, 1)  # shared with the child
 
     def full() -> None:
+        met[0] = 1
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
-    return _in_child(operation, folder, arguments, full, full=True)
+    code, said = _in_child(operation, folder, arguments, full, full=True)
+    return code, said, met[0] == 1
 
 
 def run_in_child(told: int, arguments: list[object], first: Callable[[], object]) -> NoReturn:

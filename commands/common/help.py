@@ -22,7 +22,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "verify": ("lrc verify OUT", "lrc verify OUT --json -"),
     "export": ("lrc export OUT", "lrc export OUT --to dense --out DENSE"),
     "bench": ("lrc bench OUT --baseline MODEL", "lrc bench OUT --prefill 64 --decode 1 --rounds 3 --json bench.json"),
-    "report": ("lrc report OUT", "lrc report OUT --eval eval.json --out PAGE"),
+    "report": ("lrc report OUT", "lrc report OUT --out PAGE"),
     "recipe": ("lrc recipe list", "lrc recipe show svd-llm"),
     "recipe list": ("lrc recipe list", "lrc recipe list --json -"),
     "recipe methods": ("lrc recipe methods", "lrc recipe methods --json -"),

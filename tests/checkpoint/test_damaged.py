@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint(damage, damaged, request_for, tmp_path):
     result = run_lrc(*request_for(damaged, tmp_path / "out"))
     assert result.code == 1, result.err
     assert named in result.err
-    assert result.err.count("\n") == 2, "what happened, and the remedy"
+    assert result.told.count("\n") == 2, "what happened, and the remedy"
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -246,7 +246,7 @@ def test_what_was_measured_is_asked_for_again_where_its_file_is_damaged(left, se
     file.write_bytes(left)
     result = run_lrc(*request_for(model, tmp_path / "second", "--ratio", 0.5, *more))
     assert result.code == 1 and str(file) in result.err and "Delete it" in result.err
-    assert result.err.count("\n") == 2, "what happened, and the remedy"
+    assert result.told.count("\n") == 2, "what happened, and the remedy"
     file.unlink()
     lrc_ok(*request_for(model, tmp_path / "second", "--ratio", 0.5, *more))
     one, two = (load_all(tmp_path / out) for out in ("first", "second"))

@@ -30,7 +30,8 @@ def test_the_first_command_runs_without_a_folder_and_says_first_where_it_writes(
     result = run_lrc(*first_command(tiny_text_file))
     assert result.code == 0, result.err
     assert result.err.splitlines()[0] == "The result goes into the folder MODEL-svd-llm-0.4 (--out names another)."
-    assert result.out.startswith("MODEL-svd-llm-0.4: ") and len(result.out.splitlines()) == 1, "the result, no messages"
+    assert result.out.startswith("MODEL-svd-llm-0.4: ") and len(result.out.splitlines()) == 2, "the result, no messages"
+    assert result.out.splitlines()[1].startswith("MODEL-svd-llm-0.4: perplexity ")
     before = contents(here)
     assert {path.name for path in here.iterdir()} == {"MODEL-svd-llm-0.4"}
     assert "holds this very result already" in lrc_ok(*first_command(tiny_text_file))

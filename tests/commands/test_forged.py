@@ -65,9 +65,9 @@ def assert_refused(*command: object) -> str:
     """Run a command, which must refuse its input in a few lines; what it said."""
     result = run_lrc(*command)
     assert result.code in (1, 2), result.out
-    assert "Traceback" not in result.err and result.err.startswith("lrc: ")
-    assert len(result.err) < 3000 and result.err.count("\n") <= 4, result.err
-    return result.err
+    assert "Traceback" not in result.err and result.told.startswith("lrc: ")
+    assert len(result.told) < 3000 and result.told.count("\n") <= 4, result.err
+    return result.told
 
 
 @pytest.mark.parametrize("name", OF_MODELS)

@@ -129,7 +129,10 @@ def test_the_record_of_a_result_repeats_its_run(tiny_checkpoints, tiny_text_file
     model = tiny_checkpoints("llama", num_hidden_layers=2)
     told = ["--recipe", "svd-llm", "--ratio", 0.3, "--calibration", f"text:{tiny_text_file}", "--samples", 4, "--length", 48]
     lrc_ok("compress", model, "--out", tmp_path / "a", "--dtype", "bfloat16", *told)
-    lrc_ok("compress", model, "--out", tmp_path / "b", "--recipe", tmp_path / "a" / "lrc.json")
+    again = ["compress", model, "--out", tmp_path / "b", "--recipe", tmp_path / "a" / "lrc.json"]
+    refused = run_lrc(*again)  # a record names no folder of the machine that made it
+    assert refused.code == 2 and "there is no file" in refused.err
+    lrc_ok(*again, "--calibration", f"text:{tiny_text_file}")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     folder = run_lrc("compress", model, "--recipe", tmp_path / "a", "--out", tmp_path / "c")
     assert folder.code == 2 and f"{tmp_path / 'a' / 'lrc.json'} repeats the run that made it" in folder.err

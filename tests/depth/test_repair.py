@@ -313,5 +313,5 @@ def test_the_plan_says_what_it_will_take_and_the_result_what_it_brought(tiny_che
     assert "the result needs lrc to load" in plan and "sub-layers:" in plan
     made = run_lrc("compress", model, "--recipe", "replace-me", "--ratio", "0.3", *source, "--out", tmp_path / "out")
     assert made.code == 0, made.err
-    assert "repair replace-me: held-out loss" in made.out
+    assert "repair replace-me: held-out loss" in made.err
     assert "linear-patch" in run_lrc("recipe", "scores").out

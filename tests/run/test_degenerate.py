@@ -143,7 +143,7 @@ def test_a_text_of_one_token_is_told_and_too_little_of_it_is_refused(situation, 
     model, text = situation("one token again and again")
     told = ["compress", model, "--recipe", "svd-llm", "--ratio", 0.5, "--out", tmp_path / "out", "--calibration"]
     printed = run_lrc(*told, text["calibration.source"], "--samples", 2, "--length", 16)
-    assert printed.code == 0 and "different tokens: their statistics say little" in printed.out
+    assert printed.code == 0 and "different tokens: their statistics say little" in printed.err
     (tmp_path / "short.txt").write_text("the owls")
     short = ["--set", f"calibration.source=text:{tmp_path / 'short.txt'}", "--length", 64]
     for sizes, message in ((["--samples", 1, "--length", 1], "length"), (short, r"tokens; a sample of length 64 needs 65")):

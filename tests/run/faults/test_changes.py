@@ -54,7 +54,7 @@ def test_a_finished_result_of_a_model_that_changed_is_not_this_result(change, sa
     before = untouched(tmp_path / "out")
     change(damaged)
     refused = run_lrc(*command)
-    assert refused.code == 2 and said in refused.err and refused.err.count("it has") == 1
+    assert refused.code == 2 and said in refused.told and refused.told.count("it has") == 1
     assert untouched(tmp_path / "out") == before
 
 

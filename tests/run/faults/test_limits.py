@@ -44,7 +44,7 @@ def test_no_memory_however_it_is_reported_is_one_message(refusal, model, request
         result = run_lrc(*command)
     assert result.code == 1
     assert (
-        result.err.startswith("lrc: Memory ran out (") and "lrc plan" in result.err and "the same command again" in result.err
+        result.told.startswith("lrc: Memory ran out (") and "lrc plan" in result.err and "the same command again" in result.err
     )
     lrc_ok(*command)
     assert contents(tmp_path / "out") == uninterrupted()
