@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +62,30 @@ def place_of(original: Any, name: str) -> tuple[str, torch.Tensor]:
     if last.isdigit():
         return f"{path}_forms.{last}", original.get_parameter(path)[int(last)]
     return name, linear_weight(original.get_submodule(name))
+
+
+def compressed_once(
+    table: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]],
+    checkpoint: Callable[..., Path],
+    text: Path,
+    folders: Any,
+    folder: str = "out",
+) -> Callable[[str], Path]:
+    """A function name -> folder of a finished result, which is compressed when it is first asked for.
+
+    Args:
+        table: name -> family, recipe, settings of the recipe, changes of the family's configuration.
+        checkpoint: the fixture `tiny_checkpoints`.
+        folders: the fixture `tmp_path_factory`.
+        folder: the name of a result's folder.
+    """
+    done: dict[str, Path] = {}
+
+    def result(name: str) -> Path:
+        if name not in done:
+            family, recipe, settings, changes = table[name]
+            done[name] = folders.mktemp("result") / folder
+            compress(checkpoint(family, **changes), done[name], text, recipe, **settings)
+        return done[name]
+
+    return result

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import run_lrc
-from pipeline import compress, logits
+from pipeline import compress, compressed_once, logits
 from safetensors.torch import load_file, save_file
 from stock import stock_python
 from transformers import AutoModelForCausalLM
@@ -42,16 +42,7 @@ RESULTS: dict[str, tuple[str, str, dict, dict]] = {
 @pytest.fixture(scope="module")
 def results(tiny_checkpoints, tiny_text_file, tmp_path_factory):
     """A function name -> folder of a finished result, compressed once."""
-    done: dict[str, Path] = {}
-
-    def result(name: str) -> Path:
-        if name not in done:
-            family, recipe, settings, changes = RESULTS[name]
-            done[name] = tmp_path_factory.mktemp("result") / "out"
-            compress(tiny_checkpoints(family, **changes), done[name], tiny_text_file, recipe, **settings)
-        return done[name]
-
-    return result
+    return compressed_once(RESULTS, tiny_checkpoints, tiny_text_file, tmp_path_factory)
 
 
 def opened_without_lrc(folder: Path, file: Path, trust: bool = False) -> torch.Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pipeline import compress
+from pipeline import compress, compressed_once
 
 from lrc.compress.forms.grids import Grid
 from lrc.errors import CheckpointError, RequestError
@@ -45,16 +44,7 @@ TYPE = {"codes": "Q4_0", "codes with zeros": "Q4_1", "codes and corrections": "Q
 @pytest.fixture(scope="module")
 def results(tiny_checkpoints, tiny_text_file, tmp_path_factory):
     """A function name -> folder of a finished result, compressed once."""
-    done: dict[str, Path] = {}
-
-    def result(name: str) -> Path:
-        if name not in done:
-            family, recipe, settings, changes = RESULTS[name]
-            done[name] = tmp_path_factory.mktemp("result") / "tiny"
-            compress(tiny_checkpoints(family, **changes), done[name], tiny_text_file, recipe, **settings)
-        return done[name]
-
-    return result
+    return compressed_once(RESULTS, tiny_checkpoints, tiny_text_file, tmp_path_factory, "tiny")
 
 
 @pytest.mark.parametrize("name", RESULTS)

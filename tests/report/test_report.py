@@ -10,30 +10,21 @@ from pathlib import Path
 
 import pytest
 from commandline import run_lrc
-from pipeline import compress
+from pipeline import compressed_once
 
 RESULTS = {
-    "low rank": ("llama", "svd-llm", {"ratio": 0.3}),
-    "codes and corrections": ("llama", "qera", {"settings__group_size": 16, "settings__rank": 4}),
-    "narrow and low rank": ("llama", "lrc-fast", {"ratio": 0.3}),
-    "experts": ("mixtral", "svd-llm", {"ratio": 0.3}),
-    "dropped layer": ("llama", "block-influence", {"ratio": 0.3}),
+    "low rank": ("llama", "svd-llm", {"ratio": 0.3}, {}),
+    "codes and corrections": ("llama", "qera", {"settings__group_size": 16, "settings__rank": 4}, {}),
+    "narrow and low rank": ("llama", "lrc-fast", {"ratio": 0.3}, {}),
+    "experts": ("mixtral", "svd-llm", {"ratio": 0.3}, {}),
+    "dropped layer": ("llama", "block-influence", {"ratio": 0.3}, {}),
 }
 
 
 @pytest.fixture(scope="module")
 def results(tiny_checkpoints, tiny_text_file, tmp_path_factory):
     """A function name -> folder of a finished result, compressed once."""
-    done: dict[str, Path] = {}
-
-    def result(name: str) -> Path:
-        if name not in done:
-            family, recipe, settings = RESULTS[name]
-            done[name] = tmp_path_factory.mktemp("result") / "out"
-            compress(tiny_checkpoints(family), done[name], tiny_text_file, recipe, **settings)
-        return done[name]
-
-    return result
+    return compressed_once(RESULTS, tiny_checkpoints, tiny_text_file, tmp_path_factory)
 
 
 def written(result: Path, out: Path, *flags: object) -> tuple[dict, str]:
