@@ -129,7 +129,7 @@ def bits(folder: Path) -> float:
 def show(found: list[Row]) -> None:
     """Print the table."""
     first = found[0]
-    table = Table("", "files", "bits a weight", "perplexity: reference", "code", "tokens/s", "writes", title=f'"{PROMPT} ..."')
+    table = Table("", "files", "bits a weight", "perplexity: reference", "code", "tokens/s")
     for row in found:
         table.add_row(
             f"[bold]{row.name}[/]\n{ABOUT[row.name]}",
@@ -138,9 +138,10 @@ def show(found: list[Row]) -> None:
             f"{row.reference:.2f} ({row.reference / first.reference - 1:+.0%})",
             f"{row.code:.2f} ({row.code / first.code - 1:+.0%})",
             f"{row.speed:.1f}",
-            " ".join(row.text.split()),
         )
     Console().print(table)
+    for row in found:
+        Console().print(f'{row.name}: "{PROMPT} ▸ {" ".join(row.text.split())} ..."', markup=False, highlight=False)
 
 
 def draw(found: list[Row], file: Path) -> None:
@@ -153,7 +154,7 @@ def draw(found: list[Row], file: Path) -> None:
         )  # fmt: skip
     figure.update_layout(
         title="SmolLM2-135M-Instruct: smaller to the left, better to the bottom",
-        xaxis_title="MB of weight files", yaxis_title="perplexity", template="plotly_white", font_size=15,
+        xaxis_title="MB of weight files", yaxis_title="perplexity", yaxis_rangemode="tozero", template="plotly_white", font_size=15,
     )  # fmt: skip
     figure.write_html(file, include_plotlyjs=True)
 
