@@ -154,7 +154,8 @@ def draw(found: list[Row], file: Path) -> None:
         )  # fmt: skip
     figure.update_layout(
         title="SmolLM2-135M-Instruct: smaller to the left, better to the bottom",
-        xaxis_title="MB of weight files", yaxis_title="perplexity", yaxis_rangemode="tozero", template="plotly_white", font_size=15,
+        xaxis_title="MB of weight files", yaxis_title="perplexity", yaxis_rangemode="tozero",
+        template="plotly_white", font_size=15,
     )  # fmt: skip
     figure.write_html(file, include_plotlyjs=True)
 
