@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import errno
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -181,3 +182,30 @@ def problem(error: Any) -> str:
     """
     first = error.errors(include_url=False, include_input=False)[0]
     return f"'{brief('.'.join(map(str, first['loc'])))}': {brief(first['msg'])}".removesuffix(".")
+
+
+@contextmanager
+def together() -> Iterator[Callable[..., Any]]:
+    """Run independent checks of one request, so that all its mistakes are raised together when the context ends.
+
+    Gives a function `check(function, *arguments)`: the function's result, or None where it found a mistake.
+
+    Raises:
+        LrcError: the one mistake.
+        RequestError: several mistakes, with all their messages.
+    """
+    errors: list[LrcError] = []
+
+    def check(function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function, and keep the mistake that it finds for later."""
+        try:
+            return function(*arguments)
+        except LrcError as error:
+            errors.append(error)
+            return None
+
+    yield check
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise RequestError("\n".join(map(str, errors)))

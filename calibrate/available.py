@@ -13,7 +13,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import CalibrationError, LrcError, RequestError
+from ..errors import CalibrationError, together
 from .data import CalibrationSpec
 from .files.opening import opened, wrong_byte
 from .readers import OFFLINE, HubData, TransportError
@@ -33,17 +33,10 @@ def require_available(spec: CalibrationSpec, hub: bool = True) -> None:
         CalibrationError: one source is not there.
         RequestError: several are not.
     """
-    problems: list[LrcError] = []
-    for source, _ in spec.parts():
-        try:
+    with together() as check:
+        for source, _ in spec.parts():
             if hub or source.hub is None:
-                _require(source)
-        except CalibrationError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise RequestError("\n".join(map(str, problems)))
+                check(_require, source)
 
 
 def _require(source: Source) -> None:

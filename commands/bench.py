@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import counts_of, quiet, require_writable, together
+from ..errors import together
+from .common.arguments import counts_of, quiet, require_writable
 from .common.options import Trust
 
 

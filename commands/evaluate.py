@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common.arguments import interruptible, names_of, quiet, require_writable, together
+from ..errors import together
+from .common.arguments import interruptible, names_of, quiet, require_writable
 from .common.options import Activations, ModelOptions, grouped
 
 if TYPE_CHECKING:

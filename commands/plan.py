@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CalibrationError
-from .common.arguments import quiet, together
+from ..errors import CalibrationError, together
+from .common.arguments import quiet
 from .common.json_output import Json, answered, require_json
 from .common.options import CalibrationOptions, MaxShardSize, ModelOptions, RecipeOptions, grouped
 

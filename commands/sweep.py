@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import RequestError
+from ..errors import RequestError, together
 from .common.arguments import (
     names_of,
     quiet,
     ratio_of,
     require_own,
-    together,
 )
 from .common.options import Activations, CalibrationOptions, ModelOptions, grouped
 

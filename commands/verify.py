@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common.arguments import quiet, together
+from ..errors import together
+from .common.arguments import quiet
 from .common.json_output import Json, answered, require_json
 from .common.options import Trust
 

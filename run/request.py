@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..checkpoint.folder import require_usable
 from ..checkpoint.location import Location
 from ..checkpoint.merging import SHARD_BYTES
 from ..checkpoint.opening import devices_of, dtype_of, located
-from ..errors import LrcError, RequestError
+from ..errors import RequestError, together
 from ..model.view import ModelView
 from ..plan.budget import bytes_of
 from ..plan.load_recipe import load_recipe
@@ -86,21 +86,12 @@ def require_possible(recipe: Recipe, location: Location | None = None, hub: bool
     Raises:
         RequestError: one of these mistakes, or all of them together.
     """
-    problems: list[LrcError] = []
-    checks: list[Callable[[], None]] = [lambda: require_amount(recipe)]
-    if recipe.reads_text:
-        checks.append(lambda: require_available(recipe.calibration, hub))
-        if location is not None:
-            checks.append(location.require_tokenizer)
-    for check in checks:
-        try:
-            check()
-        except LrcError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise RequestError("\n".join(map(str, problems)))
+    with together() as check:
+        check(require_amount, recipe)
+        if recipe.reads_text:
+            check(require_available, recipe.calibration, hub)
+            if location is not None:
+                check(location.require_tokenizer)
 
 
 def shard_bytes(size: str | None) -> int:

@@ -7,41 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from ...errors import LrcError, OutputError, RequestError
-
-
-@contextmanager
-def together() -> Iterator[Callable[..., Any]]:
-    """Run independent checks of one request, so that all its mistakes are raised together when the context ends.
-
-    Gives a function `check(function, *arguments)`: the function's result, or None where it found a mistake.
-
-    Raises:
-        LrcError: the one mistake.
-        RequestError: several mistakes, with all their messages.
-    """
-    errors: list[LrcError] = []
-
-    def check(function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function, and keep the mistake that it finds for later."""
-        try:
-            return function(*arguments)
-        except LrcError as error:
-            errors.append(error)
-            return None
-
-    yield check
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise RequestError("\n".join(map(str, errors)))
+from ...errors import OutputError, RequestError
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ...errors import RequestError
-from ..common.arguments import interruptible, quiet, together
+from ...errors import RequestError, together
+from ..common.arguments import interruptible, quiet
 from ..common.json_output import Json, answered, require_json
 from ..common.options import Trust
 from .generate import Dtype
