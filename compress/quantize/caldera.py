@@ -9,32 +9,42 @@ When to use: at 2 and 3 bits, where the error after one round (`qera`) is large.
 Cost: per round one eigenproblem, one pass of GPTQ and `inner_rounds` passes on the factors; some ten times `qera`. With
 `rank: null` all of this is repeated for every rank that is asked for. Statistics: a gram per group.
 
-Source: Saha et al., CALDERA, arXiv 2405.18886, algorithms 1 and 2 (2-bit base, 4-bit factors, rank 64 to 256, 20 outer and 50
-inner iterations). Differences from the authors' code: the base is quantized by GPTQ on an integer grid, not on the E8P lattice
-of QuIP#, and without a Hadamard transform before; the factors start from the projection form, which needs no inverse of the
+With `code` the base is in a lattice or trellis code of the rotated matrix, with error feedback, as in `trellis`; without, on a
+grid.
+
+Source: Saha et al., CALDERA, arXiv 2405.18886, algorithms 1 and 2 (2-bit base in the E8P lattice of QuIP#, 4-bit factors, rank
+64 to 256, 20 outer and 50 inner iterations). Differences from the authors' code: the factors are on an integer grid, not in the
+lattice, and of the matrix as it is, not of the rotated one; they start from the projection form, which needs no inverse of the
 gram; there are fewer rounds, because the first ones bring most of the gain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from ..base import Solution, TargetStats, method
 from ..forms.base import LowRank
+from ..forms.codes.code import BITS, Code, Kind
+from ..forms.codes.corrected import EncodedLowRank
+from ..forms.codes.encoded import Encoded
 from ..forms.product import Product
 from ..forms.quantized import Quantized, QuantizedLowRank
 from ..metric import Metric
-from ..options import Choice
+from ..options import Choice, Shape
 from .corrections import CorrectionSettings, best_correction, correction_options
+from .encoding.feedback import encode_columns
 from .factors import Base, quantize_factors
 from .gptq import Compensator, compensator
 from .rtn import Bits
+from .trellis import encoded_nbytes, seed_of, turned, turned_gram
 
+Form = Quantized | QuantizedLowRank | Encoded | EncodedLowRank
 _PATIENCE = 2  # the search ends after so many rounds without improvement
 
 
@@ -43,11 +53,32 @@ class CalderaSettings(CorrectionSettings):
 
     bits: Bits = Field(2, description="bits per code of the base")
     factor_bits: Literal[16, 8, 4] = Field(4, description="bits of the factors; 16: stored in the checkpoint's own dtype")
-    base: Base = Field("gptq", description="how weight and factors are quantized")
+    code: Kind | None = Field(None, description="of the base: e8 (2 to 4 bits), trellis or scalar (2 to 5); null: a grid")
+    state_bits: int = Field(10, ge=6, le=16, description="with code: trellis, which has 2^state_bits states")
+    base: Base = Field("gptq", description="how weight and factors are quantized on a grid")
     rounds: int = Field(10, ge=1, le=100, description="of quantizing and refitting; stops early without improvement")
     inner_rounds: int = Field(5, ge=1, le=100, description="of quantizing both factors, each refitted to the other")
     damping: float = Field(0.01, ge=0, le=1, description="for gptq: ridge added to the gram, relative to its mean diagonal")
     act_order: bool = Field(True, description="for gptq: inputs with the most energy first")
+    seed: int = Field(0, ge=0, description="with a code: of the random rotation, with the weight's own bytes")
+
+    @field_validator("code")
+    @classmethod
+    def _has_the_bits(cls, code: Kind | None, info: ValidationInfo) -> Kind | None:
+        bits = info.data.get("bits")
+        if code is not None and bits is not None and bits not in BITS[code]:
+            raise ValueError(f"{code} has {', '.join(map(str, BITS[code]))} bits, not {bits}")
+        return code
+
+    @property
+    def base_code(self) -> Code | None:
+        """The base's code; None: it is on a grid."""
+        return None if self.code is None else Code(self.code, self.bits, self.state_bits if self.code == "trellis" else 0)
+
+    def base_nbytes(self, shape: Shape) -> int:
+        """Exact bytes of the base of a matrix of this shape."""
+        code = self.base_code
+        return super().base_nbytes(shape) if code is None else encoded_nbytes(shape, code)
 
 
 @dataclass(frozen=True)
@@ -58,18 +89,20 @@ class Alternating(Solution):
         weight: (out, in).
         stats: with the gram.
         settings: of the method.
-        ready: GPTQ in the gram's metric; None rounds to nearest.
+        quantize: a matrix (out, in) float64 as the base.
+        ready: GPTQ in the gram's metric, for the factors; None rounds them to nearest.
+        ridge: damping of the gram.
     """
 
     weight: Tensor
     stats: TargetStats
     settings: CalderaSettings
+    quantize: Callable[[Tensor], Quantized | Encoded]
     ready: Compensator | None
-    _done: dict[int, tuple[float, Quantized | QuantizedLowRank]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    ridge: float = 0.0
+    _done: dict[int, tuple[float, Form]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def form(self, choice: Choice) -> Quantized | QuantizedLowRank:
+    def form(self, choice: Choice) -> Form:
         return self._best(choice)[1]
 
     def loss(self, choice: Choice) -> float:
@@ -81,9 +114,9 @@ class Alternating(Solution):
 
     @property
     def damping(self) -> float:
-        return self.ready.damping if self.ready else 0.0
+        return self.ridge
 
-    def _best(self, choice: Choice) -> tuple[float, Quantized | QuantizedLowRank]:
+    def _best(self, choice: Choice) -> tuple[float, Form]:
         if choice.rank is None:
             raise ValueError("a dense target is not solved")
         if choice.rank not in self._done:
@@ -91,8 +124,8 @@ class Alternating(Solution):
             self._done[choice.rank] = self._search(choice.rank)
         return self._done[choice.rank]
 
-    def _search(self, rank: int) -> tuple[float, Quantized | QuantizedLowRank]:
-        best: tuple[float, Quantized | QuantizedLowRank] | None = None
+    def _search(self, rank: int) -> tuple[float, Form]:
+        best: tuple[float, Form] | None = None
         worse = 0
         for found in self._rounds(rank):
             if best is None or found[0] < best[0]:
@@ -104,10 +137,10 @@ class Alternating(Solution):
         assert best is not None
         return best
 
-    def _rounds(self, rank: int) -> Iterator[tuple[float, Quantized | QuantizedLowRank]]:
+    def _rounds(self, rank: int) -> Iterator[tuple[float, Form]]:
         """(loss, form) of each round; for rank 0 only that of the base."""
         weight, metric = self.weight.double(), Metric.of(self.stats)
-        base = self._quantize(weight)
+        base = self.quantize(weight)
         if not rank:
             yield metric.energy(weight - base.dense()), base
             return
@@ -115,12 +148,9 @@ class Alternating(Solution):
             error = weight - base.dense()
             factors = self._factors(error, rank, metric)
             correction = factors.dense()
-            yield metric.energy(error - correction), QuantizedLowRank(base, factors)
-            base = self._quantize(weight - correction)
-
-    def _quantize(self, weight: Tensor) -> Quantized:
-        grid = self.settings.base_grid
-        return self.ready.quantize(weight, grid) if self.ready else Quantized.nearest(weight, grid)
+            both = EncodedLowRank(base, factors) if isinstance(base, Encoded) else QuantizedLowRank(base, factors)
+            yield metric.energy(error - correction), both
+            base = self.quantize(weight - correction)
 
     def _factors(self, error: Tensor, rank: int, metric: Metric) -> LowRank | Product:
         low = best_correction(error, self.stats).form(Choice(rank=rank))
@@ -133,8 +163,18 @@ class Alternating(Solution):
 @method("caldera", source="arXiv 2405.18886", needs=["gram"], settings=CalderaSettings, options=correction_options)
 def solve(weight: Tensor, stats: TargetStats, settings: CalderaSettings) -> Alternating:
     """A quantized weight (out, in) and quantized factors in turn; losses are mean squared output errors."""
-    assert stats.group.gram is not None
-    ready = None
-    if settings.base == "gptq":
-        ready = compensator(stats.group.gram, settings.damping, settings.act_order)
-    return Alternating(weight, stats, settings, ready)
+    gram = stats.group.gram
+    assert gram is not None
+    ready = compensator(gram, settings.damping, settings.act_order) if settings.base == "gptq" else None
+    code, grid = settings.base_code, settings.base_grid
+    if code is None:
+        quantize = partial(ready.quantize, grid=grid) if ready else partial(Quantized.nearest, grid=grid)
+        return Alternating(weight, stats, settings, quantize, ready, ready.damping if ready else 0.0)
+    seed = seed_of(weight, settings.seed)
+    feedback = compensator(turned_gram(gram, seed), settings.damping, act_order=False)
+
+    def encoded(matrix: Tensor) -> Encoded:
+        codes, scales = encode_columns(turned(matrix, seed), feedback.factor, code)
+        return Encoded(code, codes, scales, (len(matrix), matrix.shape[1]), seed)
+
+    return Alternating(weight, stats, settings, encoded, ready, feedback.damping)

@@ -43,6 +43,10 @@ class CorrectionSettings(OneGridSettings):
         """The factors' grid, which is symmetric; None where they are stored in the checkpoint's dtype."""
         return None if self.factor_bits == 16 else Grid(self.factor_bits, self.group_size, self.grid)
 
+    def base_nbytes(self, shape: Shape) -> int:
+        """Exact bytes of the base of a matrix of this shape."""
+        return self.base_grid.nbytes(shape.out_features, shape.in_features, shape.element)
+
     def choice(self, rank: int) -> Choice:
         """The choice with this rank and the bits of the settings."""
         return Choice(rank, self.bits, None if self.factor_bits == 16 else self.factor_bits)
@@ -60,7 +64,7 @@ def correction_options(shape: Shape, settings: Any, multiple: int) -> list[Optio
 
 
 def _nbytes(shape: Shape, settings: CorrectionSettings, rank: int) -> int:
-    base = settings.base_grid.nbytes(shape.out_features, shape.in_features, shape.element)
+    base = settings.base_nbytes(shape)
     if rank == 0:
         return base
     grid = settings.factor_grid

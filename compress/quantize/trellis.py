@@ -21,7 +21,9 @@ between layers: take `propagate: compressed`, and `refine` for what is left.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -39,8 +41,8 @@ from .encoding.feedback import encode_columns
 from .gptq import compensator
 
 
-class TrellisSettings(Settings):
-    """Settings of `trellis`."""
+class CodeSettings(Settings):
+    """A code, and what is done to a weight before it is encoded."""
 
     sized_by: ClassVar[str] = "bits"
 
@@ -53,7 +55,7 @@ class TrellisSettings(Settings):
         description="of a trellis with 2^state_bits states: each one more doubles the time",
     )
     rotate: bool = Field(True, description="rotate both sides at random, which makes the weight fit for a code with one scale")
-    feedback: bool = Field(True, description="later columns compensate for the errors of earlier ones, in the gram's metric")
+    gains: bool = Field(False, description="a factor for each output, fitted and then trained by `refine`; 16 bits each")
     damping: float = Field(0.01, ge=0, le=1, description="ridge added to the gram, relative to its mean diagonal")
     seed: int = Field(0, ge=0, description="of the random rotation, with the weight's own bytes")
 
@@ -70,6 +72,12 @@ class TrellisSettings(Settings):
         return Code(self.code, bits, self.state_bits if self.code == "trellis" else 0)
 
 
+class TrellisSettings(CodeSettings):
+    """Settings of `trellis`."""
+
+    feedback: bool = Field(True, description="later columns compensate for the errors of earlier ones, in the gram's metric")
+
+
 @dataclass(frozen=True)
 class InCode(Solution):
     """A target that is encoded once for each number of bits that is asked for.
@@ -77,20 +85,20 @@ class InCode(Solution):
     Args:
         weight: (out, in).
         settings: of the method.
-        metric: in which the loss is measured.
-        turned: the weight to encode, rotated where the settings ask for it; (out, in) float64.
-        factor: (in, in) float64 upper triangular, of the gram of the rotated input; None: no feedback.
+        metric: of the inputs.
+        encode: the weight in a code: codes and scales as `Encoded` has them.
         seed: of the rotation; None: none.
         ridge: damping of the gram.
+        outputs: (out, out) float64, half of the metric of the outputs; None: the identity.
     """
 
     weight: Tensor
-    settings: TrellisSettings
+    settings: CodeSettings
     metric: Metric
-    turned: Tensor
-    factor: Tensor | None
+    encode: Callable[[Code], tuple[Tensor, Tensor]]
     seed: int | None
     ridge: float
+    outputs: Tensor | None = None
     _done: dict[int, Encoded] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def form(self, choice: Choice) -> Encoded:
@@ -98,33 +106,45 @@ class InCode(Solution):
             raise ValueError("a dense target is not encoded")
         if choice.bits not in self._done:
             code = self.settings.of(choice.bits)
-            codes, scales = encode_columns(self.turned, self.factor, code)
+            codes, scales = self.encode(code)
             rows, columns = self.weight.shape
-            self._done[choice.bits] = Encoded(code, codes, scales, (rows, columns), self.seed)
+            form = Encoded(code, codes, scales, (rows, columns), self.seed)
+            self._done[choice.bits] = replace(form, gains=self._gains(form.dense())) if self.settings.gains else form
         return self._done[choice.bits]
 
     def loss(self, choice: Choice) -> float:
-        return self.metric.energy(self.weight.double() - self.form(choice).dense())
+        return self._energy(self.weight.double() - self.form(choice).dense())
 
     @property
     def total(self) -> float:
-        return self.metric.energy(self.weight)
+        return self._energy(self.weight.double())
+
+    def _energy(self, error: Tensor) -> float:
+        if self.outputs is None:
+            return self.metric.energy(error)
+        return max(0.0, float(((self.outputs @ self.metric.times(error)) * error).sum()))
+
+    def _gains(self, dense: Tensor) -> Tensor:
+        """(out,) what each output is multiplied by for the least squared error; 1 where there is nothing to fit."""
+        seen = self.metric.times(dense)
+        own, shared = (seen * dense).sum(1), (seen * self.weight.double()).sum(1)
+        return torch.where((own > 0) & (shared > 0), shared / own, 1.0)
 
     @property
     def damping(self) -> float:
         return self.ridge
 
 
-def encoded_nbytes(shape: Shape, code: Code) -> int:
-    """Exact bytes of a matrix of this shape in a code: whole tiles of 16 x 16, and a scale for 16 columns."""
+def encoded_nbytes(shape: Shape, code: Code, gains: bool = False) -> int:
+    """Exact bytes of a matrix of this shape in a code: whole tiles of 16 x 16, a scale for 16 columns, a gain for a row."""
     rows, columns = -(-shape.out_features // SIDE), -(-shape.in_features // SIDE)
-    return columns * (rows * code.nbytes + shape.element)
+    return columns * (rows * code.nbytes + shape.element) + gains * shape.out_features * shape.element
 
 
-def code_options(shape: Shape, settings: TrellisSettings, multiple: int) -> list[Option]:
+def code_options(shape: Shape, settings: CodeSettings, multiple: int) -> list[Option]:
     """One option for the bits of the settings, or one for each number of bits, where the form is smaller than the matrix."""
     wanted = BITS[settings.code] if settings.bits is None else (settings.bits,)
-    options = [Option(Choice(bits=bits), encoded_nbytes(shape, settings.of(bits))) for bits in wanted]
+    options = [Option(Choice(bits=bits), encoded_nbytes(shape, settings.of(bits), settings.gains)) for bits in wanted]
     return [option for option in options if option.nbytes < shape.nbytes]
 
 
@@ -135,22 +155,29 @@ def seed_of(weight: Tensor, seed: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 2
 
 
+def turned(weight: Tensor, seed: int | None) -> Tensor:
+    """The weight (out, in) to encode, in float64: rotated on both sides, or as it is without a seed."""
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NonFiniteError(f"{bad} of {weight.numel()} values to encode are NaN or infinite.", "Check the model's weights.")
+    return weight.double() if seed is None else rotate_both(weight.double(), seed)
+
+
+def turned_gram(gram: Tensor, seed: int | None) -> Tensor:
+    """A gram (n, n) of what is rotated with this seed, in float64."""
+    return gram.double() if seed is None else rotate(rotate(gram.double(), seed).T, seed)
+
+
 @method(
     "trellis", source="arXiv 2406.11235", needs=["gram"], settings=TrellisSettings, options=code_options, measured=coarsest(3)
 )
 def solve(weight: Tensor, stats: TargetStats, settings: TrellisSettings) -> InCode:
     """The weight (out, in) in a code, block by block of columns in the gram's metric."""
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise NonFiniteError(f"{bad} of {weight.numel()} values to encode are NaN or infinite.", "Check the model's weights.")
     gram = stats.group.gram
     assert gram is not None
     seed = seed_of(weight, settings.seed) if settings.rotate else None
-    turned, ready = weight.double(), None
-    if seed is not None:
-        turned = rotate_both(turned, seed)
+    wanted, factor, ridge = turned(weight, seed), None, 0.0
     if settings.feedback:
-        inner = gram.double() if seed is None else rotate(rotate(gram.double(), seed).T, seed)
-        ready = compensator(inner, settings.damping, act_order=False)
-    factor, ridge = (None, 0.0) if ready is None else (ready.factor, ready.damping)
-    return InCode(weight, settings, Metric.of(stats), turned, factor, seed, ridge)
+        ready = compensator(turned_gram(gram, seed), settings.damping, act_order=False)
+        factor, ridge = ready.factor, ready.damping
+    return InCode(weight, settings, Metric.of(stats), partial(encode_columns, wanted, factor), seed, ridge)

@@ -252,20 +252,43 @@ def test_the_module_multiplies_by_the_matrix_and_holds_packed_codes(code, shape,
     assert torch.allclose(module(inputs).double(), expected, atol=slack * float(expected.abs().max()))
 
 
-def test_scales_and_inputs_have_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gains_are_the_least_squares_of_each_output_and_cost_their_bytes(dtype):
+    weight, x = problem(40, 64, 200, seed=3)
+    plain, fitted = (solved(weight, x, bits=2, gains=gains) for gains in (False, True))
+    choice = plain[0][0].choice
+    before, form = plain[1].form(choice), fitted[1].form(choice)
+    outputs, wanted = x @ before.dense().T, x @ weight.T
+    for row in range(40):
+        expected = torch.linalg.lstsq(outputs[:, row : row + 1], wanted[:, row]).solution
+        assert float(form.gains[row]) == pytest.approx(float(expected), rel=1e-6)
+    assert fitted[1].loss(choice) < plain[1].loss(choice)
+    assert fitted[0][0].nbytes == plain[0][0].nbytes + 2 * 40 == form.stored(torch.bfloat16).nbytes
+    stored = form.with_bias(gaussian(40)).stored(dtype)
+    module = fill_module(build_module(stored.spec(), 64, 40, dtype), stored.tensors())
+    inputs = gaussian(3, 64).to(dtype)
+    exact = inputs.double() @ stored.dense().double().T + stored.bias.double()
+    slack = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(module(inputs).double(), exact, atol=slack * float(exact.abs().max()))
+    assert torch.allclose(
+        module.matrix(torch.float32).double(), stored.dense().double(), atol=slack * float(weight.abs().max())
+    )
+
+
+def test_scales_gains_and_inputs_have_gradients():
     weight, x = problem(24, 40, 100, seed=3)
-    _, solution = solved(weight, x, bits=2)
+    _, solution = solved(weight, x, bits=2, gains=True)
     form = solution.form(Choice(bits=2)).stored(torch.float32)
     module = fill_module(build_module(form.spec(), 40, 24, torch.float32), form.tensors())
     module.scales.requires_grad_(True)
+    module.gains.requires_grad_(True)
     inputs = gaussian(5, 40).float().requires_grad_(True)
     module(inputs).square().sum().backward()
     outputs = inputs.detach().double() @ form.dense().double().T
     assert torch.allclose(inputs.grad.double(), 2 * outputs @ form.dense().double(), rtol=1e-3, atol=1e-3)
-    # y is linear in the scales: Σ scale · ∂f/∂scale = 2 f
-    assert float((module.scales.detach() * module.scales.grad).sum()) == pytest.approx(
-        2 * float(outputs.square().sum()), rel=1e-4
-    )
+    # y is linear in the scales and in the gains: Σ scale · ∂f/∂scale = 2 f
+    for factor in (module.scales, module.gains):
+        assert float((factor.detach() * factor.grad).sum()) == pytest.approx(2 * float(outputs.square().sum()), rel=1e-4)
 
 
 def test_losses_are_output_errors_and_fall_with_bits():

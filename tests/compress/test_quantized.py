@@ -127,6 +127,7 @@ def data_bytes(tensors) -> int:
     ("name", "chosen"),
     [(name, {"bits": bits}) for name in ("rtn", "gptq") for bits in BITS]
     + [(name, {"rank": 3, "bits": bits, "factor_bits": f}) for name in CORRECTIONS for bits in (2, 3) for f in (16, 8)]
+    + [("caldera", {"rank": 3, "code": "trellis", "state_bits": 6, "factor_bits": f}) for f in (16, 8)]
     + [("qera", {"rank": 0}), ("caldera", {"rank": 99}), ("lqer", {"rank": 3, "grid": "mxint", "factor_bits": 8})],
 )
 def test_a_file_has_the_bytes_of_its_option(name, chosen, dtype):
@@ -301,6 +302,33 @@ def test_more_rounds_never_make_caldera_worse():
         options, solution = solved("caldera", weight, x, bits=3, rank=8, rounds=rounds, group_size=16)
         losses.append(solution.loss(options[0].choice))
     assert losses[0] >= losses[1] >= losses[2] and losses[0] > losses[2]
+
+
+@pytest.mark.parametrize("code", ["e8", "trellis"])
+def test_caldera_on_a_code_is_better_than_on_a_grid_of_the_same_bits_and_than_its_code_alone(code):
+    weight, x = problem(64, 96, tokens=400)
+    of_the_code = {"code": code} | ({"state_bits": 8} if code == "trellis" else {})
+    asked = {"bits": 2, "rank": 6, "rounds": 3, "factor_bits": 4, "group_size": 32}
+    (option,), solution = solved("caldera", weight, x, **asked, **of_the_code)
+    (of_grid,), on_grid = solved("caldera", weight, x, **asked)
+    assert option.nbytes < of_grid.nbytes
+    form = solution.form(option.choice)
+    assert solution.loss(option.choice) == pytest.approx(error(weight, form.dense(), x))
+    assert solution.loss(option.choice) < on_grid.loss(of_grid.choice)
+    assert solution.loss(option.choice) < solution.loss(Choice(rank=0))
+    alone = get_method("trellis")
+    (bare,) = alone.options(Shape(64, 96, 2), settings := alone.settings(bits=2, **of_the_code), 1)
+    assert solution.loss(Choice(rank=0)) == alone.solve(weight, statistics(x), settings).loss(bare.choice)
+    stored = form.with_bias(torch.ones(64)).stored(torch.bfloat16)
+    module = fill_module(build_module(stored.spec(), 96, 64, torch.bfloat16), stored.tensors())
+    inputs = x[:5].bfloat16()
+    expected = inputs.double() @ stored.dense().double().T + 1
+    assert torch.allclose(module(inputs).double(), expected, atol=0.02 * float(expected.abs().max()))
+
+
+def test_caldera_with_bits_that_its_code_does_not_have():
+    with pytest.raises(RecipeError, match="e8 has 2, 3, 4 bits, not 5"):
+        load_recipe("caldera", {"settings.code": "e8", "settings.bits": 5})
 
 
 def test_factors_are_quantized_with_the_left_one_refitted():

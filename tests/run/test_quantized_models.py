@@ -38,6 +38,8 @@ def substituted(model, small) -> torch.Tensor:
         ("gptq", {"bits": 3, "group_size": 20}),
         ("qera", {"rank": 4, "factor_bits": 8}),
         ("caldera", {"rank": 5, "bits": 4, "rounds": 2}),
+        ("caldera", {"rank": 5, "bits": 4, "rounds": 1, "code": "trellis", "state_bits": 8}),
+        ("yaqa", {"bits": 4, "state_bits": 8, "gains": True}),
     ],
 )
 def test_a_quantized_checkpoint_loads_as_what_was_computed(

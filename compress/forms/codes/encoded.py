@@ -1,9 +1,9 @@
 """The encoded form: a matrix in a trellis or lattice code, rotated on both sides, with one scale for 16 columns.
 
 The rotated matrix is cut into tiles of 16 x 16 (code.py); rows and columns are filled up to whole tiles. A weight costs its
-bits and, for the scales, 1/out of a number of the checkpoint's dtype for 16 of them: 2.002 bits at out = 576. Signs of the
-rotation come from a seed in the spec. Codes are packed in memory as on disk; a product reads back some rows of tiles at a
-time.
+bits and, for the scales, 1/out of a number of the checkpoint's dtype for 16 of them: 2.002 bits at out = 576. Where outputs
+have gains, a number each, that is 1/in of a number more. Signs of the rotation come from a seed in the spec. Codes are packed
+in memory as on disk; a product reads back some rows of tiles at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Encoded(Form):
         scales: (columns of tiles,) floating point; what the code's values are multiplied by.
         shape: (out, in) of the matrix.
         seed: of the rotations' signs; None: the matrix is not rotated.
+        gains: (out,) floating point, what the outputs are multiplied by after their rotation is undone; None: by nothing.
         bias: (out,) or None.
         dtype: in which `dense` returns the matrix.
     """
@@ -42,20 +43,23 @@ class Encoded(Form):
     scales: Tensor
     shape: tuple[int, int]
     seed: int | None
+    gains: Tensor | None = None
     bias: Tensor | None = None
     dtype: torch.dtype = torch.float64
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"weight": self.codes.flatten(), "scales": self.scales.contiguous()}
-        return named if self.bias is None else named | {"bias": self.bias.contiguous()}
+        named = {"weight": self.codes.flatten(), "scales": self.scales, "gains": self.gains, "bias": self.bias}
+        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
     def dense(self) -> Tensor:
         matrix = from_tiles(_values(self.code, self.codes)).double()
         matrix = (matrix * _by_column(self.scales.double()))[: self.shape[0], : self.shape[1]]
-        return (matrix if self.seed is None else rotate_both_back(matrix, self.seed)).to(self.dtype)
+        matrix = matrix if self.seed is None else rotate_both_back(matrix, self.seed)
+        return (matrix if self.gains is None else matrix * self.gains.double()[:, None]).to(self.dtype)
 
     def spec(self) -> Spec:
-        return {"kind": self.kind, "code": self.code.spec(), "seed": self.seed, "bias": self.bias is not None}
+        has = {"gains": self.gains is not None, "bias": self.bias is not None}
+        return {"kind": self.kind, "code": self.code.spec(), "seed": self.seed, **has}
 
     def with_bias(self, bias: Tensor | None) -> Encoded:
         if bias is None:
@@ -67,19 +71,19 @@ class Encoded(Form):
 
         A scale below the normal range of float16 is rounded to the smallest one in it.
         """
-        bias = None if self.bias is None else self.bias.to("cpu", dtype)
+        gains, bias = (None if each is None else each.to("cpu", dtype) for each in (self.gains, self.bias))
         scales = self.scales.cpu()
         rounded = torch.where(scales > 0, scales.to(dtype).clamp_min(torch.finfo(dtype).smallest_normal), 0).to(dtype)
-        return Encoded(self.code, self.codes.cpu(), rounded, self.shape, self.seed, bias, dtype)
+        return Encoded(self.code, self.codes.cpu(), rounded, self.shape, self.seed, gains, bias, dtype)
 
 
 class EncodedLinear(nn.Module):
-    """`y = Q_outᵀ (codes · (Q_in x)) + bias`; the rotated matrix is read back some rows at a time.
+    """`y = gains · Q_outᵀ (codes · (Q_in x)) + bias`; the rotated matrix is read back some rows at a time.
 
     Args:
         spec: of the form.
         in_features, out_features: of the matrix.
-        dtype: of scales and bias; the product is done in the dtype of the input, the rotations in float32 or better.
+        dtype: of scales, gains and bias; the product is done in the dtype of the input, the rotations in float32 or better.
     """
 
     def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
@@ -91,6 +95,7 @@ class EncodedLinear(nn.Module):
         count = self._tiles[0] * self._tiles[1] * self.code.nbytes
         self.weight = nn.Parameter(torch.empty(count, dtype=torch.uint8), requires_grad=False)
         self.scales = nn.Parameter(torch.empty(self._tiles[1], dtype=dtype))
+        self.gains = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec.get("gains") else None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if spec["bias"] else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +111,8 @@ class EncodedLinear(nn.Module):
         y = torch.cat(parts, dim=-1)[..., : self.out_features]
         if self.seed is not None:
             y = rotate_back(y.to(wide), self.seed + 1).to(x.dtype)
+        if self.gains is not None:
+            y = y * self.gains.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -113,7 +120,8 @@ class EncodedLinear(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         matrix = from_tiles(_values(self.code, self._codes())).to(wide) * _by_column(self.scales.to(wide))
         matrix = matrix[: self.out_features, : self.in_features]
-        return (matrix if self.seed is None else rotate_both_back(matrix, self.seed)).to(dtype)
+        matrix = matrix if self.seed is None else rotate_both_back(matrix, self.seed)
+        return (matrix if self.gains is None else matrix * self.gains.to(wide)[:, None]).to(dtype)
 
     def _codes(self) -> Tensor:
         return self.weight.view(*self._tiles, self.code.nbytes)
@@ -146,6 +154,7 @@ class EncodedSpec(FormSpec):
 
     code: CodeSpec
     seed: int | None = Field(ge=0, lt=1 << 31)
+    gains: bool = False
     bias: bool
 
 
