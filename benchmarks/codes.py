@@ -10,8 +10,8 @@
 of the lattices' stages with the least error.
 
 `model`: perplexity on two texts by the protocol of benchmarks/table.py, on the model off its 4-bit grid (benchmarks/ungrid.py).
-Rows of ABLATION for each number of bits: rotation, code, feedback, propagation, each left out or added alone. OUT holds
-everything; the same command goes on where it was stopped.
+Rows of ABLATION for each number of bits: gradients, rotation, code, feedback, propagation, each left out or added alone. OUT
+holds everything; the same command goes on where it was stopped.
 
 `errors`: output errors on text that calibration never saw, relative to the outputs, over the targets of some layers: the parts
 of a code each alone and together, one-shot, in minutes a layer.
@@ -48,6 +48,9 @@ from lrc.plan.units import shape_of
 
 # name -> (recipe, settings)
 ABLATION: dict[str, tuple[str, dict[str, object]]] = {
+    "yaqa, bits by kl": ("yaqa", {"settings.bits": None, "allocation": "kl"}),
+    "yaqa": ("yaqa", {}),
+    "yaqa one-shot": ("yaqa", {"propagate": "original"}),
     "trellis": ("trellis", {}),
     "one-shot": ("trellis", {"propagate": "original"}),
     "one-shot, scalar": ("trellis", {"propagate": "original", "settings.code": "scalar"}),
@@ -150,7 +153,8 @@ def on_model(arguments: argparse.Namespace) -> None:
     for bits, name in product(map(int, arguments.bits.split(",")), arguments.only.split(",") if arguments.only else ABLATION):
         recipe, settings = ABLATION[name]
         file = out / "recipes" / f"{bits} bits, {name}.yaml".replace(", ", "_").replace(" ", "-")
-        file.write_text(yaml.safe_dump(load_recipe(recipe, settings | {"settings.bits": bits}).resolved(), sort_keys=False))
+        asked = {"bits": bits} if "allocation" in settings else {"settings.bits": bits}  # on average, or for every target
+        file.write_text(yaml.safe_dump(load_recipe(recipe, settings | asked).resolved(), sort_keys=False))
         given.append(str(file))
     if not (out / "ungrid" / "config.json").is_file():
         run(str(HERE / "ungrid.py"), str(out / "ungrid"))

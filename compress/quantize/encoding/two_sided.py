@@ -41,22 +41,27 @@ def encode_two_sided(weight: Tensor, inputs: Tensor | None, outputs: Tensor | No
     own, above, left = _tiles(weight), _normalised(outputs, weight, 0), _normalised(inputs, weight, 1)
     rows, columns = own.shape[0], own.shape[2]
     scales = _scales(_energies(weight), above, left, code)
-    before = left.view(-1, columns, SIDE).transpose(0, 1).contiguous()  # (columns of tiles, in, 16)
+    # On an antidiagonal rows ascend and columns descend: with columns of tiles stored backwards both are slices, not copies.
+    before = left.view(-1, columns, SIDE).transpose(0, 1).flip(0)  # (columns of tiles, in, 16)
     over = above.view(-1, rows, SIDE).permute(1, 2, 0).contiguous()  # (rows of tiles, 16, out)
-    errors, passed = torch.zeros_like(own), torch.zeros_like(own)  # E, and E + A; zero where no code is yet
+    errors = torch.zeros_like(own)  # E; zero where no code is yet, as E + A
+    passed = weight.new_zeros(columns, rows, SIDE, SIDE)
     codes = torch.empty(rows, columns, code.nbytes, dtype=torch.uint8, device=weight.device)
     for diagonal in range(rows + columns - 1):
-        row = torch.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1), device=weight.device)
+        first, last = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
+        row = torch.arange(first, last, device=weight.device)
         column = diagonal - row
+        backwards = slice(columns - 1 - diagonal + first, columns - 1 - diagonal + last)
         values, scale = own[row, :, column], scales[column][:, None, None]
-        from_left = errors[row].flatten(2) @ before[column]
-        from_above = over[row] @ passed[:, :, column].permute(2, 0, 1, 3).flatten(1, 2)
+        width, height = (diagonal - first) * SIDE, (last - 1) * SIDE  # beyond them nothing on this antidiagonal has errors
+        from_left = errors[first:last].flatten(2)[..., :width] @ before[backwards, :width]
+        from_above = over[first:last, :, :height] @ passed[backwards].flatten(1, 2)[:, :height]
         wanted = values + from_left + from_above
         packed = ENCODERS[code.kind]((wanted / torch.where(scale > 0, scale, 1)).flatten(1), code)
         codes[row, column] = packed
         error = values - code.values(packed).double().view(wanted.shape) * scale
         errors[row, :, column] = error
-        passed[row, :, column] = error + from_left
+        passed[columns - 1 - column, row] = error + from_left
     return codes, scales
 
 
