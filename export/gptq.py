@@ -1,8 +1,8 @@
 """Codes in the GPTQ checkpoint format, corrections as an adapter of PEFT beside them.
 
-When to use: for results with codes of 2, 3, 4 or 8 bits in GPTQModel, vLLM, SGLang, or transformers with GPTQModel. Symmetric
-codes are written as version 1 of the format, which every reader knows; codes with zeros as version 2, because version 1 stores
-a zero less one and has no place for a zero of 0.
+When to use: for results with codes of 2, 3, 4 or 8 bits in GPTQModel, SGLang, transformers with GPTQModel, or vLLM (which reads
+4 and 8 bits without zeros). Symmetric codes are written as version 1 of the format, which every reader knows; codes with zeros
+as version 2, because version 1 stores a zero less one and has no place for a zero of 0.
 
 Source: github.com/ModelCloud/GPTQModel, nn_modules/qlinear, version 7.7.
 """
@@ -32,7 +32,7 @@ _WORD = 32
 @export_format(
     "gptq",
     about="codes of 2, 3, 4 or 8 bits in GPTQ's format, corrections as a PEFT adapter",
-    opened_by="GPTQModel, vLLM, SGLang, and transformers with GPTQModel",
+    opened_by="GPTQModel, transformers with GPTQModel, SGLang; vLLM 4 and 8 bits without zeros",
 )
 class Gptq(CodedFormat):
     """The GPTQ format, version 1 or 2."""
