@@ -71,7 +71,7 @@ def test_a_request_is_followed_or_both_numbers_are_said_or_it_is_refused(name, v
         missed = draft.targets_after - asked_bytes(budget, draft)
         assert said.endswith(")") == (abs(missed) > GRAIN * draft.targets_before), (budget, said)
         # a budget is the most that there may be, but for a ratio beside targets that stay, and for bits of codes
-        codes = budget in WHOLE and name in ("rtn", "gptq", "trellis")
+        codes = budget in WHOLE and name in ("rtn", "gptq", "trellis", "yaqa")
         assert missed <= 0.5 or codes or ("ratio" in budget and any(step.kept for step in draft.steps)), (budget, said)
     decides_itself = name in ("energy", "utilized-rank", "welore")
     assert followed if not decides_itself else not followed
