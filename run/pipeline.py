@@ -193,7 +193,11 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
         return draft.settled(), None
     # a shared folder belongs to one calibration set, and this recipe may have none
     folder = run.statistics_folder if recipe.reads_text else run.own_folder
-    statistics = collect(run.view, run.calibration, draft.needs, folder, run.devices, recipe.gradients, run.notify)
+    needs = draft.needs
+    if recipe.allocation == "uniform" and recipe.propagate == "compressed" and not looks_around and run.shared is None:
+        # layers are solved by what the compressed layers before them give: only gradients are the original's
+        needs = {name: each & BACKWARD_NEEDS for name, each in needs.items()}
+    statistics = collect(run.view, run.calibration, needs, folder, run.devices, recipe.gradients, run.notify)
     if recipe.allocation == "uniform":
         return draft.settled(), statistics
     return _told(run, make_plan(run.view, draft, count, curves=measure(draft, run, statistics))), statistics

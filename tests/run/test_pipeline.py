@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import textwrap
 
 import pytest
 import torch
+from commandline import lrc_ok
 from pipeline import IDS, compress, logits, place_of, stored
 from safetensors.torch import load_file
 
@@ -57,6 +59,21 @@ def test_sequential_sees_what_the_compressed_layers_put_out(tiny_checkpoints, ti
     assert all(torch.equal(one[name], two[name]) for name in one)  # the first layer sees the same inputs
     one, two = (stored(tmp_path / p, "model.layers.1.") for p in ("original", "compressed"))
     assert not torch.equal(one["model.layers.1.mlp.up_proj.left"], two["model.layers.1.mlp.up_proj.left"])
+
+
+def test_of_the_original_only_gradients_are_collected_where_layers_see_what_compressed_ones_put_out(
+    tiny_checkpoints, tiny_text_file, tmp_path
+):
+    """With a folder for statistics everything is collected, because other recipes are to find it there: the same result."""
+    model = tiny_checkpoints("llama")
+    sizes = ["--ratio", 0.4, "--calibration", f"text:{tiny_text_file}", "--samples", 4, "--length", 32]
+    asked = ["compress", model, "--recipe", "kfac", "--propagate", "compressed", *sizes]
+    alone = lrc_ok(*asked, "--out", tmp_path / "alone")
+    sharing = lrc_ok(*asked, "--out", tmp_path / "sharing", "--statistics", tmp_path / "statistics")
+    assert "gradients" in alone and not re.search(r"^statistics +\d+/", alone, re.MULTILINE)
+    assert re.search(r"^statistics +\d+/", sharing, re.MULTILINE)
+    one, two = stored(tmp_path / "alone"), stored(tmp_path / "sharing")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
