@@ -67,6 +67,19 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
         (["compare", "model"], ["one model"]),
         (["compare", "model", "./gone", "--text", "none.txt"], ["./gone", "none.txt"]),
         (["doctor", "--json", "no/x.json"], ["no/x.json"]),
+        # inspect
+        (["inspect", "./gone", "--map", "enrgy-0.4", "--device", "gpu"], ["./gone", "'energy-0.4'", "'gpu'"]),
+        (["inspect", "thesis"], ["thesis"]),
+        (["inspect", "result"], ["result"]),
+        (
+            ["inspect", "model", "--map", "input", "--html", "no/x.html", "--json", "no/x.json"],
+            ["--map input", "no/x.html", "no/x.json"],
+        ),
+        (["inspect", "model", "--calibration", "text:none.txt"], ["none.txt"]),
+        (["inspect", "model", "--calibration", "pydoo"], ["--calibration pydoo", "'pydoc'"]),
+        (["inspect", "model", "--calibration", "self"], ["Take pydoc"]),
+        (["inspect", "model", "--calibration", "text:text.txt", "--length", "4096"], ["--length 4096 is more than the 256"]),
+        (["inspect", "model", "--samples", "0"], ["--samples"]),
         # recipes and statistics
         (["recipe", "check", "empty"], ["it is a folder"]),
         (["recipe", "new", "no/x.yaml"], ["The folder of no/x.yaml"]),
