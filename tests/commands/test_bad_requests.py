@@ -80,6 +80,15 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
         (["inspect", "model", "--calibration", "self"], ["Take pydoc"]),
         (["inspect", "model", "--calibration", "text:text.txt", "--length", "4096"], ["--length 4096 is more than the 256"]),
         (["inspect", "model", "--samples", "0"], ["--samples"]),
+        # advise
+        (["advise", "./gone", "--recipes", "svd-lm"], ["./gone", "'svd-llm'", "How small shall it be?"]),
+        (["advise", "model", "--ratio", "40", "--device", "gpu"], ["Did you mean 0.4?", "'gpu'"]),
+        (["advise", "model", "--ratio", "0.4", "--size", "4GB"], ["2 of --size, --ratio and --memory"]),
+        (["advise", "model", "--size", "4 GX", "--calibration", "text:none.txt"], ["unknown unit 'GX'", "none.txt"]),
+        (["advise", "model", "--memory", "6"], ["has no unit", "6GB"]),
+        (["advise", "model", "--size", "4GB", "--length", "48"], ["None of 5 recipes reaches it", "is no compression"]),
+        (["advise", "model", "--ratio", "0.4", "--json", "no/x.json", "--recipes", ","], ["no/x.json", "--recipes is empty"]),
+        (["advise", "result", "--ratio", "0.4"], ["result"]),
         # recipes and statistics
         (["recipe", "check", "empty"], ["it is a folder"]),
         (["recipe", "new", "no/x.yaml"], ["The folder of no/x.yaml"]),
