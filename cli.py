@@ -17,9 +17,11 @@ from .commands.common.help import Command, Group
 from .commands.compress import compress
 from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.look.advise import advise
 from .commands.look.compare import compare
 from .commands.look.doctor import doctor
 from .commands.look.generate import generate
+from .commands.look.inspect import inspect
 from .commands.look.report import report
 from .commands.plan import plan
 from .commands.recipe.app import recipe_app
@@ -37,7 +39,7 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress, "plan": plan, "eval": evaluate, "sweep": sweep, "verify": verify, "export": export, "bench": bench,
-    "report": report, "compare": compare, "generate": generate, "doctor": doctor,
+    "inspect": inspect, "advise": advise, "report": report, "compare": compare, "generate": generate, "doctor": doctor,
 }  # fmt: skip
 for name, command in _COMMANDS.items():
     app.command(name, cls=Command)(command)

@@ -7,8 +7,21 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Protocol, TypeVar
 
-from .content import Report, TargetLine
+from .content import Report
+
+
+class Placed(Protocol):
+    """A matrix with its place in the model."""
+
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def role(self) -> str: ...
+
+
+P = TypeVar("P", bound=Placed)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ def figures(report: Report) -> list[Figure]:
     if not inside:
         return found
     found.append(
-        _map(
+        heat_map(
             "bits", "Bits per weight", inside, lambda line: line.bits, "%{z:.2f} bits",
             "Stored bits per number of the original matrix, scales and zeros and indices counted. "
             "Dark cells keep most; a gap is a layer or matrix that has left.",
@@ -43,14 +56,14 @@ def figures(report: Report) -> list[Figure]:
     )  # fmt: skip
     if any(line.rank for line in inside):
         found.append(
-            _map(
+            heat_map(
                 "rank", "Rank", inside, lambda line: float(line.rank) if line.rank else None, "rank %{z:.0f}",
                 "Rank of the factors, or of the correction beside codes.",
             )
         )  # fmt: skip
     if any(line.error is not None for line in inside):
         found.append(
-            _map(
+            heat_map(
                 "error", "Error of each matrix", inside, lambda line: line.error, "%{z:.2%}",
                 "Relative error of the matrix's outputs on the calibration set, where the method measures it so. "
                 "Errors of different roles cannot be compared as losses of the model.",
@@ -59,11 +72,11 @@ def figures(report: Report) -> list[Figure]:
     return found
 
 
-def _map(
+def heat_map(
     name: str,
     title: str,
-    lines: list[TargetLine],
-    value: Callable[[TargetLine], float | None],
+    lines: Sequence[P],
+    value: Callable[[P], float | None],
     shown: str,
     about: str,
 ) -> Figure:
@@ -85,7 +98,7 @@ def _map(
         "xaxis": {"title": {"text": "layer"}, "dtick": max(1, len(layers) // 16), "showgrid": False, "zeroline": False},
         "yaxis": {"autorange": "reversed", "showgrid": False, "automargin": True},
     }
-    return Figure(name, title, about, _spec([heat], layout))
+    return Figure(name, title, about, plotly_spec([heat], layout))
 
 
 def _bytes(report: Report) -> Figure:
@@ -108,10 +121,11 @@ def _bytes(report: Report) -> Figure:
         "bytes",
         "Where the bytes are",
         "Bytes of all matrices of a role, in the original and in the result.",
-        _spec(bars, layout),
+        plotly_spec(bars, layout),
     )
 
 
-def _spec(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
+def plotly_spec(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
+    """Data and layout of plotly, as JSON, with the margins that all figures have."""
     common: dict[str, object] = {"margin": {"l": 8, "r": 8, "t": 24, "b": 48}, "autosize": True}
     return json.dumps({"data": data, "layout": common | dict(layout)})

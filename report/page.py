@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from .content import Report
-from .figures import figures
+from .figures import Figure, figures
 
 
 def page(report: Report) -> str:
     """The HTML of a report."""
+    return rendered("page.html", figures(report), report=report)
+
+
+def rendered(template: str, drawn: list[Figure], **values: Any) -> str:
+    """The HTML of a template in this folder, with figures and plotly's script."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -18,8 +23,7 @@ def page(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"size": _size, "percent": _percent}
-    drawn: Any = figures(report)
-    return environment.get_template("page.html").render(report=report, figures=drawn, plotly=get_plotlyjs())
+    return environment.get_template(template).render(figures=drawn, plotly=get_plotlyjs(), **values)
 
 
 def _size(nbytes: int) -> str:

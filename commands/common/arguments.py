@@ -26,7 +26,7 @@ def interruptible(what_now: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def require_writable(file: Path) -> None:
+def require_writable(file: Path, option: str = "--json") -> None:
     """Refuse a file that could not be written at the end of hours of work.
 
     Raises:
@@ -34,11 +34,11 @@ def require_writable(file: Path) -> None:
         OutputError: it may not be written.
     """
     if not file.parent.is_dir():
-        raise RequestError(f"The folder of --json {file} does not exist.", "Create it first.")
+        raise RequestError(f"The folder of {option} {file} does not exist.", "Create it first.")
     if file.is_dir():
-        raise RequestError(f"--json {file} is a folder.", "Name a file in it.")
+        raise RequestError(f"{option} {file} is a folder.", "Name a file in it.")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise OutputError(f"Cannot write --json {file}: permission denied, or a read-only disk.", "Give another file.")
+        raise OutputError(f"Cannot write {option} {file}: permission denied, or a read-only disk.", "Give another file.")
 
 
 def require_own(folder: Path) -> None:

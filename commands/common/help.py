@@ -23,6 +23,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": ("lrc export OUT", "lrc export OUT --to dense --out DENSE"),
     "bench": ("lrc bench OUT --baseline MODEL", "lrc bench OUT --prefill 64 --decode 1 --rounds 3 --json bench.json"),
     "report": ("lrc report OUT", "lrc report OUT --out PAGE"),
+    "advise": (
+        "lrc advise MODEL --ratio 0.4",
+        "lrc advise MODEL --ratio 0.3 --recipes gptq,lrc-fast --calibration text:FILE --json -",
+    ),
+    "inspect": ("lrc inspect MODEL", "lrc inspect MODEL --calibration text:FILE --map rank --html inspect.html"),
     "recipe": ("lrc recipe list", "lrc recipe show svd-llm"),
     "recipe list": ("lrc recipe list", "lrc recipe list --json -"),
     "recipe methods": ("lrc recipe methods", "lrc recipe methods --json -"),

@@ -25,6 +25,11 @@ def peak_rss(child: int | None = None) -> int:
     return 0
 
 
+def resident() -> int:
+    """Resident memory of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps freed memory, and the peak would grow from layer to layer."""
     with contextlib.suppress(AttributeError, OSError):  # another C library has no malloc_trim and no such habit

@@ -67,6 +67,28 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
         (["compare", "model"], ["one model"]),
         (["compare", "model", "./gone", "--text", "none.txt"], ["./gone", "none.txt"]),
         (["doctor", "--json", "no/x.json"], ["no/x.json"]),
+        # inspect
+        (["inspect", "./gone", "--map", "enrgy-0.4", "--device", "gpu"], ["./gone", "'energy-0.4'", "'gpu'"]),
+        (["inspect", "thesis"], ["thesis"]),
+        (["inspect", "result"], ["result"]),
+        (
+            ["inspect", "model", "--map", "input", "--html", "no/x.html", "--json", "no/x.json"],
+            ["--map input", "no/x.html", "no/x.json"],
+        ),
+        (["inspect", "model", "--calibration", "text:none.txt"], ["none.txt"]),
+        (["inspect", "model", "--calibration", "pydoo"], ["--calibration pydoo", "'pydoc'"]),
+        (["inspect", "model", "--calibration", "self"], ["Take pydoc"]),
+        (["inspect", "model", "--calibration", "text:text.txt", "--length", "4096"], ["--length 4096 is more than the 256"]),
+        (["inspect", "model", "--samples", "0"], ["--samples"]),
+        # advise
+        (["advise", "./gone", "--recipes", "svd-lm"], ["./gone", "'svd-llm'", "How small shall it be?"]),
+        (["advise", "model", "--ratio", "40", "--device", "gpu"], ["Did you mean 0.4?", "'gpu'"]),
+        (["advise", "model", "--ratio", "0.4", "--size", "4GB"], ["2 of --size, --ratio and --memory"]),
+        (["advise", "model", "--size", "4 GX", "--calibration", "text:none.txt"], ["unknown unit 'GX'", "none.txt"]),
+        (["advise", "model", "--memory", "6"], ["has no unit", "6GB"]),
+        (["advise", "model", "--size", "4GB", "--length", "48"], ["None of 5 recipes reaches it", "is no compression"]),
+        (["advise", "model", "--ratio", "0.4", "--json", "no/x.json", "--recipes", ","], ["no/x.json", "--recipes is empty"]),
+        (["advise", "result", "--ratio", "0.4"], ["result"]),
         # recipes and statistics
         (["recipe", "check", "empty"], ["it is a folder"]),
         (["recipe", "new", "no/x.yaml"], ["The folder of no/x.yaml"]),

@@ -98,7 +98,7 @@ def failure(line: str, models: dict[str, Path], here: Path) -> str:
         shutil.rmtree(here / "OUT-dense")
     small = [SIZES.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     given = {"eval": ["--length", "64", "--max-windows", "1"], "bench": ["--prefill", "8", "--decode", "1", "--rounds", "1"]}
-    given |= {"sweep": ["--eval-length", "64", "--max-windows", "1"]}
+    given |= {"sweep": ["--eval-length", "64", "--max-windows", "1"], "advise": ["--length", "48", "--layers", "1"]}
     result = run_lrc(*small, *given.get(words[0], []))
     if target:
         target.write_text(result.out)

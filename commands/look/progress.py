@@ -1,0 +1,40 @@
+"""Progress of a command that reads a model layer by layer: a bar on a terminal, plain lines elsewhere; on the error stream."""
+
+from __future__ import annotations
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...model.events import Event, Noted
+from ...model.machine.host_memory import peak_rss
+from ...plan.budget import readable
+from ..common.console import messages
+
+
+class Steps:
+    """Shows events while the context is open."""
+
+    def __init__(self) -> None:
+        self._console = messages()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=self._console, transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Noted):
+            self._console.print(f"note: {event.stage}")
+        elif self._console.is_terminal and event.done:
+            self._bar.update(self._task, description=event.stage, completed=event.done, total=event.total)
+        else:
+            place = f" {event.done:>3}/{event.total}" if event.done else ""
+            self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {readable(peak_rss())}")
