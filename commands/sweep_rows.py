@@ -222,6 +222,7 @@ def _row(sweep: Sweep, job: Job) -> Row:
         "--out",
         str(out),
         "--no-check",
+        "--no-time",
         *sweep.compress,
     ]
     seconds, peak = row_process.run(compress[1:], log)
