@@ -85,7 +85,7 @@ def _map(
         "xaxis": {"title": {"text": "layer"}, "dtick": max(1, len(layers) // 16), "showgrid": False, "zeroline": False},
         "yaxis": {"autorange": "reversed", "showgrid": False, "automargin": True},
     }
-    return Figure(name, title, about, _spec([heat], layout))
+    return Figure(name, title, about, spec_of([heat], layout))
 
 
 def _bytes(report: Report) -> Figure:
@@ -108,10 +108,10 @@ def _bytes(report: Report) -> Figure:
         "bytes",
         "Where the bytes are",
         "Bytes of all matrices of a role, in the original and in the result.",
-        _spec(bars, layout),
+        spec_of(bars, layout),
     )
 
 
-def _spec(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
+def spec_of(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
     common: dict[str, object] = {"margin": {"l": 8, "r": 8, "t": 24, "b": 48}, "autosize": True}
     return json.dumps({"data": data, "layout": common | dict(layout)})

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no network, with plotly's script in it."""
+"""The pages: one HTML file that needs no network, with plotly's script in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from .content import Report
-from .figures import figures
+from .figures import Figure, figures
+from .front import Front, front_figures
 
 
 def page(report: Report) -> str:
     """The HTML of a report."""
+    return _rendered("page.html", figures(report), report=report)
+
+
+def sweep_page(front: Front) -> str:
+    """The HTML of a sweep."""
+    return _rendered("sweep.html", front_figures(front), front=front)
+
+
+def _rendered(template: str, drawn: list[Figure], **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -18,8 +28,7 @@ def page(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"size": _size, "percent": _percent}
-    drawn: Any = figures(report)
-    return environment.get_template("page.html").render(report=report, figures=drawn, plotly=get_plotlyjs())
+    return environment.get_template(template).render(figures=drawn, plotly=get_plotlyjs(), **values)
 
 
 def _size(nbytes: int) -> str:
