@@ -123,6 +123,8 @@ def _planned_rows(
         check(require_own, options.out)
         request = check(_prepared, options)
         location = None if is_on_hub(source.model) else check(located, source.model)
+        if location is not None:
+            check(location.require_tokenizer)
         if (first := recipes[names[0]]) is not None and first.reads_text:
             check(require_available, first.calibration)
     quiet()

@@ -13,7 +13,8 @@ import torch
 Clock = Callable[[], float]
 Size = TypeVar("Size")
 wall: Clock = time.perf_counter
-_GROWTH = (4.0, 8.0)
+_GROWTH = (4.0, 8.0)  # bounds of how much longer the next size may take
+_SHORT = 0.5  # of the budget
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,21 @@ class Stopwatch:
         return self.clock() - started
 
     def rising(self, sizes: Sequence[Size], function: Callable[[Size], object]) -> list[float]:
-        """Seconds for the first sizes, as many as the budget allows; the first size is run twice, to be warm.
+        """Seconds for the first sizes, as many as the budget allows.
+
+        The first call of a size is slower than later ones: libraries choose how to compute it, and memory is new. Where it is
+        short it is called again.
 
         Args:
             sizes: from the smallest on, each some two to four times as large as the one before it.
             function: computes a size.
         """
-        function(sizes[0])
         found: list[float] = []
         for size in sizes:
             if found and found[-1] * self._growth(found) > self.budget:
                 break
-            found.append(self.seconds(partial(function, size)))
+            seconds = self.seconds(partial(function, size))
+            found.append(self.seconds(partial(function, size)) if seconds < _SHORT * self.budget else seconds)
         return found
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...calibrate.layerwise import run_batches, run_in_chunks
 from ...calibrate.stats import chunks_of, wanted
+from ...model.ablation import SKIP
 from ...model.divergence import Predictions
 from ...model.layerwise import layerwise
 from ...model.lockstep import Call
@@ -23,7 +24,7 @@ from ...plan.plan import PROBED, Planned
 from .clock import Stopwatch
 
 _FIRST, _TIMES = 32, 4  # tokens of the shortest batch, and how many times as long the next one is
-_WORDS = 8192  # of the vocabulary that the divergence of a probe is measured over
+_HEAD = 1 << 26  # numbers of the output head that the divergence of a probe is measured with, at most
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,13 @@ def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime
         with turn.loaded(watch.device) as layer:
             seconds = watch.rising(turn.calls, lambda call: run_batches(layer, turn.name, [call], [watch.device]))
             probe = _at(ids.numel(), turn.calls, seconds)
-    words = min(_WORDS, text.vocab_size)
-    states = torch.randn(*ids.shape, text.hidden_size, device=watch.device)
+    words = min(_HEAD // text.hidden_size, text.vocab_size)
+    rows = ids.numel() - SKIP * len(ids) if ids.shape[1] > 2 * SKIP else ids.numel()
+    states = torch.randn(1, rows, text.hidden_size, device=watch.device)
     head = torch.randn(words, text.hidden_size, device=watch.device)
-
-    def compare() -> None:
-        Predictions(states @ head.T).divergence(states @ head.T)
-
-    compare()
-    # both the original's logits and the variant's were computed: a variant has half of the products, and nearly all of the rest
-    compared = 0.75 * watch.seconds(compare) * text.vocab_size / words
+    original = Predictions(states @ head.T)
+    (seconds_of_words,) = watch.rising([states], lambda some: original.divergence(some @ head.T))
+    compared = seconds_of_words * text.vocab_size / words
     return replace(found, probe=probe, compared=compared)
 
 
