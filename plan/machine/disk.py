@@ -11,7 +11,7 @@ from ...model.targets import Target
 from ...model.view import ModelView
 from ..plan import Planned
 
-_CURVE = 160  # bytes of an option and its loss in the JSON of a measured curve
+_CURVE = 400  # bytes of an option and its loss in the JSON of a measured curve
 _THINNED = 64  # options of a unit that are measured, unless a rule needs every rank (run/losses/curves.py)
 
 
