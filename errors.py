@@ -206,6 +206,8 @@ def together() -> Iterator[Callable[..., Any]]:
 
     yield check
     if len(errors) == 1:
+        if isinstance(errors[0], OutputError):  # nothing was begun: the request names a place that cannot be written
+            errors[0].exit_code = RequestError.exit_code
         raise errors[0]
     if errors:
         raise RequestError("\n".join(map(str, errors)))

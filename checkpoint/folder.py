@@ -56,6 +56,11 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in entries if path.name in (UNCHECKED, *SCRATCH) or path.name.endswith(PARTIAL)]
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (folder / JOURNAL).exists() or (folder / RECORD).exists()
+
+
 def clear_finished(folder: Path) -> list[str]:
     """Delete what a killed run left in the folder of a finished result; the names of what was deleted.
 

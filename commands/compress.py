@@ -29,6 +29,10 @@ def compress(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Measure a quick perplexity before and after, at the end.")
     ] = True,
+    timed: Annotated[
+        bool,
+        typer.Option("--time/--no-time", help="Measure this machine for some seconds, and say how long the run will take."),
+    ] = True,
     statistics: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +60,7 @@ def compress(
     if named is None:
         messages().print(f"The result goes into the folder {out} (--out names another).")
     with interruptible("the same command continues"), Progress() as progress:
-        result = run_request(request, out, statistics, restart, progress)
+        result = run_request(request, out, statistics, restart, progress, timed)
     if not result.made:
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return

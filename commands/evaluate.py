@@ -66,12 +66,15 @@ def evaluate(options: EvalOptions, source: ModelOptions) -> None:
     from ..evaluation.results import Evaluation
     from .common.eval_output import reporting
 
-    if options.json_file is not None:
-        require_writable(options.json_file)
     quiet()
     models = [source.model] if options.baseline is None else [source.model, options.baseline]
     with together() as check:
+        if options.json_file is not None:
+            check(require_writable, options.json_file)
         locations = [check(located, name) for name in models]
+        for location in locations:
+            if location is not None:
+                check(location.require_tokenizer)
         dtype = check(dtype_of, source.dtype)
         check(devices_of, source.device)
         length = options.length

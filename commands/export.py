@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import together
-from .common.arguments import quiet
+from .common.arguments import quiet, require_place
 from .common.json_output import Json, answered, require_json
 from .common.options import MaxShardSize, Trust
 
@@ -41,6 +41,7 @@ def export(
         number = checking(dtype_of, dtype)
         if to is not None:
             checking(get_format, to)
+            checking(require_place, out or result.absolute().with_name(f"{result.absolute().name}-{to}"), "--out")
     quiet()
     if to is None:
         listed = {form.name: {"about": form.about, "opened_by": form.opened_by} for form in formats().values()}

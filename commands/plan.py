@@ -41,6 +41,10 @@ def plan(
     source: ModelOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every target and everything that is kept.")] = False,
     max_shard_size: MaxShardSize = "5GB",
+    timed: Annotated[
+        bool,
+        typer.Option("--time", help="Also say how long the run will take: reads one layer, and measures this machine."),
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Print what lrc compress would do.
@@ -49,12 +53,20 @@ def plan(
     weights where sub-layers may be pruned.
     """
     require_json(json_file)
-    view, draft = drafted(requested(recipe, calibration, source, max_shard_size))
+    request = requested(recipe, calibration, source, max_shard_size)
+    view, draft = drafted(request)
     from .common.plan_output import plan_json, print_plan
+    from .common.time_output import duration_json, print_duration
 
-    if answered(json_file, plan_json(draft)):
+    duration = None
+    if timed:
+        from ..run.duration.foretell import foretell
+
+        duration = foretell(request.view(), draft, Path.cwd(), request.devices)
+    if answered(json_file, plan_json(draft) | ({} if duration is None else {"time": duration_json(duration)})):
         return
     print_plan(draft, verbose=verbose)
+    print_duration(duration, draft)
     note_calibration(view, draft)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.request import Request
     from ..model.view import ModelView
     from ..plan.plan import Draft
-    from .sweep_rows import Job, Sweep
+    from .sweep_rows import Job, Row, Sweep
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,28 @@ def sweep(options: SweepOptions, calibration: CalibrationOptions, source: ModelO
     table = markdown(rows)
     write_text(options.out / "sweep.md", table)
     console.print(table)
+    for file in _drawn(options.out, source.model, rows):
+        console.print(file)
+
+
+def _drawn(out: Path, model: str, rows: Sequence[Row]) -> list[str]:
+    """Draw the Pareto fronts as a page, and as pictures where something can draw them; the files, or why there are none."""
+    from .. import __version__
+    from ..checkpoint.atomic import write_text
+    from ..report.front import Front, Point, front_figures
+    from ..report.page import sweep_page
+    from ..report.picture import HINT, can_draw, draw
+
+    points = [Point(row.name, row.nbytes, row.metrics, row.speeds) for row in rows]
+    front = Front(out.resolve().name, Path(model).name, __version__, points)
+    write_text(out / "sweep.html", sweep_page(front))
+    files = [str(out / "sweep.html")]
+    if not can_draw():
+        return [*files, f"note: no pictures beside the page. {HINT}"]
+    for figure in front_figures(front):
+        draw(figure, out / f"sweep-{figure.name}.png")
+        files.append(str(out / f"sweep-{figure.name}.png"))
+    return files
 
 
 def _planned_rows(
@@ -100,6 +123,8 @@ def _planned_rows(
         check(require_own, options.out)
         request = check(_prepared, options)
         location = None if is_on_hub(source.model) else check(located, source.model)
+        if location is not None:
+            check(location.require_tokenizer)
         if (first := recipes[names[0]]) is not None and first.reads_text:
             check(require_available, first.calibration)
     quiet()

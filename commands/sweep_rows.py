@@ -93,6 +93,7 @@ class Row:
         seconds: of compressing, without the statistics that rows share.
         peak_bytes: resident memory of compressing.
         settings: as in `Job`.
+        speeds: metric -> tokens/s while it was measured.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Row:
     peak_bytes: int = 0
     commands: list[list[str]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,9 @@ def _row(sweep: Sweep, job: Job) -> Row:
     evaluate = ["lrc", "eval", sweep.model if job.recipe is None else str(out), "--json", str(scores), *sweep.evaluate]
     if job.recipe is None:
         row_process.run(evaluate[1:], log)
-        return Row(job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings))
+        return Row(
+            job.name, _metrics(scores), job.nbytes, commands=[evaluate], settings=dict(job.settings), speeds=_speeds(scores)
+        )
     ratio = [] if job.ratio is None else ["--ratio", f"{job.ratio:g}"]
     compress = [
         "lrc",
@@ -222,6 +226,7 @@ def _row(sweep: Sweep, job: Job) -> Row:
         "--out",
         str(out),
         "--no-check",
+        "--no-time",
         *sweep.compress,
     ]
     seconds, peak = row_process.run(compress[1:], log)
@@ -231,12 +236,18 @@ def _row(sweep: Sweep, job: Job) -> Row:
     held = json.loads(record)
     return Row(
         job.name, _metrics(scores), held["bytes"]["model_after"], held["ratio"], seconds, peak,
-        commands=[compress, evaluate], settings=dict(job.settings),
+        commands=[compress, evaluate], settings=dict(job.settings), speeds=_speeds(scores),
     )  # fmt: skip
 
 
 def _metrics(scores: Path) -> dict[str, float]:
     return {name: result["value"] for name, result in json.loads(scores.read_text())["results"].items()}
+
+
+def _speeds(scores: Path) -> dict[str, float]:
+    results = json.loads(scores.read_text())["results"].items()
+    speeds = {metric: result["protocol"].get("tokens_per_second") for metric, result in results}
+    return {metric: speed for metric, speed in speeds.items() if speed}
 
 
 @contextlib.contextmanager

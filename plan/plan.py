@@ -18,6 +18,7 @@ from ..calibrate.data import Calibration
 from ..calibrate.packing import token_hash
 from ..calibrate.stats import Wanted, chunks_of, wanted
 from ..checkpoint.merging import SHARD_BYTES
+from ..compress.base import BACKWARD_NEEDS
 from ..compress.options import Choice, Option
 from ..depth.model_edit import ModelEdit
 from ..model.targets import Target
@@ -28,6 +29,7 @@ from .units import Unit, needs_of
 
 IDENTITY = 2  # version of what an identity holds; 1 sampled the checkpoint's files
 PROBED = (2, 128)  # calibration samples that compare variants of single targets, and tokens per sample
+DELETED_EARLY = ("activations", "trials")  # of the files beside the result: gone before its weights are written
 PROBES_EACH = 3  # maximum number of variants of one target for each alternative
 
 
@@ -91,6 +93,7 @@ class Planned:
         whole_numel: parameters of the original model.
         batch: calibration samples that pass through a layer at once.
         memory: predicted memory.
+        scratch: kind of file -> predicted bytes that the run keeps on the disk beside the weights of the result.
         layers: number of layers of the original model.
         unread: bytes of the checkpoint that have to be read for its fingerprint; those of the other files are remembered.
         dropped: indices of the dropped layers.
@@ -138,6 +141,7 @@ class Planned:
     file_bytes: int = 0
     largest_part: int = 0
     max_shard_bytes: int = SHARD_BYTES
+    scratch: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def request(self) -> str:
@@ -249,6 +253,33 @@ class Planned:
     def disk_bytes(self) -> int:
         """Most bytes of disk that the weights take during the run: a shard, or those of one large part, are there twice."""
         return self.whole_after + min(self.whole_after, max(self.max_shard_bytes, self.largest_part))
+
+    @property
+    def disk_peak(self) -> int:
+        """Most bytes of disk that the run takes: the result or what is deleted before it, beside what is kept to the end."""
+        before = sum(nbytes for kind, nbytes in self.scratch.items() if kind in DELETED_EARLY)
+        return sum(self.scratch.values()) - before + max(before, self.disk_bytes)
+
+    @property
+    def collects(self) -> bool:
+        """Whether statistics of the original model are on the disk before the first layer is compressed."""
+        method = self.recipe.compression[0]
+        across = method.joint is not None and method.joint.across_layers
+        if self.recipe.dropping is not None:
+            return False
+        return self.recipe.allocation != "uniform" or across or bool(method.all_needs & BACKWARD_NEEDS)
+
+    @property
+    def needs_ahead(self) -> dict[str, frozenset[str]]:
+        """Statistics of the original model that a run of its own collects for each target before it compresses.
+
+        Where each layer is solved by what the compressed layers before it give, only gradients are the original's.
+        """
+        method = self.recipe.compression[0]
+        across = method.joint is not None and method.joint.across_layers
+        if self.recipe.allocation == "uniform" and self.recipe.propagate == "compressed" and not across:
+            return {name: each & BACKWARD_NEEDS for name, each in self.needs.items()}
+        return self.needs
 
     @property
     def whole_ratio(self) -> float:

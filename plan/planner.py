@@ -26,6 +26,7 @@ from .allocation import Shared, allocate
 from .budget import ASK, ASSUMED, Footprint, Found, header_bytes, said, share_of, targets_bytes
 from .knapsack import uniform
 from .limits import Bounds, bounds_of, even, matches, may_be_dense, unmatched, within
+from .machine.disk import predict_disk
 from .memory import predict_memory
 from .plan import Draft, Memory, Plan, Planned, Step
 from .recipe import Recipe
@@ -127,7 +128,7 @@ def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known
         largest_part=_largest_part(view),
         max_shard_bytes=known.max_shard_bytes,
     )
-    return replace(plan, memory=predict_memory(view, plan, devices))
+    return replace(plan, memory=predict_memory(view, plan, devices), scratch=predict_disk(view, plan))
 
 
 @dataclass(frozen=True)

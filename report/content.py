@@ -105,7 +105,11 @@ class Report:
 
     def as_json(self) -> str:
         """The content of report.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.as_data(), indent=2) + "\n"
+
+    def as_data(self) -> dict[str, Any]:
+        """The same content as data for JSON."""
+        return asdict(self)
 
 
 def gather(result: Result, evaluations: list[Path]) -> Report:
@@ -215,6 +219,15 @@ def _metrics(file: Path) -> list[Metric]:
         raise RequestError(
             f"{file} is no file of lrc eval --json: {one_line(error)}.", "Make it with: lrc eval OUT --json FILE"
         ) from error
+
+
+def require_evaluation(file: Path) -> None:
+    """Refuse a file that `lrc eval --json` did not write.
+
+    Raises:
+        RequestError: it is none.
+    """
+    _metrics(file)
 
 
 def _protocol(result: dict[str, Any]) -> str:

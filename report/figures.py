@@ -98,7 +98,7 @@ def heat_map(
         "xaxis": {"title": {"text": "layer"}, "dtick": max(1, len(layers) // 16), "showgrid": False, "zeroline": False},
         "yaxis": {"autorange": "reversed", "showgrid": False, "automargin": True},
     }
-    return Figure(name, title, about, plotly_spec([heat], layout))
+    return Figure(name, title, about, spec_of([heat], layout))
 
 
 def _bytes(report: Report) -> Figure:
@@ -121,11 +121,11 @@ def _bytes(report: Report) -> Figure:
         "bytes",
         "Where the bytes are",
         "Bytes of all matrices of a role, in the original and in the result.",
-        plotly_spec(bars, layout),
+        spec_of(bars, layout),
     )
 
 
-def plotly_spec(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
+def spec_of(data: Sequence[Mapping[str, object]], layout: Mapping[str, object]) -> str:
     """Data and layout of plotly, as JSON, with the margins that all figures have."""
     common: dict[str, object] = {"margin": {"l": 8, "r": 8, "t": 24, "b": 48}, "autosize": True}
     return json.dumps({"data": data, "layout": common | dict(layout)})

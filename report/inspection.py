@@ -7,7 +7,7 @@ from statistics import fmean
 
 from ..evaluation.inspection import Inspection, by_role, measure_of
 from ..evaluation.spectrum import RATIOS
-from .figures import Figure, heat_map, plotly_spec
+from .figures import Figure, heat_map, spec_of
 from .page import rendered
 
 _STEPS = 41  # places on the axis of the spectra
@@ -75,7 +75,7 @@ def _spectra(found: Inspection, whose: str) -> Figure:
         "legend": {"orientation": "h", "y": -0.25},
     }
     about = f"Energy {whose} in the leading singular directions, mean over the matrices of a role."
-    return Figure("spectra", "Spectra", about, plotly_spec(lines, layout))
+    return Figure("spectra", "Spectra", about, spec_of(lines, layout))
 
 
 def _kept(points: tuple[tuple[int, float, float], ...], rank: int) -> float:

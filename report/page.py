@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no network, with plotly's script in it."""
+"""The pages: one HTML file that needs no network, with plotly's script in it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 
 from .content import Report
 from .figures import Figure, figures
+from .front import Front, front_figures
 
 
 def page(report: Report) -> str:
     """The HTML of a report."""
     return rendered("page.html", figures(report), report=report)
+
+
+def sweep_page(front: Front) -> str:
+    """The HTML of a sweep."""
+    return rendered("sweep.html", front_figures(front), front=front)
 
 
 def rendered(template: str, drawn: list[Figure], **values: Any) -> str:

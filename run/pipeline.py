@@ -20,17 +20,20 @@ from ..calibrate.data import NO_TEXT, Calibration, load_calibration
 from ..calibrate.generate import generator
 from ..calibrate.gradients import GradientSettings, backward_passes
 from ..checkpoint.artifact import Artifact
-from ..compress.base import BACKWARD_NEEDS, FORWARD_NEEDS
+from ..checkpoint.folder import is_begun
+from ..compress.base import FORWARD_NEEDS
 from ..export.plain import as_plain
 from ..model.events import Event, Noted, Notify, silent
 from ..model.machine.host_memory import steady_memory
 from ..model.machine.precision import full_precision
 from ..model.view import ModelView, require_positions
+from ..plan.machine.room import require_room
 from ..plan.plan import Draft, Plan, Planned
 from ..plan.planner import make_draft, make_plan
 from ..refine.end_to_end import Distillation, refine_artifact
 from ..refine.trainer import Windows
 from .depth_stage import model_edit_of
+from .duration.foretell import Foretold, foretell
 from .layer_loop import compress_layers
 from .losses.curves import measure
 from .output import config_of, finish, part_names, write_outside
@@ -99,14 +102,26 @@ def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) ->
 
 
 def run_request(
-    request: Request, out: Path, statistics: Path | None = None, restart: bool = False, notify: Notify = silent
+    request: Request,
+    out: Path,
+    statistics: Path | None = None,
+    restart: bool = False,
+    notify: Notify = silent,
+    timed: bool = False,
 ) -> Result:
-    """Carry out a checked request; the arguments, the result and the errors are those of `compress`."""
+    """Carry out a checked request; the arguments, the result and the errors are those of `compress`.
+
+    Args:
+        timed: predict first how long the run will take, unless an earlier run of the folder is continued; see `Foretold`.
+    """
     request.require_folder(out)
     view = request.view()
     draft = replace(make_draft(view, request.recipe, len(request.devices)), max_shard_bytes=request.max_shard_bytes)
     notify(PlanMade("plan", plan=draft))
     require_text_fits(view, draft)
+    require_room(draft, out, statistics)
+    if timed and (restart or not is_begun(out)):
+        notify(Foretold("time", duration=foretell(request.view(), draft, out, request.devices)))
     calibration = text_for(draft, view, request.devices[0])
     notify(TextRead("calibration text", calibration=calibration))
     return carry_out(draft, view, calibration, out, devices=request.devices, shared=statistics, restart=restart, notify=notify)
@@ -186,17 +201,11 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
     recipe, count = draft.recipe, len(run.devices)
     if recipe.dropping is not None:
         return _told(run, make_plan(run.view, draft, count, model_edit=model_edit_of(draft, run))), None
-    method = recipe.compression[0]
-    looks_around = method.joint is not None and method.joint.across_layers
-    streamed = recipe.allocation == "uniform" and not looks_around and not method.all_needs & BACKWARD_NEEDS
-    if streamed and (run.shared is None or not recipe.reads_text):
+    if not draft.collects and (run.shared is None or not recipe.reads_text):
         return draft.settled(), None
     # a shared folder belongs to one calibration set, and this recipe may have none
     folder = run.statistics_folder if recipe.reads_text else run.own_folder
-    needs = draft.needs
-    if recipe.allocation == "uniform" and recipe.propagate == "compressed" and not looks_around and run.shared is None:
-        # layers are solved by what the compressed layers before them give: only gradients are the original's
-        needs = {name: each & BACKWARD_NEEDS for name, each in needs.items()}
+    needs = draft.needs_ahead if run.shared is None else draft.needs  # what is shared is for other recipes, too
     statistics = collect(run.view, run.calibration, needs, folder, run.devices, recipe.gradients, run.notify)
     if recipe.allocation == "uniform":
         return draft.settled(), statistics

@@ -41,6 +41,20 @@ def require_writable(file: Path, option: str = "--json") -> None:
         raise OutputError(f"Cannot write {option} {file}: permission denied, or a read-only disk.", "Give another file.")
 
 
+def require_place(folder: Path, option: str) -> None:
+    """Refuse, without making it, a folder that cannot be made or written to.
+
+    Raises:
+        OutputError: it or a folder above it is a file, or may not be written to.
+    """
+    standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"Cannot write {folder}: {standing} {'may not be written to' if standing.is_dir() else 'is not a folder'}.",
+            f"Give another {option}.",
+        )
+
+
 def require_own(folder: Path) -> None:
     """Refuse, without making it, a folder for a sweep that cannot be made or holds other things.
 
@@ -48,12 +62,7 @@ def require_own(folder: Path) -> None:
         OutputError: it is a file, or it may not be written to.
         RequestError: it holds files, and none of a sweep's.
     """
-    standing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"Cannot write {folder}: {standing} {'may not be written to' if standing.is_dir() else 'is not a folder'}.",
-            "Give another --out.",
-        )
+    require_place(folder, "--out")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {"sweep.json", "statistics", ".lrc.lock"}:
         raise RequestError(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...depth.base import get_score
 from ...plan.budget import readable as size
-from ...plan.plan import Draft, Planned, Step, short_of_tokens
+from ...plan.plan import DELETED_EARLY, Draft, Planned, Step, short_of_tokens
 from .console import plain_or_terminal
 
 
@@ -74,11 +74,21 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     _print_kept(console, plan, verbose)
     _print_text(console, plan)
     _print_cost(console, plan)
-    console.print(
-        f"disk: {size(plan.whole_after)} of weights, and up to {size(plan.disk_bytes - plan.whole_after)} more while the parts "
-        f"are merged into files of at most {size(plan.max_shard_bytes)}"
-    )
+    _print_disk(console, plan)
     console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
+
+
+def _print_disk(console: Console, plan: Planned) -> None:
+    """Print the most that the run has on the disk, and what it is made of."""
+    beside = ", ".join(
+        f"{size(nbytes)} of {kind}{' (before the result)' if kind in DELETED_EARLY else ''}"
+        for kind, nbytes in plan.scratch.items()
+    )
+    console.print(
+        f"disk: {size(plan.disk_peak)} at the peak: {size(plan.whole_after)} of weights, up to "
+        f"{size(plan.disk_bytes - plan.whole_after)} more while the parts are merged into files of at most "
+        f"{size(plan.max_shard_bytes)}" + (f", and while the run lasts {beside}" if beside else "")
+    )
 
 
 def plan_json(plan: Planned) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def plan_json(plan: Planned) -> dict[str, Any]:
             "targets_before": plan.targets_before, "targets_after": plan.targets_after,
         },
         "memory": {"peak": plan.memory.peak, "process": plan.memory.process, "moments": dict(plan.memory.moments)},
+        "disk": {"peak": plan.disk_peak, "result": plan.disk_bytes, "beside": dict(plan.scratch)},
         "too_few_tokens": short_of_tokens(plan) if plan.recipe.reads_text else {},
         "targets": [
             {

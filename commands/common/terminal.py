@@ -17,11 +17,13 @@ from ...model.events import Event, Noted
 from ...model.machine.host_memory import peak_rss
 from ...plan.budget import readable as size
 from ...plan.plan import Planned
+from ...run.duration.foretell import Foretold
 from ...run.layer_loop import LayerDone
 from ...run.request import Request
 from ...run.run import PlanMade, TextRead
 from .console import messages, plain_or_terminal
 from .plan_output import print_plan
+from .time_output import print_duration
 
 if TYPE_CHECKING:
     from ...evaluation.results import Evaluation
@@ -71,6 +73,9 @@ class Progress:
             self._plan = event.plan
             self._bar.reset(self._task)
             print_plan(event.plan, console=self._console)
+        elif isinstance(event, Foretold):
+            assert self._plan is not None, "a run tells its plan first"
+            print_duration(event.duration, self._plan, self._console)
         elif isinstance(event, TextRead):
             self._calibration = event.calibration
             if event.calibration.provenance:

@@ -41,8 +41,9 @@ def compare(
         number = check(dtype_of, dtype)
         check(devices_of, device)
         read = check(evaluation_text, "pydoc-topics" if text is None else f"text:{text}")
-        for name in models:
-            check(located, name)
+        for location in [check(located, name) for name in models]:
+            if location is not None:
+                check(location.require_tokenizer)
     quiet()
     from ...evaluation.side_by_side import HowToOpen, compared
 

@@ -36,8 +36,9 @@ def generate(
         check(require_json, json_file)
         number = check(dtype_of, dtype)
         check(devices_of, device)
-        for name in models:
-            check(located, name)
+        for location in [check(located, name) for name in models]:
+            if location is not None:
+                check(location.require_tokenizer)
     quiet()
     from ...evaluation.side_by_side import HowToOpen, written
 

@@ -166,14 +166,14 @@ class _Measuring:
         return solution, max(stats.group.tokens for stats in statistics)  # some targets of a unit may have no statistics
 
     def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:
-        curve = _curve(solution, self._options[unit.name], self._method, self._dense[unit.name])
+        curve = measured_curve(solution, self._options[unit.name], self._method, self._dense[unit.name])
         if not self._by_tokens or unit.targets[0].expert is None:
             return curve
         share = reached / self._run.calibration.tokens.numel()
         return replace(curve, total=share * curve.total, losses=tuple(share * loss for loss in curve.losses))
 
 
-def _curve(solution: Solution, options: Sequence[Option], method: Method, dense: int) -> Curve:
+def measured_curve(solution: Solution, options: Sequence[Option], method: Method, dense: int) -> Curve:
     """Losses of all options, measured or interpolated between a few measured ones (log loss is almost linear in bytes)."""
     losses = [0.0] * len(options)
     total = solution.total

@@ -280,7 +280,7 @@ def test_a_results_file_on_a_full_disk_leaves_the_numbers_on_the_screen(model, o
 def test_a_sweep_into_a_file(model, tiny_text_file, tmp_path):
     (tmp_path / "file").write_text("a file")
     result = run_lrc("sweep", model, "--recipes", "svd", "--out", tmp_path / "file", "--tasks", f"text:{tiny_text_file}")
-    assert result.code == 1
+    assert result.code == 2
     assert f"Cannot write {tmp_path / 'file'}" in result.err
     assert (tmp_path / "file").read_text() == "a file"
 

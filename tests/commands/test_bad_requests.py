@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
         (["export", "model", "--to", "dens", "--dtype", "int7"], ["holds no lrc.json", "'dense'", "'int7'"]),
         (["export", "result", "--to", "dense", "--out", "thesis"], ["thesis exists"]),
         (["export", "result", "--to", "dense", "--max-shard-size", "5 GX"], ["unknown unit 'GX'"]),
+        (["sweep", "model", "--recipes", "empty", *SWEEP[4:]], ["it is a folder, not a recipe", "Name a YAML file"]),
+        (["sweep", "model", "--recipes", "svd", "--tasks", "text:binary.txt", "--out", "new"], ["is no text"]),
+        ([*SWEEP[:-1], "file/new"], ["file is not a folder", "--out"]),
+        # report
+        (["report", "gone"], ["gone does not exist", "finished `lrc compress`"]),
+        (["report", "model"], ["holds no lrc.json"]),
+        (["report", "empty", "--eval", "none.json", "--json", "no/x.json"], ["lrc.json", "none.json", "no/x.json"]),
+        (["report", "result", "--eval", "binary.txt"], ["no file of lrc eval --json", "lrc eval OUT --json"]),
+        (["report", "result", "--out", "file"], ["file is not a folder", "--out"]),
+        (["report", "result", "--out", "new", "--json", "thesis"], ["--json thesis is a folder"]),
+        (["export", "result", "--to", "dense", "--out", "file/new"], ["file is not a folder", "--out"]),
+        (["verify", "result", "--json", "thesis"], ["--json thesis is a folder"]),
+        (["bench", "empty"], ["empty"]),
         # bench, generate, compare, doctor
         (["bench", "./gone", "--device", "gpu", "--dtype", "flota16"], ["./gone", "'gpu'", "'float16'"]),
         (["bench", "result", "--decode", "0", "--json", "no/x.json"], ["--decode '0'", "no/x.json"]),
@@ -99,6 +113,8 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
             ["chapter.tex", "--statistics"],
         ),
         (["compress", "model", "--ratio", 0.3, "--calibration", "text:binary.txt", "--out", "new"], ["is no text"]),
+        (["compress", "model", "--recipe", "empty", "--ratio", 0.3, "--out", "new"], ["it is a folder, not a recipe"]),
+        (["compress", "model", "--recipe", "svd", "--ratio", 0.3, "--out", "file/new"], ["file"]),
         (["eval", "model", "--tasks", "text:binary.txt"], ["is no text"]),
     ],
 )
@@ -119,6 +135,72 @@ def test_a_model_without_a_tokenizer_is_refused_before_it_is_read(here, monkeypa
     monkeypatch.setattr(Location, "config", lambda *_: pytest.fail("a model was read"))
     result = run_lrc("compress", "bare", "--recipe", "svd-llm", "--ratio", 0.3, "--calibration", "text:text.txt")
     assert result.code == 2 and "bare holds no tokenizer" in result.err and "Copy the tokenizer's files" in result.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*SWEEP[:1], "bare", *SWEEP[2:]],
+        ["eval", "bare", "--tasks", "text:text.txt", "--length", 32],
+        ["generate", "bare", "--prompt", "x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_reads_text_names_the_tokenizer_that_is_missing(words, here):
+    shutil.copytree((here / "model").resolve(), here / "bare", ignore=shutil.ignore_patterns("*token*"))
+    before = contents(here)
+    result = run_lrc(*words)
+    assert result.code == 2 and "holds no tokenizer" in result.err and "Copy the tokenizer's files" in result.err
+    assert contents(here) == before
+
+
+def test_what_reads_no_text_needs_no_tokenizer(here):
+    """Of a result whose tokenizer was deleted, a report is made, and a check names the file."""
+    for file in (here / "result").glob("token*"):
+        file.unlink()
+    assert run_lrc("report", "result", "--out", "page").code == 0
+    refused = run_lrc("verify", "result")
+    assert refused.code != 0 and "tokenizer" in refused.err
+
+
+@pytest.fixture
+def read_only(here, tmp_path):
+    """A disk that nobody may write to, not even root; it holds a finished result."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    shutil.copytree(here / "result", disk / "result")
+    for flags in (["--bind"], ["-o", "remount,ro,bind"]):
+        try:
+            done = subprocess.run(["mount", *flags, disk, disk], capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command to make a read-only disk with")
+        if done.returncode:
+            subprocess.run(["umount", disk], capture_output=True)
+            pytest.skip(f"no permission to mount a read-only disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_only_disk_is_told_before_any_work(here, read_only):
+    new, model = read_only / "new", "model"
+    for words in (
+        ["compress", model, "--recipe", "svd", "--ratio", 0.3, "--out", new],
+        [*SWEEP[:-1], new],
+        ["export", "result", "--to", "dense", "--out", new],
+        ["report", "result", "--out", new],
+        ["report", read_only / "result"],  # the page would go beside the result
+        ["export", read_only / "result", "--to", "dense"],
+        ["verify", "result", "--json", read_only / "x.json"],
+        ["bench", "result", "--json", read_only / "x.json"],
+        ["eval", model, "--tasks", "text:text.txt", "--length", 32, "--json", read_only / "x.json"],
+    ):
+        before = contents(here)
+        result = run_lrc(*words)
+        assert (result.code, result.out) == (2, ""), (words, result.err)
+        assert "Cannot write" in result.err and str(read_only) in result.err, (words, result.err)
+        assert contents(here) == before, words
+    assert run_lrc("verify", read_only / "result").code == 0
+    assert run_lrc("report", read_only / "result", "--out", "page").code == 0
 
 
 def test_a_run_continued_from_another_working_directory_says_where_paths_start(here, monkeypatch):

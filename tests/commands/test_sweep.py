@@ -48,6 +48,10 @@ def test_a_table_of_recipes_and_ratios_and_the_same_command_goes_on(tiny_checkpo
     assert all(row["metrics"] for row in rows.values()) and rows["svd-llm-0.2"]["peak_bytes"] > 10**8
     assert all(name in said and name in (out / "sweep.md").read_text() for name in rows)
     assert not list(out.glob("svd*/*")), "checkpoints go unless --keep"
+    page = (out / "sweep.html").read_text()
+    assert str(out / "sweep.html") in said and all(name in page for name in rows)
+    assert all(speed > 0 for row in rows.values() for speed in row["speeds"].values()) and "Speed and" in page
+    assert ("note: no pictures" in said) != bool(list(out.glob("sweep-*.png")))
     # the same command with a row missing makes that row alone, and it comes out the same
     held = read_json(out / "sweep.json", dict[str, Any])
     held["rows"] = [row for row in held["rows"] if row["name"] != "svd-llm-0.5"]

@@ -111,3 +111,22 @@ def test_a_browser_draws_every_figure(width, results, tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert f"<title>true,{count},true,{max(width, 500)}</title>" in done.stdout, re.findall("<title>.*?</title>", done.stdout)
+
+
+def test_pictures_and_numbers_are_written_where_they_are_asked_for(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `pictures`)")
+    done = run_lrc("report", results("low rank"), "--out", tmp_path / "report", "--png", "--json", "-")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == json.loads((tmp_path / "report" / "report.json").read_text())
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == {"bytes.png", "bits.png", "rank.png", "error.png"}
+    for name in pictures:
+        content = (tmp_path / "report" / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 5_000
+
+
+def test_pictures_without_matplotlib_are_refused_with_the_command_that_installs_it(results, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrc.report.picture.can_draw", lambda: False)
+    done = run_lrc("report", results("low rank"), "--out", tmp_path / "report", "--png")
+    assert done.code == 2 and "pip install 'lrc[pictures]'" in done.err
+    assert not (tmp_path / "report").exists()
