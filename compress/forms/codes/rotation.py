@@ -18,6 +18,7 @@ from torch import Tensor
 
 _FACTOR = 64  # a power of two is applied in steps of at most this size, each one a multiplication by a small matrix
 _WIDEST = 128  # above it the odd factor is a fast Fourier transform
+_NARROW = 16  # columns up to which products by a small matrix are done as one product of a tall one
 _MASK = 0xFFFFFFFF
 
 
@@ -73,13 +74,22 @@ def transform(x: Tensor) -> Tensor:
     flat, after = x.reshape(-1, size), size
     for step in powers:  # each step mixes one digit of the index
         after //= step
-        flat = (_hadamard(step, *at) @ flat.reshape(-1, step, after)).reshape(-1, size)
+        flat = _mixed(flat.reshape(-1, step, after), _hadamard(step, *at)).reshape(-1, size)
     if odd > _WIDEST:
         spectrum = torch.fft.fft(flat.reshape(-1, odd))
         flat = (spectrum.real - spectrum.imag) / odd**0.5
     elif odd > 1:
         flat = flat.reshape(-1, odd) @ _hartley(odd, *at)
     return flat.reshape(x.shape)
+
+
+def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
+    """A symmetric matrix (n, n) times x (count, n, after) along its middle dimension."""
+    count, size, after = x.shape
+    if after > _NARROW:
+        return matrix @ x
+    # many products with few columns each are slow: one with many rows in their place
+    return (x.transpose(1, 2).reshape(-1, size) @ matrix).view(count, after, size).transpose(1, 2)
 
 
 def rotate(x: Tensor, seed: int) -> Tensor:
