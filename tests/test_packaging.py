@@ -128,7 +128,7 @@ def test_the_wheel_holds_the_package_and_does_the_main_job(tiny_checkpoints, tin
         archive.extractall(tmp_path / "installed")
     modules = {file.relative_to(ROOT) for folder in package_folders() for file in (ROOT / folder).glob("*.py")}
     recipes = {file.relative_to(ROOT) for file in [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("recipes/*.json")]}
-    pages = {Path("report/page.html")}
+    pages = {Path("report") / name for name in ("figures.html", "layout.html", "page.html", "sweep.html")}
     assert names == {f"lrc/{path.as_posix()}" for path in modules | recipes | pages}
 
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
