@@ -128,6 +128,8 @@ class Method:
         alternatives: of a mixture, its methods in the order of their numbers.
         steps: of a chain, its two methods.
         joint: which targets it solves together, and how; None: it solves every target alone.
+        power: with which power of a matrix's width the time of `solve` grows: 3 for decompositions and updates column by
+            column, 2 where most of it is spent on every number by itself. Only predictions of time read it.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Method:
     alternatives: tuple[Method, ...] = ()
     steps: tuple[Method, ...] = ()
     joint: Joint | None = None
+    power: int = 3
 
     @property
     def all_needs(self) -> frozenset[str]:
@@ -179,6 +182,7 @@ def method(
     options: Options = low_rank_options,
     measured: Measured | None = None,
     joint: Joint | None = None,
+    power: int = 3,
 ) -> Callable[[S], S]:
     """Register the decorated function as the method `name`; the arguments are those of `Method`."""
     wanted = frozenset(needs)
@@ -188,7 +192,7 @@ def method(
     def register(solve: S) -> S:
         if name in _METHODS and _METHODS[name].solve.__module__ != solve.__module__:
             raise ValueError(f"two methods are called {name}: in {_METHODS[name].solve.__module__} and {solve.__module__}")
-        _METHODS[name] = Method(name, solve, settings, wanted, source, options, measured, joint=joint)
+        _METHODS[name] = Method(name, solve, settings, wanted, source, options, measured, joint=joint, power=power)
         return solve
 
     return register

@@ -128,7 +128,7 @@ def test_the_wheel_holds_the_package_and_does_the_main_job(tiny_checkpoints, tin
         archive.extractall(tmp_path / "installed")
     modules = {file.relative_to(ROOT) for folder in package_folders() for file in (ROOT / folder).glob("*.py")}
     recipes = {file.relative_to(ROOT) for file in [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("recipes/*.json")]}
-    pages = {Path("report/page.html"), Path("report/inspection.html")}
+    pages = {Path("report") / f"{name}.html" for name in ("figures", "inspection", "layout", "page", "sweep")}
     assert names == {f"lrc/{path.as_posix()}" for path in modules | recipes | pages}
 
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

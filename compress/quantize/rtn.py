@@ -103,7 +103,7 @@ def grid_options(shape: Shape, settings: GridSettings, multiple: int) -> list[Op
     return [option for option in options if option.nbytes < shape.nbytes]
 
 
-@method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, options=grid_options)
+@method("rtn", source="arXiv 2210.17323 §4", settings=GridSettings, options=grid_options, power=2)
 def solve(weight: Tensor, stats: TargetStats, settings: GridSettings) -> OnGrid:
     """The weight (out, in), rounded to nearest."""
     return OnGrid(weight, settings, lambda grid: Quantized.nearest(weight, grid), Metric.of(stats))

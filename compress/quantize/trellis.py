@@ -169,7 +169,13 @@ def turned_gram(gram: Tensor, seed: int | None) -> Tensor:
 
 
 @method(
-    "trellis", source="arXiv 2406.11235", needs=["gram"], settings=TrellisSettings, options=code_options, measured=coarsest(3)
+    "trellis",
+    source="arXiv 2406.11235",
+    needs=["gram"],
+    settings=TrellisSettings,
+    options=code_options,
+    measured=coarsest(3),
+    power=2,
 )
 def solve(weight: Tensor, stats: TargetStats, settings: TrellisSettings) -> InCode:
     """The weight (out, in) in a code, block by block of columns in the gram's metric."""

@@ -46,6 +46,7 @@ class YaqaSettings(CodeSettings):
     settings=YaqaSettings,
     options=code_options,
     measured=coarsest(3),
+    power=2,
 )
 def solve(weight: Tensor, stats: TargetStats, settings: YaqaSettings) -> InCode:
     """The weight (out, in) in a code, tile by tile in the metric of the loss; losses are in nats per token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from .clock import Clock, Stopwatch, wall
 from .layer_time import LayerTime, time_layer, time_probe
 from .solve_time import SolveTime, time_solving
 
-_WRITTEN, _LEAST = 32 << 20, 1 << 20  # bytes that are written, and hashed, to see how quickly: at most, at least
+_WRITTEN, _BLOCK = 32 << 20, 1 << 15  # bytes that are written, and hashed, at most, and at once
 _TRIALS = 7  # of a search: it bisects 128 ratios
 _GRADIENTS = 4  # a layer's forward that writes its input, and one with a graph and its backward pass, in plain forwards
 _TRAINING = 3.5  # a step forward and backward with its update, in plain forwards
@@ -87,7 +88,7 @@ def foretell(view: ModelView, plan: Planned, out: Path, devices: Sequence[torch.
     if plan.recipe.allocation == "kl":
         layer = time_probe(view.widened(), layer, watch)
     solving = time_solving(plan, watch)
-    write, read = _disk(out, min(_WRITTEN, max(_LEAST, plan.whole_after)), watch)
+    write, read = _disk(out, plan.whole_after, watch)
     give_back()
     found = _counted(_Counts(view, plan, len(devices)), layer, solving, (write, read))
     return replace(found, took=time.perf_counter() - started)
@@ -216,24 +217,23 @@ def _unknown(plan: Planned) -> tuple[str, ...]:
 
 
 def _disk(out: Path, nbytes: int, watch: Stopwatch) -> tuple[float, float]:
-    """Seconds to write a byte near `out` for good, and to hash one; measured on so many bytes."""
+    """Seconds to write a byte near `out` for good, and to hash one; measured on `nbytes` at most, where the disk has room."""
     standing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    block = os.urandom(1 << 20)
+    blocks = max(1, min(_WRITTEN, nbytes, shutil.disk_usage(standing).free // 16) // _BLOCK)
+    block = os.urandom(_BLOCK)
 
     def write() -> None:
         with tempfile.TemporaryFile(dir=standing) as file:
-            for _ in range(nbytes >> 20):
+            for _ in range(blocks):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
 
-    with writing(standing):
-        written = watch.seconds(write)
-
     def digest() -> None:
         found = hashlib.sha256()
-        for _ in range(nbytes >> 20):
+        for _ in range(blocks):
             found.update(block)
 
-    hashed = watch.seconds(digest)
-    return written / nbytes, hashed / nbytes
+    with writing(standing):
+        written = watch.seconds(write)
+    return written / (blocks * _BLOCK), watch.seconds(digest) / (blocks * _BLOCK)

@@ -26,9 +26,6 @@ from ..losses.probe import probed
 from ..solve import Together, forms_at, solve_unit
 from .clock import Stopwatch
 
-# Decompositions and column by column updates of a matrix that is twice as wide take eight times as long, whatever the method.
-# These methods work on every number by itself.
-_QUADRATIC = frozenset({"rtn", "trellis"})
 _NARROW = 192  # the longest side of the first, narrowest problem
 _BUDGET, _FEW = 8.0, 4  # times the budget of one measurement for all kinds together, and the fewest kinds that share it
 _ROUND = 64  # widths are multiples of this, because groups and blocks are
@@ -74,7 +71,7 @@ def time_solving(plan: Planned, watch: Stopwatch) -> SolveTime:
 def _power(method: Method) -> int:
     """With which power of the width the time of a method grows."""
     parts = method.alternatives or method.steps
-    return max(map(_power, parts)) if parts else 2 if method.name in _QUADRATIC else 3
+    return max(map(_power, parts)) if parts else method.power
 
 
 def _together(plan: Planned) -> list[list[Unit]]:

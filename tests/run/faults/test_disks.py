@@ -123,7 +123,7 @@ def test_a_read_only_disk(small_disk, model, request_for):
     out = small_disk("size=600k") / "out"
     small_disk("ro")
     result = run_lrc(*request_for(model, out))
-    assert result.code == 1
+    assert result.code == 2
     assert f"Cannot write {out}" in result.err and "may write to" in result.err
     assert "layer" not in result.err
 
@@ -133,7 +133,7 @@ def test_a_folder_without_permission(model, request_for, tmp_path):
         pytest.skip("root may write everywhere; test_a_read_only_disk covers it there")
     (tmp_path / "locked").mkdir(mode=0o555)
     result = run_lrc(*request_for(model, tmp_path / "locked" / "out"))
-    assert result.code == 1
+    assert result.code == 2
     assert "may write to" in result.err
 
 
@@ -141,6 +141,6 @@ def test_a_folder_without_permission(model, request_for, tmp_path):
 def test_a_file_in_the_way_of_the_folder(place, model, request_for, tmp_path):
     (tmp_path / "file").write_text("a file")
     result = run_lrc(*request_for(model, tmp_path / place))
-    assert result.code == 1
+    assert result.code == 2
     assert f"Cannot write {tmp_path / place}" in result.err and "Give a folder" in result.err
     assert (tmp_path / "file").read_text() == "a file"
