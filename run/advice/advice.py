@@ -11,8 +11,7 @@ What is cheap and true:
 
 What it does not know: losses of layers do not quite add up, and large ones compound; the first and the last layer, which often
 matter more, may be outside the sample; a run takes more calibration text than a trial, and loses less with it; text of another
-kind loses more. The order of the recipes is what a trial is for; its numbers are rough. docs/choosing.md has them beside
-those of real runs.
+kind loses more. The order of the recipes is what a trial is for; its numbers are rough.
 """
 
 from __future__ import annotations

@@ -93,7 +93,6 @@ SWEEP = ["sweep", "model", "--recipes", "svd", "--tasks", "text:text.txt", "--ou
         (["inspect", "model", "--calibration", "pydoo"], ["--calibration pydoo", "'pydoc'"]),
         (["inspect", "model", "--calibration", "self"], ["Take pydoc"]),
         (["inspect", "model", "--calibration", "text:text.txt", "--length", "4096"], ["--length 4096 is more than the 256"]),
-        (["inspect", "model", "--samples", "0"], ["--samples"]),
         # advise
         (["advise", "./gone", "--recipes", "svd-lm"], ["./gone", "'svd-llm'", "How small shall it be?"]),
         (["advise", "model", "--ratio", "40", "--device", "gpu"], ["Did you mean 0.4?", "'gpu'"]),
