@@ -77,7 +77,7 @@ def test_the_loss_of_a_trial_is_that_of_whole_models_in_float64(told, tiny_check
 def test_a_trial_takes_the_share_that_the_plan_takes(family, amount, tiny_checkpoints):
     view = ModelView(Location("it", tiny_checkpoints(family)))
     if "size" in amount:
-        amount = {"size": f"{int(0.7 * view.nbytes)}B"}
+        amount = {"size": f"{int(0.8 * view.nbytes)}B"}
     found, refused = candidates(view, ["svd-llm", "gptq", "lrc-fast", "narrow"], amount, 1)
     assert [each.name for each in found] == ["svd-llm", "gptq", "lrc-fast", "narrow"] and not refused
     layers = sampled_layers(view, 1)
