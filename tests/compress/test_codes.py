@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lrc.compress.base import get_method
 from lrc.compress.forms.base import build_module, fill_module
+from lrc.compress.forms.codes import compiled
 from lrc.compress.forms.codes.code import BITS, TILE, Code, from_tiles, to_tiles
 from lrc.compress.forms.codes.encoded import Encoded
 from lrc.compress.forms.codes.rotation import rotate, rotate_back, rotate_both, rotate_both_back, signs
@@ -183,6 +184,39 @@ def test_a_trellis_of_65536_states_comes_close_to_the_bound(bits, expected):
     assert distortion(Code("trellis", bits, 16), 60) == pytest.approx(expected, rel=0.04)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_bits", [6, 12, 16])
+@pytest.mark.parametrize("bits", BITS["trellis"])
+def test_compiled_codes_are_read_as_by_torch_to_the_last_bit(bits, state_bits, dtype, monkeypatch):
+    pytest.importorskip("numba")
+    code = Code("trellis", bits, state_bits)
+    codes = torch.randint(0, 256, (5, 3, code.nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    expected = from_tiles(code.values(codes.flatten(0, 1)).view(5, 3, TILE)).to(dtype)
+    assert compiled.available(code, codes, dtype)
+    assert torch.equal(compiled.read_trellis(code, codes, dtype), expected)
+    monkeypatch.setattr(compiled, "_ALONE", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(compiled.read_trellis(code, codes, dtype), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("code", ["trellis", "scalar"])
+def test_many_rows_multiply_as_few_do(code, gains):
+    """Beyond some rows the matrix is rotated back instead of inputs and outputs: the same product."""
+    weight, x = problem(40, 72, 200, seed=3)
+    form = (
+        solved(weight, x, code=code, bits=3, gains=gains)[1].form(Choice(bits=3)).with_bias(gaussian(40)).stored(torch.float32)
+    )
+    module = fill_module(build_module(form.spec(), 72, 40, torch.float32), form.tensors())
+    inputs = gaussian(3, 100, 72).float()
+    many, few = module(inputs), torch.stack([torch.stack([module(row) for row in each]) for each in inputs])
+    assert torch.allclose(many, few, atol=1e-5 * float(few.abs().max()))
+
+
 def test_tiles_hold_every_value_and_zeros_beyond_the_edge():
     matrix = gaussian(37, 50)
     tiles = to_tiles(matrix)
@@ -213,7 +247,7 @@ def test_feedback_makes_each_block_the_nearest_to_what_cancels_the_errors_before
 
 def solved(weight, x, **chosen):
     picked = get_method("trellis")
-    settings = picked.settings(state_bits=8, **chosen)
+    settings = picked.settings(**{"state_bits": 8} | chosen)
     return picked.options(Shape(*weight.shape, 2), settings, 1), picked.solve(weight, statistics(x), settings)
 
 

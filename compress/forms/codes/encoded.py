@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base import MODULES, SPECS, Form, FormSpec, Spec
 from .code import SIDE, Code, Kind, from_tiles
+from .compiled import available, read_trellis
 from .rotation import rotate, rotate_back, rotate_both_back
 
 _AT_ONCE = 1 << 21  # values that a product reads back at a time
@@ -52,7 +53,7 @@ class Encoded(Form):
         return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
     def dense(self) -> Tensor:
-        matrix = from_tiles(_values(self.code, self.codes)).double()
+        matrix = _matrix(self.code, self.codes, torch.float32).double()
         matrix = (matrix * _by_column(self.scales.double()))[: self.shape[0], : self.shape[1]]
         matrix = matrix if self.seed is None else rotate_both_back(matrix, self.seed)
         return (matrix if self.gains is None else matrix * self.gains.double()[:, None]).to(self.dtype)
@@ -100,14 +101,16 @@ class EncodedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`y` (..., out) of an input (..., in), in its dtype; scales multiply the input, which costs less than the weight."""
+        rows = x.numel() // self.in_features
+        if self.seed is not None and rows * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features:
+            # to rotate the matrix back is cheaper than to rotate so many inputs and outputs, and takes less memory than they
+            return nn.functional.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
         inner = x.to(wide) if self.seed is None else rotate(x.to(wide), self.seed)
         inner = inner * _by_column(self.scales.to(wide))[: self.in_features]
         inner = nn.functional.pad(inner, (0, self._tiles[1] * SIDE - self.in_features)).to(x.dtype)
         step = max(1, _AT_ONCE // (self._tiles[1] * SIDE * SIDE))
-        parts = [
-            nn.functional.linear(inner, from_tiles(_values(self.code, rows)).to(x.dtype)) for rows in self._codes().split(step)
-        ]
+        parts = [nn.functional.linear(inner, _matrix(self.code, rows, x.dtype)) for rows in self._codes().split(step)]
         y = torch.cat(parts, dim=-1)[..., : self.out_features]
         if self.seed is not None:
             y = rotate_back(y.to(wide), self.seed + 1).to(x.dtype)
@@ -118,7 +121,7 @@ class EncodedLinear(nn.Module):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`; computed in float32 or better."""
         wide = torch.promote_types(dtype, torch.float32)
-        matrix = from_tiles(_values(self.code, self._codes())).to(wide) * _by_column(self.scales.to(wide))
+        matrix = _matrix(self.code, self._codes(), torch.float32).to(wide) * _by_column(self.scales.to(wide))
         matrix = matrix[: self.out_features, : self.in_features]
         matrix = matrix if self.seed is None else rotate_both_back(matrix, self.seed)
         return (matrix if self.gains is None else matrix * self.gains.to(wide)[:, None]).to(dtype)
@@ -130,9 +133,11 @@ class EncodedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.code}, bias={self.bias is not None}"
 
 
-def _values(code: Code, codes: Tensor) -> Tensor:
-    """Values (rows of tiles, columns of tiles, 256) of codes (rows, columns, bytes)."""
-    return code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)
+def _matrix(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix of codes (rows of tiles, columns of tiles, bytes) without scales, in whole tiles."""
+    if available(code, codes, dtype):
+        return read_trellis(code, codes, dtype)
+    return from_tiles(code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)).to(dtype)
 
 
 def _by_column(scales: Tensor) -> Tensor:
