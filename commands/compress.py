@@ -51,16 +51,18 @@ def compress(
     from .common.console import messages
     from .common.plan_output import print_plan
     from .common.terminal import Progress
+    from .common.time_output import print_duration
 
     if dry_run:
         view, draft = drafted(request)
         print_plan(draft)
+        print_duration(None, draft)
         note_calibration(view, draft)
         return
     if named is None:
         messages().print(f"The result goes into the folder {out} (--out names another).")
     with interruptible("the same command continues"), Progress() as progress:
-        result = run_request(request, out, statistics, restart, progress, timed)
+        result = run_request(request, out, statistics, restart, progress, timed, check)
     if not result.made:
         print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return

@@ -108,11 +108,13 @@ def run_request(
     restart: bool = False,
     notify: Notify = silent,
     timed: bool = False,
+    checked: bool = False,
 ) -> Result:
     """Carry out a checked request; the arguments, the result and the errors are those of `compress`.
 
     Args:
         timed: predict first how long the run will take, unless an earlier run of the folder is continued; see `Foretold`.
+        checked: whether the caller measures a quick perplexity of the result, which takes time too.
     """
     request.require_folder(out)
     view = request.view()
@@ -121,7 +123,7 @@ def run_request(
     require_text_fits(view, draft)
     require_room(draft, out, statistics)
     if timed and (restart or not is_begun(out)):
-        notify(Foretold("time", duration=foretell(request.view(), draft, out, request.devices)))
+        notify(Foretold("time", duration=foretell(request.view(), draft, out, request.devices, checked=checked)))
     calibration = text_for(draft, view, request.devices[0])
     notify(TextRead("calibration text", calibration=calibration))
     return carry_out(draft, view, calibration, out, devices=request.devices, shared=statistics, restart=restart, notify=notify)

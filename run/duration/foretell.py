@@ -33,6 +33,7 @@ _WRITTEN, _BLOCK = 32 << 20, 1 << 15  # bytes that are written, and hashed, at m
 _TRIALS = 7  # of a search: it bisects 128 ratios
 _GRADIENTS = 4  # a layer's forward that writes its input, and one with a graph and its backward pass, in plain forwards
 _TRAINING = 3.5  # a step forward and backward with its update, in plain forwards
+_CHECK = "perplexity before and after"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Foretold(Event):
 
 
 @full_precision
-def foretell(view: ModelView, plan: Planned, out: Path, devices: Sequence[torch.device], clock: Clock = wall) -> Duration:
+def foretell(
+    view: ModelView, plan: Planned, out: Path, devices: Sequence[torch.device], clock: Clock = wall, checked: bool = True
+) -> Duration:
     """Measure this machine for a few seconds, and predict how long a plan takes.
 
     Args:
@@ -77,6 +80,7 @@ def foretell(view: ModelView, plan: Planned, out: Path, devices: Sequence[torch.
         out: the folder of the result, or where it will be.
         devices: of the run; the first one is measured.
         clock: of the prediction, see `Stopwatch`.
+        checked: whether the perplexity before and after is measured at the end.
 
     Raises:
         LrcError: a layer cannot be read or computed, or the disk not written.
@@ -91,7 +95,8 @@ def foretell(view: ModelView, plan: Planned, out: Path, devices: Sequence[torch.
     write, read = _disk(out, plan.whole_after, watch)
     give_back()
     found = _counted(_Counts(view, plan, len(devices)), layer, solving, (write, read))
-    return replace(found, took=time.perf_counter() - started)
+    parts = {name: seconds for name, seconds in found.parts.items() if checked or name != _CHECK}
+    return replace(found, parts=parts, took=time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def _counted(counts: _Counts, layer: LayerTime, solving: SolveTime, disk: tuple[
     parts |= _training(counts, layer)
     # written, hashed, merged into shards, and read once to be checked
     parts["writing and checking"] = plan.whole_after * (2 * (write + read)) + layers * layer.load * kept
-    parts["perplexity before and after"] = layers * layer.load * (1 + kept) + 2 * layers * 1024 * layer.per_token
+    parts[_CHECK] = layers * layer.load * (1 + kept) + 2 * layers * 1024 * layer.per_token
     rough = tuple(name for name in ("gradients", *_TRAINED) if name in parts)
     if recipe.max_ppl_increase is not None:
         trial = parts["solving"] + parts["writing and checking"] + parts.get("forward of the compressed layers", 0.0)

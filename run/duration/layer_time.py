@@ -107,7 +107,7 @@ def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime
         found: what is known of the layer.
     """
     text = view.config.get_text_config()
-    ids = _random(PROBED[0], min(PROBED[1], text.max_position_embeddings or PROBED[1]), text.vocab_size)
+    ids = _random(PROBED[0], min(PROBED[1], getattr(text, "max_position_embeddings", None) or PROBED[1]), text.vocab_size)
     with torch.no_grad(), layerwise(view, [ids[:1, :_FIRST], ids]) as forward:
         turn = next(iter(forward))
         with turn.loaded(watch.device) as layer:
@@ -125,7 +125,10 @@ def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime
 
 def _batches(view: ModelView, plan: Planned) -> list[Tensor]:
     """Random tokens from a short batch to one as long as those of the run."""
-    length, words = plan.recipe.calibration.length, view.config.get_text_config().vocab_size
+    text = view.config.get_text_config()
+    length, words = plan.recipe.calibration.length, text.vocab_size
+    if positions := getattr(text, "max_position_embeddings", None):  # a recipe without text leaves its length as it is
+        length = min(length, positions)
     sizes = [(1, min(length, _FIRST))]
     while sizes[-1][1] < length:
         sizes.append((1, min(length, _TIMES * sizes[-1][1])))

@@ -349,7 +349,7 @@ def test_without_a_terminal_lines_are_plain_and_whole(finished, model, tiny_text
     first = printed.splitlines()[0]
     assert first.startswith(f"{long} (llama, float32) by nystrom") and first.endswith("256 × 2048 tokens")
     starts = ("checkpoint: ", "targets ", "self_attn.", "mlp.", "allocation kl: ", "removed: ", "kept: ", "disk: ", "memory: ",
-              "note: ")  # fmt: skip
+              "time: ", "note: ")  # fmt: skip
     assert all(line.startswith(starts) for line in printed.splitlines()[1:])
     layers = [line for line in finished[1].splitlines() if line.startswith("layer ")]
     assert [line.split()[1] for line in layers] == ["1/3", "2/3", "3/3"]

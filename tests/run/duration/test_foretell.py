@@ -40,7 +40,13 @@ def parts_of(request: Request, tmp_path) -> Duration:
         ("svd-llm", {"ratio": 0.4}, {"forward with statistics"}),
         ("gptq", {"bits": 4}, {"forward with statistics", "forward of the compressed layers"}),
         ("lrc-fast", {"ratio": 0.3}, {"statistics", "losses of the options", "probes"}),
-        ("fwsvd", {"ratio": 0.3}, {"statistics", "gradients"}),
+        ("fwsvd", {"ratio": 0.3}, {"gradients"}),
+        ("kfac", {"ratio": 0.3}, {"statistics", "gradients"}),
+        (
+            "kfac",
+            {"ratio": 0.3, "propagate": "compressed"},
+            {"gradients", "forward with statistics", "forward of the compressed layers"},
+        ),
         ("svd-llm", {"max_ppl_increase": 0.05}, {"forward with statistics", "trials of the search"}),
         ("svd", {"ratio": 0.3}, set()),
     ],
@@ -52,6 +58,13 @@ def test_each_part_of_the_run_is_counted(recipe, settings, expected, request_for
     assert all(seconds > 0 for seconds in found.parts.values()) and found.unknown == ()
     assert found.share == 1, "tiny problems are measured as they are"
     assert list(tmp_path.iterdir()) == [], "a probe leaves nothing behind"
+
+
+def test_what_a_run_leaves_out_is_not_counted(request_for, tmp_path):
+    request = request_for("svd", ratio=0.3)
+    draft = make_draft(request.view(), request.recipe)
+    found = foretell(request.view(), draft, tmp_path / "out", request.devices, checked=False)
+    assert "perplexity before and after" not in found.parts
 
 
 def test_what_cannot_be_foretold_is_named_and_not_in_the_sum(request_for, tmp_path):
