@@ -19,7 +19,7 @@ import torch
 from ..checkpoint.hf_quantizer import open_model
 from ..checkpoint.location import locate
 from ..compress.forms.base import is_form_module
-from ..compress.forms.cpu_int4 import DENSE_FROM
+from ..compress.forms.cpu.int4 import DENSE_FROM
 from ..compress.forms.quantized import QuantizedLinear
 from ..model.events import Event, Notify, silent
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.forms.base import LowRankLinear, Spec, build_module
-from ..compress.forms.cpu_int4 import Packed, kernel_group, multiply
+from ..compress.forms.cpu.int4 import Packed, kernel_group, multiply
 from ..compress.forms.quantized import QuantizedLinear, QuantizedLowRankLinear
 from ..errors import CheckpointError
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .base import MODULES, SPECS, Form, FormSpec, LowRank, Spec, build_module, matrix_of
-from .cpu_int4 import AT_ONCE, DTYPES, Packed, available, kernel_group, multiply, pack_codes, unpack_codes
+from .cpu.int4 import AT_ONCE, DTYPES, Packed, available, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .kernels import coded, why_not_coded
 from .product import Product
@@ -116,7 +116,7 @@ class QuantizedLowRank(Form):
 class QuantizedLinear(nn.Module):
     """`y = weight x + bias`, the weight unpacked from its codes at each call, or multiplied by a kernel that reads codes.
 
-    After `pack`, codes and scales are in memory in the kernel's layout alone (cpu_int4.py); `weight` and `scales` are empty.
+    After `pack`, codes and scales are in memory in the kernel's layout alone (cpu/int4.py); `weight` and `scales` are empty.
     Whatever needs them in their own order brings them back: saving, loading, moving to another device or dtype, and training.
 
     Args:

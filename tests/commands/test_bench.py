@@ -11,7 +11,7 @@ from pipeline import compress
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lrc.compress.forms.base import build_module
-from lrc.compress.forms.cpu_int4 import available
+from lrc.compress.forms.cpu.int4 import available
 from lrc.compress.forms.grids import Grid
 from lrc.evaluation.speed import Speed, SpeedReport, described
 

@@ -9,9 +9,10 @@ import torch
 from pipeline import compress, logits
 from transformers import AutoModelForCausalLM
 
-from lrc.compress.forms import cpu_int4, quantized
+from lrc.compress.forms import quantized
 from lrc.compress.forms.base import build_module, fill_module
-from lrc.compress.forms.cpu_int4 import DENSE_FROM, available
+from lrc.compress.forms.cpu import int4
+from lrc.compress.forms.cpu.int4 import DENSE_FROM, available
 from lrc.compress.forms.grids import Grid
 from lrc.compress.forms.quantized import Quantized, QuantizedLinear
 
@@ -55,13 +56,30 @@ def test_packed_products_are_those_of_the_matrix(grid, rows, columns, tokens):
     assert module(x[:, :0]).shape == (2, 0, rows)
 
 
+@pytest.mark.parametrize(("grid", "rows", "columns"), GRIDS)
+def test_compiled_codes_are_decoded_as_by_torch_to_the_last_bit(grid, rows, columns, monkeypatch):
+    pytest.importorskip("numba")
+    module = module_of(grid, rows, columns)
+    assert module.pack()
+    monkeypatch.setattr(int4, "AT_ONCE", 64 * columns)
+    by_torch = torch.cat(list(int4._decoded_tiles(module._packed))).transpose(1, 2).flatten(0, 1)
+    by_numba = torch.cat(list(int4._compiled_blocks(module._packed)), 1).T
+    assert torch.equal(by_torch[:rows], by_numba[:rows])
+    x = torch.randn(DENSE_FROM[1], columns, dtype=torch.bfloat16)
+    with torch.no_grad():
+        monkeypatch.setattr(int4, "_ONE_DECODES", 1 << 10)
+        compiled = module(x)
+        monkeypatch.setattr(int4, "_ONE_DECODES", 0)
+        torch.testing.assert_close(compiled, module(x), rtol=2e-2, atol=1e-2 * float(compiled.abs().max()))
+
+
 @pytest.mark.parametrize(("grid", "rows", "columns"), [(Grid(4, 32, symmetric=False), 200, 64), (Grid(8, 64), 320, 64)])
 def test_a_large_matrix_is_decoded_in_parts(grid, rows, columns, monkeypatch):
     module = module_of(grid, rows, columns)
     x = torch.randn(3, 40, columns, dtype=torch.bfloat16)
     with torch.no_grad():
         expected, whole = x @ module.matrix(torch.bfloat16).T + module.bias, module(x)
-        for where in (cpu_int4, quantized):
+        for where in (int4, quantized):
             monkeypatch.setattr(where, "AT_ONCE", 2 * 64 * columns)
         close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}
         torch.testing.assert_close(module(x), whole, **close)  # codes in their own order

@@ -6,7 +6,6 @@ The values are copied out of the table as they are, so that both ways give the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cpu.threads import in_threads
 from .code import SIDE, TILE, Code
 from .tables import trellis_values
 
 _WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_ALONE = 1 << 20  # values up to which one thread reads faster than several that have to be started
+_ALONE = 1 << 16  # values that one thread reads in less time than another one needs to begin
 
 
 @cache
@@ -40,13 +40,8 @@ def read_trellis(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns, _ = codes.shape
     found = torch.empty(rows * SIDE, columns * SIDE, dtype=dtype)
     packed, words, table = codes.contiguous().numpy(), found.view(_WORDS[dtype]).numpy(), _table(code.state_bits, dtype)
-    read, threads = _reader(code.bits), torch.get_num_threads()
-    if threads == 1 or found.numel() <= _ALONE:
-        read(packed, table, 0, rows, words)
-        return found
-    edges = [rows * part // threads for part in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: read(packed, table, edges[part], edges[part + 1], words), range(threads)))
+    read = _reader(code.bits)
+    in_threads(rows, lambda first, last: read(packed, table, first, last, words), least=max(1, _ALONE // (TILE * columns)))
     return found
 
 

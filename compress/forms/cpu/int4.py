@@ -30,7 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grids import Grid, Scales
+from ..grids import Grid, Scales
+from .compiled import available as compiled
+from .compiled import decode_tiles
 
 TILE = 64  # rows of the matrix in one block of the layout
 GROUPS = (256, 128, 64, 32)  # group sizes that the kernel knows
@@ -39,6 +41,8 @@ MIDDLES = (8, 128)  # what the middle code becomes with one plane, and with two
 # planes -> rows of input from which decoding and a dense product are faster (576 x 1536 to 4096 x 4096, one thread)
 DENSE_FROM = {1: 80, 2: 40}
 AT_ONCE = 1 << 20  # codes that are decoded at a time for a dense product: 2 MiB of 16-bit weights, about a core's own cache
+# torch's threads up to which numba's one is faster (measured: 1 and 2; with more torch decodes in all of them)
+_ONE_DECODES = 2
 _ONES = 0x4300  # the bits of 128 in bfloat16; a code below 128 fits into the last seven, and the number is then 128 + code
 
 
@@ -156,6 +160,23 @@ def _decoded_tiles(packed: Packed) -> Iterator[Tensor]:
         yield values.sub_(zeros[part]).mul_(steps[part]).view(len(codes), columns, TILE)
 
 
+def _compiled_blocks(packed: Packed) -> Iterator[Tensor]:
+    """The same matrix in bfloat16, by blocks (in, 64 · tiles), transposed; decoded by the calling thread alone.
+
+    torch's own threads still spin when a product is done, and take from others what they would gain.
+    """
+    planes, padded, columns = len(packed.codes), packed.codes.shape[1], 2 * packed.codes.shape[2]
+    halves = packed.codes.view(planes, -1, columns, TILE // 2)
+    zeros, steps = (
+        each.float().reshape(-1, padded // TILE, TILE).transpose(0, 1)  # (tiles, groups, 64)
+        for each in (packed.zeros() + packed.shift, packed.scales[-1, ..., 0])
+    )
+    count = max(1, AT_ONCE // (TILE * columns))
+    for first in range(0, padded // TILE, count):
+        part = slice(first, first + count)
+        yield decode_tiles(halves[:, part], zeros[part], steps[part])
+
+
 def _unpacked_tiles(halves: Tensor) -> Tensor:
     """(tiles, in, 32) bytes of two codes as (tiles, in, 2, 32) int16."""
     codes = torch.empty(*halves.shape[:2], 2, TILE // 2, dtype=torch.int16)
@@ -176,6 +197,8 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         y = y[:, : packed.rows]
     elif torch.compiler.is_compiling():  # the compiler makes one loop of all that decodes a matrix
         return torch.nn.functional.linear(x, decoded(packed, x.dtype), bias)
+    elif compiled() and torch.get_num_threads() <= _ONE_DECODES:
+        y = torch.cat([flat @ block for block in _compiled_blocks(packed)], 1)[:, : packed.rows]
     else:
         tiles = [torch.bmm(flat.expand(len(block), -1, -1), block) for block in _decoded_tiles(packed)]  # (tiles, tokens, 64)
         y = torch.cat(tiles).transpose(0, 1).flatten(1)[:, : packed.rows]

@@ -1,0 +1,1 @@
+"""Products on the CPU: packed codes, by torch's own kernels and by compiled loops."""
