@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lrc.compress.base import get_method
 from lrc.compress.forms.base import build_module, fill_module
-from lrc.compress.forms.codes import compiled
+from lrc.compress.forms.codes import reading
 from lrc.compress.forms.codes.code import BITS, TILE, Code, from_tiles, to_tiles
 from lrc.compress.forms.codes.encoded import Encoded
 from lrc.compress.forms.codes.rotation import rotate, rotate_back, rotate_both, rotate_both_back, signs
@@ -192,13 +192,13 @@ def test_compiled_codes_are_read_as_by_torch_to_the_last_bit(bits, state_bits, d
     code = Code("trellis", bits, state_bits)
     codes = torch.randint(0, 256, (5, 3, code.nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     expected = from_tiles(code.values(codes.flatten(0, 1)).view(5, 3, TILE)).to(dtype)
-    assert compiled.available(code, codes, dtype)
-    assert torch.equal(compiled.read_trellis(code, codes, dtype), expected)
-    monkeypatch.setattr(compiled, "_ALONE", 0)
+    assert reading.available(code, codes, dtype)
+    assert torch.equal(reading.read_trellis(code, codes, dtype), expected)
+    monkeypatch.setattr(reading, "_ALONE", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert torch.equal(compiled.read_trellis(code, codes, dtype), expected)
+        assert torch.equal(reading.read_trellis(code, codes, dtype), expected)
     finally:
         torch.set_num_threads(before)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..base import MODULES, SPECS, Form, FormSpec, Spec
 from .code import SIDE, Code, Kind, from_tiles
-from .compiled import available, read_trellis
+from .reading import available, read_trellis
 from .rotation import rotate, rotate_back, rotate_both_back
 
 _AT_ONCE = 1 << 21  # values that a product reads back at a time

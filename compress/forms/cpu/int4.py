@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid, Scales
-from .compiled import available as compiled
-from .compiled import decode_tiles
+from .decoding import available as compiled
+from .decoding import decode_tiles
 
 TILE = 64  # rows of the matrix in one block of the layout
 GROUPS = (256, 128, 64, 32)  # group sizes that the kernel knows
