@@ -1,14 +1,14 @@
-"""The product form: low-rank factors that are each stored in a form of their own."""
+"""The product form: low-rank factors that are each stored in a form of their own; what a correction beside a base shares."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .base import MODULES, SPECS, Count, Form, FormSpec, Spec, build_module, matrix_of, require_rank
+from .base import MODULES, SPECS, Count, Form, FormSpec, LowRank, Spec, build_module, matrix_of, require_rank
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,34 @@ class ProductSpec(FormSpec):
 
 SPECS[Product.kind] = ProductSpec
 MODULES[Product.kind] = ProductLinear
+
+
+B = TypeVar("B", bound=Form)
+
+
+@dataclass(frozen=True)
+class Corrected(Form, Generic[B]):
+    """`weight ≈ base + correction`: a matrix of few bits and a low-rank form of its error.
+
+    Args:
+        base: the matrix of few bits; has the bias.
+        correction: factors in the checkpoint's dtype, or quantized themselves.
+    """
+
+    base: B
+    correction: LowRank | Product
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.base.tensors() | {f"correction.{name}": tensor for name, tensor in self.correction.tensors().items()}
+
+    def dense(self) -> Tensor:
+        return self.base.dense() + self.correction.dense()
+
+    def spec(self) -> Spec:
+        return self.base.spec() | {"kind": self.kind, "correction": self.correction.spec()}
+
+    def with_bias(self, bias: Tensor | None) -> Self:
+        return replace(self, base=cast(B, self.base.with_bias(bias)))
+
+    def stored(self, dtype: torch.dtype) -> Self:
+        return replace(self, base=cast(B, self.base.stored(dtype)), correction=self.correction.stored(dtype))

@@ -13,11 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .base import MODULES, SPECS, Form, FormSpec, LowRank, Spec, build_module, matrix_of
+from .base import MODULES, SPECS, Form, FormSpec, Spec, build_module, matrix_of
 from .cpu.int4 import AT_ONCE, DTYPES, Packed, available, kernel_group, multiply, pack_codes, unpack_codes
 from .grids import Grid, Scales, exponents_of, pack, packed_width, powers, unpack
 from .kernels import coded, why_not_coded
-from .product import Product
+from .product import Corrected
 
 
 @dataclass(frozen=True)
@@ -84,33 +84,10 @@ class Quantized(Form):
         return Quantized(self.grid, codes, Scales(rounded, zeros), bias, dtype)
 
 
-@dataclass(frozen=True)
-class QuantizedLowRank(Form):
-    """`weight ≈ base + correction`: a quantized matrix and a low-rank form of its error.
-
-    Args:
-        base: the quantized matrix; has the bias.
-        correction: factors in the checkpoint's dtype, or quantized themselves.
-    """
+class QuantizedLowRank(Corrected[Quantized]):
+    """A quantized matrix with a correction."""
 
     kind: ClassVar[str] = "quantized+low-rank"
-    base: Quantized
-    correction: LowRank | Product
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.base.tensors() | {f"correction.{name}": tensor for name, tensor in self.correction.tensors().items()}
-
-    def dense(self) -> Tensor:
-        return self.base.dense() + self.correction.dense()
-
-    def spec(self) -> Spec:
-        return self.base.spec() | {"kind": self.kind, "correction": self.correction.spec()}
-
-    def with_bias(self, bias: Tensor | None) -> QuantizedLowRank:
-        return QuantizedLowRank(self.base.with_bias(bias), self.correction)
-
-    def stored(self, dtype: torch.dtype) -> QuantizedLowRank:
-        return QuantizedLowRank(self.base.stored(dtype), self.correction.stored(dtype))
 
 
 class QuantizedLinear(nn.Module):

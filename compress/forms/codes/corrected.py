@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base import MODULES, SPECS, Form, LowRank, Spec, build_module, matrix_of
-from ..product import Product
+from ..base import MODULES, SPECS, Spec, build_module, matrix_of
+from ..product import Corrected
 from .encoded import Encoded, EncodedLinear, EncodedSpec
 
 
-@dataclass(frozen=True)
-class EncodedLowRank(Form):
-    """`weight ≈ base + correction`: a matrix in a code and a low-rank form of its error.
-
-    Args:
-        base: the matrix in a code; has the bias.
-        correction: factors in the checkpoint's dtype, or quantized themselves.
-    """
+class EncodedLowRank(Corrected[Encoded]):
+    """A matrix in a code with a correction."""
 
     kind: ClassVar[str] = "encoded+low-rank"
-    base: Encoded
-    correction: LowRank | Product
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.base.tensors() | {f"correction.{name}": tensor for name, tensor in self.correction.tensors().items()}
-
-    def dense(self) -> Tensor:
-        return self.base.dense() + self.correction.dense()
-
-    def spec(self) -> Spec:
-        return self.base.spec() | {"kind": self.kind, "correction": self.correction.spec()}
-
-    def with_bias(self, bias: Tensor | None) -> EncodedLowRank:
-        return EncodedLowRank(self.base.with_bias(bias), self.correction)
-
-    def stored(self, dtype: torch.dtype) -> EncodedLowRank:
-        return EncodedLowRank(self.base.stored(dtype), self.correction.stored(dtype))
 
 
 class EncodedLowRankLinear(EncodedLinear):
