@@ -149,6 +149,11 @@ class Method:
         """The statistics that it reads of any target, alone or in a unit of several."""
         return self.needs.union(*(self.joint.needs.values() if self.joint else ()))
 
+    @property
+    def across_layers(self) -> bool:
+        """Whether it may solve targets of several layers together."""
+        return self.joint is not None and self.joint.across_layers
+
     def needs_of(self, slot: str | None) -> frozenset[str]:
         """The statistics that it reads of a target that is solved alone (None), or that fills this slot of a unit."""
         return self.needs if slot is None or self.joint is None else self.joint.needs.get(slot, self.needs)

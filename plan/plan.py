@@ -264,10 +264,9 @@ class Planned:
     def collects(self) -> bool:
         """Whether statistics of the original model are on the disk before the first layer is compressed."""
         method = self.recipe.compression[0]
-        across = method.joint is not None and method.joint.across_layers
         if self.recipe.dropping is not None:
             return False
-        return self.recipe.allocation != "uniform" or across or bool(method.all_needs & BACKWARD_NEEDS)
+        return self.recipe.allocation != "uniform" or method.across_layers or bool(method.all_needs & BACKWARD_NEEDS)
 
     @property
     def needs_ahead(self) -> dict[str, frozenset[str]]:
@@ -275,9 +274,8 @@ class Planned:
 
         Where each layer is solved by what the compressed layers before it give, only gradients are the original's.
         """
-        method = self.recipe.compression[0]
-        across = method.joint is not None and method.joint.across_layers
-        if self.recipe.allocation == "uniform" and self.recipe.propagate == "compressed" and not across:
+        recipe = self.recipe
+        if recipe.allocation == "uniform" and recipe.propagate == "compressed" and not recipe.compression[0].across_layers:
             return {name: each & BACKWARD_NEEDS for name, each in self.needs.items()}
         return self.needs
 

@@ -284,11 +284,6 @@ def _counts_layers(recipe: Recipe) -> bool:
     return recipe.depth is not None and (recipe.depth.drop is not None or recipe.depth.ratio is not None)
 
 
-def _across_layers(recipe: Recipe) -> bool:
-    joint = recipe.compression[0].joint
-    return joint is not None and joint.across_layers
-
-
 def _rule_refuses(recipe: Recipe) -> str:
     return "" if recipe.rule is None else recipe.rule.why_not(recipe.compression[0])
 
@@ -367,15 +362,15 @@ CLASHES = (
     ),
     # methods that solve targets of several layers at once
     Clash(
-        lambda r: _across_layers(r) and r.propagate == "compressed",
+        lambda r: r.compression[0].across_layers and r.propagate == "compressed",
         lambda r: f"{r.method} solves targets of several layers at once and needs 'propagate: original'",
     ),
     Clash(
-        lambda r: _across_layers(r) and r.refine is not None and r.refine.block is not None,
+        lambda r: r.compression[0].across_layers and r.refine is not None and r.refine.block is not None,
         lambda r: f"{r.method} shares factors across layers, and refine: block trains single layers; use refine: end-to-end",
     ),
     Clash(
-        lambda r: _across_layers(r) and r.depth is not None,
+        lambda r: r.compression[0].across_layers and r.depth is not None,
         lambda r: f"{r.method} solves targets of several layers at once; drop layers in a run of its own first",
     ),
 )

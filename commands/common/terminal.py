@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ...calibrate.data import NO_TEXT, Calibration
@@ -21,7 +19,7 @@ from ...run.duration.foretell import Foretold
 from ...run.layer_loop import LayerDone
 from ...run.request import Request
 from ...run.run import PlanMade, TextRead
-from .console import messages, plain_or_terminal
+from .console import bar_of, messages, plain_or_terminal
 from .plan_output import print_plan
 from .time_output import print_duration
 
@@ -51,11 +49,7 @@ class Progress:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._console = messages()
-        self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
-            console=self._console, transient=True, disable=not self._console.is_terminal,
-        )  # fmt: skip
+        self._bar = bar_of(self._console)
         self._task = self._bar.add_task("layers", total=None)
         self._plan: Planned | None = None
         self._notes: list[str] = []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from ...model.events import Event, Noted
 from ...model.machine.host_memory import peak_rss
 from ...plan.budget import readable
-from ..common.console import messages
+from ..common.console import bar_of, messages
 
 
 class Steps:
@@ -15,11 +13,7 @@ class Steps:
 
     def __init__(self) -> None:
         self._console = messages()
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
-            console=self._console, transient=True, disable=not self._console.is_terminal,
-        )  # fmt: skip
+        self._bar = bar_of(self._console)
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Steps:

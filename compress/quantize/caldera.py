@@ -73,7 +73,7 @@ class CalderaSettings(CorrectionSettings):
     @property
     def base_code(self) -> Code | None:
         """The base's code; None: it is on a grid."""
-        return None if self.code is None else Code(self.code, self.bits, self.state_bits if self.code == "trellis" else 0)
+        return None if self.code is None else Code.of(self.code, self.bits, self.state_bits)
 
     def base_nbytes(self, shape: Shape) -> int:
         """Exact bytes of the base of a matrix of this shape."""

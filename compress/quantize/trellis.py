@@ -69,7 +69,7 @@ class CodeSettings(Settings):
 
     def of(self, bits: int) -> Code:
         """The code with this many bits."""
-        return Code(self.code, bits, self.state_bits if self.code == "trellis" else 0)
+        return Code.of(self.code, bits, self.state_bits)
 
 
 class TrellisSettings(CodeSettings):

@@ -64,8 +64,7 @@ class Candidate:
     @property
     def sampled(self) -> bool:
         """Whether some of its layers alone can be tried; else (it drops layers, or solves several together) only all can."""
-        method = self.recipe.compression[0]
-        return self.recipe.depth is None and not (method.joint is not None and method.joint.across_layers)
+        return self.recipe.depth is None and not self.recipe.compression[0].across_layers
 
 
 def candidates(

@@ -41,6 +41,11 @@ class Code:
     bits: int
     state_bits: int = 0
 
+    @classmethod
+    def of(cls, kind: Kind, bits: int, state_bits: int) -> Code:
+        """The code of a recipe's settings; only a trellis has states."""
+        return cls(kind, bits, state_bits if kind == "trellis" else 0)
+
     def __post_init__(self) -> None:
         if self.bits not in BITS[self.kind]:
             raise ValueError(f"a code of kind {self.kind} has {', '.join(map(str, BITS[self.kind]))} bits, not {self.bits}")

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..cpu.threads import in_threads
+from ..cpu.threads import has_numba, in_threads
 from .code import SIDE, TILE, Code
 from .tables import trellis_values
 
@@ -23,16 +22,11 @@ _WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16
 _ALONE = 1 << 16  # values that one thread reads in less time than another one needs to begin
 
 
-@cache
-def _installed() -> bool:
-    return find_spec("numba") is not None
-
-
 def available(code: Code, codes: Tensor, dtype: torch.dtype) -> bool:
     """Whether the compiled way reads these codes: a trellis on the CPU, in a dtype of 16 or 32 bits, with numba at hand."""
     if code.kind != "trellis" or codes.device.type != "cpu" or dtype not in _WORDS or torch.compiler.is_compiling():
         return False
-    return _installed()
+    return has_numba()
 
 
 def read_trellis(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-@cache
-def available() -> bool:
-    """Whether numba is installed."""
-    return find_spec("numba") is not None
 
 
 def decode_tiles(halves: Tensor, zeros: Tensor, steps: Tensor) -> Tensor:

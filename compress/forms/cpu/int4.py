@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ..grids import Grid, Scales
-from .decoding import available as compiled
 from .decoding import decode_tiles
+from .threads import has_numba
 
 TILE = 64  # rows of the matrix in one block of the layout
 GROUPS = (256, 128, 64, 32)  # group sizes that the kernel knows
@@ -197,7 +197,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         y = y[:, : packed.rows]
     elif torch.compiler.is_compiling():  # the compiler makes one loop of all that decodes a matrix
         return torch.nn.functional.linear(x, decoded(packed, x.dtype), bias)
-    elif compiled() and torch.get_num_threads() <= _ONE_DECODES:
+    elif has_numba() and torch.get_num_threads() <= _ONE_DECODES:
         y = torch.cat([flat @ block for block in _compiled_blocks(packed)], 1)[:, : packed.rows]
     else:
         tiles = [torch.bmm(flat.expand(len(block), -1, -1), block) for block in _decoded_tiles(packed)]  # (tiles, tokens, 64)

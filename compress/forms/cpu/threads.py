@@ -6,8 +6,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 
 import torch
+
+
+@cache
+def has_numba() -> bool:
+    """Whether numba, which compiles such loops, is installed."""
+    return find_spec("numba") is not None
 
 
 @cache

@@ -7,10 +7,8 @@ Costs are the same in float32, so that only a tie between two sequences can fall
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,14 @@ from torch import Tensor
 
 from ...forms.codes.code import Code
 from ...forms.codes.tables import trellis_values
+from ...forms.cpu.threads import has_numba, in_threads
 
 _FORBIDDEN = 1e9
 
 
 def available(code: Code, device: torch.device) -> bool:
     """Whether numba is installed and compiles this code's search: on the CPU, with states of twice the bits of a value."""
-    return device.type == "cpu" and code.state_bits >= 2 * code.bits and find_spec("numba") is not None
+    return device.type == "cpu" and code.state_bits >= 2 * code.bits and has_numba()
 
 
 def viterbi_compiled(values: Tensor, code: Code, ring: Tensor | None = None) -> Tensor:
@@ -37,13 +36,7 @@ def viterbi_compiled(values: Tensor, code: Code, ring: Tensor | None = None) -> 
     states = np.empty(given.shape, np.int64)
     kept = np.full(len(given), -1, np.int64) if ring is None else ring.numpy()
     search = _search(code.bits)
-    parts = np.array_split(np.arange(len(given)), min(torch.get_num_threads(), len(given)))
-    with ThreadPoolExecutor(len(parts)) as pool:
-        jobs = [
-            pool.submit(search, given[p[0] : p[-1] + 1], table, kept[p[0] : p[-1] + 1], states[p[0] : p[-1] + 1]) for p in parts
-        ]
-        for job in jobs:
-            job.result()
+    in_threads(len(given), lambda first, last: search(given[first:last], table, kept[first:last], states[first:last]))
     return torch.from_numpy(states).T
 
 
