@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..compress.base import TargetStats
 from ..model.layer_edit import LayerEdit
 from ..model.layerwise import layerwise
-from ..model.lockstep import Call, check_finite, on_host, run_layer, side_by_side
+from ..model.lockstep import Call, check_finite, on_host, run_layer
+from ..model.machine.workers import side_by_side
 from ..model.targets import Target
 from ..model.view import ModelView
 from .stats import LayerCollector, Wanted

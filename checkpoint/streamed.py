@@ -19,6 +19,7 @@ from ..compress.forms.experts import IMPLEMENTATION, register
 from ..errors import CheckpointError, ModelError, NonFiniteError
 from .architecture import built, find_layers, keep_float32, require_sizes
 from .location import Location
+from .reading.ahead import ReadAhead
 from .reading.fingerprint import Tell, unread_bytes
 from .reading.fp8 import Fp8Source, open_weights, require_numbers, without_quantization
 from .reading.names import all_made, renamed_tensors, reshaped
@@ -72,6 +73,8 @@ class Checkpoint:
         self._standing_for: dict[str, str] = {}
         self.untied = self._settle_ties()
         self._sources = group_by_prefix(renamed, self.layer_names)
+        self._numbers = {name: index for index, name in enumerate(self.layer_names)}
+        self._loaded, self._ahead = -1, ReadAhead()
         self._check_headers()
         if prepare is None:  # forms store bits under the names of the weights that they stand for
             state = self.model.state_dict()
@@ -262,7 +265,18 @@ class Checkpoint:
         module = self.model.get_submodule(prefix)
         self._materialise(self._sources[prefix])
         self._require_complete(prefix, module)
+        self._expect_after(prefix)
         return module
+
+    def _expect_after(self, prefix: str) -> None:
+        """Have the next layer's weights read from the disk meanwhile: in the direction in which layers are loaded."""
+        if prefix not in self._numbers:
+            return
+        before, number = self._loaded, self._numbers[prefix]
+        self._loaded = number
+        following = number - 1 if before == number + 1 else number + 1
+        if 0 <= following < len(self.layers):
+            self._ahead.begin(self.source.extents(self._sources[self.layer_names[following]]))
 
     def load_module(self, path: str) -> nn.Module:
         """Load the weights of one module inside a layer, without the rest of the layer.

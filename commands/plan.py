@@ -145,7 +145,7 @@ def drafted(request: Request) -> tuple[ModelView, Draft]:
     from ..plan.planner import make_draft
 
     view = request.view()
-    draft = make_draft(view, request.recipe, len(request.devices))
+    draft = make_draft(view, request.recipe, request.devices)
     return view, replace(draft, max_shard_bytes=request.max_shard_bytes)
 
 

@@ -28,6 +28,7 @@ from ..model.layerwise import in_memory
 from ..model.lockstep import Call
 from ..model.machine.host_memory import steady_memory
 from ..model.machine.precision import full_precision
+from ..model.machine.workers import on_devices
 from ..model.targets import Target
 from ..model.view import ModelView
 from .spectrum import RATIOS, Spectrum, energies, outliers, rank_at, spectrum
@@ -189,7 +190,7 @@ def inspected(
 
     Args:
         calibration: tokens for the spectra of outputs; None reads weights only.
-        devices: where layers run; spectra are computed on the first.
+        devices: layers run on all of them, and spectra are computed on all of them.
         notify: is told of each finished layer.
 
     Raises:
@@ -230,7 +231,8 @@ class _Inspecting:
         for index, name in enumerate(self._view.layer_names):
             started = time.perf_counter()
             with in_memory(self._view, name) as layer:
-                self.found += [self._matrix(layer, name, target, None, {}) for target in self._layers[index]]
+                found = self._matrices(layer, name, self._layers[index], {})
+            self.found += [found[target.name] for target in self._layers[index]]
             self._tell(index, started)
 
     @torch.no_grad()
@@ -245,25 +247,38 @@ class _Inspecting:
         found: dict[str, Matrix] = {}
 
         def look(statistics: dict[str, TargetStats]) -> None:
-            roots: dict[GroupStats, Tensor] = {}
-            for target in targets:
-                if target.name in statistics:
-                    found[target.name] = self._matrix(layer, name, target, statistics[target.name], roots)
+            found.update(self._matrices(layer, name, [each for each in targets if each.name in statistics], statistics))
 
         outputs = run_in_chunks(layer, name, calls, self._devices, chunks_of(targets, what.nbytes), what, look)
         self.found += [found[target.name] for target in targets]
         self._tell(index, started)
         return outputs
 
-    def _matrix(
-        self, layer: nn.Module, name: str, target: Target, stats: TargetStats | None, roots: dict[GroupStats, Tensor]
-    ) -> Matrix:
-        weight = target_weight(layer, name, target)[0].to(self._devices[0])
+    def _matrices(
+        self, layer: nn.Module, name: str, targets: Sequence[Target], statistics: Mapping[str, TargetStats]
+    ) -> dict[str, Matrix]:
+        """Look at these targets of a layer on all devices, at those that read one input on one device."""
+        groups: dict[str, list[Target]] = {}
+        for target in targets:
+            groups.setdefault(target.group, []).append(target)
+        found: dict[str, Matrix] = {}
+
+        def look(group: Sequence[Target], device: torch.device) -> None:
+            roots: dict[GroupStats, Tensor] = {}
+            for target in group:
+                stats = statistics.get(target.name)
+                weight = target_weight(layer, name, target)[0].to(device)
+                found[target.name] = self._matrix(target, weight, None if stats is None else stats.to(device), roots)
+
+        on_devices(list(groups.values()), self._devices, look)
+        return found
+
+    def _matrix(self, target: Target, weight: Tensor, stats: TargetStats | None, roots: dict[GroupStats, Tensor]) -> Matrix:
         shape = Shape(target.out_features, target.in_features, self._view.dtype.itemsize)
         ranks = tuple(rank_at(shape, ratio) for ratio in RATIOS)
         weighted, input_largest = None, None
         if stats is not None and stats.group.tokens:
-            weighted = spectrum(_weighted(weight, stats.to(self._devices[0]), roots), ranks)
+            weighted = spectrum(_weighted(weight, stats, roots), ranks)
             channels = stats.group.mean_square
             assert channels is not None, "it was asked for"
             input_largest = float((channels.max() / channels.mean()).sqrt()) if float(channels.max()) > 0 else 0.0
@@ -284,6 +299,5 @@ def _weighted(weight: Tensor, stats: TargetStats, roots: dict[GroupStats, Tensor
     if stats.output_gram is not None or gram is None or weight.shape[0] <= weight.shape[1]:
         return energies(weight, gram, stats.output_gram)
     if stats.group not in roots:
-        roots.clear()  # targets of a group follow each other
         roots[stats.group] = root(gram)
     return energies(weight, gram, gram_root=roots[stats.group])

@@ -9,7 +9,6 @@ continue to layer i + 1 (layerwise.py). No architecture's loop is rewritten here
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -216,13 +215,3 @@ def check_finite(output: Any, layer: str, batch: int) -> None:
                     "In float16 activations can overflow: try --dtype bfloat16 or --dtype float32. "
                     "If it stays, the checkpoint is damaged.",
                 )
-
-
-def side_by_side(work: Callable[[int], object], workers: int) -> None:
-    """Call work(0) to work(workers - 1): one in this thread, several in a thread each with as many cores as the caller has."""
-    if workers == 1:
-        work(0)
-        return
-    cores = torch.get_num_threads()  # a thread of its own would take all of them
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores,)) as pool:
-        list(pool.map(work, range(workers)))

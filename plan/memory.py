@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import psutil
+import torch
 
 from ..calibrate.backward import LOGITS_AT_ONCE
 from ..calibrate.data import WRITTEN_TOGETHER
@@ -22,8 +24,35 @@ from .plan import PROBED, PROBES_EACH, Memory, Planned, Step
 _STILL_TO_COME = 150 << 20  # tokenizer, readers of the calibration text, modules that a plan does without
 
 
-def predict_memory(view: ModelView, plan: Planned, devices: int = 1) -> Memory:
-    """Predict the peak of resident memory from shapes; docs/memory.md states the formula and the reason of each term."""
+@dataclass(frozen=True)
+class _Moment:
+    """What one moment of a run has in memory.
+
+    Args:
+        computed: bytes that are where the computation is, on every device.
+        kept: bytes that are in main memory in any case.
+        passing: bytes that pass through main memory on their way to or from a GPU.
+    """
+
+    computed: int
+    kept: int = 0
+    passing: int = 0
+
+    def in_main(self, devices: Sequence[torch.device]) -> int:
+        """Bytes in main memory, where these devices compute."""
+        return self.kept + (self.passing if _are_gpus(devices) else len(devices) * self.computed)
+
+
+def _are_gpus(devices: Sequence[torch.device]) -> bool:
+    return any(device.type != "cpu" for device in devices)
+
+
+def predict_memory(view: ModelView, plan: Planned, devices: Sequence[torch.device]) -> Memory:
+    """Predict the peaks of memory from shapes; docs/memory.md states the formula and the reason of each term.
+
+    Args:
+        devices: of the run; they share its batches and its units.
+    """
     element, calibration = view.dtype.itemsize, plan.recipe.calibration
     read = calibration.samples * calibration.length if plan.recipe.reads_text else 0
     hidden = read * view.config.get_text_config().hidden_size * element
@@ -41,28 +70,29 @@ def predict_memory(view: ModelView, plan: Planned, devices: int = 1) -> Memory:
     both = refine is not None and refine.block is not None
     if both:  # hidden states of two models, and of the windows that are held out
         hidden = 2 * hidden * (calibration.samples + calibration.held_out) // calibration.samples
-    activations = 3 * hidden
-    in_layer = layer + activations + 2 * statistics * devices
+    activations, passing = 3 * hidden, layer + statistics
+    observed = layer + 2 * statistics
+    batch = tokens * widest * (2 * element + 8)
     moments = {
-        "outside": view.reading_nbytes(view.outside_nbytes()),
-        "embedding": view.outside_nbytes(for_calibration=True) + activations,
-        "forward": in_layer + tokens * widest * (2 * element + 8),
-        "solve": in_layer + solve + factors,
+        "outside": _Moment(0, view.reading_nbytes(view.outside_nbytes())),
+        "embedding": _Moment(0, view.outside_nbytes(for_calibration=True) + activations),
+        "forward": _Moment(observed + batch, activations, passing),
+        "solve": _Moment(observed + solve, activations + factors, passing),
     }
     if both:
         trained = max(map(_trained_bytes, by_layer.values()), default=0)
-        moments["training a layer"] = layer + activations + trained + layer + tokens * _graph(view, plan)
-    if backward := _backward_bytes(view, plan, devices):
-        moments["backward"] = activations + backward
+        moments["training a layer"] = _Moment(layer + trained + layer + tokens * _graph(view, plan), activations, passing)
+    if backward := _backward_bytes(view, plan):
+        moments["backward"] = _Moment(backward, activations, backward)
     if plan.recipe.allocation == "kl":
         moments["probes"] = _probe_bytes(view, plan, 2 * statistics + solve)
-    moments |= {
-        "training end to end": _whole_bytes(view, plan),
-        "depth": depth_bytes(view, plan.recipe.dropping, calibration, plan.model_edit),
-        "writing text": _writing_bytes(view, plan) if plan.recipe.reads_text else 0,
-    }
-    process = psutil.Process().memory_info().rss + _STILL_TO_COME
-    return Memory(process, {name: nbytes for name, nbytes in moments.items() if nbytes})
+    moments["training end to end"] = _Moment(_whole_bytes(view, plan), passing=plan.whole_after)
+    depth = depth_bytes(view, plan.recipe.dropping, calibration, plan.model_edit)
+    moments["depth"] = _Moment(depth, passing=depth)  # mostly hidden states, which wait in main memory
+    moments["writing text"] = _Moment(_writing_bytes(view, plan) if plan.recipe.reads_text else 0, passing=plan.whole_bytes)
+    main = {name: nbytes for name, each in moments.items() if each.computed + each.kept and (nbytes := each.in_main(devices))}
+    gpu = {name: each.computed for name, each in moments.items() if each.computed} if _are_gpus(devices) else {}
+    return Memory(psutil.Process().memory_info().rss + _STILL_TO_COME, main, gpu)
 
 
 def _collected_bytes(plan: Planned, layer: int) -> int:
@@ -71,7 +101,7 @@ def _collected_bytes(plan: Planned, layer: int) -> int:
     return max(wanted.nbytes(chunk) for chunk in plan.chunks(layer))
 
 
-def _backward_bytes(view: ModelView, plan: Planned, devices: int) -> int:
+def _backward_bytes(view: ModelView, plan: Planned) -> int:
     """Statistics of gradients: one batch's logits and their gradient, or a layer, its graph of one batch and a chunk's sums."""
     needs = frozenset[str]().union(*plan.needs.values()) & BACKWARD_NEEDS
     if not needs:
@@ -84,7 +114,7 @@ def _backward_bytes(view: ModelView, plan: Planned, devices: int) -> int:
     chunks = [chunk for targets in layers for chunk in chunks_of(targets, partial(gradient_bytes, needs=needs))]
     summed = max(sum(grams * t.out_features**2 + means * t.numel for t in chunk) for chunk in chunks)
     layer = max(view.layer_nbytes(index) for index in range(len(view.layers)))
-    return max(end, devices * (layer + summed + tokens * _graph(view, plan)))
+    return max(end, layer + summed + tokens * _graph(view, plan))
 
 
 def _writing_bytes(view: ModelView, plan: Planned) -> int:
@@ -99,7 +129,7 @@ def _writing_bytes(view: ModelView, plan: Planned) -> int:
     return plan.whole_bytes + cached
 
 
-def _probe_bytes(view: ModelView, plan: Planned, solve: int) -> int:
+def _probe_bytes(view: ModelView, plan: Planned, solve: int) -> _Moment:
     """Variants with one target compressed each, side by side in float32: solving there, or the logits at their end."""
     text, calibration = view.config.get_text_config(), plan.recipe.calibration
     wide = max(1, 4 // view.dtype.itemsize)  # float64 stays
@@ -110,7 +140,7 @@ def _probe_bytes(view: ModelView, plan: Planned, solve: int) -> int:
     states = min(STATES, (1 + variants) * COPIES * tokens * text.hidden_size * 4)
     layer = wide * max(view.layer_nbytes(index) for index in range(len(view.layers)))
     end = wide * view.outside_nbytes() + 3 * 4 * tokens * text.vocab_size
-    return states + max(layer + solve, end)
+    return _Moment(max(layer + solve, end), states, max(layer, end))
 
 
 def _trained_bytes(steps: Iterable[Step]) -> int:

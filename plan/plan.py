@@ -63,20 +63,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted resident memory in bytes; docs/memory.md states the formula.
+    """Predicted memory in bytes; docs/memory.md states the formula.
 
     Args:
-        process: bytes that the interpreter, its libraries and the tokenizer take all the time.
-        moments: moment of the run -> bytes that it takes in addition to the process; only moments that occur in this run.
+        process: bytes of main memory that the interpreter, its libraries and the tokenizer take all the time.
+        moments: moment of the run -> bytes of main memory in addition to the process; only moments that occur in this run.
+        on_gpu: moment of the run -> bytes in the memory of each GPU; empty where the run computes on the processor.
     """
 
     process: int = 0
     moments: Mapping[str, int] = field(default_factory=dict)
+    on_gpu: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
         """Bytes of the process and the largest moment together."""
         return self.process + max(self.moments.values(), default=0)
+
+    @property
+    def gpu_peak(self) -> int:
+        """Bytes of the largest moment on a GPU; 0 where there is none."""
+        return max(self.on_gpu.values(), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

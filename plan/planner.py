@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+
 from ..calibrate.layerwise import TOKENS_PER_BATCH
 from ..checkpoint.merging import SHARD_BYTES
 from ..compress.base import DENSE, Curve
@@ -35,11 +37,13 @@ from .units import Unit, options_of, shape_of, units_of
 P = TypeVar("P", bound=Planned)
 
 
-def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found | None = None) -> Draft:
+def make_draft(
+    view: ModelView, recipe: Recipe, devices: Sequence[torch.device] = (torch.device("cpu"),), found: Found | None = None
+) -> Draft:
     """Resolve a recipe for a model as far as the files' headers allow.
 
     Args:
-        devices: number of devices over which the run spreads its batches, for the memory prediction.
+        devices: of the run, for the memory prediction.
         found: result of the search, for a recipe with `max_ppl_increase`; without it the draft assumes `budget.ASSUMED`.
 
     Raises:
@@ -53,7 +57,7 @@ def make_draft(view: ModelView, recipe: Recipe, devices: int = 1, found: Found |
 def make_plan(
     view: ModelView,
     draft: Draft,
-    devices: int = 1,
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
     *,
     curves: Mapping[str, Curve] | None = None,
     model_edit: ModelEdit | None = None,
@@ -61,7 +65,7 @@ def make_plan(
     """Make the final plan from the measured losses and scores.
 
     Args:
-        devices: number of devices over which the run spreads its batches, for the memory prediction.
+        devices: of the run, for the memory prediction.
         curves: loss of each unit at each of its options; None if the allocation needs no losses.
         model_edit: the layers or sub-layers to drop, and repairs; None if the recipe has no `depth`.
 
@@ -81,7 +85,7 @@ class _Known:
     max_shard_bytes: int = SHARD_BYTES
 
 
-def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: int, known: _Known) -> P:
+def _planned(kind: type[P], view: ModelView, recipe: Recipe, devices: Sequence[torch.device], known: _Known) -> P:
     recipe = _counted(view, recipe)
     kept = _kept_dense(view.targets, recipe.keep, len(view.layers))
     bounds = bounds_of(view.targets, recipe.limits, len(view.layers))

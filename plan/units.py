@@ -69,6 +69,19 @@ def units_of(method: Method, settings: Settings, targets: Sequence[Target]) -> l
     return list(found)
 
 
+def sharing_inputs(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Neighbouring units with targets that read the same input, together: they share its statistics."""
+    found: list[tuple[set[str], list[Unit]]] = []
+    for unit in units:
+        inputs = {target.group for target in unit.targets}
+        if found and found[-1][0] & inputs:
+            found[-1][0].update(inputs)
+            found[-1][1].append(unit)
+        else:
+            found.append((inputs, [unit]))
+    return [together for _, together in found]
+
+
 def needs_of(method: Method, units: Iterable[Unit]) -> dict[str, frozenset[str]]:
     """The statistics that the method needs for each target, by target name."""
     return {

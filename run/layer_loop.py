@@ -160,7 +160,7 @@ class _Layers:
         self.staying = staying_layers(run.view, plan)
         self._parts = parts
         self._units = {target.name: unit for unit in plan.units for target in unit.targets}
-        self._solver = UnitSolver(plan, run.view, run.devices[0], None if statistics is None else statistics.read)
+        self._solver = UnitSolver(plan, run.view, run.devices, None if statistics is None else statistics.read)
         self._waiting: dict[str, SolvedTarget] = {}  # targets of later layers, solved with a unit that spans layers
 
     def finished(self, name: str) -> bool:
@@ -211,11 +211,10 @@ class _Layers:
                 they are used, to free their memory.
             found: target name -> solution.
         """
+        ready = [each.name for each in self.plan.solved(index) if each.name in stats]
+        open_units = dict.fromkeys(self._units[name] for name in ready if name not in self._waiting and name not in found)
+        self._waiting |= self._solver.solve(list(open_units), layer, index, stats)
         for target in self.plan.solved(index):
-            if target.name in stats and target.name not in self._waiting and target.name not in found:
-                unit = self._units[target.name]
-                mine = {each.name: stats.pop(each.name) for each in unit.targets if each.name in stats}
-                self._waiting |= self._solver.solve(unit, layer, index, mine)
             if target.name in self._waiting:
                 found[target.name] = self._waiting.pop(target.name)
 

@@ -97,7 +97,7 @@ def plan(model: str | Path, recipe: str | Path = "lrc-fast", **settings: Any) ->
         LrcError: a problem that the user can fix.
     """
     request = Request.of(model, recipe, **settings)
-    draft = make_draft(request.view(), request.recipe, len(request.devices))
+    draft = make_draft(request.view(), request.recipe, request.devices)
     return replace(draft, max_shard_bytes=request.max_shard_bytes)
 
 
@@ -118,10 +118,10 @@ def run_request(
     """
     request.require_folder(out)
     view = request.view()
-    draft = replace(make_draft(view, request.recipe, len(request.devices)), max_shard_bytes=request.max_shard_bytes)
+    draft = replace(make_draft(view, request.recipe, request.devices), max_shard_bytes=request.max_shard_bytes)
     notify(PlanMade("plan", plan=draft))
     require_text_fits(view, draft)
-    require_room(draft, out, statistics)
+    require_room(draft, out, statistics, request.devices)
     if timed and (restart or not is_begun(out)):
         notify(Foretold("time", duration=foretell(request.view(), draft, out, request.devices, checked=checked)))
     calibration = text_for(draft, view, request.devices[0])
@@ -200,9 +200,9 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
         The final plan, and the statistics on disk from which the layers are compressed. The statistics are None if each layer's
         are collected when the layer is compressed.
     """
-    recipe, count = draft.recipe, len(run.devices)
+    recipe = draft.recipe
     if recipe.dropping is not None:
-        return _told(run, make_plan(run.view, draft, count, model_edit=model_edit_of(draft, run))), None
+        return _told(run, make_plan(run.view, draft, run.devices, model_edit=model_edit_of(draft, run))), None
     if not draft.collects and (run.shared is None or not recipe.reads_text):
         return draft.settled(), None
     # a shared folder belongs to one calibration set, and this recipe may have none
@@ -211,7 +211,7 @@ def settle(draft: Draft, run: Run) -> tuple[Plan, Statistics | None]:
     statistics = collect(run.view, run.calibration, needs, folder, run.devices, recipe.gradients, run.notify)
     if recipe.allocation == "uniform":
         return draft.settled(), statistics
-    return _told(run, make_plan(run.view, draft, count, curves=measure(draft, run, statistics))), statistics
+    return _told(run, make_plan(run.view, draft, run.devices, curves=measure(draft, run, statistics))), statistics
 
 
 def _told(run: Run, plan: Plan) -> Plan:

@@ -67,7 +67,7 @@ def search(draft: Draft, run: Run, carry_out: CarryOut) -> Draft:
         )
     tokens = held_out.numel() - len(held_out)
     found = Found(low / STEPS, before, work.at(low), tokens, work.evaluations)
-    sized = make_draft(run.view, draft.recipe, len(run.devices), found)
+    sized = make_draft(run.view, draft.recipe, run.devices, found)
     draft = replace(sized, max_shard_bytes=draft.max_shard_bytes)
     run.notify(PlanMade("plan", plan=draft))
     return draft
@@ -123,7 +123,7 @@ class _Search:
         recipe = self._recipe.model_copy(update={"max_ppl_increase": None, "ratio": ratio, "refine": refine})
         run, out, view = self._run, self._folder / f"{ratio:.6f}", self._fresh()
         try:
-            draft = make_draft(view, recipe, len(run.devices))
+            draft = make_draft(view, recipe, run.devices)
             self._carry_out(draft, view, run.calibration, out, devices=run.devices, shared=run.statistics_folder)
         except (BudgetError, NonFiniteError):
             discard(out)

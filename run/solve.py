@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from ..compress.forms.base import Form
 from ..compress.options import Choice, JointOption, Option
 from ..errors import NonFiniteError
 from ..model.layer_forms import target_weight
+from ..model.machine.workers import on_devices
 from ..model.targets import Target
 from ..model.view import ModelView
 from ..plan.plan import Plan
-from ..plan.units import Unit
+from ..plan.units import Unit, sharing_inputs
 
 ReadStatistics = Callable[[str, Sequence[str]], dict[str, TargetStats]]  # (layer, targets) -> target -> statistics
 
@@ -90,6 +92,54 @@ def weight_at(view: ModelView, target: Target, layer: nn.Module, name: str) -> t
     return found
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a unit is solved from, on one device; one entry per target.
+
+    Args:
+        weights: (out, in) each.
+        biases: (out,) each, or None.
+        statistics: of each target.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    statistics: Sequence[TargetStats]
+
+
+class Gathering:
+    """Gathers the inputs of units for several threads, one unit at a time.
+
+    Args:
+        view: the model; weights of layers other than the current one are read from its checkpoint, one module at a time.
+        read: reads the statistics of targets.
+    """
+
+    def __init__(self, view: ModelView, read: ReadStatistics) -> None:
+        self._view, self._read, self._one = view, read, Lock()
+
+    def inputs(self, unit: Unit, layer: nn.Module, name: str, device: torch.device) -> Inputs:
+        """The unit's inputs on a device.
+
+        Args:
+            layer: the loaded layer.
+            name: its module path.
+        """
+        weights, biases = [], []
+        by_layer: dict[int, list[str]] = {}
+        for target in unit.targets:
+            by_layer.setdefault(target.layer, []).append(target.name)
+        held: dict[str, TargetStats] = {}
+        with self._one:  # the checkpoint's modules and the store are not made for several threads
+            for target in unit.targets:
+                weight, bias = weight_at(self._view, target, layer, name)
+                weights.append(weight.to(device))
+                biases.append(None if bias is None else bias.to(device))
+            for number, names in by_layer.items():
+                held |= self._read(self._view.layer_names[number], names)
+            return Inputs(weights, biases, [held[target.name].to(device) for target in unit.targets])
+
+
 def solve_unit(
     method: Method, settings: Settings, unit: Unit, weights: Sequence[Tensor], statistics: Sequence[TargetStats]
 ) -> Sequence[Solution]:
@@ -129,47 +179,54 @@ class UnitSolver:
 
     Args:
         plan: the final plan.
-        view: the model; weights of layers other than the current one are read from its checkpoint, one module at a time.
-        device: the device on which units are solved.
+        view: the model.
+        devices: units are solved on all of them; those that share statistics, on one.
         stored: a function that reads statistics of other layers; None if no statistics are on disk.
     """
 
-    def __init__(self, plan: Plan, view: ModelView, device: torch.device, stored: ReadStatistics | None) -> None:
-        self._plan, self._view, self._device, self._stored = plan, view, device, stored
+    def __init__(self, plan: Plan, view: ModelView, devices: Sequence[torch.device], stored: ReadStatistics | None) -> None:
+        self._plan, self._view, self._devices, self._stored = plan, view, devices, stored
         self._steps = {step.target.name: step for step in plan.steps}
         self._dense = {name for name, step in self._steps.items() if step.choice.dense}
 
-    def solve(self, unit: Unit, layer: nn.Module, index: int, statistics: Mapping[str, TargetStats]) -> dict[str, SolvedTarget]:
-        """Solve a unit: target name -> its form, for the targets of this and later layers that are not kept dense.
+    def solve(
+        self, units: Sequence[Unit], layer: nn.Module, index: int, statistics: dict[str, TargetStats]
+    ) -> dict[str, SolvedTarget]:
+        """Solve units: target name -> its form, for the targets of this and later layers that are not kept dense.
 
         Args:
-            unit: a unit with at least one target in this layer.
+            units: units with at least one target in this layer each.
             layer: the loaded layer.
             index: the layer's number.
-            statistics: target name -> statistics, for the unit's targets in this layer.
+            statistics: target name -> statistics, for the units' targets in this layer; they are removed when they are used,
+                to free their memory.
 
         Raises:
             NonFiniteError: a value of a form is outside the range of the stored dtype.
         """
-        unit, name = unit.without(self._dense), self._view.layer_names[index]
-        weights, biases, stats = [], [], []
-        for target in unit.targets:
-            weight, bias = weight_at(self._view, target, layer, name)
-            weights.append(weight.to(self._device))
-            biases.append(None if bias is None else bias.to(self._device))
-            seen = statistics[target.name] if target.layer == index else self._read(target)
-            stats.append(seen.to(self._device))
-        solutions = solve_unit(*self._plan.recipe.compression, unit, weights, stats)
-        return {
-            target.name: self._formed(unit, target, solution, bias, seen)
-            for target, solution, bias, seen in zip(unit.targets, solutions, biases, stats, strict=True)
-            if target.layer >= index  # an earlier, interrupted run wrote the others
-        }
+        name = self._view.layer_names[index]
 
-    def _read(self, target: Target) -> TargetStats:
+        def read(home: str, names: Sequence[str]) -> dict[str, TargetStats]:
+            return {each: statistics.pop(each) for each in names} if home == name else self._read(home, names)
+
+        gathering = Gathering(self._view, read)
+        found: dict[str, SolvedTarget] = {}
+
+        def solve(together: Sequence[Unit], device: torch.device) -> None:
+            for unit in together:
+                inputs = gathering.inputs(unit, layer, name, device)
+                solutions = solve_unit(*self._plan.recipe.compression, unit, inputs.weights, inputs.statistics)
+                for target, solution, bias, seen in zip(unit.targets, solutions, inputs.biases, inputs.statistics, strict=True):
+                    if target.layer >= index:  # an earlier, interrupted run wrote the others
+                        found[target.name] = self._formed(unit, target, solution, bias, seen)
+
+        on_devices(sharing_inputs(unit.without(self._dense) for unit in units), self._devices, solve)
+        return found
+
+    def _read(self, layer: str, names: Sequence[str]) -> dict[str, TargetStats]:
         if self._stored is None:
-            raise ValueError(f"{target.name} is solved with targets of other layers, whose statistics are not on disk")
-        return self._stored(self._view.layer_names[target.layer], [target.name])[target.name]
+            raise ValueError(f"{names[0]} is solved with targets of other layers, whose statistics are not on disk")
+        return self._stored(layer, names)
 
     def _formed(self, unit: Unit, target: Target, solution: Solution, bias: Tensor | None, stats: TargetStats) -> SolvedTarget:
         choice = self._steps[target.name].choice

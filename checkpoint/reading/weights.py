@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from ...errors import CheckpointError, ModelError
 from ..untrusted.foreign import foreign
 from ..untrusted.gguf_header import require_sound
-from ..untrusted.weights_header import require_short_header
+from ..untrusted.weights_header import data_places, require_short_header
+from .ahead import Extent
 from .fingerprint import Tell, fingerprint
 from .gguf_lean import one_name_map
 from .which import WeightFiles, weight_files
@@ -56,6 +58,10 @@ class WeightSource(ABC):
     def stored_dtype(self, name: str) -> str | None:
         """The dtype in the file's header, in safetensors' spelling; None if the file has another layout (GGUF)."""
         return None
+
+    @abstractmethod
+    def extents(self, names: Iterable[str]) -> list[Extent]:
+        """The bytes on the disk that hold these tensors."""
 
     def equal(self, first: str, second: str, dtype: torch.dtype) -> bool:
         """Whether two tensors of the checkpoint hold the same numbers once they are in this dtype."""
@@ -143,6 +149,13 @@ class SafetensorsSource(WeightSource):
                     f"Cannot read {', '.join(wanted[:3])} from {path}: {error}", "Download or copy that shard again."
                 ) from error
         return tensors
+
+    def extents(self, names: Iterable[str]) -> list[Extent]:
+        return [Extent(self._where[name], *self._bytes[self._where[name]][name]) for name in names]
+
+    @cached_property
+    def _bytes(self) -> dict[Path, dict[str, tuple[int, int]]]:
+        return {path: data_places(path) for path in self.files}
 
     def equal(self, first: str, second: str, dtype: torch.dtype) -> bool:
         return _same_values((self._where[first], first), (self._where[second], second), dtype)
@@ -255,6 +268,12 @@ class GgufSource(WeightSource):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32  # as they are read
+
+    def extents(self, names: Iterable[str]) -> list[Extent]:
+        held = {name: self._layout[name] for name in names}
+        return [
+            Extent(self.files[0], offset, math.prod(shape) * np.dtype(dtype).itemsize) for offset, shape, dtype in held.values()
+        ]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, dequantized to float32."""

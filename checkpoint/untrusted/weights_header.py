@@ -45,6 +45,15 @@ def require_short_header(path: Path) -> int:
     return size
 
 
+def data_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Tensor -> (its first byte in the file, its bytes), of a safetensors file that its reader has found sound."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: (8 + length + first, end - first) for name, (first, end) in offsets.items()}
+
+
 def _length(path: Path) -> int:
     with path.open("rb") as file:
         return int.from_bytes(file.read(8), "little")

@@ -75,7 +75,8 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     _print_text(console, plan)
     _print_cost(console, plan)
     _print_disk(console, plan)
-    console.print(f"memory: about {size(plan.memory.peak)} at the peak (docs/memory.md has the formula)")
+    gpu = f", and {size(plan.memory.gpu_peak)} on each GPU" if plan.memory.on_gpu else ""
+    console.print(f"memory: about {size(plan.memory.peak)} at the peak{gpu} (docs/memory.md has the formula)")
 
 
 def _print_disk(console: Console, plan: Planned) -> None:
@@ -104,7 +105,10 @@ def plan_json(plan: Planned) -> dict[str, Any]:
             "file": plan.file_bytes, "model_before": plan.whole_bytes, "model_after": plan.whole_after,
             "targets_before": plan.targets_before, "targets_after": plan.targets_after,
         },
-        "memory": {"peak": plan.memory.peak, "process": plan.memory.process, "moments": dict(plan.memory.moments)},
+        "memory": {
+            "peak": plan.memory.peak, "process": plan.memory.process, "moments": dict(plan.memory.moments),
+            "gpu_peak": plan.memory.gpu_peak, "on_gpu": dict(plan.memory.on_gpu),
+        },
         "disk": {"peak": plan.disk_peak, "result": plan.disk_bytes, "beside": dict(plan.scratch)},
         "too_few_tokens": short_of_tokens(plan) if plan.recipe.reads_text else {},
         "targets": [

@@ -86,11 +86,11 @@ def advise(
     view = ModelView(location or located(source.model), dtype, source.trust_remote_code)
     require_positions(view.config, length, "--length")
     amount = _amount(view, wanted)
-    found, refused = candidates(view, names, amount, len(devices))
+    found, refused = candidates(view, names, amount, devices)
     if not found:
         listed = "\n".join(f"  - {name}: {why}" for name, why in refused.items())
         raise BudgetError(f"None of {len(refused)} recipes reaches it:\n{listed}", "Ask for less, or name others (--recipes).")
-    untried, _ = candidates(view, [] if recipes else list(LONGER), amount, len(devices))
+    untried, _ = candidates(view, [] if recipes else list(LONGER), amount, devices)
     with interruptible("nothing was written"), Steps() as steps:
         text = load_calibration(spec, view.location.tokenizer(source.trust_remote_code))
         trials, failed = tried(view, found, text, spec, layers, devices, steps)

@@ -131,7 +131,7 @@ def tried(
     found, failed = [], {}
     for candidate in candidates:
         try:
-            drafts.append((candidate, make_draft(fresh, trial_recipe(candidate, fresh, chosen, spec), len(devices))))
+            drafts.append((candidate, make_draft(fresh, trial_recipe(candidate, fresh, chosen, spec), devices)))
         except BudgetError as error:
             failed[candidate.name] = error.what
     room = max((draft.disk_bytes for _, draft in drafts), default=0)

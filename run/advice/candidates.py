@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...calibrate.data import CalibrationSpec
 from ...errors import BudgetError, ModelError
 from ...model.view import ModelView
@@ -68,14 +70,14 @@ class Candidate:
 
 
 def candidates(
-    view: ModelView, names: Sequence[str], amount: Mapping[str, Any], devices: int
+    view: ModelView, names: Sequence[str], amount: Mapping[str, Any], devices: Sequence[torch.device]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Plan recipes at an amount, from headers alone.
 
     Args:
         names: of recipes; shipped ones or files.
         amount: {'ratio': fraction} or {'size': '300MB'}.
-        devices: how many, for the predicted memory.
+        devices: of the runs, for the predicted memory.
 
     Returns:
         Those that reach it, and for every other why it does not.
@@ -92,7 +94,7 @@ def candidates(
     return found, refused
 
 
-def _candidate(view: ModelView, name: str, amount: Mapping[str, Any], devices: int) -> Candidate:
+def _candidate(view: ModelView, name: str, amount: Mapping[str, Any], devices: Sequence[torch.device]) -> Candidate:
     """A recipe at an amount; one that keeps some targets is asked for the size that the ratio comes to for all of them."""
     draft = make_draft(view, load_recipe(name, dict(amount)), devices)
     asked = amount.get("ratio")

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..losses.curves import thinned
 from ..losses.probe import probe_groups, probed
 from .clock import Clock, Stopwatch, wall
 from .layer_time import LayerTime, time_layer, time_probe
-from .solve_time import SolveTime, time_solving
+from .solve_time import SolveTime, jobs, time_solving
 
 _WRITTEN, _BLOCK = 32 << 20, 1 << 15  # bytes that are written, and hashed, at most, and at once
 _TRIALS = 7  # of a search: it bisects 128 ratios
@@ -78,7 +79,7 @@ def foretell(
     Args:
         view: a view of the model of its own; the first layer's weights are read and forgotten again.
         out: the folder of the result, or where it will be.
-        devices: of the run; the first one is measured.
+        devices: of the run; the first one is measured, the others are taken to be as fast.
         clock: of the prediction, see `Stopwatch`.
         checked: whether the perplexity before and after is measured at the end.
 
@@ -120,6 +121,12 @@ class _Counts:
         return sum(sizes) / sizes[0]
 
     @property
+    def solvers(self) -> int:
+        """Devices that solve side by side: at most as many as a layer has matrices with inputs of their own."""
+        by_layer = Counter(units[0].targets[0].layer for units in jobs(self.plan))
+        return min(self.devices, max(by_layer.values(), default=1))
+
+    @property
     def batches(self) -> float:
         """Batches of calibration tokens that one device runs."""
         calibration = self.plan.recipe.calibration
@@ -159,7 +166,7 @@ def _counted(counts: _Counts, layer: LayerTime, solving: SolveTime, disk: tuple[
             parts["gradients"] = 2 * layers * layer.load + _GRADIENTS * forward + collecting
             text += _GRADIENTS * forward
     if recipe.allocation != "uniform":
-        parts["losses of the options"] = solving.losses + layers * layer.load
+        parts["losses of the options"] = solving.losses / counts.solvers + layers * layer.load
     if recipe.allocation == "kl":
         through, variants, passes = counts.variants()
         parts["probes"] = through * layer.probe + variants * layer.compared + passes * layers * layer.load
@@ -170,7 +177,7 @@ def _counted(counts: _Counts, layer: LayerTime, solving: SolveTime, disk: tuple[
     if recipe.reads_text and recipe.propagate == "compressed":
         parts["forward of the compressed layers"] = forward
         text += forward
-    parts["solving"] = solving.solve + (0.0 if again else layers * layer.load)
+    parts["solving"] = solving.solve / counts.solvers + (0.0 if again else layers * layer.load)
     parts |= _training(counts, layer)
     # written, hashed, merged into shards, and read once to be checked
     parts["writing and checking"] = plan.whole_after * (2 * (write + read)) + layers * layer.load * kept

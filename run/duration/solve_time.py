@@ -20,7 +20,7 @@ from ...compress.options import Option
 from ...errors import LrcError
 from ...model.targets import Target
 from ...plan.plan import Planned
-from ...plan.units import Unit, options_of
+from ...plan.units import Unit, options_of, sharing_inputs
 from ..losses.curves import measured_curve, thinned
 from ..losses.probe import probed
 from ..solve import Together, forms_at, solve_unit
@@ -50,7 +50,7 @@ class SolveTime:
 
 def time_solving(plan: Planned, watch: Stopwatch) -> SolveTime:
     """Measure one problem of each kind, and count how often the plan has it."""
-    kinds = Counter(map(_Kind.of, _together(plan), [plan] * len(plan.units)))
+    kinds = Counter(_Kind.of(units, plan) for units in jobs(plan))
     watch = replace(watch, budget=_BUDGET * watch.budget / max(_FEW, len(kinds)))
     found = SolveTime()
     for kind, count in kinds.items():
@@ -74,21 +74,11 @@ def _power(method: Method) -> int:
     return max(map(_power, parts)) if parts else method.power
 
 
-def _together(plan: Planned) -> list[list[Unit]]:
+def jobs(plan: Planned) -> list[list[Unit]]:
     """Units that share statistics, which are prepared once for all of them; those that stay dense are left out."""
     dense = {step.target.name for step in plan.steps if step.choice.dense}
-    found: list[tuple[set[str], list[Unit]]] = []
-    for unit in plan.units:
-        left = unit.without(dense) if plan.recipe.allocation == "uniform" else unit
-        if not left.targets:
-            continue
-        groups = {target.group for target in left.targets}
-        if found and found[-1][0] & groups:
-            found[-1][0].update(groups)
-            found[-1][1].append(left)
-        else:
-            found.append((groups, [left]))
-    return [units for _, units in found]
+    left = (unit.without(dense) if plan.recipe.allocation == "uniform" else unit for unit in plan.units)
+    return sharing_inputs(unit for unit in left if unit.targets)
 
 
 @dataclass(frozen=True)

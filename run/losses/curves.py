@@ -10,25 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from ...calibrate.collect import Statistics
 from ...checkpoint.atomic import read_json, write_json
-from ...compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution, TargetStats
+from ...compress.base import BACKWARD_NEEDS, FORWARD_NEEDS, Curve, Method, Solution
 from ...compress.options import Option
 from ...model.events import Event
 from ...model.machine.host_memory import give_back
+from ...model.machine.workers import on_devices
 from ...plan.plan import PROBED, Draft
 from ...plan.units import Unit
 from ..run import Run
-from ..solve import Together, solve_unit, weight_at
+from ..solve import Gathering, Together, solve_unit
 from .importance_scores import layer_angles, of_target
 from .probe import Probing, by_alternative, probe_groups, scaled
+
+Found = TypeVar("Found")
 
 _VERSION = 2  # of the measurement: curves on disk with another version are not used
 MOST_OPTIONS = 64  # per alternative; more would change an allocation by less than the error of the predicted losses
@@ -103,9 +109,8 @@ class _Measuring:
             held = read_json(self._file(name), dict[str, Curve]) or {}
             if any(unit.name not in held for unit in units):
                 layer = self._view.load(name)
-                for unit in units:
-                    if unit.name not in held:
-                        held[unit.name] = self._with_scores(unit, name, *self._solve(layer, name, unit))
+                missing = [unit for unit in units if unit.name not in held]
+                held |= self._solved(layer, name, missing, partial(self._with_scores, name))
                 self._view.unload(name)
                 give_back()
                 write_json(self._file(name), held)
@@ -124,10 +129,12 @@ class _Measuring:
             return {name: held[name] for name in names}
         plain: dict[str, Curve] = {}
 
-        def solve(layer: nn.Module, name: str, unit: Unit) -> Solution:
-            solution, reached = self._solve(layer, name, unit)
+        def look(unit: Unit, solution: Solution, reached: int) -> Solution:
             plain[unit.name] = self._curve(unit, solution, reached)
             return solution
+
+        def solve(layer: nn.Module, name: str, units: Sequence[Unit]) -> dict[str, Solution]:
+            return self._solved(layer, name, units, look)
 
         started = time.perf_counter()
         tokens = self._run.calibration.few(*PROBED)
@@ -140,7 +147,7 @@ class _Measuring:
         write_json(file, found)
         return found
 
-    def _with_scores(self, unit: Unit, layer: str, solution: Solution, reached: int) -> Curve:
+    def _with_scores(self, layer: str, unit: Unit, solution: Solution, reached: int) -> Curve:
         curve = self._curve(unit, solution, reached)
         if not self._score:
             return curve
@@ -153,17 +160,22 @@ class _Measuring:
     def _file(self, layer: str) -> Path:
         return self._store.folder / f"{layer}.curves-{self._tag}.json"
 
-    def _solve(self, layer: nn.Module, name: str, unit: Unit) -> tuple[Solution, int]:
-        """The unit's solution, and the number of tokens that reached it."""
-        weights = [weight_at(self._view, target, layer, name)[0].to(self._run.devices[0]) for target in unit.targets]
-        held: dict[str, TargetStats] = {}
-        for number in dict.fromkeys(target.layer for target in unit.targets):
-            names = [target.name for target in unit.targets if target.layer == number]
-            held |= self._store.read(self._view.layer_names[number], names)
-        statistics = [held[target.name].to(self._run.devices[0]) for target in unit.targets]
-        solutions = solve_unit(self._method, self._settings, unit, weights, statistics)
-        solution = solutions[0] if unit.slots is None else Together.of(solutions, self._options[unit.name])
-        return solution, max(stats.group.tokens for stats in statistics)  # some targets of a unit may have no statistics
+    def _solved(
+        self, layer: nn.Module, name: str, units: Sequence[Unit], look: Callable[[Unit, Solution, int], Found]
+    ) -> dict[str, Found]:
+        """Unit name -> what `look(unit, its solution, number of tokens that reached it)` returns, on all devices."""
+        gathering = Gathering(self._view, self._store.read)
+        found: dict[str, Found] = {}
+
+        def solve(unit: Unit, device: torch.device) -> None:
+            inputs = gathering.inputs(unit, layer, name, device)
+            solutions = solve_unit(self._method, self._settings, unit, inputs.weights, inputs.statistics)
+            solution = solutions[0] if unit.slots is None else Together.of(solutions, self._options[unit.name])
+            # some targets of a unit may have no statistics
+            found[unit.name] = look(unit, solution, max(stats.group.tokens for stats in inputs.statistics))
+
+        on_devices(units, self._run.devices, solve)
+        return {unit.name: found[unit.name] for unit in units}
 
     def _curve(self, unit: Unit, solution: Solution, reached: int) -> Curve:
         curve = measured_curve(solution, self._options[unit.name], self._method, self._dense[unit.name])

@@ -108,7 +108,7 @@ def _passes(groups: Sequence[ProbeGroup], sizes: Sequence[int], most: int) -> li
     return passes
 
 
-SolveUnit = Callable[[nn.Module, str, Unit], Solution]
+SolveUnits = Callable[[nn.Module, str, Sequence[Unit]], Mapping[str, Solution]]
 Probe = tuple[ProbeGroup, int]  # a variant: (the group that is compressed in it, index of the option)
 
 
@@ -144,12 +144,12 @@ class Probing:
 
     @torch.no_grad()
     def run(
-        self, solve: SolveUnit, device: torch.device, notify: Callable[[int], None] = lambda layer: None
+        self, solve: SolveUnits, device: torch.device, notify: Callable[[int], None] = lambda layer: None
     ) -> dict[str, dict[int, float]]:
         """Name of a probe group -> {option index: divergence in nats per token}.
 
         Args:
-            solve: (layer, its name, unit) -> the unit's solution.
+            solve: (layer, its name, units) -> unit name -> its solution.
             device: where layers run.
             notify: called with the number of layers done; with several passes, with their mean over all passes.
         """
@@ -165,7 +165,7 @@ class Probing:
         return found
 
     def _pass(
-        self, probes: Sequence[Probe], solve: SolveUnit, device: torch.device, notify: Callable[[int], None]
+        self, probes: Sequence[Probe], solve: SolveUnits, device: torch.device, notify: Callable[[int], None]
     ) -> dict[str, dict[int, float]]:
         """One pass over the weights, with the original and a variant per probe."""
         with layerwise(self._view, [self._tokens] * (1 + len(probes)), self._only) as forward:
@@ -176,20 +176,19 @@ class Probing:
             return self._divergences(probes, forward.results())
 
     def _outputs(
-        self, turn: LayerTurn, layer: nn.Module, probes: Sequence[Probe], solve: SolveUnit, device: torch.device
+        self, turn: LayerTurn, layer: nn.Module, probes: Sequence[Probe], solve: SolveUnits, device: torch.device
     ) -> list[Any]:
         """The outputs of a layer in the original model and in every variant."""
         index, name = turn.index, turn.name
         (original,) = run_calls(layer, name, turn.calls[:1], device)
         outputs: list[Any] = [original] * len(turn.calls)
-        solutions: dict[str, Solution] = {}
+        here_first = dict.fromkeys(unit for group, _ in probes if group.layer == index for unit in group.units)
+        solutions = solve(layer, name, list(here_first))
         for number, (group, option) in enumerate(probes, 1):
             if group.layer > index:
                 break  # the remaining variants do not differ from the original yet
             forms = self._later.pop((group.name, option), {})
             for unit in group.units if group.layer == index else ():
-                if unit.name not in solutions:
-                    solutions[unit.name] = solve(layer, name, unit)
                 forms |= forms_at(unit, solutions[unit.name], self._options[unit.name][option].choice)
             here = {target: form for target, form in forms.items() if target.layer == index}
             if len(here) < len(forms):

@@ -78,7 +78,7 @@ def test_a_trial_takes_the_share_that_the_plan_takes(family, amount, tiny_checkp
     view = ModelView(Location("it", tiny_checkpoints(family)))
     if "size" in amount:
         amount = {"size": f"{int(0.8 * view.nbytes)}B"}
-    found, refused = candidates(view, ["svd-llm", "gptq", "lrc-fast", "narrow"], amount, 1)
+    found, refused = candidates(view, ["svd-llm", "gptq", "lrc-fast", "narrow"], amount, [torch.device("cpu")])
     assert [each.name for each in found] == ["svd-llm", "gptq", "lrc-fast", "narrow"] and not refused
     layers = sampled_layers(view, 1)
     assert layers == [1]
