@@ -37,6 +37,10 @@ class Settings(BaseModel):
 
     sized_by: ClassVar[str] = ""
 
+    def remarks(self) -> list[str]:
+        """What a person should know before the method runs with these settings on this machine; the plan prints it."""
+        return []
+
 
 Solve = Callable[[Tensor, TargetStats, Any], Solution]  # (weight, statistics, the method's own Settings)
 S = TypeVar("S", bound=Solve)

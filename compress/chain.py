@@ -38,6 +38,9 @@ class ChainSettings(Settings):
     first: Settings
     second: Settings
 
+    def remarks(self) -> list[str]:
+        return list(dict.fromkeys([*self.first.remarks(), *self.second.remarks()]))
+
 
 def chain(first: Method, second: Method) -> Method:
     """The method that applies `second` to what `first` leaves: to both factors, or to the pruned matrices.

@@ -31,6 +31,9 @@ class MixtureSettings(Settings):
 
     alternatives: tuple[Settings, ...]
 
+    def remarks(self) -> list[str]:
+        return list(dict.fromkeys(remark for each in self.alternatives for remark in each.remarks()))
+
 
 def mixture(methods: Sequence[Method]) -> Method:
     """One method with the options of all `methods`.

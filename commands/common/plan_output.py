@@ -153,6 +153,8 @@ def _print_cost(console: Console, plan: Planned) -> None:
     """Print what self-written text and training cost, in tokens beside those of the calibration set."""
     refine, calibration = plan.recipe.refine, plan.recipe.calibration
     tokens = calibration.samples * calibration.length
+    for remark in plan.recipe.compression[1].remarks():
+        console.print(f"note: {remark}", markup=False)
     if plan.recipe.reads_text and (own := calibration.self_written(calibration.samples)):
         console.print(
             f"calibration: the model, loaded whole, writes {own} of {calibration.samples} samples, "

@@ -38,6 +38,7 @@ from ..forms.quantized import Quantized, QuantizedLowRank
 from ..metric import Metric
 from ..options import Choice, Shape
 from .corrections import CorrectionSettings, best_correction, correction_options
+from .encoding.compiled import slow_without_numba
 from .encoding.feedback import encode_columns
 from .factors import Base, quantize_factors
 from .gptq import Compensator, compensator
@@ -69,6 +70,9 @@ class CalderaSettings(CorrectionSettings):
         if code is not None and bits is not None and bits not in BITS[code]:
             raise ValueError(f"{code} has {', '.join(map(str, BITS[code]))} bits, not {bits}")
         return code
+
+    def remarks(self) -> list[str]:
+        return slow_without_numba() if self.code == "trellis" else []
 
     @property
     def base_code(self) -> Code | None:

@@ -37,6 +37,7 @@ from ..forms.codes.encoded import Encoded
 from ..forms.codes.rotation import rotate, rotate_both
 from ..metric import Metric
 from ..options import Choice, Option, Shape, coarsest
+from .encoding.compiled import slow_without_numba
 from .encoding.feedback import encode_columns
 from .gptq import compensator
 
@@ -66,6 +67,9 @@ class CodeSettings(Settings):
         if bits is not None and bits not in BITS[kind]:
             raise ValueError(f"code: {kind} has {', '.join(map(str, BITS[kind]))} bits, not {bits}")
         return bits
+
+    def remarks(self) -> list[str]:
+        return slow_without_numba() if self.code == "trellis" else []
 
     def of(self, bits: int) -> Code:
         """The code with this many bits."""

@@ -27,6 +27,15 @@ def available(code: Code, device: torch.device) -> bool:
     return device.type == "cpu" and code.state_bits >= 2 * code.bits and has_numba()
 
 
+def slow_without_numba() -> list[str]:
+    """A remark where numba is missing; empty where it is there."""
+    if has_numba():
+        return []
+    return [
+        "numba is not installed: without it a CPU encodes a trellis ten times as slowly; pip install 'lrc[compiled]'"
+    ]
+
+
 def viterbi_compiled(values: Tensor, code: Code, ring: Tensor | None = None) -> Tensor:
     """As `viterbi` of viterbi.py, in as many threads as torch has: the states (steps, tiles) int64 of values (steps, tiles)."""
     branches = 1 << code.bits
