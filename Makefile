@@ -98,9 +98,9 @@ site: $(STAMP)  ## the documentation as a site, in the folder site; a broken lin
 	$(VENV)/bin/zensical build --strict --clean --config-file mkdocs.yml
 
 bench:  ## the list of benchmarks
-	@for file in benchmarks/*.py; do \
+	@for file in benchmarks/*.py benchmarks/*/*.py; do \
 		printf '  %-34s %s\n' "$$file" "$$(sed -n '1s/^"""//; 1s/"""$$//; 1p' $$file)"; done
-	@echo; echo "Run one:  $(VENV)/bin/python benchmarks/NAME.py --help"
+	@echo; echo "Run one:  $(VENV)/bin/python benchmarks/ROOM/NAME.py --help"
 
 # Run this by hand in a clean environment after changing the range of a dependency; commit the difference.
 constraints: $(STAMP)  ## write constraints.txt anew from the environment in $(VENV)

@@ -1,7 +1,7 @@
 """The demo: results of the embedded SmolLM2 beside the original, in one table and one picture.
 
-The model is rewritten first so that its weights lie on no 4-bit grid (benchmarks/ungrid.py); it computes the same. It is
-calibrated on docstrings of Python's standard library, and measured on Python's own language reference and on the standard
+The model is rewritten first so that its weights lie on no 4-bit grid (benchmarks/quality/ungrid.py); it computes the same. It
+is calibrated on docstrings of Python's standard library, and measured on Python's own language reference and on the standard
 library's code without comments and docstrings. Both are on every machine, and calibration has seen neither. Needs no network.
 
     python benchmarks/demo.py [--out demo-out] [--only gptq]
@@ -22,7 +22,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import plotly.graph_objects as go
-import ungrid
+from quality import ungrid
 from rich.console import Console
 from rich.table import Table
 

@@ -25,8 +25,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest number of rows of input for which a kernel is taken; with more rows torch's operations are. 0: never.
 #
 # ESTIMATES, not measured: no GPU was at hand. They follow from bytes and operations (docs/kernels.md) and are low on purpose: a
-# kernel is taken only where it reads much less memory than torch's operations do. `benchmarks/gpu.py` measures the crossovers
-# and prints both tables anew.
+# kernel is taken only where it reads much less memory than torch's operations do. `benchmarks/cost/gpu.py` measures the
+# crossovers and prints both tables anew.
 UP_TO = {
     "low-rank": 0,  # one matrix alone: two launches, as torch has
     "low-rank group": 16,  # matrices that read one input: two launches in place of two for each matrix

@@ -7,7 +7,7 @@ codes are the largest entries of `points D`, and the best D for given codes is t
 loss.
 
 When to use: instead of `svd-llm`, where size matters more than speed. At equal bytes its loss is clearly lower, and it is far
-cheaper than `cospadi`. Its forward pass is slower than the dense one for single tokens (benchmarks/dictionary.py).
+cheaper than `cospadi`. Its forward pass is slower than the dense one for single tokens (benchmarks/cost/dictionary.py).
 
 Cost: that of `svd-llm`, plus per iteration two multiplications of (out, r) by (r, k) and one SVD of (r, k), r = min(out, in).
 A 1536 x 576 target takes some 4 s on one core, and half as much again if splits are compared (`auto`). All work is in float64:

@@ -21,7 +21,7 @@ from .base import MODULES, SPECS, Count, Form, FormSpec, Spec
 from .kernels import sparse
 
 Pattern = Literal["free", "2:4"]
-# inputs of at most this many tokens are multiplied by gathering; benchmarks/dictionary.py measures where that is faster
+# inputs of at most this many tokens are multiplied by gathering; benchmarks/cost/dictionary.py measures where that is faster
 GATHER_UP_TO = 512
 _ALIGN = 8  # the support is padded to this many bytes, so that sizes in bytes are whole numbers of any dtype
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py refuses where there is no GPU; its code runs in Triton's interpreter, where times mean nothing."""
+"""benchmarks/cost/gpu.py refuses where there is no GPU; its code runs in Triton's interpreter, where times mean nothing."""
 
 from __future__ import annotations
 

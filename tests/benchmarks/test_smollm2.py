@@ -70,7 +70,8 @@ def test_the_main_job_gives_a_checkpoint_that_generates(texts, tmp_path):
 def test_the_reduced_table_has_every_row_and_the_order_of_the_methods(texts, tmp_path):
     calibration, test, second = texts
     command = [
-        sys.executable, BENCHMARKS / "table.py", tmp_path / "table", "--reduced", "--calibration", f"text:{calibration}",
+        sys.executable, BENCHMARKS / "quality" / "table.py", tmp_path / "table", "--reduced",
+        "--calibration", f"text:{calibration}",
         "--test", test, "--second", second, "--parallel", 2,
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ import pytest
 from triton_here import require_triton
 
 require_triton()
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ahead_of_time.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cost" / "ahead_of_time.py"
 
 
 @pytest.mark.slow

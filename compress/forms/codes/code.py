@@ -23,7 +23,7 @@ BITS: dict[str, tuple[int, ...]] = {"trellis": (2, 3, 4, 5), "e8": (2, 3, 4), "s
 STATE_BITS = range(6, 17)
 
 # (size of the first stage's lattice, size of the second's) for values of variance 1, at the least squared error on a Gaussian;
-# benchmarks/codes.py searches them (`--fit`)
+# benchmarks/quality/codes.py searches them (`--fit`)
 LATTICE_STEPS: dict[int, tuple[float, float]] = {2: (0.97, 0.0), 3: (1.03, 0.5), 4: (1.15, 0.3)}
 
 

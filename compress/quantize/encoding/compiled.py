@@ -31,9 +31,7 @@ def slow_without_numba() -> list[str]:
     """A remark where numba is missing; empty where it is there."""
     if has_numba():
         return []
-    return [
-        "numba is not installed: without it a CPU encodes a trellis ten times as slowly; pip install 'lrc[compiled]'"
-    ]
+    return ["numba is not installed: without it a CPU encodes a trellis ten times as slowly; pip install 'lrc[compiled]'"]
 
 
 def viterbi_compiled(values: Tensor, code: Code, ring: Tensor | None = None) -> Tensor:

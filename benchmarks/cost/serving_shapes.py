@@ -1,6 +1,6 @@
 """How fast compressed models answer, beside the dense one, at the layer shapes of a model of any size.
 
-    python benchmarks/serving_shapes.py [--shapes llama-7b] [--kinds low-rank,narrow,4bit] [--layers 4] [--vocabulary 2048]
+    python benchmarks/cost/serving_shapes.py [--shapes llama-7b] [--kinds low-rank,narrow,4bit] [--layers 4] [--vocabulary 2048]
                                         [--dtype bfloat16]
                                         [--prefill 128,512] [--decode 1,8] [--rounds 5] [--busy] [--json FILE]
 

@@ -40,7 +40,7 @@ AMD EPYC (Zen 4, AVX-512 with bfloat16 in halves), one core, the same libraries;
     bfloat16 attention, 9 heads of 64, 2048 tokens       87.30     84.11    1.04 times
     bfloat16 attention, 32 heads of 128, 2048 tokens    564.42    605.14    0.93 times
 
-    python benchmarks/products.py [--threads 1]
+    python benchmarks/cost/products.py [--threads 1]
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Codes below four bits: their distortion on a Gaussian, and an ablation on the rewritten SmolLM2 beside gptq.
 
-    python benchmarks/codes.py gaussian [--states 10,12,14,16] [--fit]
-    python benchmarks/codes.py model OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--bits 2,3,4]
-                                         [--only trellis,gptq] [--samples 32] [--windows 16]
-    python benchmarks/codes.py errors MODEL --calibration text:PART1.txt --held-out text:PART2.txt [--layers 15] [--bits 2,3,4]
-                                            [--samples 8] [--length 1024]
+    python benchmarks/quality/codes.py gaussian [--states 10,12,14,16] [--fit]
+    python benchmarks/quality/codes.py model OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt]
+                                         [--bits 2,3,4] [--only trellis,gptq] [--samples 32] [--windows 16]
+    python benchmarks/quality/codes.py errors MODEL --calibration text:PART1.txt --held-out text:PART2.txt [--layers 15]
+                                            [--bits 2,3,4] [--samples 8] [--length 1024]
 
 `gaussian`: mean squared error on draws of variance 1 beside the bound 4^-bits, and microseconds a weight; with --fit, the steps
 of the lattices' stages with the least error.
 
-`model`: perplexity on two texts by the protocol of benchmarks/table.py, on the model off its 4-bit grid (benchmarks/ungrid.py).
-Rows of ABLATION for each number of bits: gradients, rotation, code, feedback, propagation, each left out or added alone. OUT
-holds everything; the same command goes on where it was stopped.
+`model`: perplexity on two texts by the protocol of benchmarks/quality/table.py, on the model off its 4-bit grid
+(benchmarks/quality/ungrid.py). Rows of ABLATION for each number of bits: gradients, rotation, code, feedback, propagation,
+each left out or added alone. OUT holds everything; the same command goes on where it was stopped.
 
 `errors`: output errors on text that calibration never saw, relative to the outputs, over the targets of some layers: the parts
 of a code each alone and together, one-shot, in minutes a layer.

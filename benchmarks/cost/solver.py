@@ -2,7 +2,7 @@
 
 80 layers × 7 targets × 60 options, losses that fall as random powers of the size, scales that differ by orders of magnitude.
 
-    python benchmarks/solver.py [--layers 80] [--options 60] [--seed 0]
+    python benchmarks/cost/solver.py [--layers 80] [--options 60] [--seed 0]
 """
 
 from __future__ import annotations

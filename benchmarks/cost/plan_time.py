@@ -4,9 +4,9 @@ For each model and recipe: the prediction, then the run in a process of its own,
 processor time of one thread (user and system), because the machine of a measurement is rarely idle; a run's own process also
 imports libraries and reads its text, which a prediction leaves out: that is measured by a plan and taken off.
 
-    python benchmarks/ungrid.py SMOLLM2
-    python benchmarks/plan_time.py SMOLLM2 --recipes svd-llm,gptq,lrc-fast
-    python benchmarks/plan_time.py --recipes svd-llm,gptq        # two random layers of Llama 7B: 4096 and 11008 wide
+    python benchmarks/quality/ungrid.py SMOLLM2
+    python benchmarks/cost/plan_time.py SMOLLM2 --recipes svd-llm,gptq,lrc-fast
+    python benchmarks/cost/plan_time.py --recipes svd-llm,gptq        # two random layers of Llama 7B: 4096 and 11008 wide
 """
 
 from __future__ import annotations

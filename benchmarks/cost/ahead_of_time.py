@@ -4,7 +4,7 @@ The kernels are launched as in use, on empty tensors, with Triton's driver repla
 the launch. Registers and spills are what ptxas says. Needs Triton (`make test-kernels` installs it beside the environment), and
 TRITON_INTERPRET must not be set.
 
-    python benchmarks/ahead_of_time.py [--targets 80 90 100]
+    python benchmarks/cost/ahead_of_time.py [--targets 80 90 100]
 """
 
 from __future__ import annotations

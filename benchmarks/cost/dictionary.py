@@ -14,7 +14,7 @@ shapes. Milliseconds on one x86 core, torch 2.13, share 0.27, gather / expand / 
 Gather and expand are told without the product with the atoms, which both need. For single tokens the dense product is
 faster still: what a dictionary saves is bytes. Not measured on a GPU, where the crossover lies elsewhere.
 
-    python benchmarks/dictionary.py [--dtype float32] [--device cpu] [--threads 1] [--share 0.27]
+    python benchmarks/cost/dictionary.py [--dtype float32] [--device cpu] [--threads 1] [--share 0.27]
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ what torch does with the same form, in one run, with weights that no cache holds
 operations need at the bandwidth and the rate measured here. Then grams against float32 and TF32, and `lrc compress` of a model
 of random weights with the layers of Llama-7B. It prints one table, the tables of cuda/dispatch.py anew, and JSON (--json FILE).
 
-    python benchmarks/gpu.py [--json FILE] [--minutes 9] [--quick]
-    python benchmarks/gpu.py --check-here       without a GPU: the tests in Triton's interpreter, and every kernel compiled
+    python benchmarks/cost/gpu.py [--json FILE] [--minutes 9] [--quick]
+    python benchmarks/cost/gpu.py --check-here       without a GPU: the tests in Triton's interpreter, and every kernel compiled
 
 Without a GPU there are no figures, and none are printed. There are none in the docs either: no GPU was at hand so far.
 """
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # model, group -> inputs and the outputs of the members
 LAYERS = {
     "7B qkv": (4096, [4096] * 3),

@@ -6,8 +6,8 @@ Prints all of them, as ratios of the forward passes and of the first recipe; the
 torch takes by itself and with those that lrc has it take (model/machine/precision.py). With --repeat all of it is done
 so often, one after the other, and the least of each counts: what other programs take away is never less than nothing.
 
-    python benchmarks/time_ratio.py --text FILE [--recipes svd-llm,lrc-fast] [--samples 32] [--length 2048] [--dtype float32]
-                                    [--repeat 2]
+    python benchmarks/cost/time_ratio.py --text FILE [--recipes svd-llm,lrc-fast] [--samples 32] [--length 2048]
+                                         [--dtype float32] [--repeat 2]
 """
 
 from __future__ import annotations

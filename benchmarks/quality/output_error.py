@@ -1,12 +1,12 @@
 """Output error on text that calibration never saw, method against method at the same rank or the same bits.
 
-    python benchmarks/output_error.py MODEL --calibration text:VALID.txt --held-out text:OTHER.txt [--samples 32]
+    python benchmarks/quality/output_error.py MODEL --calibration text:VALID.txt --held-out text:OTHER.txt [--samples 32]
         [--length 2048] [--methods svd-llm,lord] [--ratios 0.2,0.4]        # the rank of svd-llm at these ratios, for all
         [--quantizers rtn,lqer,qera,gptq] [--bits 2,3,4] [--group-size 64] [--rank 32]
 
 For every target E‖W x - (W' x + b)‖² / E‖W x‖² over the held-out tokens, in float64 from their second moments and means; the
 table shows the mean over all targets, and how many targets each method serves better than the first one. Quantizers are to
-be measured on the rewritten model (benchmarks/ungrid.py).
+be measured on the rewritten model (benchmarks/quality/ungrid.py).
 """
 
 from __future__ import annotations

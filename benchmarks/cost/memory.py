@@ -3,8 +3,8 @@
 Builds a Llama with random weights (1.3 billion parameters in bfloat16 with the defaults), compresses it in a process of its
 own with 16 × 512 calibration tokens, and prints the peak resident memory, the plan's prediction and the checkpoint's size.
 
-    python benchmarks/memory.py                 # 24 layers; about half an hour on two cores
-    python benchmarks/memory.py --layers 3      # the same layers, fewer of them
+    python benchmarks/cost/memory.py                 # 24 layers; about half an hour on two cores
+    python benchmarks/cost/memory.py --layers 3      # the same layers, fewer of them
 """
 
 from __future__ import annotations
