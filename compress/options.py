@@ -102,8 +102,16 @@ def at_shares(*shares: float) -> Callable[[Sequence[Option], int], list[int]]:
 
 
 def coarsest(count: int) -> Callable[[Sequence[Option], int], list[int]]:
-    """(options, dense bytes) -> indices of the `count` smallest options."""
-    return lambda options, dense: list(range(min(count, len(options))))
+    """(options, dense bytes) -> indices of the `count` smallest options, with two bits and more where there are so many.
+
+    The loss of one bit is so large that it says little of those of more bits.
+    """
+
+    def choose(options: Sequence[Option], dense: int) -> list[int]:
+        finer = [index for index, option in enumerate(options) if option.choice.bits != 1]
+        return (finer if len(finer) >= count else list(range(len(options))))[:count]
+
+    return choose
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class CalderaSettings(CorrectionSettings):
 
     bits: Bits = Field(2, description="bits per code of the base")
     factor_bits: Literal[16, 8, 4] = Field(4, description="bits of the factors; 16: stored in the checkpoint's own dtype")
-    code: Kind | None = Field(None, description="of the base: e8 (2 to 4 bits), trellis or scalar (2 to 5); null: a grid")
+    code: Kind | None = Field(None, description="of the base: e8 (2 to 4 bits), trellis or scalar (2 to 5 bits); null: a grid")
     state_bits: int = Field(10, ge=6, le=16, description="with code: trellis, which has 2^state_bits states")
     base: Base = Field("gptq", description="how weight and factors are quantized on a grid")
     rounds: int = Field(10, ge=1, le=100, description="of quantizing and refitting; stops early without improvement")
