@@ -33,7 +33,7 @@ def test_the_list_is_by_family_and_says_where_to_start_and_what_each_needs():
     assert entries["rtn"]["needs"] == ["no text"]
     assert entries["kfac"]["needs"] == ["text", "a forward pass", "a backward pass"]
     assert entries["svd-llm-sequential"]["needs"] == ["text", "two forward passes"]
-    assert entries["lrc-best"]["needs"][-1] == "training"
+    assert entries["lrc-best-16"]["needs"][-1] == "training"
     assert recipe_names("svd-llm") == sorted(name for name in shipped() if name.startswith("svd-llm"))
 
 

@@ -19,12 +19,13 @@ from lrc.compress.forms.codes.encoded import Encoded
 from lrc.compress.forms.codes.rotation import rotate, rotate_back, rotate_both, rotate_both_back, signs
 from lrc.compress.forms.codes.tables import lattice_vectors, scalar_levels, small_lattice_vectors, trellis_values
 from lrc.compress.metric import Metric
-from lrc.compress.options import Choice, Shape
+from lrc.compress.options import Choice, Shape, coarsest
 from lrc.compress.quantize.encoding.compiled import viterbi_compiled
 from lrc.compress.quantize.encoding.feedback import encode_columns
 from lrc.compress.quantize.encoding.nearest import encode_lattice, encode_scalar, nearest_in_lattice
 from lrc.compress.quantize.encoding.viterbi import encode_trellis, viterbi
 from lrc.compress.quantize.gptq import compensator
+from lrc.compress.quantize.trellis import code_options
 from lrc.errors import NonFiniteError, RecipeError
 from lrc.plan.load_recipe import load_recipe
 
@@ -168,7 +169,7 @@ def distortion(code: Code, tiles: int) -> float:
     [
         (Code("scalar", 2), 0.1175), (Code("scalar", 3), 0.03454), (Code("scalar", 4), 0.009497),
         (Code("e8", 2), 0.0912), (Code("e8", 3), 0.0297), (Code("e8", 4), 0.0085),
-        (Code("trellis", 2, 10), 0.0800), (Code("trellis", 3, 10), 0.0225), (Code("trellis", 4, 10), 0.0065),
+        (Code("trellis", 1, 10), 0.2909), (Code("trellis", 2, 10), 0.0800), (Code("trellis", 3, 10), 0.0225), (Code("trellis", 4, 10), 0.0065),
     ],
     ids=str,
 )  # fmt: skip
@@ -330,11 +331,18 @@ def test_losses_are_output_errors_and_fall_with_bits():
     options, solution = solved(weight, x, bits=None)
     losses = [solution.loss(option.choice) for option in options]
     assert [option.choice.bits for option in options] == [2, 3, 4, 5]
+    assert [option.choice.bits for option in solved(weight, x, bits=None, fewest_bits=1)[0]] == [1, 2, 3, 4, 5]
     assert losses == sorted(losses, reverse=True)
     error = weight.double() - solution.form(Choice(bits=3)).dense()
     assert losses[1] == pytest.approx(Metric(statistics(x).group.gram).energy(error))
     again = solved(weight, x, bits=3)[1].form(Choice(bits=3))
     assert torch.equal(again.codes, solution.form(Choice(bits=3)).codes), "nothing depends on what was asked before"
+
+
+def test_losses_are_measured_at_two_bits_and_more_where_there_are_enough():
+    every = code_options(Shape(64, 64, 2), get_method("trellis").settings(bits=None, fewest_bits=1), 1)
+    measured = [[every[index].choice.bits for index in coarsest(3)(options, 0)] for options in (every, every[1:], every[:3])]
+    assert measured == [[2, 3, 4], [2, 3, 4], [1, 2, 3]]
 
 
 def test_seeds_differ_between_targets_and_follow_the_setting():

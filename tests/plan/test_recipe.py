@@ -202,14 +202,14 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
 @pytest.mark.parametrize(
     ("name", "setting", "said"),
     [
-        ("lrc-best", "alternatives.7.steps.1.settings.bits=6", "'alternatives' has no entry '7'; it has entries 0 to 5"),
+        ("lrc-best", "alternatives.7.settings.bits=6", "'alternatives' has no entry '7'; it has entries 0 to 2"),
         ("lrc-best", "alternatives.-1.method=rtn", "'alternatives' has no entry '-1'"),
         ("svd-llm+gptq", "settings.bits=2", "settings are those of one method, and there is none here; write steps.0.settings"),
         ("lrc-best", "settings.banana=2", "write alternatives.0.settings"),
         ("svd-llm+gptq", "steps.².x=1", "'steps' has no entry '²'"),
         ("svd-llm", "depth.scor=sleb", "unknown key 'depth.scor'. Did you mean 'score'?"),
         ("svd-llm", "refine.blok=1", "unknown key 'refine.blok'. Did you mean 'block'?"),
-        ("lrc-best", "refine.end-to-end.stepz=3", "unknown key 'refine.end-to-end.stepz'. Did you mean 'steps'?"),
+        ("lrc-best-16", "refine.end-to-end.stepz=3", "unknown key 'refine.end-to-end.stepz'. Did you mean 'steps'?"),
         ("svd-llm", "limits={a: {mn: 0.4}}", "unknown key 'limits.a.mn'. Did you mean 'min'?"),
         ("svd-llm", "calibration.source=[{source: a, wight: 3}]", "'calibration.source.0.wight'. Did you mean 'weight'?"),
         ("svd-llm", "calibration.source=text:", "calibration.source: Input should be a valid string"),
@@ -219,7 +219,7 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
         ("svd-llm", 'limits={"*q": {rank: true}}', "limits.*q.rank: must be a whole number from 1 on"),
         ("svd-llm", "keep=2024-13-45", "the value is not YAML: month must be in 1..12"),
         ("svd-llm", "calibration.samples=0x_", "the value is not YAML"),
-        ("lrc-best", "refine.end-to-end.lr=.inf", "refine.end-to-end.lr: Input should be a finite number"),
+        ("lrc-best-16", "refine.end-to-end.lr=.inf", "refine.end-to-end.lr: Input should be a finite number"),
     ],
 )
 def test_a_key_or_value_that_cannot_be_is_named_and_changes_nothing_else(name, setting, said):
