@@ -169,7 +169,8 @@ def distortion(code: Code, tiles: int) -> float:
     [
         (Code("scalar", 2), 0.1175), (Code("scalar", 3), 0.03454), (Code("scalar", 4), 0.009497),
         (Code("e8", 2), 0.0912), (Code("e8", 3), 0.0297), (Code("e8", 4), 0.0085),
-        (Code("trellis", 1, 10), 0.2909), (Code("trellis", 2, 10), 0.0800), (Code("trellis", 3, 10), 0.0225), (Code("trellis", 4, 10), 0.0065),
+        (Code("trellis", 1, 10), 0.2909),
+        (Code("trellis", 2, 10), 0.0800), (Code("trellis", 3, 10), 0.0225), (Code("trellis", 4, 10), 0.0065),
     ],
     ids=str,
 )  # fmt: skip
@@ -341,7 +342,7 @@ def test_losses_are_output_errors_and_fall_with_bits():
 
 def test_losses_are_measured_at_two_bits_and_more_where_there_are_enough():
     every = code_options(Shape(64, 64, 2), get_method("trellis").settings(bits=None, fewest_bits=1), 1)
-    measured = [[every[index].choice.bits for index in coarsest(3)(options, 0)] for options in (every, every[1:], every[:3])]
+    measured = [[options[index].choice.bits for index in coarsest(3)(options, 0)] for options in (every, every[1:], every[:3])]
     assert measured == [[2, 3, 4], [2, 3, 4], [1, 2, 3]]
 
 
