@@ -1,4 +1,4 @@
-"""Trellis codes: a rotated weight, 256 values at a time along the best path of a trellis; 1 to 5 bits and next to no scales.
+"""Trellis codes: a rotated weight, 256 values at a time along the best path of a trellis; 1 to 6 bits and next to no scales.
 
 A random rotation of both sides makes every weight look like draws from one Gaussian (incoherence). For these a trellis loses
 little more than any code must: 1.19 times the bound at 2 bits with 2^12 states, where the best grid of single values loses 1.9
@@ -48,7 +48,7 @@ class CodeSettings(Settings):
     sized_by: ClassVar[str] = "bits"
 
     code: Kind = Field("trellis", description="trellis; e8: vectors of eight in a lattice (2 to 4 bits); scalar: single values")
-    bits: Literal[1, 2, 3, 4, 5] | None = Field(3, description="bits per weight; null: as many as the budget allows")
+    bits: Literal[1, 2, 3, 4, 5, 6] | None = Field(3, description="bits per weight; null: as many as the budget allows")
     fewest_bits: Literal[1, 2, 3] = Field(
         2, description="with bits: null, the fewest of a target; 1 (a trellis alone has it) pays for more bits elsewhere"
     )

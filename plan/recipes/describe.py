@@ -8,7 +8,7 @@ from ..recipe import Recipe
 # recipe -> for whom it is; the first ones to try
 START = {
     "lrc-fast": "the default: one-shot, minutes on a small model; every number stays in 16 bits",
-    "lrc-best": "the least loss at a size (1 to 8 bits are welcome), when you can wait for a backward pass",
+    "lrc-best": "the least loss at a size (1 to 6 bits are welcome), when you can wait for a backward pass",
     "gptq": "4-bit codes that vLLM and others open (lrc export --to compressed-tensors or gptq)",
 }
 _FOLDERS = {

@@ -21,7 +21,7 @@ TRIED = ("gptq", "lrc-fast", "narrow", "svd-llm", "block-influence")
 
 LONGER = {
     "trellis": "3.5 bits and fewer",
-    "lrc-best": "1 to 8 bits for each matrix, one backward pass",
+    "lrc-best": "1 to 6 bits for each matrix, one backward pass",
     "lrc-gradient": "lrc-fast with a backward pass",
     "lrc-best-16": "16 bits, then training",
 }

@@ -19,7 +19,7 @@ from .tables import lattice_vectors, scalar_levels, small_lattice_vectors, trell
 Kind = Literal["trellis", "e8", "scalar"]
 SIDE = 16  # rows and columns of a tile
 TILE = SIDE * SIDE
-BITS: dict[str, tuple[int, ...]] = {"trellis": (1, 2, 3, 4, 5), "e8": (2, 3, 4), "scalar": (2, 3, 4, 5)}
+BITS: dict[str, tuple[int, ...]] = {"trellis": (1, 2, 3, 4, 5, 6), "e8": (2, 3, 4), "scalar": (2, 3, 4, 5)}
 STATE_BITS = range(6, 17)
 
 # (size of the first stage's lattice, size of the second's) for values of variance 1, at the least squared error on a Gaussian;
