@@ -106,7 +106,7 @@ def _leave_size_open(data: dict[str, Any], asked: Collection[str]) -> None:
     if not key or {"settings", f"settings.{key}"} & set(asked):
         return
     bits = data.get("bits")
-    codes = next((each for each in BITS if each == bits and _takes(known, settings | {key: each})), None)
+    codes = next((each for each in (1, *BITS) if each == bits and _takes(known, settings | {key: each})), None)
     shared = any(data.get(other) for other in ("keep", "limits", "depth")) or data.get("allocation", "uniform") != "uniform"
     data["settings"] = settings | {key: codes if key == "bits" and not shared else None}
 

@@ -49,9 +49,6 @@ class CodeSettings(Settings):
 
     code: Kind = Field("trellis", description="trellis; e8: vectors of eight in a lattice (2 to 4 bits); scalar: single values")
     bits: Literal[1, 2, 3, 4, 5, 6] | None = Field(3, description="bits per weight; null: as many as the budget allows")
-    fewest_bits: Literal[1, 2, 3] = Field(
-        2, description="with bits: null, the fewest of a target; 1 (a trellis alone has it) pays for more bits elsewhere"
-    )
     state_bits: int = Field(
         12,
         ge=STATE_BITS[0],
@@ -150,8 +147,7 @@ def encoded_nbytes(shape: Shape, code: Code, gains: bool = False) -> int:
 
 def code_options(shape: Shape, settings: CodeSettings, multiple: int) -> list[Option]:
     """One option for the bits of the settings, or one for each number of bits, where the form is smaller than the matrix."""
-    every = [bits for bits in BITS[settings.code] if bits >= settings.fewest_bits]
-    wanted = every if settings.bits is None else (settings.bits,)
+    wanted = BITS[settings.code] if settings.bits is None else (settings.bits,)
     options = [Option(Choice(bits=bits), encoded_nbytes(shape, settings.of(bits), settings.gains)) for bits in wanted]
     return [option for option in options if option.nbytes < shape.nbytes]
 

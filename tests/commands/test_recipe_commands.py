@@ -104,7 +104,8 @@ def test_a_check_shows_every_default(tmp_path):
     own.write_text("method: svd\nratio: 0.2\n")
     shown = yaml.safe_load(lrc_ok("recipe", "check", own))
     assert set(shown) == set(Recipe.model_fields) - {"steps", "alternatives"}
-    assert set(yaml.safe_load(lrc_ok("recipe", "check", "lrc-best"))) == set(Recipe.model_fields) - {
+    own.write_text("alternatives: [{method: svd-llm}, {method: gptq}]\nallocation: kl\nratio: 0.2\n")
+    assert set(yaml.safe_load(lrc_ok("recipe", "check", own))) == set(Recipe.model_fields) - {
         "method",
         "settings",
         "steps",

@@ -202,10 +202,9 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
 @pytest.mark.parametrize(
     ("name", "setting", "said"),
     [
-        ("lrc-best", "alternatives.7.settings.bits=6", "'alternatives' has no entry '7'; it has entries 0 to 2"),
-        ("lrc-best", "alternatives.-1.method=rtn", "'alternatives' has no entry '-1'"),
+        ("svd-llm+gptq", "steps.7.settings.bits=6", "'steps' has no entry '7'; it has entries 0 to 1"),
+        ("svd-llm+gptq", "steps.-1.method=rtn", "'steps' has no entry '-1'"),
         ("svd-llm+gptq", "settings.bits=2", "settings are those of one method, and there is none here; write steps.0.settings"),
-        ("lrc-best", "settings.banana=2", "write alternatives.0.settings"),
         ("svd-llm+gptq", "steps.².x=1", "'steps' has no entry '²'"),
         ("svd-llm", "depth.scor=sleb", "unknown key 'depth.scor'. Did you mean 'score'?"),
         ("svd-llm", "refine.blok=1", "unknown key 'refine.blok'. Did you mean 'block'?"),
@@ -224,6 +223,13 @@ def test_identity_depends_on_meaning_not_on_spelling(write, tiny_checkpoints, tm
 )
 def test_a_key_or_value_that_cannot_be_is_named_and_changes_nothing_else(name, setting, said):
     assert any(said in problem for problem in problems(name, settings=(setting,)))
+
+
+def test_settings_beside_alternatives_are_told_where_to_go(write):
+    own = write("alternatives: [{method: svd-llm}, {method: gptq}]\nallocation: kl\n")
+    said = problems(own, settings=("settings.banana=2", "alternatives.7.settings.bits=6"))
+    assert any("write alternatives.0.settings" in problem for problem in said)
+    assert any("'alternatives' has no entry '7'; it has entries 0 to 1" in problem for problem in said)
 
 
 @pytest.mark.parametrize("text", ["note: 2024-13-45\n", "keep: " + "[" * 3000])

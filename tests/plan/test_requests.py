@@ -89,9 +89,9 @@ def test_rounding_takes_the_bits_that_were_asked_for(name, bits, codes, tiny_che
     assert codes < draft.bits <= codes + 0.51
 
 
-@pytest.mark.parametrize(("bits", "codes"), [(2, 2), (3, 3), (3.9, 3), (4.1, 4), (6, 5), (8, 5)])
+@pytest.mark.parametrize(("bits", "codes"), [(1, 1), (2, 2), (3, 3), (3.9, 3), (4.1, 4), (6, 6), (8, 6)])
 def test_codes_without_scales_take_the_bits_that_were_asked_for(bits, codes, tiny_checkpoints):
-    """There is no code of 6 or 8 bits: the largest that fits is taken."""
+    """There is no code of 8 bits: the largest that fits is taken."""
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "dtype": torch.bfloat16}
     draft = make_draft(ModelView(locate(str(tiny_checkpoints("llama", **wide)))), load_recipe("trellis", {"bits": bits}))
     assert {step.choice.bits for step in draft.steps} == {codes}
