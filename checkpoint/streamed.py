@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -276,7 +277,9 @@ class Checkpoint:
         self._loaded = number
         following = number - 1 if before == number + 1 else number + 1
         if 0 <= following < len(self.layers):
-            self._ahead.begin(self.source.extents(self._sources[self.layer_names[following]]))
+            # a file that has gone or changed since it was opened: whoever loads that layer says what is wrong
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._ahead.begin(self.source.extents(self._sources[self.layer_names[following]]))
 
     def load_module(self, path: str) -> nn.Module:
         """Load the weights of one module inside a layer, without the rest of the layer.

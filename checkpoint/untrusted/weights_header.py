@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError, brief
 from .files import MB, size_of
@@ -47,9 +48,7 @@ def require_short_header(path: Path) -> int:
 
 def data_places(path: Path) -> dict[str, tuple[int, int]]:
     """Tensor -> (its first byte in the file, its bytes), of a safetensors file that its reader has found sound."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    length, header = _header(path)
     offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
     return {name: (8 + length + first, end - first) for name, (first, end) in offsets.items()}
 
@@ -59,13 +58,18 @@ def _length(path: Path) -> int:
         return int.from_bytes(file.read(8), "little")
 
 
+def _header(path: Path) -> tuple[int, Any]:
+    """(Bytes of the header, the header); an absurdly long one is not read and counts as empty."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length, json.loads(file.read(length)) if length <= _LONGEST_HEADER else {}
+
+
 def _entries(path: Path) -> list[dict[str, object]]:
     try:
         if not size_of(path):
             return []
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= _LONGEST_HEADER else {}
+        header = _header(path)[1]
     except (CheckpointError, OSError, ValueError, RecursionError):
         return []
     entries = header.values() if isinstance(header, dict) else ()

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from lrc.checkpoint.location import locate
 from lrc.checkpoint.reading.ahead import Extent, ReadAhead
 from lrc.checkpoint.streamed import Checkpoint
+from lrc.errors import CheckpointError
 
 
 def layers_read(asked: list[list[str]]) -> list[int]:
@@ -97,5 +98,18 @@ def test_a_shard_that_goes_while_layers_are_read_is_an_error_of_the_read(tiny_ch
     view.load(view.layer_names[0])
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(Exception, match="Cannot read"):
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        view.load(view.layer_names[1])
+
+
+def test_a_shard_that_goes_before_it_was_looked_at_ahead_stops_nothing_yet(tiny_checkpoints, tmp_path):
+    folder = shutil.copytree(tiny_checkpoints("llama", num_hidden_layers=3), tmp_path / "model")
+    view = Checkpoint(locate(str(folder)))
+    first, second = (
+        {extent.path for extent in Checkpoint(view.location).source.extents(view.source_names(name))}
+        for name in view.layer_names[:2]
+    )
+    sorted(second - first)[0].unlink()
+    view.load(view.layer_names[0])
+    with pytest.raises(CheckpointError, match="Cannot read"):
         view.load(view.layer_names[1])
