@@ -1,8 +1,9 @@
 """A code: how 256 values, a tile of 16 x 16, are held in 32 bytes per bit, and how they are read back.
 
 Tiles are read row by row. A trellis' tile is one sequence whose end meets its start (tail-biting), so that it costs no bit more
-than its values: the state at a value is a window of `state_bits` bits on the ring of the tile's bits. A lattice' tile is 32
-vectors of eight neighbours.
+than its values: the state at a value is a window of `state_bits` bits on the ring of the tile's bits. The ring is held in words
+of 16 bits, first the first word of each row, then the second ones: kernels read the 16 rows of a tile at once. A lattice' tile
+is 32 vectors of eight neighbours.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ SIDE = 16  # rows and columns of a tile
 TILE = SIDE * SIDE
 BITS: dict[str, tuple[int, ...]] = {"trellis": (1, 2, 3, 4, 5, 6), "e8": (2, 3, 4), "scalar": (2, 3, 4, 5)}
 STATE_BITS = range(6, 17)
+VERSION = 2  # of how a trellis' tile is held and what its values are; 1 had another table
 
 # (size of the first stage's lattice, size of the second's) for values of variance 1, at the least squared error on a Gaussian;
 # benchmarks/quality/codes.py searches them (`--fit`)
@@ -35,11 +37,13 @@ class Code:
         kind: trellis, e8 or scalar.
         bits: per value.
         state_bits: of a trellis, which has 2^state_bits states; 0 for the other kinds.
+        version: of what its bytes mean.
     """
 
     kind: Kind
     bits: int
     state_bits: int = 0
+    version: int = VERSION
 
     @classmethod
     def of(cls, kind: Kind, bits: int, state_bits: int) -> Code:
@@ -49,6 +53,11 @@ class Code:
     def __post_init__(self) -> None:
         if self.bits not in BITS[self.kind]:
             raise ValueError(f"a code of kind {self.kind} has {', '.join(map(str, BITS[self.kind]))} bits, not {self.bits}")
+        if self.kind == "trellis" and self.version != VERSION:
+            raise ValueError(
+                f"a trellis of version {self.version}, and this lrc reads version {VERSION}: compress the model again, or open "
+                "the result with the lrc that wrote it"
+            )
         if (self.kind == "trellis") != (self.state_bits in STATE_BITS):
             raise ValueError(
                 f"a trellis has {STATE_BITS[0]} to {STATE_BITS[-1]} state bits, other codes 0; not {self.state_bits}"
@@ -78,7 +87,8 @@ class Code:
 
     def states(self, packed: Tensor) -> Tensor:
         """The states (tiles, 256) int32 of a trellis, each a window of the ring of bits; the newest bits are the lowest."""
-        ring = packed.int()
+        # the ring begins with the last row
+        ring = packed.view(len(packed), self.bits, SIDE, 2).transpose(1, 2).flip(1).reshape(len(packed), -1).int()
         words = ring | ring.roll(-1, 1) << 8 | ring.roll(-2, 1) << 16
         # eight values fill `bits` whole bytes; the last value of a tile has the lowest bits
         eights = words.view(len(packed), TILE // 8, self.bits).flip(1)
@@ -88,11 +98,12 @@ class Code:
 
     def pack_symbols(self, symbols: Tensor) -> Tensor:
         """Symbols (tiles, 256) uint8 of a trellis, below 2^bits, in the order of the sequence, as bytes (tiles, nbytes)."""
-        return pack(symbols.flip(1), self.bits)  # older bits stand higher, as in a state
+        ring = pack(symbols.flip(1), self.bits)  # older bits stand higher, as in a state
+        return ring.view(len(ring), SIDE, self.bits, 2).flip(1).transpose(1, 2).reshape(len(ring), -1)
 
     def spec(self) -> dict[str, Any]:
         """What a loader must know, as JSON: the arguments of this class."""
-        return {"kind": self.kind, "bits": self.bits, "state_bits": self.state_bits}
+        return {"kind": self.kind, "bits": self.bits, "state_bits": self.state_bits, "version": self.version}
 
 
 def to_tiles(matrix: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..base import MODULES, SPECS, Form, FormSpec, Spec
+from . import few_rows, reading
 from .code import SIDE, Code, Kind, from_tiles
-from .reading import available, read_trellis
 from .rotation import rotate, rotate_back, rotate_both_back
 
 _AT_ONCE = 1 << 21  # values that a product reads back at a time
@@ -89,7 +89,7 @@ class EncodedLinear(nn.Module):
 
     def __init__(self, spec: Spec, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.code, self.seed = Code(**spec["code"]), spec["seed"]
+        self.code, self.seed = Code(**{"version": 1} | spec["code"]), spec["seed"]  # the first version did not name itself
         self.in_features, self.out_features = in_features, out_features
         self._tiles = -(-out_features // SIDE), -(-in_features // SIDE)
         # a parameter, because loaders place parameters on devices and in shards; they do not cast uint8
@@ -101,7 +101,9 @@ class EncodedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`y` (..., out) of an input (..., in), in its dtype; scales multiply the input, which costs less than the weight."""
-        rows = x.numel() // self.in_features
+        rows, shape = x.numel() // self.in_features, (self.out_features, self.in_features)
+        if few_rows.available(self.code, self.weight, x, shape, self.seed is not None):
+            return self._few_rows(x)
         if self.seed is not None and rows * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features:
             # to rotate the matrix back is cheaper than to rotate so many inputs and outputs, and takes less memory than they
             return nn.functional.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -117,6 +119,16 @@ class EncodedLinear(nn.Module):
         if self.gains is not None:
             y = y * self.gains.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _few_rows(self, x: Tensor) -> Tensor:
+        """The product by compiled code; everything in float32."""
+        flat = x.detach().reshape(-1, self.in_features)
+        y = few_rows.product(self.code, self._codes(), flat, self.scales, self.seed, self.out_features)
+        if self.gains is not None:
+            y = y * self.gains.float()
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that this module multiplies by, in `dtype`; computed in float32 or better."""
@@ -135,8 +147,8 @@ class EncodedLinear(nn.Module):
 
 def _matrix(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix of codes (rows of tiles, columns of tiles, bytes) without scales, in whole tiles."""
-    if available(code, codes, dtype):
-        return read_trellis(code, codes, dtype)
+    if reading.available(code, codes):
+        return reading.read_trellis(code, codes).to(dtype)
     return from_tiles(code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)).to(dtype)
 
 
@@ -152,6 +164,7 @@ class CodeSpec(BaseModel):
     kind: Kind
     bits: int
     state_bits: int
+    version: int = 1
 
 
 class EncodedSpec(FormSpec):

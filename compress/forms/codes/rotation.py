@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _FACTOR = 64  # a power of two is applied in steps of at most this size, each one a multiplication by a small matrix
-_WIDEST = 128  # above it the odd factor is a fast Fourier transform
+WIDEST = 128  # above it the odd factor is a fast Fourier transform
 _NARROW = 16  # columns up to which products by a small matrix are done as one product of a tall one
 _MASK = 0xFFFFFFFF
 
@@ -31,6 +31,7 @@ def hashed(numbers: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
+@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
 def signs(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size,) random signs, ±1. Of one size and seed they are always the same; do not write to them."""
     draws = hashed(torch.arange(size) + hashed(torch.tensor(seed)) * 0x9E3779B1)
@@ -51,6 +52,7 @@ def _factors(size: int) -> tuple[tuple[int, ...], int]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal; `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -59,8 +61,14 @@ def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return (matrix / size**0.5).to(device, dtype)
 
 
+def odd_factor(size: int) -> int:
+    """What is left of a size when it is halved as often as possible."""
+    return size // (size & -size)
+
+
 @lru_cache(maxsize=64)
-def _hartley(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
+def hartley(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal."""
     turns = torch.arange(size, dtype=torch.float64)
     angles = torch.outer(turns, turns).remainder(size) * (2 * torch.pi / size)
@@ -75,11 +83,11 @@ def transform(x: Tensor) -> Tensor:
     for step in powers:  # each step mixes one digit of the index
         after //= step
         flat = _mixed(flat.reshape(-1, step, after), _hadamard(step, *at)).reshape(-1, size)
-    if odd > _WIDEST:
+    if odd > WIDEST:
         spectrum = torch.fft.fft(flat.reshape(-1, odd))
         flat = (spectrum.real - spectrum.imag) / odd**0.5
     elif odd > 1:
-        flat = flat.reshape(-1, odd) @ _hartley(odd, *at)
+        flat = flat.reshape(-1, odd) @ hartley(odd, *at)
     return flat.reshape(x.shape)
 
 
