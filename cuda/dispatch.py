@@ -33,6 +33,7 @@ UP_TO = {
     "codes": 64,  # codes are read packed; with more rows they are written out once for a dense product
     "codes float32": 4,  # no tensor cores
     "dictionary": 4,
+    "trellis": 4,
 }
 # The smallest width from which a gram is the kernel's, by its input. None: never, until its error has been seen on a GPU.
 GRAM_FROM: dict[str, int | None] = {"float32": None, "16 bit": None}

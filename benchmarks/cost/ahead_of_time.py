@@ -123,6 +123,8 @@ def launch_all() -> None:
     _codes(4, 32, False, (1, 4), torch.float32, exponents=True)
     for free in (True, False):
         _sparse(free, half)
+    for bits in (1, 2, 3, 4, 6):
+        _trellis(bits, half)
     for dtype in (half, torch.float16, torch.float32):
         _gram(dtype)
 
@@ -166,6 +168,16 @@ def _sparse(free: bool, dtype: torch.dtype) -> None:
     for count in (1, 4):
         sparse_product(torch.empty(count, atoms, dtype=dtype), sparse)
     sparse_dense(sparse)
+
+
+def _trellis(bits: int, dtype: torch.dtype) -> None:
+    from lrc.cuda.trellis_codes import Trellis, trellis_dense, trellis_product
+
+    tiles = WIDTH // 16
+    codes = Trellis(torch.empty(tiles * tiles * 32 * bits, dtype=torch.uint8), 1.0, tiles, tiles, bits, 12, 1133000287)
+    for count in (1, 4):
+        trellis_product(torch.empty(count, WIDTH, dtype=dtype), codes)
+    trellis_dense(codes, dtype)
 
 
 def _gram(dtype: torch.dtype) -> None:

@@ -174,6 +174,32 @@ def dictionary_cases(inputs: int, outs: list[int]) -> Iterator[Case]:
         yield case if how != "kernel" else dataclasses.replace(case, name=f"dictionary, kernel (to {FEW})")
 
 
+def trellis_cases(inputs: int, outs: list[int], bits: int) -> Iterator[Case]:
+    """Codes alone, with torch's operations for the rotations before and after them left out."""
+    from lrc.compress.forms.codes.code import SIDE, Code, from_tiles
+    from lrc.compress.forms.codes.tables import FACTOR, trellis_unit
+    from lrc.cuda.trellis_codes import FEW, Trellis, trellis_dense, trellis_product
+
+    rows, code = sum(outs), Code("trellis", bits, 12)
+    tall, wide, unit = rows // SIDE, inputs // SIDE, trellis_unit(12) / inputs**0.5
+
+    def make(how: str, check: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        packed = torch.randint(0, 256, (tall * wide, code.nbytes), device=DEVICE, dtype=torch.uint8)
+        codes = Trellis(packed.flatten(), unit, tall, wide, bits, 12, FACTOR)
+        values = lambda: from_tiles(code.values(packed).view(tall, wide, -1)) / inputs**0.5  # noqa: E731
+        products: dict[str, Callable[[Tensor], Tensor]] = {
+            "torch": lambda x: linear(x, values().to(DTYPE)),
+            "kernel": lambda x: trellis_product(x, codes),
+            "written out": lambda x: linear(x, trellis_dense(codes, DTYPE)),
+        }
+        return products[how], values().double() if check else None
+
+    read, work = tall * wide * code.nbytes, 2 * rows * inputs
+    for how, more in (("torch", 4 * rows * inputs), ("kernel", 0), ("written out", 4 * rows * inputs)):
+        case = Case(f"trellis, {how}", lambda check, how=how: make(how, check), read + more, work)  # type: ignore[misc]
+        yield case if how != "kernel" else dataclasses.replace(case, name=f"trellis, kernel (to {FEW})")
+
+
 def microseconds(products: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:
     """Of one product: the median of replays of a CUDA graph in which each set of weights is used once."""
     stream = torch.cuda.Stream()
@@ -216,7 +242,8 @@ def time_products(here: dict[str, Any], rows: tuple[int, ...], until: float) -> 
     """Every layer, every way, every number of rows; stops, and says so, when the time is over."""
     for layer, (inputs, outs) in LAYERS.items():
         cases = [dense_case(inputs, outs), *low_rank_cases(inputs, outs), *codes_cases(inputs, outs, 4)]
-        cases += [*dictionary_cases(inputs, outs), *(codes_cases(inputs, outs, 3) if layer.startswith("7B") else ())]
+        cases += [*dictionary_cases(inputs, outs), *trellis_cases(inputs, outs, 3)]
+        cases += codes_cases(inputs, outs, 3) if layer.startswith("7B") else ()
         for case in cases:
             if time.monotonic() > until:
                 print(f"NOT MEASURED, the time is over: {layer}, {case.name}, and all that follow", flush=True)
@@ -304,6 +331,7 @@ def crossovers(timed: list[Timed]) -> dict[str, int]:
         "low-rank": ("low rank, kernel", ("low rank, torch",), lambda name: "qkv" not in name and "," not in name),
         "codes": ("4 bits, kernel", ("4 bits, torch", "4 bits, written out"), lambda name: True),
         "dictionary": ("dictionary, kernel (to 4)", ("dictionary, torch", "dictionary, written out"), lambda name: True),
+        "trellis": ("trellis, kernel (to 4)", ("trellis, torch", "trellis, written out"), lambda name: True),
     }
     us = {(one.layer, one.rows, one.case): one.us for one in timed}
     found = {}

@@ -77,6 +77,39 @@ def sparse(module: Any, z: Tensor) -> Tensor | None:
     return sparse_product(z, codes, module.bias)
 
 
+def trellis(code: Any, codes: Tensor, x: Tensor) -> Tensor | None:
+    """The product of the tiles of a trellis `Code` with rotated and scaled inputs (..., in); None: by torch's operations."""
+    if code.kind != "trellis" or rows(x) > UP_TO["trellis"] or why_not(x, codes):
+        return None
+    from ...cuda.trellis_codes import trellis_product
+    from ...cuda.trellis_codes import why_not_product as why_not_trellis
+
+    stored = _trellis(code, codes)
+    if why_not_trellis(x, stored):
+        return None
+    y: Tensor = trellis_product(x, stored)
+    return y
+
+
+def trellis_matrix(code: Any, codes: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The matrix of whole tiles that the tiles of a trellis `Code` stand for; None: by torch's operations."""
+    if code.kind != "trellis" or why_not(like := codes.new_empty(0, dtype=dtype), codes):
+        return None
+    from ...cuda.trellis_codes import trellis_dense
+    from ...cuda.trellis_codes import why_not as why_not_trellis
+
+    stored = _trellis(code, codes)
+    return None if why_not_trellis(like, stored) else trellis_dense(stored, dtype)
+
+
+def _trellis(code: Any, codes: Tensor) -> Any:
+    from ...cuda.trellis_codes import Trellis
+    from .codes.tables import FACTOR, trellis_unit
+
+    tall, wide, _ = codes.shape
+    return Trellis(codes.flatten(), trellis_unit(code.state_bits), tall, wide, code.bits, code.state_bits, FACTOR)
+
+
 def _steps(module: Any) -> Tensor:
     steps: Tensor = module.exponents if module.grid.kind == "mxint" else module.scales
     return steps

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from lrc.compress.forms.base import Form, LowRank, build_module, fill_module
+from lrc.compress.forms.codes.code import Code, Kind
+from lrc.compress.forms.codes.encoded import Encoded
 from lrc.compress.forms.dictionary import Dictionary
 from lrc.compress.forms.grids import Grid
 from lrc.compress.forms.product import Product
@@ -21,6 +23,12 @@ WEIGHT = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
 
 def coded(bits: int, group: int = 64, **how: object) -> Quantized:
     return Quantized.nearest(WEIGHT, Grid(bits, group, **how))
+
+
+def in_code(kind: Kind, state_bits: int) -> Encoded:
+    code = Code(kind, 2, state_bits)
+    codes = torch.randint(0, 256, (OUT // 16, IN // 16, code.nbytes), dtype=torch.uint8)
+    return Encoded(code, codes, torch.ones(IN // 16), (OUT, IN), seed=3)
 
 
 def dictionary() -> Dictionary:
@@ -40,6 +48,8 @@ FORMS: dict[str, tuple[Callable[[], Form], int]] = {
     "4 bits + low rank": (lambda: QuantizedLowRank(coded(4), LOW_RANK), 3),
     "product": (lambda: Product(Quantized.nearest(WEIGHT[:, :32], Grid(8, 0)), Quantized.nearest(WEIGHT[:32], Grid(8)), 32), 3),
     "dictionary": (dictionary, 3),
+    "trellis": (lambda: in_code("trellis", 12), 4),
+    "e8": (lambda: in_code("e8", 0), 4),
     "shared-dictionary": (lambda: SharedDictionary(dictionary(), lends=True), 3),
 }
 

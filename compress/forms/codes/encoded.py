@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from .. import kernels
 from ..base import MODULES, SPECS, Form, FormSpec, Spec
 from . import few_rows, reading
 from .code import SIDE, Code, Kind, from_tiles
@@ -108,17 +109,24 @@ class EncodedLinear(nn.Module):
             # to rotate the matrix back is cheaper than to rotate so many inputs and outputs, and takes less memory than they
             return nn.functional.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.view(*x.shape[:-1], self.in_features)  # for torch.compile, to which this size is unknown
         inner = x.to(wide) if self.seed is None else rotate(x.to(wide), self.seed)
         inner = inner * _by_column(self.scales.to(wide))[: self.in_features]
         inner = nn.functional.pad(inner, (0, self._tiles[1] * SIDE - self.in_features)).to(x.dtype)
-        step = max(1, _AT_ONCE // (self._tiles[1] * SIDE * SIDE))
-        parts = [nn.functional.linear(inner, _matrix(self.code, rows, x.dtype)) for rows in self._codes().split(step)]
-        y = torch.cat(parts, dim=-1)[..., : self.out_features]
+        y = self._times_codes(inner)[..., : self.out_features]
         if self.seed is not None:
             y = rotate_back(y.to(wide), self.seed + 1).to(x.dtype)
         if self.gains is not None:
             y = y * self.gains.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _times_codes(self, inner: Tensor) -> Tensor:
+        """The product (..., rows of whole tiles) of the codes with an input (..., columns of such), rotated and scaled."""
+        codes = self._codes()
+        if (y := kernels.trellis(self.code, codes, inner)) is not None:
+            return y
+        step = max(1, _AT_ONCE // (self._tiles[1] * SIDE * SIDE))
+        return torch.cat([nn.functional.linear(inner, _matrix(self.code, rows, inner.dtype)) for rows in codes.split(step)], -1)
 
     def _few_rows(self, x: Tensor) -> Tensor:
         """The product by compiled code; everything in float32."""
@@ -149,6 +157,8 @@ def _matrix(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix of codes (rows of tiles, columns of tiles, bytes) without scales, in whole tiles."""
     if reading.available(code, codes):
         return reading.read_trellis(code, codes).to(dtype)
+    if (found := kernels.trellis_matrix(code, codes, dtype)) is not None:
+        return found
     return from_tiles(code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)).to(dtype)
 
 

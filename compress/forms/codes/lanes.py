@@ -36,7 +36,7 @@ def decode_tile(bits: int, state_bits: int) -> Any:
             lanes = _Lanes(ir, context, builder)
             start = builder.gep(lanes.data(signature.args[0], given[0]), [given[1]])
             fresh = [
-                builder.zext(lanes.load(builder.gep(start, [lanes.index(SIDE * word)]), lanes.shorts, 2), lanes.integers)
+                builder.zext(lanes.load(builder.gep(start, [lanes.index(SIDE * word)]), lanes.shorts, align=1), lanes.integers)
                 for word in range(bits)
             ]
             # behind a row's last word comes the first one of the row before it

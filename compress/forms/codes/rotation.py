@@ -11,10 +11,12 @@ alone is real, exists for every size, and its entries are at most √2 times tho
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from .constants import constant
 
 _FACTOR = 64  # a power of two is applied in steps of at most this size, each one a multiplication by a small matrix
 WIDEST = 128  # above it the odd factor is a fast Fourier transform
@@ -30,8 +32,7 @@ def hashed(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 16)
 
 
-@lru_cache(maxsize=4096)
-@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
+@constant
 def signs(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size,) random signs, ±1. Of one size and seed they are always the same; do not write to them."""
     draws = hashed(torch.arange(size) + hashed(torch.tensor(seed)) * 0x9E3779B1)
@@ -51,8 +52,7 @@ def _factors(size: int) -> tuple[tuple[int, ...], int]:
     return tuple(powers), odd
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
+@constant
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal; `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -66,8 +66,7 @@ def odd_factor(size: int) -> int:
     return size // (size & -size)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # what is kept may be part of a backward pass later
+@constant
 def hartley(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal."""
     turns = torch.arange(size, dtype=torch.float64)
