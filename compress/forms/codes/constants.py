@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def constant(make: Callable[P, T]) -> Callable[P, T]:
+def constant(make: Callable[..., T]) -> Callable[..., T]:
     """Keep what a function returned for the same arguments; do not write to it.
 
     torch.compile would trace the function and compute its table at every call of the compiled code. A table that is made under
@@ -21,8 +20,8 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
     kept = lru_cache(maxsize=4096)(torch.inference_mode(mode=False)(make))
 
     @wraps(make)
-    def call(*args: P.args, **named: P.kwargs) -> T:
-        return kept(*args, **named)
+    def call(*args: Hashable) -> T:
+        return kept(*args)
 
-    found: Callable[P, T] = torch.compiler.assume_constant_result(call)
+    found: Callable[..., T] = torch.compiler.assume_constant_result(call)
     return found
