@@ -68,11 +68,14 @@ KINDS = {
     "dropped layers, plain": Kind("block-influence", {"ratio": 0.3}),
     "codes of 4 bits": Kind("rtn", CODES, changes=EVEN),
     "codes and correction": Kind("qera", CODES | {"settings__rank": 4}, changes=EVEN),
+    "codes in a trellis": Kind("trellis", {"settings__bits": 3, "settings__state_bits": 8}, changes=EVEN),
+    "codes in a lattice and correction": Kind("caldera", {"settings__rank": 4}, changes=EVEN),
     "dictionary": Kind("cospadi", {"ratio": 0.3}),
     "mixture, low rank": Kind("svd-llm", {"ratio": 0.3}, "mixtral"),
     "mixture, codes": Kind("rtn", CODES, "mixtral", EVEN),
     "export: dense": Kind("svd-llm", {"ratio": 0.3}, to="dense"),
     "export: self-contained": Kind("svd-llm", {"ratio": 0.3}, to="self-contained"),
+    "export: self-contained, codes in a trellis": Kind("trellis", {"settings__state_bits": 8}, to="self-contained"),
     "export: compressed-tensors": Kind("rtn", CODES, changes=EVEN, to="compressed-tensors"),
     "export: compressed-tensors and adapter": Kind(
         "qera", CODES | {"settings__rank": 4}, changes=EVEN, to="compressed-tensors"

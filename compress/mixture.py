@@ -43,10 +43,18 @@ def mixture(methods: Sequence[Method]) -> Method:
     solve targets alone or, if there are none, among all.
 
     Raises:
-        ValueError: one of the methods stores factors together for several targets, or its units span several layers.
+        ValueError: one of the methods stores factors together for several targets, or its units span several layers; or two of
+            them measure losses in different metrics.
     """
     if shared := [method.name for method in methods if method.joint is not None and not method.joint.separable]:
         raise ValueError(f"{shared[0]} shares factors among targets and cannot be one of several alternatives")
+    alone_only = [method for method in methods if method.joint is None]
+    if other := next((method for method in alone_only[1:] if _weighed_by(method) != _weighed_by(alone_only[0])), None):
+        raise ValueError(
+            f"{alone_only[0].name} and {other.name} measure losses in different metrics and cannot be alternatives of each "
+            "other; take those that measure output errors, such as svd-llm, gptq, qera and compot, or those with gradients, "
+            "such as kfac and yaqa"
+        )
     alternatives = tuple(methods)
     alone = MixtureAlone(alternatives)
     joint = MixtureJoint(alternatives)
@@ -60,6 +68,11 @@ def mixture(methods: Sequence[Method]) -> Method:
         alternatives=alternatives,
         joint=Joint(joint.units, joint.options, joint.solve, shares=False, needs=joint.needs) if joint.exists else None,
     )
+
+
+def _weighed_by(method: Method) -> frozenset[str]:
+    """The statistics that decide what an error costs; means only move biases."""
+    return frozenset("gram" if name == "output_gram" else name for name in method.needs - {"mean"})
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_compiled_codes_are_read_as_by_torch_to_the_last_bit(bits, state_bits, m
     code = Code("trellis", bits, state_bits)
     codes = torch.randint(0, 256, (5, 3, code.nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     expected = from_tiles(code.values(codes.flatten(0, 1)).view(5, 3, TILE))
-    assert reading.available(code, codes)
+    assert reading.can_read(code, codes)
     assert torch.equal(reading.read_trellis(code, codes), expected)
     monkeypatch.setattr(reading, "_ALONE", 0)
     before = torch.get_num_threads()
@@ -232,9 +232,9 @@ def test_few_rows_are_multiplied_by_compiled_code(bits, shape, seed, threads, mo
     try:
         for count in (1, 2, 7):
             inputs = gaussian(count, shape[1]).float()
-            assert not few_rows.available(code, module.weight, inputs, shape, seed is not None), "there may be gradients"
+            assert not few_rows.can_multiply(code, module.weight, inputs, shape, seed is not None), "there may be gradients"
             with torch.inference_mode():
-                assert few_rows.available(code, module.weight, inputs, shape, seed is not None)
+                assert few_rows.can_multiply(code, module.weight, inputs, shape, seed is not None)
                 found = module(inputs)
             expected = inputs.double() @ form.dense().double().T + form.bias.double()
             assert (found - expected).norm() < 1e-6 * expected.norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -95,8 +96,8 @@ def test_alternatives_are_solved_when_they_are_asked_for_and_in_one_metric():
     weight, x = torch.randn(12, 16, generator=generator), torch.randn(90, 16, generator=generator)
     gram = x.T @ x / len(x)
     stats = TargetStats(GroupStats(len(x), gram, mean_square=gram.diagonal(), abs_mean=x.abs().mean(0)))
-    names = ("svd-llm", "gptq", "asvd")
-    methods = [get_method(name) for name in names]
+    # one that says that it reads the same statistics, and measures in another metric
+    methods = [get_method("svd-llm"), get_method("gptq"), replace(get_method("asvd"), needs=frozenset({"gram"}))]
     settings = MixtureSettings(alternatives=tuple(m.settings() for m in methods))
     solution = mixture(methods).solve(weight, stats, settings)
     for choice, name in ((Choice(rank=3, alternative=0), "svd-llm"), (Choice(bits=4, alternative=1), "gptq")):
@@ -106,6 +107,17 @@ def test_alternatives_are_solved_when_they_are_asked_for_and_in_one_metric():
         assert torch.equal(solution.form(choice).dense(), alone.form(own).dense())
     with pytest.raises(LrcError, match="asvd and|and asvd"):
         solution.loss(Choice(rank=3, alternative=2))
+
+
+@pytest.mark.parametrize("pair", [("gptq", "yaqa"), ("svd-llm", "asvd"), ("rtn", "gptq"), ("lqer", "qera")], ids=str)
+def test_alternatives_in_different_metrics_are_refused_when_the_recipe_is_read(pair, recipe):
+    with pytest.raises(RecipeError, match="measure losses in different metrics.*such as svd-llm, gptq"):
+        load_recipe(recipe(alternatives=[{"method": name} for name in pair]))
+
+
+@pytest.mark.parametrize("pair", [("svd-llm", "compot"), ("gptq", "lord"), ("kfac", "yaqa"), ("rtn", "lqer")], ids=str)
+def test_alternatives_in_one_metric_are_not(pair, recipe):
+    load_recipe(recipe(alternatives=[{"method": name} for name in pair]))
 
 
 def test_every_alternative_is_probed_and_thinned_by_itself():

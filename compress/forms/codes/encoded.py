@@ -15,10 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .. import kernels
 from ..base import MODULES, SPECS, Form, FormSpec, Spec
-from . import few_rows, reading
+from ..kernels import trellis, trellis_matrix
 from .code import SIDE, Code, Kind, from_tiles
+from .few_rows import can_multiply, product_of_few
+from .reading import can_read, read_trellis
 from .rotation import rotate, rotate_back, rotate_both_back
 
 _AT_ONCE = 1 << 21  # values that a product reads back at a time
@@ -103,7 +104,7 @@ class EncodedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`y` (..., out) of an input (..., in), in its dtype; scales multiply the input, which costs less than the weight."""
         rows, shape = x.numel() // self.in_features, (self.out_features, self.in_features)
-        if few_rows.available(self.code, self.weight, x, shape, self.seed is not None):
+        if can_multiply(self.code, self.weight, x, shape, self.seed is not None):
             return self._few_rows(x)
         if self.seed is not None and rows * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features:
             # to rotate the matrix back is cheaper than to rotate so many inputs and outputs, and takes less memory than they
@@ -123,7 +124,7 @@ class EncodedLinear(nn.Module):
     def _times_codes(self, inner: Tensor) -> Tensor:
         """The product (..., rows of whole tiles) of the codes with an input (..., columns of such), rotated and scaled."""
         codes = self._codes()
-        if (y := kernels.trellis(self.code, codes, inner)) is not None:
+        if (y := trellis(self.code, codes, inner)) is not None:
             return y
         step = max(1, _AT_ONCE // (self._tiles[1] * SIDE * SIDE))
         return torch.cat([nn.functional.linear(inner, _matrix(self.code, rows, inner.dtype)) for rows in codes.split(step)], -1)
@@ -131,7 +132,7 @@ class EncodedLinear(nn.Module):
     def _few_rows(self, x: Tensor) -> Tensor:
         """The product by compiled code; everything in float32."""
         flat = x.detach().reshape(-1, self.in_features)
-        y = few_rows.product(self.code, self._codes(), flat, self.scales, self.seed, self.out_features)
+        y = product_of_few(self.code, self._codes(), flat, self.scales, self.seed, self.out_features)
         if self.gains is not None:
             y = y * self.gains.float()
         if self.bias is not None:
@@ -155,9 +156,9 @@ class EncodedLinear(nn.Module):
 
 def _matrix(code: Code, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix of codes (rows of tiles, columns of tiles, bytes) without scales, in whole tiles."""
-    if reading.available(code, codes):
-        return reading.read_trellis(code, codes).to(dtype)
-    if (found := kernels.trellis_matrix(code, codes, dtype)) is not None:
+    if can_read(code, codes):
+        return read_trellis(code, codes).to(dtype)
+    if (found := trellis_matrix(code, codes, dtype)) is not None:
         return found
     return from_tiles(code.values(codes.flatten(0, 1)).view(*codes.shape[:2], -1)).to(dtype)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..cpu.threads import in_threads
-from . import reading
 from .code import SIDE, TILE, Code
 from .lanes import add_products, decode_tile
+from .reading import can_read, words_of
 from .rotation import WIDEST, hartley, odd_factor, signs
 from .tables import trellis_unit
 
@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 
 
-def available(code: Code, codes: Tensor, x: Tensor, shape: tuple[int, int], rotated: bool) -> bool:
+def can_multiply(code: Code, codes: Tensor, x: Tensor, shape: tuple[int, int], rotated: bool) -> bool:
     """Whether the compiled way multiplies this input by these codes.
 
     Args:
@@ -44,11 +44,11 @@ def available(code: Code, codes: Tensor, x: Tensor, shape: tuple[int, int], rota
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not (rotated and max(map(odd_factor, shape)) > WIDEST)
-        and reading.available(code, codes)
+        and can_read(code, codes)
     )
 
 
-def product(code: Code, codes: Tensor, x: Tensor, scales: Tensor, seed: int | None, out_features: int) -> Tensor:
+def product_of_few(code: Code, codes: Tensor, x: Tensor, scales: Tensor, seed: int | None, out_features: int) -> Tensor:
     """`Q_outᵀ (codes · scales · (Q_in x))` in float32, computed in it.
 
     Args:
@@ -67,7 +67,7 @@ def product(code: Code, codes: Tensor, x: Tensor, scales: Tensor, seed: int | No
         turn(inner, in_features, *_parts(in_features, seed), True)
     inner *= np.repeat(scales.float().numpy(), SIDE)
     y = np.empty((count, tall * SIDE), np.float32)
-    words, multiply = reading.words_of(codes), _multiplication(code.bits, code.state_bits)
+    words, multiply = words_of(codes), _multiplication(code.bits, code.state_bits)
     unit = np.float32(trellis_unit(code.state_bits))
     least = max(1, _ALONE // (TILE * wide * count))
     in_threads(tall, lambda first, last: multiply(words, wide, unit, inner, first, last, y), least=least)

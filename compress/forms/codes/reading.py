@@ -22,7 +22,7 @@ from .tables import trellis_unit
 _ALONE = 1 << 18  # values that one thread reads in less time than another one needs to begin
 
 
-def available(code: Code, codes: Tensor) -> bool:
+def can_read(code: Code, codes: Tensor) -> bool:
     """Whether the compiled way reads these codes: a trellis on the CPU with numba at hand."""
     return code.kind == "trellis" and codes.device.type == "cpu" and has_numba() and not torch.compiler.is_compiling()
 

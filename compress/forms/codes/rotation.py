@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .constants import constant
+from .constants import table
 
 _FACTOR = 64  # a power of two is applied in steps of at most this size, each one a multiplication by a small matrix
 WIDEST = 128  # above it the odd factor is a fast Fourier transform
@@ -32,7 +32,7 @@ def hashed(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 16)
 
 
-@constant
+@table(lambda size, seed, device, dtype: torch.empty(size, device=device, dtype=dtype))
 def signs(size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size,) random signs, ±1. Of one size and seed they are always the same; do not write to them."""
     draws = hashed(torch.arange(size) + hashed(torch.tensor(seed)) * 0x9E3779B1)
@@ -52,7 +52,7 @@ def _factors(size: int) -> tuple[tuple[int, ...], int]:
     return tuple(powers), odd
 
 
-@constant
+@table(lambda size, device, dtype: torch.empty(size, size, device=device, dtype=dtype))
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal; `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -66,7 +66,7 @@ def odd_factor(size: int) -> int:
     return size // (size & -size)
 
 
-@constant
+@table(lambda size, device, dtype: torch.empty(size, size, device=device, dtype=dtype))
 def hartley(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal."""
     turns = torch.arange(size, dtype=torch.float64)

@@ -14,31 +14,38 @@ norm √12 in lexicographic order); Max 1960, Lloyd 1982.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations, product
 
 import torch
 from torch import Tensor
 
-from .constants import constant
+from .constants import table
 
 FACTOR = 1133000287  # of a state, modulo 2^32
 CENTRE = 510  # the mean of a sum of four bytes
 
 
-@constant
+@lru_cache(maxsize=16)
+@torch.inference_mode(mode=False)
 def _sums_of_bytes(state_bits: int) -> Tensor:
     """(2^state_bits,) int64, of each state's product with the factor, less their mean."""
     products = torch.arange(1 << state_bits) * FACTOR & 0xFFFFFFFF
     return sum(products >> shift & 255 for shift in (0, 8, 16, 24)) - torch.tensor(CENTRE)
 
 
-@constant
+@torch.compiler.assume_constant_result
 def trellis_unit(state_bits: int) -> float:
     """What a sum of bytes is multiplied by, so that the values of all states have variance 1; a number of float32."""
+    return _unit(state_bits)
+
+
+@lru_cache(maxsize=16)
+def _unit(state_bits: int) -> float:
     return float((1 / _sums_of_bytes(state_bits).double().square().mean().sqrt()).float())
 
 
-@constant
+@table(lambda state_bits, device: torch.empty(1 << state_bits, device=device))
 def trellis_values(state_bits: int, device: torch.device) -> Tensor:
     """(2^state_bits,) float32, the value of each state; variance 1, and a mean within a hundredth of 0."""
     return (_sums_of_bytes(state_bits).float() * trellis_unit(state_bits)).to(device)
@@ -51,13 +58,13 @@ def _patterns() -> list[tuple[float, ...]]:
     return sorted(found) + sorted(more)[: 256 - len(found)]
 
 
-@constant
+@table(lambda device: torch.empty(256, 8, device=device))
 def lattice_patterns(device: torch.device) -> Tensor:
     """(256, 8) float32, the magnitudes of the vectors of E8P before their shift."""
     return torch.tensor(_patterns(), dtype=torch.float32, device=device)
 
 
-@constant
+@table(lambda device: torch.empty(1 << 16, 8, device=device))
 def lattice_vectors(device: torch.device) -> Tensor:
     """(65536, 8) float32, the vectors of E8P: code = pattern + 2^8 · (signs of the first seven entries) + 2^15 · (shift up).
 
@@ -72,7 +79,7 @@ def lattice_vectors(device: torch.device) -> Tensor:
     return (magnitudes * (1 - 2 * minus) + shift).float().to(device)
 
 
-@constant
+@table(lambda device: torch.empty(256, 8, device=device))
 def small_lattice_vectors(device: torch.device) -> Tensor:
     """(256, 8) float32: 0, the 240 shortest vectors of E8 (norm √2), and 15 of the 16 that are ± 2 in one entry."""
     vectors = [[0.0] * 8]
@@ -84,7 +91,7 @@ def small_lattice_vectors(device: torch.device) -> Tensor:
     return torch.tensor(vectors, dtype=torch.float32, device=device)
 
 
-@constant
+@table(lambda bits, device: torch.empty(1 << bits, device=device))
 def scalar_levels(bits: int, device: torch.device) -> Tensor:
     """(2^bits,) float32 ascending, the levels with the least squared error for a Gaussian of variance 1.
 
