@@ -1,21 +1,21 @@
 """Trellis codes: a rotated weight, 256 values at a time along the best path of a trellis; 1 to 6 bits and next to no scales.
 
 A random rotation of both sides makes every weight look like draws from one Gaussian (incoherence). For these a trellis loses
-little more than any code must: 1.19 times the bound at 2 bits with 2^12 states, where the best grid of single values loses 1.9
+little more than any code must: 1.18 times the bound at 2 bits with 2^12 states, where the best grid of single values loses 1.9
 times. Errors are passed on from block to block of 16 columns in the metric of the input gram, as in `gptq`.
 
 When to use: at 2 to 4 bits, wherever there is calibration text. `code: e8` (vectors of eight in a lattice) and `scalar` (single
 values) lose more at the same bytes.
 
 Cost: six operations for each of 2^state_bits states and each weight; `state_bits: 10` encodes three times as fast as 12 and
-has 6 % more distortion at 2 bits, 20 % at 4. numba (`pip install lrc[compiled]`) makes it ten times as fast on a CPU. A
-product rotates its input and output and reads the codes back. Statistics: a gram.
+has 6 % more distortion at 2 bits, 13 % at 4. numba (`pip install lrc[compiled]`) makes it ten times as fast on a CPU. A
+product rotates its input and output and computes the weights from their codes. Statistics: a gram.
 
 Source: Tseng et al., QTIP, arXiv 2406.11235 (bitshift trellis, tail-biting, block LDLQ), and QuIP#, arXiv 2402.04396
-(incoherence and E8P). Differences from the authors' code: the values of the states are the quantiles of a Gaussian in the
-order of a hash, read from a table, not computed by an instruction (1MAD, 3INST) or tuned (HYB); one scale for 16 columns; the
-rotation's factor for sizes that are no power of two (compress/forms/codes/rotation.py); float64 around the code; no tuning
-between layers: take `propagate: compressed`, and `refine` for what is left.
+(incoherence and E8P). Differences from the authors' code: 2^12 states instead of 2^16; the factor that a state's value comes
+from (their 1MAD with another one); one scale for 16 columns; the rotation's factor for sizes that are no power of two
+(compress/forms/codes/rotation.py); float64 around the code; no tuning between layers: take `propagate: compressed`, and
+`refine` for what is left.
 """
 
 from __future__ import annotations
