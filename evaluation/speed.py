@@ -19,6 +19,7 @@ import torch
 from ..checkpoint.hf_quantizer import open_model
 from ..checkpoint.location import locate
 from ..compress.forms.base import is_form_module
+from ..compress.forms.codes.encoded import EncodedLinear
 from ..compress.forms.cpu.int4 import DENSE_FROM
 from ..compress.forms.quantized import QuantizedLinear
 from ..model.events import Event, Notify, silent
@@ -224,10 +225,11 @@ _TWO_PRODUCTS = {"LowRankLinear", "SharedLowRankLinear", "ProductLinear", "Dicti
 
 def _forms(model: Any) -> dict[str, int]:
     """How many matrices are multiplied in which way."""
-    found = {"packed": 0, "unpacked": 0, "two products": 0}
+    found = {"packed": 0, "unpacked": 0, "rotated": 0, "two products": 0}
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             found["unpacked" if module.why_unpacked() else "packed"] += 1
+        found["rotated"] += isinstance(module, EncodedLinear)
         found["two products"] += is_form_module(module) and type(module).__name__ in _TWO_PRODUCTS
     return found
 
@@ -244,6 +246,9 @@ def _notes(model: Any) -> list[str]:
         notes.append(
             f"{count} matrices of {bits} bits take {4 if bits < 4 else 8} in memory, because the kernel knows 4-bit codes"
         )
+    rotated = [module for module in model.modules() if isinstance(module, EncodedLinear)]
+    for reason, count in Counter(reason for module in rotated if (reason := module.why_slow())).items():
+        notes.append(f"{count} of {len(rotated)} matrices in a trellis or lattice are decoded by torch's operations: {reason}")
     if two := _forms(model)["two products"]:
         notes.append(f"{two} matrices are two products each, which costs more than it saves where matrices are small")
     return notes
@@ -257,7 +262,10 @@ def _rows(workload: str) -> int:
 
 def _reasons(forms: dict[str, int], rows: int) -> list[str]:
     """Why products of so many rows are slower than dense ones."""
-    found, (unpacked, packed, two) = [], (forms.get(kind, 0) for kind in ("unpacked", "packed", "two products"))
+    found = []
+    unpacked, packed, rotated, two = (forms.get(kind, 0) for kind in ("unpacked", "packed", "rotated", "two products"))
+    if rotated:
+        found.append(f"{rotated} matrices in a trellis or lattice are decoded, and inputs and outputs rotated, at every call")
     if unpacked:
         found.append(f"{unpacked} matrices are decoded at every call")
     if packed:

@@ -11,6 +11,8 @@ from pipeline import compress
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lrc.compress.forms.base import build_module
+from lrc.compress.forms.codes import reading
+from lrc.compress.forms.codes.code import Code
 from lrc.compress.forms.cpu.int4 import available
 from lrc.compress.forms.grids import Grid
 from lrc.evaluation.speed import Speed, SpeedReport, described
@@ -51,6 +53,22 @@ def test_it_says_where_memory_holds_more_bits_than_the_file(bits, held):
     notes = described("a", model).notes
     assert held is None or f"1 matrices of {bits} bits {held}" in notes[0]
     assert bool(notes) == (held is not None)
+
+
+@pytest.mark.parametrize(("kind", "state_bits"), [("trellis", 12), ("e8", 0)])
+@pytest.mark.parametrize("numba", [True, False])
+def test_it_says_where_codes_are_decoded_by_torch(kind, state_bits, numba, monkeypatch):
+    monkeypatch.setattr(reading, "has_numba", lambda: numba)
+    spec = {"kind": "encoded", "code": Code(kind, 2, state_bits).spec(), "seed": 1, "bias": False}
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=0, vocab_size=9, intermediate_size=64))
+    model.add_module("coded", build_module(spec, 64, 64, torch.bfloat16))
+    found = described("a", model)
+    assert found.forms["rotated"] == 1
+    expected = "this is e8" if kind == "e8" else None if numba else "numba is not installed"
+    assert bool(found.notes) == (expected is not None)
+    assert expected is None or f"1 of 1 matrices in a trellis or lattice are decoded by torch's operations: {expected}" in (
+        found.notes[0].replace("only a trellis is decoded by compiled code, and ", "")
+    )
 
 
 def test_where_it_is_slower_it_says_why():

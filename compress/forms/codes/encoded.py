@@ -19,7 +19,7 @@ from ..base import MODULES, SPECS, Form, FormSpec, Spec
 from ..kernels import trellis, trellis_matrix
 from .code import SIDE, Code, Kind, from_tiles
 from .few_rows import can_multiply, product_of_few
-from .reading import can_read, read_trellis
+from .reading import can_read, read_trellis, why_not_compiled
 from .rotation import rotate, rotate_back, rotate_both_back
 
 _AT_ONCE = 1 << 21  # values that a product reads back at a time
@@ -146,6 +146,10 @@ class EncodedLinear(nn.Module):
         matrix = matrix[: self.out_features, : self.in_features]
         matrix = matrix if self.seed is None else rotate_both_back(matrix, self.seed)
         return (matrix if self.gains is None else matrix * self.gains.to(wide)[:, None]).to(dtype)
+
+    def why_slow(self) -> str:
+        """Why few rows are not multiplied by compiled code or by a kernel; empty where they are."""
+        return why_not_compiled(self.code, self.weight)
 
     def _codes(self) -> Tensor:
         return self.weight.view(*self._tiles, self.code.nbytes)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....cuda.dispatch import why_not
 from ..cpu.threads import has_numba, in_threads
 from .code import SIDE, TILE, Code
 from .lanes import decode_tile
@@ -24,7 +25,16 @@ _ALONE = 1 << 18  # values that one thread reads in less time than another one n
 
 def can_read(code: Code, codes: Tensor) -> bool:
     """Whether the compiled way reads these codes: a trellis on the CPU with numba at hand."""
-    return code.kind == "trellis" and codes.device.type == "cpu" and has_numba() and not torch.compiler.is_compiling()
+    return not why_not_compiled(code, codes) and codes.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def why_not_compiled(code: Code, codes: Tensor) -> str:
+    """Why these codes have no compiled product, on the CPU by numba or on a GPU by Triton; empty where they have one."""
+    if code.kind != "trellis":
+        return f"only a trellis is decoded by compiled code, and this is {code.kind}"
+    if codes.device.type == "cpu":
+        return "" if has_numba() else "numba is not installed (pip install 'lrc[compiled]')"
+    return why_not(codes.new_empty(0, dtype=torch.float32), codes)
 
 
 def read_trellis(code: Code, codes: Tensor) -> Tensor:
