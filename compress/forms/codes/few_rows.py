@@ -19,7 +19,7 @@ from ..cpu.threads import in_threads
 from .code import SIDE, TILE, Code
 from .lanes import add_products, decode_tile
 from .reading import can_read, words_of
-from .rotation import WIDEST, hartley, odd_factor, signs
+from .rotation import WIDEST, hadamard, hartley, odd_factor, signs
 from .tables import trellis_unit
 
 MOST = 16  # rows of input; with more of them a matrix that is read once is multiplied faster
@@ -78,11 +78,15 @@ def product_of_few(code: Code, codes: Tensor, x: Tensor, scales: Tensor, seed: i
 
 @lru_cache(maxsize=4096)
 def _parts(size: int, seed: int) -> tuple[Any, Any]:
-    """The signs (size,) of a rotation, and the matrix of the odd factor; both with the factor that keeps the length."""
+    """The signs (size,) of a rotation; the matrix of the odd factor, with as much of the power of two as fills a register."""
     odd = odd_factor(size)
-    # the power of two is added and subtracted without its factor, which the signs have
-    signed = signs(size, seed, _CPU, torch.float32) * (odd / size) ** 0.5
-    return signed.numpy(), hartley(odd, _CPU, torch.float32).numpy()
+    filled = 1
+    while filled * odd < SIDE and size % (2 * filled * odd) == 0:
+        filled *= 2
+    mixing = torch.kron(hadamard(filled, _CPU, torch.float32), hartley(odd, _CPU, torch.float32))
+    # the rest of the power of two is added and subtracted without its factor, which the signs have
+    signed = signs(size, seed, _CPU, torch.float32) * (filled * odd / size) ** 0.5
+    return signed.numpy(), mixing.contiguous().numpy()
 
 
 @cache
@@ -114,27 +118,29 @@ def _rotation() -> Callable[..., None]:
 
     @numba.njit(nogil=True, fastmath=True)
     def turn(x: Any, size: Any, signed: Any, mixing: Any, forwards: Any) -> None:
-        odd = len(mixing)
-        part = np.empty(odd, np.float32)
+        width = len(mixing)
+        part = np.empty(width, np.float32)
         for line in range(len(x)):
             row = x[line, :size]
             if forwards:
                 row *= signed
-            half = odd
+            half = width
             while half < size:
                 for start in range(0, size, 2 * half):
-                    for at in range(start, start + half):
-                        first, second = row[at], row[at + half]
-                        row[at], row[at + half] = first + second, first - second
+                    low, high = row[start : start + half], row[start + half : start + 2 * half]
+                    for at in range(half):
+                        first, second = low[at], high[at]
+                        low[at], high[at] = first + second, first - second
                 half *= 2
-            if odd > 1:
-                for start in range(0, size, odd):
-                    for at in range(odd):
-                        part[at] = row[start + at]
-                        row[start + at] = 0
-                    for before in range(odd):
-                        for after in range(odd):
-                            row[start + after] += part[before] * mixing[before, after]
+            if width > 1:
+                for start in range(0, size, width):
+                    near = row[start : start + width]
+                    part[:] = near
+                    near[:] = 0
+                    for before in range(width):
+                        value, mixed = part[before], mixing[before]
+                        for after in range(width):
+                            near[after] += value * mixed[after]
             if not forwards:
                 row *= signed
 

@@ -53,7 +53,7 @@ def _factors(size: int) -> tuple[tuple[int, ...], int]:
 
 
 @table(lambda size, device, dtype: torch.empty(size, size, device=device, dtype=dtype))
-def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size) symmetric and orthogonal; `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -81,7 +81,7 @@ def transform(x: Tensor) -> Tensor:
     flat, after = x.reshape(-1, size), size
     for step in powers:  # each step mixes one digit of the index
         after //= step
-        flat = _mixed(flat.reshape(-1, step, after), _hadamard(step, *at)).reshape(-1, size)
+        flat = _mixed(flat.reshape(-1, step, after), hadamard(step, *at)).reshape(-1, size)
     if odd > WIDEST:
         spectrum = torch.fft.fft(flat.reshape(-1, odd))
         flat = (spectrum.real - spectrum.imag) / odd**0.5
