@@ -15,8 +15,8 @@ class Event:
 
     Args:
         stage: the kind of step: "statistics", "losses", "refinement", or a short description.
-        done: number of finished layers, rounds or evaluations; 0 if the stage has a single step.
-        total: number of layers, rounds or evaluations of the stage.
+        done: number of finished layers, rounds or evaluations; 0 if the stage has a single step, or has only begun.
+        total: number of layers, rounds or evaluations of the stage; 0 if it has a single step.
         seconds: duration of this step.
         loss: held-out loss that a training step measured, in nats; None if it measured none.
     """

@@ -91,7 +91,7 @@ def advise(
         listed = "\n".join(f"  - {name}: {why}" for name, why in refused.items())
         raise BudgetError(f"None of {len(refused)} recipes reaches it:\n{listed}", "Ask for less, or name others (--recipes).")
     untried, _ = candidates(view, [] if recipes else list(LONGER), amount, devices)
-    with interruptible("nothing was written"), Steps() as steps:
+    with interruptible("nothing was written"), Steps("statistics for all trials") as steps:
         text = load_calibration(spec, view.location.tokenizer(source.trust_remote_code))
         trials, failed = tried(view, found, text, spec, layers, devices, steps)
     told = {

@@ -71,7 +71,7 @@ def inspect(
         if spec is not None:
             require_positions(view.config, length, "--length")
             text = load_calibration(spec, view.location.tokenizer(trust_remote_code))
-        with Steps() as steps:
+        with Steps("reading the model") as steps:
             found = inspected(view, text, devices, steps)
     if html is not None:
         from ...checkpoint.atomic import write_text

@@ -9,12 +9,16 @@ from ..common.console import bar_of, messages
 
 
 class Steps:
-    """Shows events while the context is open."""
+    """Shows events while the context is open.
 
-    def __init__(self) -> None:
+    Args:
+        first: what is done before the first event.
+    """
+
+    def __init__(self, first: str) -> None:
         self._console = messages()
         self._bar = bar_of(self._console)
-        self._task = self._bar.add_task("", total=None)
+        self._task = self._bar.add_task(first, total=None)
 
     def __enter__(self) -> Steps:
         self._bar.start()
@@ -27,8 +31,8 @@ class Steps:
         """Show one event."""
         if isinstance(event, Noted):
             self._console.print(f"note: {event.stage}")
-        elif self._console.is_terminal and event.done:
+        elif self._console.is_terminal and event.total:
             self._bar.update(self._task, description=event.stage, completed=event.done, total=event.total)
-        else:
+        elif event.done or not event.total:  # a bar says what begins, lines say what is done
             place = f" {event.done:>3}/{event.total}" if event.done else ""
             self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {readable(peak_rss())}")

@@ -140,6 +140,7 @@ def tried(
         work = _Trying(view, calibration, devices, Path(place), len(chosen))
         work.prepare([draft for _, draft in drafts], notify)
         for number, (candidate, draft) in enumerate(drafts, 1):
+            notify(Event(f"trying {candidate.name}", number - 1, len(drafts)))
             try:
                 trial = work.trial(candidate, draft)
             except (BudgetError, NonFiniteError) as error:
@@ -167,7 +168,7 @@ class _Trying:
         one_shot = [draft for draft in drafts if _one_shot(draft)]
         if one_shot:
             shared_statistics(one_shot, _fresh(self._view), self._calibration, self._shared, self._devices)
-        notify(Event("what all trials share", seconds=time.perf_counter() - started))
+        notify(Event("statistics for all trials", seconds=time.perf_counter() - started))
 
     @property
     def _shared(self) -> Path:
