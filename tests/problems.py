@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lrc.compress.base import GroupStats, TargetStats
+from lrc.compress.base import GroupStats, Option, Shape, Solution, TargetStats, get_method
 
 
 def problem(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,3 +26,15 @@ def statistics(x: torch.Tensor, weight: torch.Tensor | None = None) -> TargetSta
 
 def error(weight: torch.Tensor, approximation: torch.Tensor, x: torch.Tensor) -> float:
     return float((x @ (weight - approximation).T).square().sum(1).mean())
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Draws of variance 1 in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def solved_trellis(weight: torch.Tensor, x: torch.Tensor, **chosen: object) -> tuple[list[Option], Solution]:
+    """The options and the solution of `trellis` with 2^8 states and these settings."""
+    picked = get_method("trellis")
+    settings = picked.settings(**{"state_bits": 8} | chosen)
+    return picked.options(Shape(*weight.shape, 2), settings, 1), picked.solve(weight, statistics(x), settings)

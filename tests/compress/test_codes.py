@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from problems import problem, statistics
-from pydantic import ValidationError
+from problems import gaussian, problem, solved_trellis, statistics
 
 from lrc.compress.base import get_method
-from lrc.compress.forms.base import build_module, fill_module
-from lrc.compress.forms.codes import few_rows, reading
 from lrc.compress.forms.codes.code import BITS, TILE, Code, from_tiles, to_tiles
-from lrc.compress.forms.codes.encoded import Encoded
 from lrc.compress.forms.codes.rotation import rotate, rotate_back, rotate_both, rotate_both_back, signs
 from lrc.compress.forms.codes.tables import FACTOR, lattice_vectors, scalar_levels, small_lattice_vectors, trellis_values
 from lrc.compress.metric import Metric
@@ -30,13 +26,6 @@ from lrc.errors import NonFiniteError, RecipeError
 from lrc.plan.load_recipe import load_recipe
 
 CPU = torch.device("cpu")
-CODES = [Code("trellis", bits, 8) for bits in BITS["trellis"]] + [
-    Code(kind, n) for kind in ("e8", "scalar") for n in BITS[kind]
-]
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rotation_matrix(size: int, seed: int) -> np.ndarray:
@@ -186,77 +175,11 @@ def test_a_trellis_of_65536_states_comes_close_to_the_bound(bits, expected):
     assert distortion(Code("trellis", bits, 16), 60) == pytest.approx(expected, rel=0.04)
 
 
-@pytest.mark.parametrize("state_bits", [6, 12, 16])
-@pytest.mark.parametrize("bits", BITS["trellis"])
-def test_compiled_codes_are_read_as_by_torch_to_the_last_bit(bits, state_bits, monkeypatch):
-    pytest.importorskip("numba")
-    code = Code("trellis", bits, state_bits)
-    codes = torch.randint(0, 256, (5, 3, code.nbytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
-    expected = from_tiles(code.values(codes.flatten(0, 1)).view(5, 3, TILE))
-    assert reading.can_read(code, codes)
-    assert torch.equal(reading.read_trellis(code, codes), expected)
-    monkeypatch.setattr(reading, "_ALONE", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(reading.read_trellis(code, codes), expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_values_of_a_trellis_are_sums_of_the_bytes_of_a_product():
     sums = np.array([sum((state * FACTOR % 2**32).to_bytes(4, "little")) - 510 for state in range(1 << 12)])
     values = trellis_values(12, CPU).double().numpy()
     assert np.allclose(values, sums / np.sqrt(np.mean(np.square(sums, dtype=float))), rtol=1e-6)
     assert abs(values.mean()) < 0.01
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("seed", [None, 5])
-@pytest.mark.parametrize("shape", [(24, 40), (40, 19), (96, 72), (16, 64)])
-@pytest.mark.parametrize("bits", BITS["trellis"])
-def test_few_rows_are_multiplied_by_compiled_code(bits, shape, seed, threads, monkeypatch):
-    """Odd factors, edges within a tile, powers of two, one row and several, one thread and more; against float64."""
-    pytest.importorskip("numba")
-    monkeypatch.setattr(few_rows, "_ALONE", 0)
-    code = Code("trellis", bits, 12)
-    rows, columns = -(-shape[0] // 16), -(-shape[1] // 16)
-    draw = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 256, (rows, columns, code.nbytes), dtype=torch.uint8, generator=draw)
-    form = Encoded(code, codes, gaussian(columns).abs(), shape, seed, gaussian(shape[0]), gaussian(shape[0])).stored(
-        torch.float32
-    )
-    module = fill_module(build_module(form.spec(), shape[1], shape[0], torch.float32), form.tensors())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for count in (1, 2, 7):
-            inputs = gaussian(count, shape[1]).float()
-            assert not few_rows.can_multiply(code, module.weight, inputs, shape, seed is not None), "there may be gradients"
-            with torch.inference_mode():
-                assert few_rows.can_multiply(code, module.weight, inputs, shape, seed is not None)
-                found = module(inputs)
-            expected = inputs.double() @ form.dense().double().T + form.bias.double()
-            assert (found - expected).norm() < 1e-6 * expected.norm()
-            assert torch.allclose(found, module(inputs), atol=1e-4 * float(expected.abs().max())), (
-                "and as by torch's operations"
-            )
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("gains", [False, True])
-@pytest.mark.parametrize("code", ["trellis", "scalar"])
-def test_many_rows_multiply_as_few_do(code, gains):
-    """Beyond some rows the matrix is rotated back instead of inputs and outputs: the same product."""
-    weight, x = problem(40, 72, 200, seed=3)
-    form = (
-        solved(weight, x, code=code, bits=3, gains=gains)[1].form(Choice(bits=3)).with_bias(gaussian(40)).stored(torch.float32)
-    )
-    module = fill_module(build_module(form.spec(), 72, 40, torch.float32), form.tensors())
-    inputs = gaussian(3, 100, 72).float()
-    many, few = module(inputs), torch.stack([torch.stack([module(row) for row in each]) for each in inputs])
-    assert torch.allclose(many, few, atol=1e-5 * float(few.abs().max()))
 
 
 def test_tiles_hold_every_value_and_zeros_beyond_the_edge():
@@ -287,18 +210,14 @@ def test_feedback_makes_each_block_the_nearest_to_what_cancels_the_errors_before
         assert (nearest - found[:, own]).abs().max() < 1e-5 * float(scale)
 
 
-def solved(weight, x, **chosen):
-    picked = get_method("trellis")
-    settings = picked.settings(**{"state_bits": 8} | chosen)
-    return picked.options(Shape(*weight.shape, 2), settings, 1), picked.solve(weight, statistics(x), settings)
-
-
 @pytest.mark.parametrize("code", ["trellis", "e8", "scalar"])
 def test_rotation_and_feedback_each_lower_the_loss_of_a_weight_with_outliers(code):
     weight, x = problem(96, 96, 600, seed=1)
     weight[:, ::31] *= 12
     losses = {
-        (rotated, feedback): solved(weight, x, code=code, bits=3, rotate=rotated, feedback=feedback)[1].loss(Choice(bits=3))
+        (rotated, feedback): solved_trellis(weight, x, code=code, bits=3, rotate=rotated, feedback=feedback)[1].loss(
+            Choice(bits=3)
+        )
         for rotated, feedback in product((False, True), repeat=2)
     }
     assert losses[True, False] < losses[False, False]
@@ -306,76 +225,15 @@ def test_rotation_and_feedback_each_lower_the_loss_of_a_weight_with_outliers(cod
     assert losses[True, True] < min(losses[True, False], losses[False, True])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(24, 40), (40, 19)])
-@pytest.mark.parametrize("code", CODES, ids=str)
-def test_the_module_multiplies_by_the_matrix_and_holds_packed_codes(code, shape, dtype):
-    weight, x = problem(*shape, 200, seed=3)
-    settings = {"code": code.kind, "bits": code.bits}
-    (option,), solution = solved(weight, x, **settings)
-    form = solution.form(option.choice).with_bias(gaussian(shape[0])).stored(dtype)
-    assert form.nbytes == option.nbytes == 2 * (-(-shape[1] // 16)) + form.codes.numel() * 1 if dtype != torch.float32 else True
-    module = fill_module(build_module(form.spec(), shape[1], shape[0], dtype), form.tensors())
-    assert sum(p.numel() * p.element_size() for p in module.parameters() if p.dtype == torch.uint8) == form.codes.numel()
-    assert torch.equal(form.scales.double(), solution.form(option.choice).scales), "every dtype holds the scales exactly"
-    slack = 1e-5 if dtype == torch.float32 else 0.02
-    exact = form.dense().double()
-    assert torch.allclose(
-        module.matrix(torch.float32).double(), exact, atol=max(1e-5, torch.finfo(dtype).eps) * exact.abs().max()
-    )
-    inputs = gaussian(2, 3, shape[1]).to(dtype)
-    expected = inputs.double() @ exact.T + form.bias.double()
-    assert torch.allclose(module(inputs).double(), expected, atol=slack * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gains_are_the_least_squares_of_each_output_and_cost_their_bytes(dtype):
-    weight, x = problem(40, 64, 200, seed=3)
-    plain, fitted = (solved(weight, x, bits=2, gains=gains) for gains in (False, True))
-    choice = plain[0][0].choice
-    before, form = plain[1].form(choice), fitted[1].form(choice)
-    outputs, wanted = x @ before.dense().T, x @ weight.T
-    for row in range(40):
-        expected = torch.linalg.lstsq(outputs[:, row : row + 1], wanted[:, row]).solution
-        assert float(form.gains[row]) == pytest.approx(float(expected), rel=1e-6)
-    assert fitted[1].loss(choice) < plain[1].loss(choice)
-    assert fitted[0][0].nbytes == plain[0][0].nbytes + 2 * 40 == form.stored(torch.bfloat16).nbytes
-    stored = form.with_bias(gaussian(40)).stored(dtype)
-    module = fill_module(build_module(stored.spec(), 64, 40, dtype), stored.tensors())
-    inputs = gaussian(3, 64).to(dtype)
-    exact = inputs.double() @ stored.dense().double().T + stored.bias.double()
-    slack = 1e-5 if dtype == torch.float32 else 0.02
-    assert torch.allclose(module(inputs).double(), exact, atol=slack * float(exact.abs().max()))
-    assert torch.allclose(
-        module.matrix(torch.float32).double(), stored.dense().double(), atol=slack * float(weight.abs().max())
-    )
-
-
-def test_scales_gains_and_inputs_have_gradients():
-    weight, x = problem(24, 40, 100, seed=3)
-    _, solution = solved(weight, x, bits=2, gains=True)
-    form = solution.form(Choice(bits=2)).stored(torch.float32)
-    module = fill_module(build_module(form.spec(), 40, 24, torch.float32), form.tensors())
-    module.scales.requires_grad_(True)
-    module.gains.requires_grad_(True)
-    inputs = gaussian(5, 40).float().requires_grad_(True)
-    module(inputs).square().sum().backward()
-    outputs = inputs.detach().double() @ form.dense().double().T
-    assert torch.allclose(inputs.grad.double(), 2 * outputs @ form.dense().double(), rtol=1e-3, atol=1e-3)
-    # y is linear in the scales and in the gains: Σ scale · ∂f/∂scale = 2 f
-    for factor in (module.scales, module.gains):
-        assert float((factor.detach() * factor.grad).sum()) == pytest.approx(2 * float(outputs.square().sum()), rel=1e-4)
-
-
 def test_losses_are_output_errors_and_fall_with_bits():
     weight, x = problem(48, 64, 500, seed=5)
-    options, solution = solved(weight, x, bits=None)
+    options, solution = solved_trellis(weight, x, bits=None)
     losses = [solution.loss(option.choice) for option in options]
     assert [option.choice.bits for option in options] == [1, 2, 3, 4, 5, 6]
     assert losses == sorted(losses, reverse=True)
     error = weight.double() - solution.form(Choice(bits=3)).dense()
     assert losses[2] == pytest.approx(Metric(statistics(x).group.gram).energy(error))
-    again = solved(weight, x, bits=3)[1].form(Choice(bits=3))
+    again = solved_trellis(weight, x, bits=3)[1].form(Choice(bits=3))
     assert torch.equal(again.codes, solution.form(Choice(bits=3)).codes), "nothing depends on what was asked before"
 
 
@@ -387,7 +245,7 @@ def test_losses_are_measured_at_two_bits_and_more_where_there_are_enough():
 
 def test_seeds_differ_between_targets_and_follow_the_setting():
     weight, x = problem(16, 32, 100, seed=6)
-    form = lambda weight, **chosen: solved(weight, x, bits=2, **chosen)[1].form(Choice(bits=2))  # noqa: E731
+    form = lambda weight, **chosen: solved_trellis(weight, x, bits=2, **chosen)[1].form(Choice(bits=2))  # noqa: E731
     assert form(weight).seed == form(weight).seed
     assert len({form(weight).seed, form(weight + 1).seed, form(weight, seed=1).seed}) == 3
     assert form(weight, rotate=False).seed is None
@@ -395,30 +253,11 @@ def test_seeds_differ_between_targets_and_follow_the_setting():
 
 def test_a_weight_of_zeros_and_one_that_is_not_finite():
     _, x = problem(16, 32, 100, seed=6)
-    form = solved(torch.zeros(16, 32), x, bits=2)[1].form(Choice(bits=2))
+    form = solved_trellis(torch.zeros(16, 32), x, bits=2)[1].form(Choice(bits=2))
     assert not form.dense().any()
     with pytest.raises(NonFiniteError, match="1 of 512 values"):
-        solved(torch.zeros(16, 32).index_fill(1, torch.tensor([3]), 0.0).fill_diagonal_(0).index_put(
+        solved_trellis(torch.zeros(16, 32).index_fill(1, torch.tensor([3]), 0.0).fill_diagonal_(0).index_put(
             (torch.tensor([2]), torch.tensor([3])), torch.tensor(torch.nan)), x, bits=2)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": -1}, {"seed": 1 << 40}, {"seed": "1"}, {"bias": 1}, {"code": {"kind": "e8", "bits": 5, "state_bits": 0}},
-        {"code": {"kind": "trellis", "bits": 2, "state_bits": 40, "version": 2}},
-        {"code": {"kind": "trellis", "bits": 2, "state_bits": 12}},
-        {"code": {"kind": "trellis", "bits": 2, "state_bits": 12, "version": 3}},
-        {"code": {"kind": "e8", "bits": 2, "state_bits": 12}},
-        {"code": {"kind": "hybrid", "bits": 2, "state_bits": 12}}, {"more": 1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_forged_spec_is_refused(change):
-    spec = {"kind": Encoded.kind, "code": Code("trellis", 2, 12).spec(), "seed": 3, "bias": False}
-    build_module(spec, 40, 24)
-    with pytest.raises((ValidationError, ValueError)):
-        build_module(spec | change, 40, 24)
 
 
 def test_a_recipe_with_bits_that_its_code_does_not_have_is_refused():

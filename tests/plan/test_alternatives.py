@@ -117,7 +117,7 @@ def test_alternatives_in_different_metrics_are_refused_when_the_recipe_is_read(p
 
 @pytest.mark.parametrize("pair", [("svd-llm", "compot"), ("gptq", "lord"), ("kfac", "yaqa"), ("rtn", "lqer")], ids=str)
 def test_alternatives_in_one_metric_are_not(pair, recipe):
-    load_recipe(recipe(alternatives=[{"method": name} for name in pair]))
+    assert load_recipe(recipe(alternatives=[{"method": name} for name in pair])).compression[0].name == " | ".join(pair)
 
 
 def test_every_alternative_is_probed_and_thinned_by_itself():
