@@ -89,7 +89,8 @@ def print_advice(told: Mapping[str, Any]) -> None:
         console.print("No recipe could be tried.")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("\ntried", "predicted\nnats", "measured\nnats", "layers\ntried", "\nbytes", "of the\ntargets"):
-        table.add_column(column, justify="left" if column == "\ntried" else "right", overflow="fold")
+        name = column == "\ntried"
+        table.add_column(column, justify="left" if name else "right", overflow="fold", no_wrap=name)
     table.add_column("\nholds")
     for row in told["tried"]:
         table.add_row(
