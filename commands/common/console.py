@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)  # fmt: skip
 
 
 def plain_or_terminal(stderr: bool = False) -> Console:
@@ -28,3 +36,13 @@ def bar_of(console: Console) -> Progress:
         TextColumn("left"), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
+
+
+def advance(bar: Progress, task: TaskID, stage: str, done: int, total: int) -> None:
+    """Show that `done` of `total` steps of a stage are finished; another stage has an estimate of its own for what is left."""
+    shown = bar.tasks[task]
+    if done < shown.completed or total != shown.total:
+        begun = shown.start_time
+        bar.reset(task)
+        shown.start_time = begun  # elapsed is the time of all stages
+    bar.update(task, description=stage, completed=done, total=total)

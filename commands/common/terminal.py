@@ -19,7 +19,7 @@ from ...run.duration.foretell import Foretold
 from ...run.layer_loop import LayerDone
 from ...run.request import Request
 from ...run.run import PlanMade, TextRead
-from .console import bar_of, messages, plain_or_terminal
+from .console import advance, bar_of, messages, plain_or_terminal
 from .plan_output import print_plan
 from .time_output import print_duration
 
@@ -89,7 +89,7 @@ class Progress:
             self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {size(peak_rss())}")
         if event.done:
             stage = "layers" if isinstance(event, LayerDone) else event.stage
-            self._bar.update(self._task, description=stage, completed=event.done, total=event.total)
+            advance(self._bar, self._task, stage, event.done, event.total)
 
     def _layer(self, layer: LayerDone) -> None:
         solved = [record for record in layer.records if record.error is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...model.events import Event, Noted
 from ...model.machine.host_memory import peak_rss
 from ...plan.budget import readable
-from ..common.console import bar_of, messages
+from ..common.console import advance, bar_of, messages
 
 
 class Steps:
@@ -32,7 +32,7 @@ class Steps:
         if isinstance(event, Noted):
             self._console.print(f"note: {event.stage}")
         elif self._console.is_terminal and event.total:
-            self._bar.update(self._task, description=event.stage, completed=event.done, total=event.total)
+            advance(self._bar, self._task, event.stage, event.done, event.total)
         elif event.done or not event.total:  # a bar says what begins, lines say what is done
             place = f" {event.done:>3}/{event.total}" if event.done else ""
             self._console.print(f"{event.stage}{place}  {event.seconds:.1f} s, peak {readable(peak_rss())}")
