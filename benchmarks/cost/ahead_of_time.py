@@ -171,10 +171,11 @@ def _sparse(free: bool, dtype: torch.dtype) -> None:
 
 
 def _trellis(bits: int, dtype: torch.dtype) -> None:
+    from lrc.compress.forms.codes.tables import FACTOR
     from lrc.cuda.trellis_codes import Trellis, trellis_dense, trellis_product
 
     tiles = WIDTH // 16
-    codes = Trellis(torch.empty(tiles * tiles * 32 * bits, dtype=torch.uint8), 1.0, tiles, tiles, bits, 12, 1133000287)
+    codes = Trellis(torch.empty(tiles * tiles * 32 * bits, dtype=torch.uint8), 1.0, tiles, tiles, bits, 12, FACTOR)
     for count in (1, 4):
         trellis_product(torch.empty(count, WIDTH, dtype=dtype), codes)
     trellis_dense(codes, dtype)
