@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from graphs import graphs_of
 from triton_here import DEVICE, TOLERANCE, error, require_triton
 
 from lrc.compress.forms import kernels
@@ -122,17 +123,7 @@ def test_compiled_code_has_no_break_and_one_graph_for_all_lengths(name, monkeypa
     monkeypatch.setitem(kernels.UP_TO, "dictionary", 64)
     _, module = module_of(name)
     module(torch.randn(1, COLUMNS, device=DEVICE))
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
-    for tokens in (2, 3, 4):
-        x = torch.randn(tokens, COLUMNS, device=DEVICE)
-        torch.testing.assert_close(compiled(x), module(x))
+    graphs = graphs_of(module, [torch.randn(tokens, COLUMNS, device=DEVICE) for tokens in (2, 3, 4)])
     assert len(graphs) == 1
     assert "lrc." in graphs[0].code, "the kernel is one operator of the graph"
 
