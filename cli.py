@@ -6,7 +6,6 @@ torch and transformers are imported inside the commands, so that `lrc --help` an
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -64,7 +63,9 @@ def main(words: list[str] | None = None) -> None:
         told = of_resources(error) or error
         if not isinstance(told, LrcError):
             raise
-        print(f"lrc: {told}", file=sys.stderr)
+        from .commands.common.console import messages
+
+        messages().print(f"lrc: {told}")
         raise SystemExit(told.exit_code) from None
 
 

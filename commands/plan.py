@@ -153,6 +153,7 @@ def note_calibration(view: ModelView, draft: Draft) -> None:
     """Print with a plan that `lrc compress` would refuse its calibration set."""
     from ..calibrate.available import require_available
     from ..model.view import require_positions
+    from .common.console import plain_or_terminal
 
     if not draft.recipe.reads_text:
         return
@@ -164,4 +165,4 @@ def note_calibration(view: ModelView, draft: Draft) -> None:
         try:
             check()
         except CalibrationError as error:
-            print(f"note: {error.what} {error.remedy}")
+            plain_or_terminal().print(f"note: {error.what} {error.remedy}")

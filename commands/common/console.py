@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)  # fmt: skip
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def plain_or_terminal(stderr: bool = False) -> Console:
@@ -31,6 +27,9 @@ def messages() -> Console:
 
 def bar_of(console: Console) -> Progress:
     """A bar with what is done, elapsed and left; it shows itself on a terminal alone, and is gone when it stops."""
+    # not at the top: a message about a mistake need not wait for it
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),

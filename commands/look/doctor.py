@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from ..common.console import plain_or_terminal
 from ..common.json_output import Json, answered, require_json
 
 
@@ -22,8 +24,9 @@ def doctor(
     findings = examined(folder)
     if answered(json_file, [asdict(finding) for finding in findings]):
         return
-    width = max(len(finding.topic) for finding in findings)
+    table = Table.grid(padding=(0, 2, 0, 0))
     for finding in findings:
-        print(f"{'!' if finding.remedy else ' '} {finding.topic:<{width}}  {finding.found}")
+        table.add_row(f"{'!' if finding.remedy else ' '} {finding.topic}", finding.found)
         if finding.remedy:
-            print(f"  {'':<{width}}  → {finding.remedy}")
+            table.add_row("", f"→ {finding.remedy}")
+    plain_or_terminal().print(table)
