@@ -48,7 +48,7 @@ def compress(
     named = out
     request, out = into_folder(recipe, calibration, source, Output(named, statistics, max_shard_size), hub=not dry_run)
     from ..run.pipeline import run_request
-    from .common.console import messages
+    from .common.console import messages, plain_or_terminal
     from .common.plan_output import print_plan
     from .common.terminal import Progress
     from .common.time_output import print_duration
@@ -64,7 +64,7 @@ def compress(
     with interruptible("the same command continues"), Progress() as progress:
         result = run_request(request, out, statistics, restart, progress, timed, check)
     if not result.made:
-        print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
+        plain_or_terminal().print(f"{out} holds this very result already; nothing to do (--restart makes it anew).")
         return
     progress.finish(out)
     if check:

@@ -33,6 +33,7 @@ def export(
     from ..checkpoint.opening import dtype_of
     from ..export.base import formats, get_format
     from ..run.request import shard_bytes
+    from .common.console import plain_or_terminal
 
     with together() as checking:
         checking(require_json, json_file)
@@ -43,12 +44,13 @@ def export(
             checking(get_format, to)
             checking(require_place, out or result.absolute().with_name(f"{result.absolute().name}-{to}"), "--out")
     quiet()
+    console = plain_or_terminal()
     if to is None:
         listed = {form.name: {"about": form.about, "opened_by": form.opened_by} for form in formats().values()}
         if answered(json_file, listed):
             return
         for form in formats().values():
-            print(f"{form.name}: {form.about}; opened by {form.opened_by}")
+            console.print(f"{form.name}: {form.about}; opened by {form.opened_by}")
         return
     from ..export.write import export as written
 
@@ -65,6 +67,6 @@ def export(
     if answered(json_file, answer | {"lost": list(done.lost)}):
         return
     for sentence in done.lost:
-        print(f"note: {sentence}")
+        console.print(f"note: {sentence}")
     checked = "not checked" if done.difference is None else f"logits within {done.difference:.2g} of the result's"
-    print(f"{done.folder}: {done.format}, {done.nbytes:,} bytes, {checked}.")
+    console.print(f"{done.folder}: {done.format}, {done.nbytes:,} bytes, {checked}.")

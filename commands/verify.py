@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +27,7 @@ def verify(
     the model gives finite logits.
     """
     from ..checkpoint.folder import clear_finished, require_result
+    from .common.console import messages, plain_or_terminal
 
     with together() as check:
         check(require_json, json_file)
@@ -36,7 +36,7 @@ def verify(
     from ..run import verify as checks
 
     for name in clear_finished(folder):
-        print(f"note: {folder / name} was left by a run that was killed at its end; deleted.", file=sys.stderr)
+        messages().print(f"note: {folder / name} was left by a run that was killed at its end; deleted.")
     record = checks.verify(folder, trust_remote_code=trust_remote_code, edited_card=edited_card)
     held = record["bytes"]
     notes = checks.not_covered(folder, record)
@@ -44,9 +44,10 @@ def verify(
         json_file, {"folder": str(folder), "whole": True, "shards": len(record["shards"]), "bytes": held, "notes": notes}
     ):
         return
-    print(
+    console = plain_or_terminal()
+    console.print(
         f"{folder}: whole. {len(record['shards'])} shards, {held['model_after']:,} of {held['model_before']:,} bytes, "
         "logits finite."
     )
     for note in notes:
-        print(f"note: {note}.")
+        console.print(f"note: {note}.")

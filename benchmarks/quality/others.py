@@ -7,7 +7,7 @@
 UNGRID is the model of benchmarks/quality/ungrid.py. AutoRound (arXiv 2309.05516) and llm-compressor's GPTQ (arXiv 2210.17323)
 run in environments of their own, OUT/auto-round and OUT/llm-compressor, which are made first. Groups of 64, asymmetric: scales
 of 16 bits and zeros count, as in lrc's own figures. Their weights, multiplied out, are written as plain checkpoints in bfloat16
-and evaluated by `lrc eval` with the original beside them. `--iterations` is AutoRound's alone.
+and evaluated by `lrc eval`. `--iterations` is AutoRound's alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ rounding = AutoRound(
     device_map="cpu", enable_torch_compile=False,
 )
 made, _ = rounding.quantize()
-rounded = lambda module: module.weight
 """
 _LLM_COMPRESSOR = """
 from llmcompressor import oneshot
@@ -59,7 +58,6 @@ loader = torch.utils.data.DataLoader([{"input_ids": each, "attention_mask": torc
 made = oneshot(
     model=model, recipe=modifier, dataset=loader, num_calibration_samples=samples, max_seq_length=length, pipeline="sequential"
 )
-rounded = lambda module: module.weight
 """
 _CLOSING = """
 plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
@@ -68,9 +66,9 @@ layers = {path: module for path, module in plain.named_modules() if isinstance(m
 changed = 0
 with torch.no_grad():
     for path, module in layers.items():
-        weight = rounded(found[path]).to(torch.bfloat16)
-        values = weight.view(len(weight), -1, group)
-        if max(len(each.unique()) for each in values[0]) > 2**bits:
+        weight = found[path].weight.to(torch.bfloat16)
+        values = weight.view(len(weight), -1, group).sort().values
+        if (values.diff() != 0).sum(-1).max() >= 2**bits:
             sys.exit(f"{path} is not on a grid of {bits} bits")
         changed += not torch.equal(weight, module.weight)
         module.weight.copy_(weight)

@@ -6,7 +6,6 @@ torch and transformers are imported where they are needed, so that `lrc --help` 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,9 @@ def interruptible(what_now: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"lrc: interrupted; {what_now}.", file=sys.stderr)
+        from .console import messages
+
+        messages().print(f"lrc: interrupted; {what_now}.")
         raise typer.Exit(130) from None
 
 

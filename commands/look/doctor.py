@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ..common.console import plain_or_terminal
 from ..common.json_output import Json, answered, require_json
 
 
@@ -19,7 +17,10 @@ def doctor(
 ) -> None:
     """Look at versions, devices, memory, disks and the hub, with remedies."""
     require_json(json_file)
+    from rich.table import Table
+
     from ...model.machine.health import examined
+    from ..common.console import plain_or_terminal
 
     findings = examined(folder)
     if answered(json_file, [asdict(finding) for finding in findings]):
