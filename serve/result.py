@@ -118,7 +118,7 @@ def _kinds(spec: Any) -> set[str]:
     """The kinds of a form and of the forms in it."""
     if not isinstance(spec, dict) or "kind" not in spec:
         return set()
-    return {str(spec["kind"])}.union(*(_kinds(inner) for key, inner in spec.items() if key != "grid"))
+    return {str(spec["kind"])}.union(*(_kinds(inner) for key, inner in spec.items() if key not in {"grid", "code"}))
 
 
 def require_served(model_type: str) -> None:

@@ -10,18 +10,18 @@ Cost: per round one eigenproblem, one pass of GPTQ and `inner_rounds` passes on 
 `rank: null` all of this is repeated for every rank that is asked for. Statistics: a gram per group.
 
 With `code` the base is in a lattice or trellis code of the rotated matrix, with error feedback, as in `trellis`; without, on a
-grid.
+grid. `factor_code` does the same for both factors.
 
-Source: Saha et al., CALDERA, arXiv 2405.18886, algorithms 1 and 2 (2-bit base in the E8P lattice of QuIP#, 4-bit factors, rank
-64 to 256, 20 outer and 50 inner iterations). Differences from the authors' code: the factors are on an integer grid, not in the
-lattice, and of the matrix as it is, not of the rotated one; they start from the projection form, which needs no inverse of the
-gram; there are fewer rounds, because the first ones bring most of the gain.
+Source: Saha et al., CALDERA, arXiv 2405.18886, algorithms 1 and 2 (2-bit base in the E8P lattice of QuIP#, 4-bit factors in a
+lattice, rank 64 to 256, 20 outer and 50 inner iterations). Differences from the authors' code: base and factors have rotations
+of their own, which also mix the components of the factors; factors are encoded with error feedback; they start from the
+projection form, which needs no inverse of the gram; there are fewer rounds, because the first ones bring most of the gain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -40,7 +40,7 @@ from ..options import Choice, Shape
 from .corrections import CorrectionSettings, best_correction, correction_options
 from .encoding.compiled import slow_without_numba
 from .encoding.feedback import encode_columns
-from .factors import Base, quantize_factors
+from .factors import Base, FactorBits, InOneCode, OnGrid, quantize_factors
 from .gptq import Compensator, compensator
 from .rtn import Bits
 from .trellis import encoded_nbytes, seed_of, turned, turned_gram
@@ -55,7 +55,8 @@ class CalderaSettings(CorrectionSettings):
     bits: Bits = Field(2, description="bits per code of the base")
     factor_bits: Literal[16, 8, 4] = Field(4, description="bits of the factors; 16: stored in the checkpoint's own dtype")
     code: Kind | None = Field(None, description="of the base: e8 (2 to 4 bits), trellis or scalar (2 to 5 bits); null: a grid")
-    state_bits: int = Field(10, ge=6, le=16, description="with code: trellis, which has 2^state_bits states")
+    factor_code: Kind | None = Field(None, description="of both factors, as code; null: a grid, or the dtype at 16 bits")
+    state_bits: int = Field(10, ge=6, le=16, description="of a trellis, which has 2^state_bits states")
     base: Base = Field("gptq", description="how weight and factors are quantized on a grid")
     rounds: int = Field(10, ge=1, le=100, description="of quantizing and refitting; stops early without improvement")
     inner_rounds: int = Field(5, ge=1, le=100, description="of quantizing both factors, each refitted to the other")
@@ -63,16 +64,16 @@ class CalderaSettings(CorrectionSettings):
     act_order: bool = Field(True, description="for gptq: inputs with the most energy first")
     seed: int = Field(0, ge=0, description="with a code: of the random rotation, with the weight's own bytes")
 
-    @field_validator("code")
+    @field_validator("code", "factor_code")
     @classmethod
     def _has_the_bits(cls, code: Kind | None, info: ValidationInfo) -> Kind | None:
-        bits = info.data.get("bits")
+        bits = info.data.get("bits" if info.field_name == "code" else "factor_bits")
         if code is not None and bits is not None and bits not in BITS[code]:
             raise ValueError(f"{code} has {', '.join(map(str, BITS[code]))} bits, not {bits}")
         return code
 
     def remarks(self) -> list[str]:
-        return slow_without_numba() if self.code == "trellis" else []
+        return slow_without_numba() if "trellis" in (self.code, self.factor_code) else []
 
     @property
     def base_code(self) -> Code | None:
@@ -84,6 +85,19 @@ class CalderaSettings(CorrectionSettings):
         code = self.base_code
         return super().base_nbytes(shape) if code is None else encoded_nbytes(shape, code)
 
+    @property
+    def code_of_factors(self) -> Code | None:
+        """The factors' code; None: they are on a grid, or in the checkpoint's dtype."""
+        return None if self.factor_code is None else Code.of(self.factor_code, self.factor_bits, self.state_bits)
+
+    def factors_nbytes(self, shape: Shape, rank: int) -> int:
+        """Exact bytes of both factors of a matrix of this shape; the rank is at least 1."""
+        code = self.code_of_factors
+        if code is None:
+            return super().factors_nbytes(shape, rank)
+        both = replace(shape, out_features=rank), replace(shape, in_features=rank)
+        return sum(encoded_nbytes(factor, code) for factor in both)
+
 
 @dataclass(frozen=True)
 class Alternating(Solution):
@@ -94,7 +108,7 @@ class Alternating(Solution):
         stats: with the gram.
         settings: of the method.
         quantize: a matrix (out, in) float64 as the base.
-        ready: GPTQ in the gram's metric, for the factors; None rounds them to nearest.
+        factors: how these are stored in few bits; None: in the checkpoint's dtype.
         ridge: damping of the gram.
     """
 
@@ -102,7 +116,7 @@ class Alternating(Solution):
     stats: TargetStats
     settings: CalderaSettings
     quantize: Callable[[Tensor], Quantized | Encoded]
-    ready: Compensator | None
+    factors: FactorBits | None
     ridge: float = 0.0
     _done: dict[int, tuple[float, Form]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -158,10 +172,9 @@ class Alternating(Solution):
 
     def _factors(self, error: Tensor, rank: int, metric: Metric) -> LowRank | Product:
         low = best_correction(error, self.stats).form(Choice(rank=rank))
-        grid = self.settings.factor_grid
-        if grid is None:
+        if self.factors is None:
             return low
-        return quantize_factors(error, low.left, low.right, metric, grid, self.ready, self.settings.inner_rounds)
+        return quantize_factors(error, low.left, low.right, metric, self.factors, self.settings.inner_rounds)
 
 
 @method("caldera", source="arXiv 2405.18886", needs=["gram"], settings=CalderaSettings, options=correction_options)
@@ -170,15 +183,23 @@ def solve(weight: Tensor, stats: TargetStats, settings: CalderaSettings) -> Alte
     gram = stats.group.gram
     assert gram is not None
     ready = compensator(gram, settings.damping, settings.act_order) if settings.base == "gptq" else None
+    seed = seed_of(weight, settings.seed)
+    factors = _factor_bits(settings, ready, seed + 2, gram)
     code, grid = settings.base_code, settings.base_grid
     if code is None:
         quantize = partial(ready.quantize, grid=grid) if ready else partial(Quantized.nearest, grid=grid)
-        return Alternating(weight, stats, settings, quantize, ready, ready.damping if ready else 0.0)
-    seed = seed_of(weight, settings.seed)
+        return Alternating(weight, stats, settings, quantize, factors, ready.damping if ready else 0.0)
     feedback = compensator(turned_gram(gram, seed), settings.damping, act_order=False)
 
     def encoded(matrix: Tensor) -> Encoded:
         codes, scales = encode_columns(turned(matrix, seed), feedback.factor, code)
         return Encoded(code, codes, scales, (len(matrix), matrix.shape[1]), seed)
 
-    return Alternating(weight, stats, settings, encoded, ready, feedback.damping)
+    return Alternating(weight, stats, settings, encoded, factors, feedback.damping)
+
+
+def _factor_bits(settings: CalderaSettings, ready: Compensator | None, seed: int, gram: Tensor) -> FactorBits | None:
+    if (code := settings.code_of_factors) is not None:
+        return InOneCode.of(code, seed, gram, settings.damping)
+    grid = settings.factor_grid
+    return None if grid is None else OnGrid(grid, ready)

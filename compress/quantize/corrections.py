@@ -19,7 +19,7 @@ from ..forms.quantized import Quantized, QuantizedLowRank
 from ..low_rank.svd_llm import Projected
 from ..metric import Metric
 from ..options import Choice, Option, Shape
-from .factors import quantize_factors
+from .factors import OnGrid, quantize_factors
 from .gptq import Compensator
 from .rtn import Bits, OneGridSettings
 
@@ -47,6 +47,13 @@ class CorrectionSettings(OneGridSettings):
         """Exact bytes of the base of a matrix of this shape."""
         return self.base_grid.nbytes(shape.out_features, shape.in_features, shape.element)
 
+    def factors_nbytes(self, shape: Shape, rank: int) -> int:
+        """Exact bytes of both factors of a matrix of this shape; the rank is at least 1."""
+        grid = self.factor_grid
+        if grid is None:
+            return rank * (shape.out_features + shape.in_features) * shape.element
+        return grid.nbytes(rank, shape.in_features, shape.element) + grid.nbytes(shape.out_features, rank, shape.element)
+
     def choice(self, rank: int) -> Choice:
         """The choice with this rank and the bits of the settings."""
         return Choice(rank, self.bits, None if self.factor_bits == 16 else self.factor_bits)
@@ -64,13 +71,7 @@ def correction_options(shape: Shape, settings: Any, multiple: int) -> list[Optio
 
 
 def _nbytes(shape: Shape, settings: CorrectionSettings, rank: int) -> int:
-    base = settings.base_nbytes(shape)
-    if rank == 0:
-        return base
-    grid = settings.factor_grid
-    if grid is None:
-        return base + rank * (shape.out_features + shape.in_features) * shape.element
-    return base + grid.nbytes(rank, shape.in_features, shape.element) + grid.nbytes(shape.out_features, rank, shape.element)
+    return settings.base_nbytes(shape) + (settings.factors_nbytes(shape, rank) if rank else 0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Corrected(Solution):
         if self.grid is None:
             return QuantizedLowRank(self.base, low)
         target = self.weight.double() - self.base.dense()
-        product = quantize_factors(target, low.left, low.right, self.metric, self.grid, self.ready)
+        product = quantize_factors(target, low.left, low.right, self.metric, OnGrid(self.grid, self.ready))
         return QuantizedLowRank(self.base, product)
 
     def loss(self, choice: Choice) -> float:

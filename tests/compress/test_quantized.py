@@ -17,11 +17,12 @@ from safetensors.torch import save
 
 from lrc.compress.base import get_method
 from lrc.compress.forms.base import LowRank, build_module, fill_module
+from lrc.compress.forms.codes.code import Code
 from lrc.compress.forms.grids import BITS, Grid, pack, packed_width, unpack
 from lrc.compress.forms.quantized import Quantized, QuantizedLowRank
 from lrc.compress.metric import Metric
 from lrc.compress.options import Choice, Shape
-from lrc.compress.quantize.factors import quantize_factors
+from lrc.compress.quantize.factors import InOneCode, OnGrid, quantize_factors
 from lrc.compress.quantize.gptq import compensator
 from lrc.errors import LrcError, NonFiniteError, RecipeError
 from lrc.plan.load_recipe import load_recipe
@@ -98,7 +99,7 @@ def test_what_is_stored_is_what_the_module_multiplies_by(dtype, grid, in_feature
     weight[3] *= 1e-3
     low = LowRank(torch.randn(11, 3, generator=generator).double(), torch.randn(3, in_features, generator=generator).double())
     both = QuantizedLowRank(Quantized.nearest(weight, grid), low)
-    on_grids = quantize_factors(low.dense(), low.left, low.right, Metric(), grid)
+    on_grids = quantize_factors(low.dense(), low.left, low.right, Metric(), OnGrid(grid))
     x = torch.randn(6, in_features, generator=generator).to(dtype)
     for whole in (both.base, both, QuantizedLowRank(both.base, on_grids)):
         form = whole.with_bias(torch.randn(11, generator=generator)).stored(dtype)
@@ -128,6 +129,7 @@ def data_bytes(tensors) -> int:
     [(name, {"bits": bits}) for name in ("rtn", "gptq") for bits in BITS]
     + [(name, {"rank": 3, "bits": bits, "factor_bits": f}) for name in CORRECTIONS for bits in (2, 3) for f in (16, 8)]
     + [("caldera", {"rank": 3, "code": "trellis", "state_bits": 6, "factor_bits": f}) for f in (16, 8)]
+    + [("caldera", {"rank": 3, "factor_code": "e8", "factor_bits": 4, **code}) for code in ({}, {"code": "e8"})]
     + [("qera", {"rank": 0}), ("caldera", {"rank": 99}), ("lqer", {"rank": 3, "grid": "mxint", "factor_bits": 8})],
 )
 def test_a_file_has_the_bytes_of_its_option(name, chosen, dtype):
@@ -326,9 +328,31 @@ def test_caldera_on_a_code_is_better_than_on_a_grid_of_the_same_bits_and_than_it
     assert torch.allclose(module(inputs).double(), expected, atol=0.02 * float(expected.abs().max()))
 
 
-def test_caldera_with_bits_that_its_code_does_not_have():
-    with pytest.raises(RecipeError, match="e8 has 2, 3, 4 bits, not 5"):
-        load_recipe("caldera", {"settings.code": "e8", "settings.bits": 5})
+@pytest.mark.parametrize(("key", "bits"), [("code", "bits"), ("factor_code", "factor_bits")])
+def test_caldera_with_bits_that_its_code_does_not_have(key, bits):
+    with pytest.raises(RecipeError, match="e8 has 2, 3, 4 bits, not 8"):
+        load_recipe("caldera", {f"settings.{key}": "e8", f"settings.{bits}": 8})
+
+
+@pytest.mark.parametrize("rank", [4, 12, 20])
+def test_factors_in_a_code_lose_less_than_on_a_grid_of_as_many_bits(rank):
+    weight, x = problem(64, 96, tokens=400)
+    stats, gram = statistics(x), x.T @ x / len(x)
+    picked = get_method("svd-llm")
+    form = picked.solve(weight, stats, picked.settings()).form(Choice(rank=rank))
+    best = error(weight, form.dense(), x)
+
+    def lost(bits, rounds=3):
+        """What quantizing adds to the error."""
+        product = quantize_factors(weight, form.left, form.right, Metric.of(stats), bits, rounds)
+        assert len(product.right.dense()) == rank
+        return error(weight, product.dense(), x) - best
+
+    on_grid = lost(OnGrid(Grid(4, 64), compensator(gram)))
+    trellis, lattice = (InOneCode.of(Code.of(kind, 4, 10), 11, gram, 0.01) for kind in ("trellis", "e8"))
+    assert 0 < lost(trellis) < 0.6 * on_grid
+    assert lost(trellis) < lost(trellis, rounds=1)
+    assert lost(lattice) < 1.3 * on_grid  # it has no scale for each row, and a third of a bit less
 
 
 def test_factors_are_quantized_with_the_left_one_refitted():
@@ -339,13 +363,13 @@ def test_factors_are_quantized_with_the_left_one_refitted():
     metric, ready = Metric.of(stats), compensator(stats.group.gram)
     at = {}
     for base, by in (("rtn", None), ("gptq", ready)):
-        product = quantize_factors(weight, form.left, form.right, metric, Grid(3, 16), by).with_bias(torch.ones(50))
+        product = quantize_factors(weight, form.left, form.right, metric, OnGrid(Grid(3, 16), by)).with_bias(torch.ones(50))
         at[base] = error(weight, product.dense(), x)
         assert torch.equal(product.left.bias, torch.ones(50, dtype=torch.float64))
         assert product.stored(torch.float16).nbytes == Grid(3, 16).nbytes(20, 70, 2) + Grid(3, 16).nbytes(50, 20, 2)
     apart = Quantized.nearest(form.left, Grid(3, 16)).dense() @ Quantized.nearest(form.right, Grid(3, 16)).dense()
     assert at["gptq"] < at["rtn"] < error(weight, apart, x)
-    eight = quantize_factors(form.dense(), form.left, form.right, metric, Grid(8, 16), ready)
+    eight = quantize_factors(form.dense(), form.left, form.right, metric, OnGrid(Grid(8, 16), ready))
     assert error(weight, eight.dense(), x) == pytest.approx(error(weight, form.dense(), x), rel=1e-2)
 
 

@@ -39,6 +39,7 @@ def substituted(model, small) -> torch.Tensor:
         ("qera", {"rank": 4, "factor_bits": 8}),
         ("caldera", {"rank": 5, "bits": 4, "rounds": 2}),
         ("caldera", {"rank": 5, "bits": 4, "rounds": 1, "code": "trellis", "state_bits": 8}),
+        ("caldera", {"rank": 5, "bits": 4, "rounds": 1, "code": "e8", "factor_code": "e8"}),
         ("yaqa", {"bits": 4, "state_bits": 8, "gains": True}),
     ],
 )
