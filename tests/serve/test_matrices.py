@@ -139,10 +139,10 @@ def test_forms_that_no_engine_multiplies_by_are_refused_at_once():
     dictionary = {"kind": "dictionary", "atoms": 8, "nonzeros": 96, "pattern": "free", "bias": False}
     inside = {"kind": "pruned", "rows": 8, "columns": 8, "form": {"kind": "shared-low-rank", "rank": 2, "bias": False}}
     assert Dictionary.kind == "dictionary"
-    with pytest.raises(
-        RequestError, match=r"'dictionary': 2 modules, a first\n  - 'shared-low-rank': 1 modules, c first"
-    ) as error:
-        Result({"modules": {"a": dictionary, "b": dictionary, "c": inside, "d": low_rank(4).spec()}})
+    coded = {"kind": "encoded", "code": {"kind": "e8", "bits": 2, "state_bits": 0}, "seed": 1, "bias": False}
+    named = ("'dictionary': 2 modules, a", "'encoded': 1 modules, e", "'shared-low-rank': 1 modules, c")
+    with pytest.raises(RequestError, match="(?m)forms:" + "".join(rf"\n  - {each} first" for each in named) + "$") as error:
+        Result({"modules": {"a": dictionary, "b": dictionary, "c": inside, "d": low_rank(4).spec(), "e": coded}})
     assert "--to dense" in str(error.value)
 
 
