@@ -17,23 +17,8 @@ from .console import plain_or_terminal
 
 def print_plan(plan: Planned, verbose: bool = False, console: Console | None = None) -> None:
     """Print a plan: targets with ranks and bytes, the ratio in its three meanings, what is kept, cost and memory."""
-    console, calibration = console or plain_or_terminal(), plan.recipe.calibration
-    console.print(
-        f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
-        f"by {plan.recipe.compression[0].name}, "
-        + (f"{plan.request}, " if plan.request else "")
-        + (
-            f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
-            if plan.recipe.reads_text
-            else "no calibration"
-        )
-    )
-    if isinstance(plan, Draft):
-        console.print(
-            f"checkpoint: {size(plan.unread)} to read once, for the hash that tells whether it has changed"
-            if plan.unread
-            else "checkpoint: its hash is known, no file has changed since it was computed"
-        )
+    console = console or plain_or_terminal()
+    _print_heading(console, plan)
     table = Table(box=None, pad_edge=False)
     for column in ("targets", "shape", "count", "form", "before", "after"):
         table.add_column(column, justify="left" if column in ("targets", "shape", "form") else "right")
@@ -46,15 +31,7 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     if plan.recipe.allocation != "uniform":
         shown = "the largest share of each target" if plan.recipe.allocation == "own" else "an even share"
         console.print(f"allocation {plan.recipe.allocation}: the shares are decided after calibration; the table shows {shown}")
-    if (found := plan.found) is not None:
-        console.print(
-            f"searched: ratio {found.ratio:.4f}, held-out perplexity {found.before:.3f} → {found.after:.3f} "
-            f"(+{found.increase:.2%}, {found.tokens:,} tokens, {found.evaluations} models measured)"
-        )
-    elif (rise := plan.recipe.max_ppl_increase) is not None:
-        console.print(
-            f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a first guess"
-        )
+    _print_search(console, plan)
     if plan.gap is not None:
         console.print(f"solver: within {plan.gap:.3%} of the least predicted loss" if plan.gap else "solver: exact")
     if plan.recipe.depth is not None:
@@ -77,6 +54,40 @@ def print_plan(plan: Planned, verbose: bool = False, console: Console | None = N
     _print_disk(console, plan)
     gpu = f", and {size(plan.memory.gpu_peak)} on each GPU" if plan.memory.on_gpu else ""
     console.print(f"memory: about {size(plan.memory.peak)} at the peak{gpu} (docs/memory.md has the formula)")
+
+
+def _print_heading(console: Console, plan: Planned) -> None:
+    """Print what is compressed by what, and whether its files are read for a hash first."""
+    calibration = plan.recipe.calibration
+    console.print(
+        f"{plan.model['name']} ({plan.model['type']}, {str(plan.dtype).removeprefix('torch.')}) "
+        f"by {plan.recipe.compression[0].name}, "
+        + (f"{plan.request}, " if plan.request else "")
+        + (
+            f"propagate {plan.recipe.propagate}, calibration {calibration.samples} × {calibration.length} tokens"
+            if plan.recipe.reads_text
+            else "no calibration"
+        )
+    )
+    if isinstance(plan, Draft):
+        console.print(
+            f"checkpoint: {size(plan.unread)} to read once, for the hash that tells whether it has changed"
+            if plan.unread
+            else "checkpoint: its hash is known, no file has changed since it was computed"
+        )
+
+
+def _print_search(console: Console, plan: Planned) -> None:
+    """Print the size that a search found, or that there will be one."""
+    if (found := plan.found) is not None:
+        console.print(
+            f"searched: ratio {found.ratio:.4f}, held-out perplexity {found.before:.3f} → {found.after:.3f} "
+            f"(+{found.increase:.2%}, {found.tokens:,} tokens, {found.evaluations} models measured)"
+        )
+    elif (rise := plan.recipe.max_ppl_increase) is not None:
+        console.print(
+            f"the size is searched after calibration: perplexity may rise by {rise:.2%}; the table shows a first guess"
+        )
 
 
 def _print_disk(console: Console, plan: Planned) -> None:

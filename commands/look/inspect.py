@@ -14,6 +14,7 @@ from ..common.options import Trust
 
 if TYPE_CHECKING:
     from ...calibrate.data import CalibrationSpec
+    from ...evaluation.inspection import Inspection
 
 
 def inspect(
@@ -62,7 +63,6 @@ def inspect(
     from ...calibrate.data import load_calibration
     from ...evaluation.inspection import inspected
     from ...model.view import ModelView, require_positions
-    from .inspect_output import print_inspection
     from .progress import Steps
 
     view = ModelView(location or located(model), None, trust_remote_code)
@@ -73,6 +73,13 @@ def inspect(
             text = load_calibration(spec, view.location.tokenizer(trust_remote_code))
         with Steps("reading the model") as steps:
             found = inspected(view, text, devices, steps)
+    _show(found, shown, html, json_file)
+
+
+def _show(found: Inspection, shown: str, html: Path | None, json_file: str | None) -> None:
+    """Write the page, then answer in JSON or print the tables and the map."""
+    from .inspect_output import print_inspection
+
     if html is not None:
         from ...checkpoint.atomic import write_text
         from ...report.inspection import inspection_page
