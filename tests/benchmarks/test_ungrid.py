@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from ungrid import embedded_gguf, main, on_grid, ungrid
+from ungrid import embedded_gguf, main, on_grid, smear, ungrid
 
 from lrc.errors import LrcError, ModelError, RequestError
 
@@ -135,6 +135,25 @@ def test_weights_that_folding_cannot_move_are_reported():
             layer.input_layernorm.weight.fill_(1)
     with pytest.raises(ModelError, match=r"9 weights still lie on a grid.*layers\.0\.q"):
         ungrid(model)
+
+
+@torch.no_grad()
+def test_smearing_moves_weights_by_up_to_half_a_step_and_nothing_else():
+    model = gridded("llama")
+    original, again = copy.deepcopy(model), copy.deepcopy(model)
+    smear(model, seed=3)
+    smear(again, seed=3)
+    for name, target in targets(model).items():
+        groups = original.get_submodule(name).weight.view(-1, 32)
+        step = (groups.max(1).values - groups.min(1).values) / 15
+        moved = (target.weight.view(-1, 32) - groups) / step[:, None]
+        assert on_grid(target.weight) == 0, name
+        assert 0.49 < moved.abs().max() < 0.501 and abs(moved.mean()) < 0.03, name
+        assert torch.equal(target.weight, again.get_submodule(name).weight)
+    norms = {name: tensor for name, tensor in model.state_dict().items() if "norm" in name or "embed" in name}
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in norms.items())
+    with pytest.raises(ModelError, match="is not on a grid of 16 values per 32 weights"):
+        smear(model)
 
 
 def test_on_grid_counts_groups():
