@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import TypeVar
 
 import torch
@@ -13,8 +14,16 @@ import torch
 Clock = Callable[[], float]
 Size = TypeVar("Size")
 wall: Clock = time.perf_counter
-_GROWTH = (4.0, 8.0)  # bounds of how much longer the next size may take
-_SHORT = 0.5  # of the budget
+_FIRST_GROWTH = 4.0  # how many times as long as the first size the second one may take
+_GROWTH = 8.0  # the next size may take this many times more than the last one took more than the one before it
+_SHORT = 0.5  # of the budget, for all calls of a size
+_COMPILING = 8.0  # times the budget: a first call that takes longer is not repeated
+_CALLS = 5  # of a size, at most
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The median of calls, without the first one: libraries choose in it how to compute, and its memory is new."""
+    return median(seconds[1:] or seconds)
 
 
 @dataclass(frozen=True)
@@ -39,30 +48,45 @@ class Stopwatch:
         self._settle()
         return self.clock() - started
 
-    def rising(self, sizes: Sequence[Size], function: Callable[[Size], object]) -> list[float]:
-        """Seconds for the first sizes, as many as the budget allows.
+    def rising(
+        self, sizes: Sequence[Size], function: Callable[[Size], object], work: Sequence[float] | None = None
+    ) -> list[float]:
+        """Seconds for the first sizes, as many as the budget allows: of each size what `typical` says of its calls.
 
-        The first call of a size is slower than later ones: libraries choose how to compute it, and memory is new. Where it is
-        short it is called again.
+        A short size is called several times, and its shortest call decides whether the next size fits the budget: where other
+        processes hold the cores, threads wait for each other, so that a call of milliseconds takes a tenth of a second and a
+        long one not much more than alone. The very first call may compile its functions: it is repeated unless it is long.
 
         Args:
             sizes: from the smallest on, each some two to four times as large as the one before it.
             function: computes a size.
+            work: of each size, where time is a constant and a part in proportion to it. The first two sizes are then measured
+                in any case, because one does not tell the parts apart. None: the next size may take much longer.
         """
         found: list[float] = []
+        least: list[float] = []
         for size in sizes:
-            if found and found[-1] * self._growth(found) > self.budget:
+            if least and _next(least, work) > self.budget:
                 break
-            seconds = self.seconds(partial(function, size))
-            found.append(self.seconds(partial(function, size)) if seconds < _SHORT * self.budget else seconds)
+            calls = [self.seconds(partial(function, size))]
+            enough = self.budget * (_SHORT if found else _COMPILING)
+            while len(calls) < _CALLS and (sum(calls) < _SHORT * self.budget or (len(calls) == 1 and calls[0] < enough)):
+                calls.append(self.seconds(partial(function, size)))
+            found.append(typical(calls))
+            least.append(min(calls))
         return found
-
-    @staticmethod
-    def _growth(found: Sequence[float]) -> float:
-        """How many times as long the next size may take: twice as many as the last one did, within `_GROWTH`."""
-        observed = found[-1] / found[-2] if len(found) > 1 and found[-2] > 0 else 0.0
-        return min(_GROWTH[1], max(_GROWTH[0], 2 * observed))
 
     def _settle(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+def _next(least: Sequence[float], work: Sequence[float] | None) -> float:
+    """Seconds that the size after these may take."""
+    if len(least) < 2:
+        return _FIRST_GROWTH * least[-1] if work is None else 0.0
+    more = max(0.0, least[-1] - least[-2])
+    if work is None:
+        return least[-1] + _GROWTH * more
+    at = len(least)
+    return least[-1] + more / (work[at - 1] - work[at - 2]) * (work[at] - work[at - 1])

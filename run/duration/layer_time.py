@@ -23,7 +23,7 @@ from ...model.view import ModelView
 from ...plan.plan import PROBED, Planned
 from .clock import Stopwatch
 
-_FIRST, _TIMES = 32, 4  # tokens of the shortest batch, and how many times as long the next one is
+_FIRST, _TIMES = 64, 8  # tokens of the shortest batch, and how many times as long the next one is
 _HEAD = 1 << 26  # numbers of the output head that the divergence of a probe is measured with, at most
 
 
@@ -81,10 +81,15 @@ def time_layer(view: ModelView, plan: Planned, watch: Stopwatch) -> LayerTime:
         def observe(some: Sequence[Call]) -> None:
             run_in_chunks(layer, turn.name, some, [watch.device], chunks, what, lambda stats: None)
 
-        plain = watch.rising(calls, plainly)
-        seen = watch.rising(calls, lambda call: observe([call])) if any(what.inputs.values()) or what.outputs else plain
+        sizes = [_tokens(call) for call in calls]
+        plain = watch.rising(calls, plainly, sizes)
+        seen = plain
+        if any(what.inputs.values()) or what.outputs:
+            seen = watch.rising(calls, lambda call: observe([call]), sizes)
         small = calls[max(0, len(seen) - 2)]
-        twice = watch.seconds(lambda: observe([small, small])) if seen is not plain else 2 * seen[max(0, len(seen) - 2)]
+        twice = 2 * seen[max(0, len(seen) - 2)]
+        if seen is not plain:
+            (twice,) = watch.rising([small], lambda call: observe([call, call]))
         mirror = max(0.0, 2 * seen[max(0, len(seen) - 2)] - twice)
         of_one = [max(0.3 * seconds, seconds - mirror) for seconds in seen]
         found = LayerTime(

@@ -24,7 +24,7 @@ from ...plan.units import Unit, options_of, sharing_inputs
 from ..losses.curves import measured_curve, thinned
 from ..losses.probe import probed
 from ..solve import Together, forms_at, solve_unit
-from .clock import Stopwatch
+from .clock import Stopwatch, typical
 
 _NARROW = 192  # the longest side of the first, narrowest problem
 _BUDGET, _FEW = 8.0, 4  # times the budget of one measurement for all kinds together, and the fewest kinds that share it
@@ -132,15 +132,17 @@ class _Problem:
         while shares[0] * longest > _NARROW * 1.5:
             shares.insert(0, shares[0] / 2)
         power = _power(self._method)
-        spent: dict[float, tuple[float, float]] = {}
+        spent: dict[float, list[tuple[float, float]]] = {}
 
         def once(share: float) -> None:
-            spent[share] = self._once(share, watch)
+            spent.setdefault(share, []).append(self._once(share, watch))
 
         watch.rising(shares, once)
         measured = sorted(spent)[-2:]
         works = [self._work(share) ** (power / 2) for share in measured]
-        solve, losses = (at_full(works, [spent[share][part] for share in measured]) for part in (0, 1))
+        solve, losses = (
+            at_full(works, [typical([call[part] for call in spent[share]]) for share in measured]) for part in (0, 1)
+        )
         return solve, losses, measured[-1]
 
     def _work(self, share: float) -> float:

@@ -114,6 +114,32 @@ def test_measuring_stops_where_the_next_size_would_take_too_long():
     assert len(watch.rising([1, 2, 3], taken.append)) == 1, "four times 0.4 s is more than a second"
 
 
+def test_a_busy_machine_does_not_end_the_measurement_at_its_shortest_calls():
+    """Threads that wait for a core take 0.3 s in every other call, whatever it does; a size takes 0.2 ms a token."""
+    now, calls = 0.0, 0
+
+    def run(tokens: int) -> None:
+        nonlocal now, calls
+        calls += 1
+        now += 0.0002 * tokens + (0.3 if calls % 2 else 0.0)
+
+    sizes = [64, 512, 2048]
+    found = Stopwatch(clock=lambda: now).rising(sizes, run, sizes)
+    assert len(found) == 3
+    assert found[-1] == pytest.approx(0.4, abs=0.31)
+
+
+def test_two_sizes_are_measured_where_the_first_takes_long_and_a_slow_first_call_is_repeated():
+    seconds = iter([4.0, 1.5, 3.0])
+    now = 0.0
+
+    def run(_: int) -> None:
+        nonlocal now
+        now += next(seconds)
+
+    assert Stopwatch(clock=lambda: now).rising([64, 512, 2048], run, [64, 512, 2048]) == [1.5, 3.0]
+
+
 def test_plan_measures_only_where_it_is_asked_to(tiny_checkpoints, tiny_text_file):
     command = ["plan", tiny_checkpoints("llama"), "--recipe", "svd-llm", "--ratio", 0.3,
                "--calibration", f"text:{tiny_text_file}", "--samples", 4, "--length", 48]  # fmt: skip
