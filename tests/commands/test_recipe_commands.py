@@ -24,6 +24,7 @@ def test_the_list_is_by_family_and_says_where_to_start_and_what_each_needs():
     assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["lrc-fast", "lrc-best", "gptq"]
     entries = {entry["name"]: entry for entry in json.loads(run_lrc("recipe", "list", "--json", "-").out)}
     assert set(entries) == set(shipped())
+    assert [name for name, entry in entries.items() if not entry["summary"].endswith(".")] == []  # a whole sentence
     families = {
         name: entries[name]["family"] for name in ("svd-llm", "rtn", "compot", "sleb", "svd+lqer", "lrc-best", "nystrom")
     }
