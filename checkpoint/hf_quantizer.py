@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress.forms.base import Spec
+from ..compress.forms.base import Spec, kinds_in
 from ..compress.forms.dictionary import DictionaryLinear
 from ..compress.forms.quantized import QuantizedLinear
 from ..compress.install_forms import install_forms, multiply_out
@@ -176,7 +176,7 @@ def _require_no_split(modules: Mapping[str, Spec], distributed: Any) -> None:
     sizes = (getattr(distributed, name, None) or 1 for name in ("tp_size", "ep_size"))
     if distributed is None or (all(size == 1 for size in sizes) and not getattr(distributed, "tp_plan", None)):
         return
-    kinds = {str(each) for path, each in walked(modules) if path[-1:] == ("kind",) and "grid" not in path}
+    kinds = set().union(*map(kinds_in, modules.values()))
     if whole := sorted(kinds - _SPLIT):
         raise ModelError(
             f"Tensor parallelism divides matrices over devices, and this model has forms that cannot be divided so: "

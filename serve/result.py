@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.hf_quantizer import LrcConfig, LrcQuantizer
 from ..compress.forms.absent import ZERO
-from ..compress.forms.base import Dense, LowRank, Spec
+from ..compress.forms.base import Dense, LowRank, Spec, kinds_in
 from ..compress.forms.product import Product
 from ..compress.forms.pruned import Pruned
 from ..compress.forms.quantized import Quantized, QuantizedLowRank
@@ -41,7 +41,7 @@ class Result:
         self._waiting = set(self.specs)
         unknown: dict[str, list[str]] = {}
         for name, spec in self.specs.items():
-            for kind in sorted(_kinds(spec) - {*KINDS}):
+            for kind in sorted(kinds_in(spec) - {*KINDS}):
                 unknown.setdefault(kind, []).append(name)
         if unknown:
             listed = "\n".join(f"  - '{kind}': {len(of)} modules, {of[0]} first" for kind, of in sorted(unknown.items()))
@@ -112,13 +112,6 @@ def _inner(spec: Spec) -> Spec:
     """The form of the rows and columns that are left of a pruned matrix; any other spec itself."""
     inner: Spec = spec["form"] if spec["kind"] == Pruned.kind else spec
     return inner
-
-
-def _kinds(spec: Any) -> set[str]:
-    """The kinds of a form and of the forms in it."""
-    if not isinstance(spec, dict) or "kind" not in spec:
-        return set()
-    return {str(spec["kind"])}.union(*(_kinds(inner) for key, inner in spec.items() if key not in {"grid", "code"}))
 
 
 def require_served(model_type: str) -> None:

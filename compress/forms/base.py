@@ -237,6 +237,13 @@ def is_form_module(module: nn.Module) -> bool:
     return type(module).__module__.startswith(f"{__package__}.")
 
 
+def kinds_in(spec: object) -> set[str]:
+    """The kinds of a form and of the forms in it; grids and codes have kinds of their own, which are not forms."""
+    if not isinstance(spec, dict) or "kind" not in spec:
+        return set()
+    return {str(spec["kind"])}.union(*(kinds_in(inner) for key, inner in spec.items() if key not in {"grid", "code"}))
+
+
 def matrix_of(module: Any, dtype: torch.dtype) -> Tensor:
     """The (out, in) matrix that a module multiplies by, in `dtype`: of a form's module, or of an `nn.Linear` or `Conv1D`."""
     matrix: Tensor = module.matrix(dtype) if is_form_module(module) else linear_weight(module).detach().to(dtype)

@@ -108,8 +108,8 @@ class EncodedLinear(nn.Module):
             return self._few_rows(x)
         if self.seed is not None and rows * (self.in_features + self.out_features) > 2 * self.in_features * self.out_features:
             # to rotate the matrix back is cheaper than to rotate so many inputs and outputs, and takes less memory than they
-            # not self.matrix: a form with a correction adds it there
-            return nn.functional.linear(x, EncodedLinear.matrix(self, x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            whole = EncodedLinear.matrix(self, x.dtype)  # self.matrix may have a correction in it
+            return nn.functional.linear(x, whole, None if self.bias is None else self.bias.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.view(*x.shape[:-1], self.in_features)  # for torch.compile, to which this size is unknown
         inner = x.to(wide) if self.seed is None else rotate(x.to(wide), self.seed)
