@@ -235,5 +235,6 @@ class UnitSolver:
             raise NonFiniteError(
                 f"{target.name}: its factors are not finite in {self._plan.dtype}.", "Try --dtype bfloat16 or float32."
             )
-        error = solution.loss(choice) / solution.total if solution.total > 0 else 0.0
+        total = solution.total  # once: of most methods it is a product with the gram
+        error = solution.loss(choice) / total if total > 0 else 0.0
         return SolvedTarget(form, error, stats.group.tokens, solution.damping, solution.note)

@@ -2,7 +2,8 @@
 
 For each model and recipe: the prediction, then the run in a process of its own, with 8 × 512 calibration tokens. Both are
 processor time of one thread (user and system), because the machine of a measurement is rarely idle; a run's own process also
-imports libraries and reads its text, which a prediction leaves out: that is measured by a plan and taken off.
+imports libraries and reads its text, which a prediction leaves out: both are measured, by a plan and by reading it here, and
+taken off.
 
     python benchmarks/quality/ungrid.py SMOLLM2
     python benchmarks/cost/plan_time.py SMOLLM2 --recipes svd-llm,gptq,lrc-fast
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 from memory import build
 
+from lrc.calibrate.data import CalibrationSpec, load_calibration
+from lrc.checkpoint.location import locate
 from lrc.plan.planner import make_draft
 from lrc.run.duration.foretell import foretell
 from lrc.run.request import Request
@@ -58,6 +61,10 @@ def main() -> None:
         text = ["--calibration", "pydoc", "--samples", arguments.samples, "--length", arguments.length]
         settings = {"source": "pydoc", "samples": int(arguments.samples), "length": int(arguments.length)}
         for recipe in arguments.recipes.split(","):
+            # each time, because a run reads it from the beginning
+            started = time.process_time()
+            load_calibration(CalibrationSpec(**settings), locate(str(model)).tokenizer())
+            reading = time.process_time() - started
             amount = {"ratio": float(AMOUNTS[recipe][1])} if AMOUNTS[recipe] else {}
             request = Request.of(model, recipe, calibration=settings, **amount)
             draft = make_draft(request.view(), request.recipe)
@@ -66,7 +73,7 @@ def main() -> None:
             probe = time.perf_counter() - started
             words = [str(model), "--recipe", recipe, *AMOUNTS[recipe], *text]
             idle = measured(["plan", *words])
-            seconds = measured(["compress", *words, "--no-time", "--out", f"{scratch}/{recipe}"]) - idle
+            seconds = measured(["compress", *words, "--no-time", "--out", f"{scratch}/{recipe}"]) - idle - reading
             print(
                 f"{model.name} {recipe}: predicted {found.seconds:.0f} s, measured {seconds:.0f} s "
                 f"({found.seconds / seconds - 1:+.0%}); the probe took {probe:.1f} s, to 1/{1 / found.share:.0f} of the width",

@@ -187,6 +187,8 @@ class _Problem:
         chosen = min(options, key=lambda option: abs(option.nbytes - kept * dense))
         for form in forms_at(unit, solution, chosen.choice).values():
             form.stored(self._plan.dtype)
+        if solution.total > 0 and not chosen.choice.dense:  # the error that a run records
+            solution.loss(chosen.choice)
 
     def _measure(self, unit: Unit, weights: list[Tensor], statistics: list[TargetStats], options: Sequence[Option]) -> None:
         solution = self._solution(unit, weights, statistics, options)
