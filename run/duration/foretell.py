@@ -27,7 +27,7 @@ from ...plan.units import Unit
 from ..losses.curves import thinned
 from ..losses.probe import probe_groups, probed
 from .clock import Clock, Stopwatch, wall
-from .layer_time import LayerTime, time_layer, time_probe
+from .layer_time import LayerTime, time_head, time_layer, time_probe
 from .solve_time import SolveTime, jobs, time_solving
 
 _WRITTEN, _BLOCK = 32 << 20, 1 << 15  # bytes that are written, and hashed, at most, and at once
@@ -90,6 +90,8 @@ def foretell(
     steady_memory()
     watch = Stopwatch(clock, devices[0])
     layer = time_layer(view, plan, watch)
+    if checked:
+        layer = time_head(view, layer, watch)
     if plan.recipe.allocation == "kl":
         layer = time_probe(view.widened(), layer, watch)
     solving = time_solving(plan, watch)
@@ -181,7 +183,7 @@ def _counted(counts: _Counts, layer: LayerTime, solving: SolveTime, disk: tuple[
     parts |= _training(counts, layer)
     # written, hashed, merged into shards, and read once to be checked
     parts["writing and checking"] = plan.whole_after * (2 * (write + read)) + layers * layer.load * kept
-    parts[_CHECK] = layers * layer.load * (1 + kept) + 2 * layers * 1024 * layer.per_token
+    parts[_CHECK] = layers * layer.load * (1 + kept) + 2 * 1024 * (layers * layer.per_token + layer.head)
     rough = tuple(name for name in ("gradients", *_TRAINED) if name in parts)
     if recipe.max_ppl_increase is not None:
         trial = parts["solving"] + parts["writing and checking"] + parts.get("forward of the compressed layers", 0.0)

@@ -24,7 +24,8 @@ from ...plan.plan import PROBED, Planned
 from .clock import Stopwatch
 
 _FIRST, _TIMES = 64, 8  # tokens of the shortest batch, and how many times as long the next one is
-_HEAD = 1 << 26  # numbers of the output head that the divergence of a probe is measured with, at most
+_HEAD = 1 << 26  # numbers of the output head that are measured, at most
+_EVALUATED = 128  # tokens whose logits are measured
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LayerTime:
         tokens: of the longest batch that was measured.
         probe: one variant of a probe, in float32; 0 where nothing is probed.
         compared: the logits of a variant and their divergence; 0 where nothing is probed.
+        head: of the logits and their logarithms, per token; 0 where nothing is evaluated.
     """
 
     load: float
@@ -50,6 +52,7 @@ class LayerTime:
     tokens: int
     probe: float = 0.0
     compared: float = 0.0
+    head: float = 0.0
 
 
 @torch.no_grad()
@@ -102,6 +105,16 @@ def time_layer(view: ModelView, plan: Planned, watch: Stopwatch) -> LayerTime:
         )
         view.unload(turn.name)
     return found
+
+
+def time_head(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime:
+    """Measure the output head, too, as an evaluation takes it; on a part of the vocabulary where that is large."""
+    text = view.config.get_text_config()
+    words = min(_HEAD // text.hidden_size, text.vocab_size)
+    states = torch.randn(_EVALUATED, text.hidden_size, device=watch.device)
+    head = torch.randn(words, text.hidden_size, device=watch.device)
+    (seconds,) = watch.rising([states], lambda some: (some @ head.T).log_softmax(-1))
+    return replace(found, head=seconds * text.vocab_size / words / _EVALUATED)
 
 
 def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime:
