@@ -67,9 +67,11 @@ class CalderaSettings(CorrectionSettings):
     @field_validator("code", "factor_code")
     @classmethod
     def _has_the_bits(cls, code: Kind | None, info: ValidationInfo) -> Kind | None:
-        bits = info.data.get("bits" if info.field_name == "code" else "factor_bits")
+        key = "bits" if info.field_name == "code" else "factor_bits"
+        bits = info.data.get(key)
         if code is not None and bits is not None and bits not in BITS[code]:
-            raise ValueError(f"{code} has {', '.join(map(str, BITS[code]))} bits, not {bits}")
+            has = ", ".join(map(str, BITS[code]))
+            raise ValueError(f"{code} has {has} bits, and {key} is {bits}; null takes a grid instead")
         return code
 
     def remarks(self) -> list[str]:

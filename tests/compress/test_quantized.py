@@ -330,7 +330,7 @@ def test_caldera_on_a_code_is_better_than_on_a_grid_of_the_same_bits_and_than_it
 
 @pytest.mark.parametrize(("key", "bits"), [("code", "bits"), ("factor_code", "factor_bits")])
 def test_caldera_with_bits_that_its_code_does_not_have(key, bits):
-    with pytest.raises(RecipeError, match="e8 has 2, 3, 4 bits, not 8"):
+    with pytest.raises(RecipeError, match=f"e8 has 2, 3, 4 bits, and {bits} is 8; null takes a grid"):
         load_recipe("caldera", {f"settings.{key}": "e8", f"settings.{bits}": 8})
 
 
