@@ -25,6 +25,7 @@ from ..losses.curves import measured_curve, thinned
 from ..losses.probe import probed
 from ..solve import Together, forms_at, solve_unit
 from .clock import Stopwatch, typical
+from .eigen_time import Eigenproblems, beyond_the_cube
 
 _NARROW = 192  # the longest side of the first, narrowest problem
 _BUDGET, _FEW = 8.0, 4  # times the budget of one measurement for all kinds together, and the fewest kinds that share it
@@ -117,6 +118,14 @@ class _Kind:
         return _Kind(shapes, tuple(units))
 
 
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds, and the widths of the eigenproblems that were solved in them."""
+
+    seconds: float
+    eigenproblems: list[int]
+
+
 class _Problem:
     """The units of a kind, at any fraction of their width."""
 
@@ -132,7 +141,7 @@ class _Problem:
         while shares[0] * longest > _NARROW * 1.5:
             shares.insert(0, shares[0] / 2)
         power = _power(self._method)
-        spent: dict[float, list[tuple[float, float]]] = {}
+        spent: dict[float, list[tuple[_Spent, _Spent]]] = {}
 
         def once(share: float) -> None:
             spent.setdefault(share, []).append(self._once(share, watch))
@@ -140,34 +149,40 @@ class _Problem:
         watch.rising(shares, once)
         measured = sorted(spent)[-2:]
         works = [self._work(share) ** (power / 2) for share in measured]
-        solve, losses = (
-            at_full(works, [typical([call[part] for call in spent[share]]) for share in measured]) for part in (0, 1)
-        )
-        return solve, losses, measured[-1]
+
+        def at_full_width(part: int) -> float:
+            seconds = at_full(works, [typical([call[part].seconds for call in spent[share]]) for share in measured])
+            return seconds + beyond_the_cube(spent[measured[-1]][-1][part].eigenproblems, measured[-1], watch)
+
+        return at_full_width(0), at_full_width(1), measured[-1]
 
     def _work(self, share: float) -> float:
         """The fraction of the targets' numbers that the scaled ones have."""
         scaled = sum(target.numel for unit in self._scaled(share) for target in unit.targets)
         return scaled / sum(target.numel for unit in self._units for target in unit.targets)
 
-    def _once(self, share: float, watch: Stopwatch) -> tuple[float, float]:
+    def _once(self, share: float, watch: Stopwatch) -> tuple[_Spent, _Spent]:
+        """What solving takes, and what the losses take."""
         units = self._scaled(share)
         element, recipe = self._plan.dtype.itemsize, self._plan.recipe
         options = options_of(units, self._method, self._settings, recipe.rank_multiple, element)
         weights = {t.name: _random(t.out_features, t.in_features, watch.device) for unit in units for t in unit.targets}
         statistics = self._statistics(units, share, watch.device)
         solve = losses = 0.0
+        solving, measuring = Eigenproblems(), Eigenproblems()
         for unit in units:
             own = self._options(options[unit.name])
             mine = [weights[t.name].to(self._plan.dtype) for t in unit.targets]
-            solve += watch.seconds(partial(self._form, unit, mine, [statistics[t.name] for t in unit.targets], own))
+            with solving:
+                solve += watch.seconds(partial(self._form, unit, mine, [statistics[t.name] for t in unit.targets], own))
         if recipe.allocation != "uniform":
             for unit in units:
                 statistics = self._statistics([unit], share, watch.device)  # read for each unit: nothing is shared
                 own = self._options(options[unit.name])
                 mine = [weights[t.name].to(self._plan.dtype) for t in unit.targets]
-                losses += watch.seconds(partial(self._measure, unit, mine, [statistics[t.name] for t in unit.targets], own))
-        return solve, losses
+                with measuring:
+                    losses += watch.seconds(partial(self._measure, unit, mine, [statistics[t.name] for t in unit.targets], own))
+        return _Spent(solve, solving.widths), _Spent(losses, measuring.widths)
 
     def _options(self, options: Sequence[Option]) -> Sequence[Option]:
         return options if self._plan.recipe.allocation in ("uniform", "own") else thinned(options)

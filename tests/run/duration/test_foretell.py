@@ -7,12 +7,16 @@ import itertools
 import json
 
 import pytest
+import torch
 from commandline import lrc_ok, run_lrc
 from rich.console import Console
 
 from lrc.commands.common.time_output import print_duration, readable_time
+from lrc.compress.linalg import eigh
 from lrc.plan.planner import make_draft
+from lrc.run.duration import eigen_time
 from lrc.run.duration.clock import Stopwatch
+from lrc.run.duration.eigen_time import Eigenproblems, beyond_the_cube
 from lrc.run.duration.foretell import Duration, foretell
 from lrc.run.duration.solve_time import at_full, time_solving
 from lrc.run.request import Request
@@ -181,3 +185,17 @@ def _printed(duration, draft) -> str:
 def test_times_are_said_in_units_that_a_person_uses():
     said = [readable_time(seconds) for seconds in (0.2, 42, 600, 8 * 3600, 5 * 86400)]
     assert said == ["under 1 s", "42 s", "10 min", "8.0 h", "5.0 days"]
+
+
+def test_eigenproblems_are_seen_and_what_the_cache_hid_is_added(monkeypatch):
+    """Reading a matrix takes a nanosecond a byte in the cache, and three beyond it: 4/3 n³ bytes are read."""
+    with Eigenproblems() as seen:
+        eigh(torch.eye(32))
+        torch.linalg.eigh(torch.eye(8, dtype=torch.float64))
+        torch.eye(8) @ torch.eye(8)
+    assert seen.widths == [32, 8]
+    monkeypatch.setattr(eigen_time, "_seconds_a_byte", lambda width, watch: 1e-9 if width <= 100 else 3e-9)
+    assert beyond_the_cube([100, 100], 0.25, Stopwatch()) == pytest.approx(2 * 4 / 3 * 400**3 * 2e-9)
+    assert beyond_the_cube([400], 1.0, Stopwatch()) == beyond_the_cube([20], 0.25, Stopwatch()) == 0.0
+    monkeypatch.undo()
+    assert 0 < eigen_time._seconds_a_byte(300, Stopwatch()) < 1e-6
