@@ -39,11 +39,10 @@ from ..metric import Metric
 from ..options import Choice, Shape
 from .corrections import CorrectionSettings, best_correction, correction_options
 from .encoding.compiled import slow_without_numba
-from .encoding.feedback import encode_columns
 from .factors import Base, FactorBits, InOneCode, OnGrid, quantize_factors
 from .gptq import Compensator, compensator
 from .rtn import Bits
-from .trellis import encoded_nbytes, seed_of, turned, turned_gram
+from .trellis import encoded, encoded_nbytes, seed_of, turned_gram
 
 Form = Quantized | QuantizedLowRank | Encoded | EncodedLowRank
 _PATIENCE = 2  # the search ends after so many rounds without improvement
@@ -184,20 +183,18 @@ def solve(weight: Tensor, stats: TargetStats, settings: CalderaSettings) -> Alte
     """A quantized weight (out, in) and quantized factors in turn; losses are mean squared output errors."""
     gram = stats.group.gram
     assert gram is not None
-    ready = compensator(gram, settings.damping, settings.act_order) if settings.base == "gptq" else None
+    grids = settings.code is None or (settings.factor_code is None and settings.factor_grid is not None)
+    ready = compensator(gram, settings.damping, settings.act_order) if grids and settings.base == "gptq" else None
     seed = seed_of(weight, settings.seed)
     factors = _factor_bits(settings, ready, seed + 2, gram)
     code, grid = settings.base_code, settings.base_grid
+    quantize: Callable[[Tensor], Quantized | Encoded]
     if code is None:
         quantize = partial(ready.quantize, grid=grid) if ready else partial(Quantized.nearest, grid=grid)
         return Alternating(weight, stats, settings, quantize, factors, ready.damping if ready else 0.0)
     feedback = compensator(turned_gram(gram, seed), settings.damping, act_order=False)
-
-    def encoded(matrix: Tensor) -> Encoded:
-        codes, scales = encode_columns(turned(matrix, seed), feedback.factor, code)
-        return Encoded(code, codes, scales, (len(matrix), matrix.shape[1]), seed)
-
-    return Alternating(weight, stats, settings, encoded, factors, feedback.damping)
+    quantize = partial(encoded, code=code, seed=seed, factor=feedback.factor)
+    return Alternating(weight, stats, settings, quantize, factors, feedback.damping)
 
 
 def _factor_bits(settings: CalderaSettings, ready: Compensator | None, seed: int, gram: Tensor) -> FactorBits | None:

@@ -23,9 +23,8 @@ from ..forms.grids import Grid
 from ..forms.product import Product
 from ..forms.quantized import Quantized
 from ..metric import Metric
-from .encoding.feedback import encode_columns
 from .gptq import Compensator, compensator
-from .trellis import turned, turned_gram
+from .trellis import encoded, turned_gram
 
 Base = Literal["rtn", "gptq"]
 
@@ -103,7 +102,7 @@ class InOneCode(FactorBits):
         return cls(code, seed, compensator(turned_gram(gram, seed), damping, act_order=False).factor, damping)
 
     def right(self, matrix: Tensor) -> Encoded:
-        return self._encoded(matrix, self.seed, self.factor)
+        return encoded(matrix, self.code, self.seed, self.factor)
 
     def leveled(self, left: Tensor, right: Form) -> tuple[Tensor, Form, Tensor]:
         """Nothing changes: the rotation mixes the components."""
@@ -111,12 +110,7 @@ class InOneCode(FactorBits):
 
     def left(self, matrix: Tensor, gram: Tensor) -> Encoded:
         seed = self.seed + 2
-        factor = compensator(turned_gram(gram, seed), self.damping, act_order=False).factor
-        return self._encoded(matrix, seed, factor)
-
-    def _encoded(self, matrix: Tensor, seed: int, factor: Tensor | None) -> Encoded:
-        codes, scales = encode_columns(turned(matrix, seed), factor, self.code)
-        return Encoded(self.code, codes, scales, (len(matrix), matrix.shape[1]), seed)
+        return encoded(matrix, self.code, seed, compensator(turned_gram(gram, seed), self.damping, act_order=False).factor)
 
 
 def quantize_factors(target: Tensor, left: Tensor, right: Tensor, metric: Metric, bits: FactorBits, rounds: int = 1) -> Product:

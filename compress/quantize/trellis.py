@@ -172,6 +172,12 @@ def turned_gram(gram: Tensor, seed: int | None) -> Tensor:
     return gram.double() if seed is None else rotate(rotate(gram.double(), seed).T, seed)
 
 
+def encoded(matrix: Tensor, code: Code, seed: int | None, factor: Tensor | None) -> Encoded:
+    """A matrix (out, in) in a code, rotated with this seed, with feedback by `factor`, see `encode_columns`."""
+    codes, scales = encode_columns(turned(matrix, seed), factor, code)
+    return Encoded(code, codes, scales, (len(matrix), matrix.shape[1]), seed)
+
+
 @method(
     "trellis",
     source="arXiv 2406.11235",

@@ -69,8 +69,9 @@ class Stopwatch:
             if least and _next(least, work) > self.budget:
                 break
             calls = [self.seconds(partial(function, size))]
-            enough = self.budget * (_SHORT if found else _COMPILING)
-            while len(calls) < _CALLS and (sum(calls) < _SHORT * self.budget or (len(calls) == 1 and calls[0] < enough)):
+            if not found and calls[0] < _COMPILING * self.budget:
+                calls.append(self.seconds(partial(function, size)))
+            while len(calls) < _CALLS and sum(calls) < _SHORT * self.budget:
                 calls.append(self.seconds(partial(function, size)))
             found.append(typical(calls))
             least.append(min(calls))

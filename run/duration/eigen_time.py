@@ -35,24 +35,36 @@ class Eigenproblems(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def beyond_the_cube(widths: Sequence[int], share: float, watch: Stopwatch) -> float:
-    """Seconds that the eigenproblems take at full width on top of what the cube of their width says.
+class ReadingTime:
+    """How long a matrix takes to be read; each width is measured once.
 
     Args:
-        widths: of those that were measured.
-        share: the fraction of the full width that they have.
-        watch: measures how fast a matrix of either width is read.
+        watch: measures.
     """
-    extra = 0.0
-    for width, count in Counter(widths).items() if share < 1 else ():
-        full = round(width / share)
-        slower = _seconds_a_byte(full, watch) - _seconds_a_byte(width, watch)
-        extra += count * 4 / 3 * full**3 * max(0.0, slower)
-    return extra
 
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+        self._known: dict[int, float] = {}
 
-def _seconds_a_byte(width: int, watch: Stopwatch) -> float:
-    rows = max(1, min(width, _LARGEST // width))
-    matrix, vector = torch.ones(rows, width, dtype=torch.float64), torch.ones(width, dtype=torch.float64)
-    (seconds,) = watch.rising([matrix], partial(torch.mv, vec=vector))
-    return seconds / (8 * rows * width)
+    def beyond_the_cube(self, widths: Sequence[int], share: float) -> float:
+        """Seconds that eigenproblems take at full width on top of what the cube of their width says.
+
+        Args:
+            widths: of those that were measured.
+            share: the fraction of the full width that they have.
+        """
+        extra = 0.0
+        for width, count in Counter(widths).items() if share < 1 else ():
+            full = round(width / share)
+            slower = self.seconds_a_byte(full) - self.seconds_a_byte(width)
+            extra += count * 4 / 3 * full**3 * max(0.0, slower)
+        return extra
+
+    def seconds_a_byte(self, width: int) -> float:
+        """Of a matrix with so many columns."""
+        if width not in self._known:
+            rows = max(1, min(width, _LARGEST // width))
+            matrix, vector = torch.ones(rows, width, dtype=torch.float64), torch.ones(width, dtype=torch.float64)
+            (seconds,) = self._watch.rising([matrix], partial(torch.mv, vec=vector))
+            self._known[width] = seconds / (8 * rows * width)
+        return self._known[width]

@@ -89,11 +89,11 @@ def time_layer(view: ModelView, plan: Planned, watch: Stopwatch) -> LayerTime:
         seen = plain
         if any(what.inputs.values()) or what.outputs:
             seen = watch.rising(calls, lambda call: observe([call]), sizes)
-        small = calls[max(0, len(seen) - 2)]
-        twice = 2 * seen[max(0, len(seen) - 2)]
+        mirror = 0.0
         if seen is not plain:
-            (twice,) = watch.rising([small], lambda call: observe([call, call]))
-        mirror = max(0.0, 2 * seen[max(0, len(seen) - 2)] - twice)
+            small = max(0, len(seen) - 2)
+            (twice,) = watch.rising([calls[small]], lambda call: observe([call, call]))
+            mirror = max(0.0, 2 * seen[small] - twice)
         of_one = [max(0.3 * seconds, seconds - mirror) for seconds in seen]
         found = LayerTime(
             load=load,
@@ -109,12 +109,10 @@ def time_layer(view: ModelView, plan: Planned, watch: Stopwatch) -> LayerTime:
 
 def time_head(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime:
     """Measure the output head, too, as an evaluation takes it; on a part of the vocabulary where that is large."""
-    text = view.config.get_text_config()
-    words = min(_HEAD // text.hidden_size, text.vocab_size)
-    states = torch.randn(_EVALUATED, text.hidden_size, device=watch.device)
-    head = torch.randn(words, text.hidden_size, device=watch.device)
+    head, times = _part_of_head(view, watch.device)
+    states = torch.randn(_EVALUATED, head.shape[1], device=watch.device)
     (seconds,) = watch.rising([states], lambda some: (some @ head.T).log_softmax(-1))
-    return replace(found, head=seconds * text.vocab_size / words / _EVALUATED)
+    return replace(found, head=seconds * times / _EVALUATED)
 
 
 def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime:
@@ -131,14 +129,19 @@ def time_probe(view: ModelView, found: LayerTime, watch: Stopwatch) -> LayerTime
         with turn.loaded(watch.device) as layer:
             seconds = watch.rising(turn.calls, lambda call: run_batches(layer, turn.name, [call], [watch.device]))
             probe = _at(ids.numel(), turn.calls, seconds)
-    words = min(_HEAD // text.hidden_size, text.vocab_size)
     rows = ids.numel() - SKIP * len(ids) if ids.shape[1] > 2 * SKIP else ids.numel()
-    states = torch.randn(1, rows, text.hidden_size, device=watch.device)
-    head = torch.randn(words, text.hidden_size, device=watch.device)
+    head, times = _part_of_head(view, watch.device)
+    states = torch.randn(1, rows, head.shape[1], device=watch.device)
     original = Predictions(states @ head.T)
-    (seconds_of_words,) = watch.rising([states], lambda some: original.divergence(some @ head.T))
-    compared = seconds_of_words * text.vocab_size / words
-    return replace(found, probe=probe, compared=compared)
+    (of_part,) = watch.rising([states], lambda some: original.divergence(some @ head.T))
+    return replace(found, probe=probe, compared=of_part * times)
+
+
+def _part_of_head(view: ModelView, device: torch.device) -> tuple[Tensor, float]:
+    """Random rows (words, hidden) of an output head, and how many times as many the model's has."""
+    text = view.config.get_text_config()
+    words = min(_HEAD // text.hidden_size, text.vocab_size)
+    return torch.randn(words, text.hidden_size, device=device), text.vocab_size / words
 
 
 def _batches(view: ModelView, plan: Planned) -> list[Tensor]:

@@ -25,7 +25,7 @@ from ..losses.curves import measured_curve, thinned
 from ..losses.probe import probed
 from ..solve import Together, forms_at, solve_unit
 from .clock import Stopwatch, typical
-from .eigen_time import Eigenproblems, beyond_the_cube
+from .eigen_time import Eigenproblems, ReadingTime
 
 _NARROW = 192  # the longest side of the first, narrowest problem
 _BUDGET, _FEW = 8.0, 4  # times the budget of one measurement for all kinds together, and the fewest kinds that share it
@@ -53,10 +53,10 @@ def time_solving(plan: Planned, watch: Stopwatch) -> SolveTime:
     """Measure one problem of each kind, and count how often the plan has it."""
     kinds = Counter(_Kind.of(units, plan) for units in jobs(plan))
     watch = replace(watch, budget=_BUDGET * watch.budget / max(_FEW, len(kinds)))
-    found = SolveTime()
+    found, reading = SolveTime(), ReadingTime(watch)
     for kind, count in kinds.items():
         try:
-            solve, losses, share = _Problem(plan, kind).seconds(watch)
+            solve, losses, share = _Problem(plan, kind).seconds(watch, reading)
         except LrcError as error:
             found = replace(found, unknown=(*found.unknown, f"solving {kind.units[0].name}: {error.what}"))
             continue
@@ -134,7 +134,7 @@ class _Problem:
         self._method, self._settings = plan.recipe.compression
         self._kept = {step.target.name: step.bytes_after / step.bytes_before for step in plan.steps}
 
-    def seconds(self, watch: Stopwatch) -> tuple[float, float, float]:
+    def seconds(self, watch: Stopwatch, reading: ReadingTime) -> tuple[float, float, float]:
         """(seconds to solve and form, seconds to solve and compute losses, fraction of the width that was measured)."""
         longest = max(max(t.out_features, t.in_features) for unit in self._units for t in unit.targets)
         shares = [1.0]
@@ -152,7 +152,7 @@ class _Problem:
 
         def at_full_width(part: int) -> float:
             seconds = at_full(works, [typical([call[part].seconds for call in spent[share]]) for share in measured])
-            return seconds + beyond_the_cube(spent[measured[-1]][-1][part].eigenproblems, measured[-1], watch)
+            return seconds + reading.beyond_the_cube(spent[measured[-1]][-1][part].eigenproblems, measured[-1])
 
         return at_full_width(0), at_full_width(1), measured[-1]
 

@@ -14,9 +14,8 @@ from rich.console import Console
 from lrc.commands.common.time_output import print_duration, readable_time
 from lrc.compress.linalg import eigh
 from lrc.plan.planner import make_draft
-from lrc.run.duration import eigen_time
 from lrc.run.duration.clock import Stopwatch
-from lrc.run.duration.eigen_time import Eigenproblems, beyond_the_cube
+from lrc.run.duration.eigen_time import Eigenproblems, ReadingTime
 from lrc.run.duration.foretell import Duration, foretell
 from lrc.run.duration.solve_time import at_full, time_solving
 from lrc.run.request import Request
@@ -194,8 +193,8 @@ def test_eigenproblems_are_seen_and_what_the_cache_hid_is_added(monkeypatch):
         torch.linalg.eigh(torch.eye(8, dtype=torch.float64))
         torch.eye(8) @ torch.eye(8)
     assert seen.widths == [32, 8]
-    monkeypatch.setattr(eigen_time, "_seconds_a_byte", lambda width, watch: 1e-9 if width <= 100 else 3e-9)
-    assert beyond_the_cube([100, 100], 0.25, Stopwatch()) == pytest.approx(2 * 4 / 3 * 400**3 * 2e-9)
-    assert beyond_the_cube([400], 1.0, Stopwatch()) == beyond_the_cube([20], 0.25, Stopwatch()) == 0.0
-    monkeypatch.undo()
-    assert 0 < eigen_time._seconds_a_byte(300, Stopwatch()) < 1e-6
+    reading = ReadingTime(Stopwatch())
+    assert 0 < reading.seconds_a_byte(300) < 1e-6
+    monkeypatch.setattr(reading, "seconds_a_byte", lambda width: 1e-9 if width <= 100 else 3e-9)
+    assert reading.beyond_the_cube([100, 100], 0.25) == pytest.approx(2 * 4 / 3 * 400**3 * 2e-9)
+    assert reading.beyond_the_cube([400], 1.0) == reading.beyond_the_cube([20], 0.25) == 0.0
